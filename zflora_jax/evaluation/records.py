@@ -10,7 +10,7 @@ import functools
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,26 +47,33 @@ def generation_records(
     partial: Path | None = None,
     on_batch: Callable[[int], None] = lambda _: None,
 ) -> list[Record]:
-    """Generate an answer to each example and judge it.
+    """Generates an answer to each example and scores it.
 
     Args:
-      model: base or fused.
-      task_name: whose rules parse and compare the answers.
-      examples: of that task.
-      data: prompt style and date, where `evaluation` names none.
+      model: A base or fused model.
+      task_name: The task whose rules parse and compare the answers.
+      examples: Examples of that task.
+      data: Prompt style and date, where `evaluation` names none.
       evaluation: num_beams (1: greedy), max_new_tokens, batch_size, prompt style.
-      partial: a file that finished batches are added to; a call with the same model, prompts and
-        settings goes on from it.
-      on_batch: called with the number of rows of each finished batch.
+      partial: A file that finished batches are added to; a call with the same model, prompts and
+        settings resumes from it.
+      on_batch: Called with the number of rows of each finished batch.
 
     Returns:
-      One record per example, in their order, whatever the batch size: output, new_tokens, cut
-      (whether max_new_tokens ended it); prediction and correct where the example has an answer; the
-      F-measures of ROUGE where it has references; document_cut where it has a document (True: cut
-      to fit the prompt).
+      One record per example, in their order: output, new_tokens, cut (whether max_new_tokens ended
+      it); prediction and correct where the example has an answer; ROUGE F-measures where it has
+      references; document_cut where it has a document (True: cut to fit the prompt).
     """
     task, style = get_task(task_name), evaluation.prompt_style or data.prompt_style
-    prompts, cut = _prompts_to_answer(model, examples, style, evaluation, data.date)
+    new_tokens, context = evaluation.max_new_tokens, model.config.max_position_embeddings
+    require(
+        new_tokens < context,
+        f"eval.max_new_tokens={new_tokens} leaves no room for a prompt in the model's context of"
+        f" {context} tokens; lower it.",
+    )
+    prompts, cut = _prompts(model, examples, style, evaluation, data.date)
+    names = [example.where for example in examples]
+    check_prompts(model, prompts, new_tokens, names, "eval.max_new_tokens")
     stop = stop_ids(model, style)
 
     def answer(rows: list[int]) -> list[Record]:
@@ -78,7 +85,14 @@ def generation_records(
             stop_token_ids=stop,
             num_beams=evaluation.num_beams,
         )
-        return [_answer(model, ids, stop) for ids in outputs]
+        return [
+            {
+                "output": answer_text(model.tokenizer, ids, stop),
+                "new_tokens": len(ids),
+                "cut": not ids or ids[-1] not in stop,
+            }
+            for ids in outputs
+        ]
 
     key = ("generation, cut", stop, evaluation.max_new_tokens, evaluation.num_beams)
     records = _in_batches(answer, model, prompts, key, evaluation.batch_size, partial, on_batch)
@@ -95,16 +109,8 @@ def generation_records(
     return records
 
 
-def _answer(model: Model, ids: Sequence[int], stop: Sequence[int]) -> Record:
-    return {
-        "output": answer_text(model.tokenizer, ids, stop),
-        "new_tokens": len(ids),
-        "cut": not ids or ids[-1] not in stop,
-    }
-
-
 def _judged(task: Task, text: str, example: Example) -> Record:
-    """ROUGE of an answer against references, and whether it is right."""
+    """Returns the ROUGE of an answer against references, and whether it is right."""
     found: Record = dict(rouge(text, example.references)) if example.references else {}
     if example.answer:
         found["prediction"] = task.parse(text)
@@ -121,15 +127,14 @@ def likelihood_records(
     partial: Path | None = None,
     on_batch: Callable[[int], None] = lambda _: None,
 ) -> list[Record]:
-    """Score every option of each example by its likelihood after the prompt.
+    """Scores every option of each example by its likelihood after the prompt.
 
-    In a task's cloze form options are the texts of the answers, and the two choices are what
-    lm-evaluation-harness calls acc and acc_norm. In LLM-Adapters' form they are whole answers that
-    differ in their label; labels are equally long in all tasks but boolq, so the two choices agree.
+    In a task's cloze form, correct_sum and correct_norm are lm-evaluation-harness's acc and
+    acc_norm.
 
     Args:
-      model, data, evaluation, partial, on_batch: as for `generation_records`.
-      examples: each with options.
+      model, data, evaluation, partial, on_batch: As for `generation_records`.
+      examples: Examples with options.
 
     Returns:
       One record per example: log_likelihoods (nats, one per option), options, and whether the
@@ -137,7 +142,7 @@ def likelihood_records(
       sum over the option's number of characters.
 
     Raises:
-      NonFiniteError: a likelihood is NaN or infinite.
+      NonFiniteError: A likelihood is NaN or infinite.
     """
     require(
         all(example.options for example in examples),
@@ -155,7 +160,11 @@ def likelihood_records(
             [options[i] for i in rows],
             batch_size=evaluation.batch_size,
         )
-        _require_finite(sums)
+        if not all(np.isfinite(row).all() for row in sums):  # argmax would pick a NaN
+            raise NonFiniteError(
+                "log-likelihoods are NaN or infinite: the model is damaged, or was trained with too"
+                " high a learning rate."
+            )
         return [{"log_likelihoods": [float(x) for x in row]} for row in sums]
 
     records = _in_batches(
@@ -173,7 +182,7 @@ def likelihood_records(
 
 
 def _chosen(log_likelihoods: Sequence[float], example: Example) -> Record:
-    """Whether the likeliest option is the target, by sums and by sums over characters."""
+    """Compares the likeliest option with the target, by sums and by sums over characters."""
     sums, target = np.asarray(log_likelihoods), example.options.index(example.target)
     lengths = [len(option.lstrip()) for option in example.options]  # cloze form begins with a space
     return {
@@ -183,37 +192,10 @@ def _chosen(log_likelihoods: Sequence[float], example: Example) -> Record:
     }
 
 
-def _require_finite(sums: Sequence[np.ndarray]) -> None:
-    # argmax would take a NaN for the likeliest.
-    if not all(np.isfinite(row).all() for row in sums):
-        raise NonFiniteError(
-            "log-likelihoods are NaN or infinite: the model is damaged, or was trained with too"
-            " high a learning rate."
-        )
-
-
-def _prompts_to_answer(
-    model: Model, examples: Sequence[Example], style: str, evaluation: EvalConfig, date: str | None
-) -> tuple[list[list[int]], list[bool]]:
-    """`_prompts`, which leave room for an answer. This is said before the first answer: the longest
-    prompts come last.
-    """
-    new_tokens, context = evaluation.max_new_tokens, model.config.max_position_embeddings
-    require(
-        new_tokens < context,
-        f"eval.max_new_tokens={new_tokens} leaves no room for a prompt in the model's context of"
-        f" {context} tokens; lower it.",
-    )
-    prompts, cut = _prompts(model, examples, style, evaluation, date)
-    names = [example.where for example in examples]
-    check_prompts(model, prompts, new_tokens, names, "eval.max_new_tokens")
-    return prompts, cut
-
-
 def _prompts(
     model: Model, examples: Sequence[Example], style: str, evaluation: EvalConfig, date: str | None
 ) -> tuple[list[list[int]], list[bool]]:
-    """Token ids of the prompts, and which of them had their document cut."""
+    """Returns the prompts' token ids, and which of them had their document cut."""
     require(
         model.tokenizer is not None,
         "this model has no tokenizer, so prompts cannot be encoded; use a model directory that has"
@@ -243,7 +225,7 @@ def _prompts(
     return prompts, cut
 
 
-# Scored at once: likelihoods share more common prefixes, and lengths differ less within a batch
+# Likelihoods are scored for so many batches at once: lengths differ less within a batch then.
 _LIKELIHOOD_BATCHES = 4
 
 
@@ -256,54 +238,55 @@ def _in_batches(
     partial: Path | None,
     on_batch: Callable[[int], None],
 ) -> list[Record]:
-    """`work` on all rows, `size` at a time, similar lengths together; what `partial` holds of the
-    same model, prompts and `key` is not done again.
+    """Runs `work` on all rows, `size` rows of similar length at a time, except for those that
+    `partial` holds of the same model, prompts and `key`.
     """
-    done: dict[int, Record] = {}
     with contextlib.ExitStack() as stack:
-        keep: Callable[[list[Record]], None] | None = None
+        done: dict[int, Record] = {}
+        add: Callable[[dict[int, Record]], None] | None = None
         if partial is not None:
-            name = hashlib.sha256(
-                repr((fingerprint(model), [list(p) for p in prompts], key)).encode()
-            ).hexdigest()
+            what = repr((fingerprint(model), [list(p) for p in prompts], key))
+            name = hashlib.sha256(what.encode()).hexdigest()
             there = distributed.on_main(lambda: sorted(_read_partial(partial, name).items()))
-            found = distributed.from_process_0(there)
-            done = {int(i): record for i, record in found}
+            done = dict(distributed.from_process_0(there))
             if done:
-                log.info(
-                    "%s holds %d of %d rows: going on from there", partial, len(done), len(prompts)
-                )
+                log.info("%s: resumes after %d of %d rows", partial, len(done), len(prompts))
                 on_batch(len(done))
-            begin: list[Record] = [{"key": name}]
-            begin += [{"index": i} | record for i, record in done.items()]
-            keep = distributed.on_main(lambda: stack.enter_context(_answers_file(partial, begin)))
-        left = sorted(
-            (i for i in range(len(prompts)) if i not in done), key=lambda i: (len(prompts[i]), i)
-        )
+            add = distributed.on_main(lambda: stack.enter_context(_kept(partial, name, done)))
+        left = [i for i in range(len(prompts)) if i not in done]
+        left.sort(key=lambda i: len(prompts[i]))
         for start in range(0, len(left), size):
             rows = left[start : start + size]
             fresh = dict(zip(rows, work(rows), strict=True))
             done |= fresh
-            if keep is not None:
-                keep([{"index": i} | record for i, record in fresh.items()])
+            if add is not None:
+                add(fresh)
             on_batch(len(rows))
     return [done[i] for i in range(len(prompts))]
 
 
 @contextlib.contextmanager
-def _answers_file(path: Path, lines: Sequence[Record]) -> Iterator[Callable[[list[Record]], None]]:
-    """Begins the file of an evaluation's answers so far, at a path or URL, with `lines`.
+def _kept(
+    path: Path, name: str, done: Mapping[int, Record]
+) -> Iterator[Callable[[dict[int, Record]], None]]:
+    """Begins the file of an interrupted evaluation's rows anew, at a path or URL.
 
     Yields:
-      A function that adds lines.
+      A function that adds rows.
     """
+
+    def text(rows: Mapping[int, Record]) -> str:
+        lines = ({"index": i} | record for i, record in rows.items())
+        return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+
     mirror = Mirror(path.parent)
-    atomic_write(mirror.path / path.name, _json_lines(lines).encode())
+    begin = json.dumps({"key": name}) + "\n" + text(done)
+    atomic_write(mirror.path / path.name, begin.encode())
     try:
         with open(mirror.path / path.name, "a", encoding="utf-8") as file:
 
-            def add(lines: list[Record]) -> None:
-                file.write(_json_lines(lines))
+            def add(rows: dict[int, Record]) -> None:
+                file.write(text(rows))
                 file.flush()
                 mirror.sync()
 
@@ -312,13 +295,9 @@ def _answers_file(path: Path, lines: Sequence[Record]) -> Iterator[Callable[[lis
         mirror.close()
 
 
-def _json_lines(values: Sequence[Record]) -> str:
-    return "".join(json.dumps(value, ensure_ascii=False) + "\n" for value in values)
-
-
 def _read_partial(path: Path, name: str) -> dict[int, Record]:
-    """The rows of an interrupted evaluation called `name`; none if it is another one. A line torn
-    by the interruption is left out.
+    """Reads the rows of an interrupted evaluation called `name`; none if it is another one. Leaves
+    out a line that the interruption has torn.
     """
     done: dict[int, Record] = {}
     if not path.is_file():
@@ -336,8 +315,8 @@ def _read_partial(path: Path, name: str) -> dict[int, Record]:
 
 
 def rouge(text: str, references: Sequence[str]) -> dict[str, float]:
-    """F-measures of ROUGE-1, -2, -L and -Lsum, each the best over `references`; `rouge-score` with
-    stemming. Lsum takes lines as sentences.
+    """Returns the F-measures of ROUGE-1, -2, -L and -Lsum, each the best over `references`, by
+    `rouge-score` with stemming. Lsum takes lines as sentences.
     """
     scores = _rouge_scorer().score_multi(list(references), text)
     return {name: float(scores[name].fmeasure) for name in ROUGE}
