@@ -266,7 +266,7 @@ def joined(leaves: Sequence[Any], reads: int, kind: str) -> Any:
 
     Returns:
       [out, in]; codes in groups on a TPU [groups, inputs of a group, out], as XLA's TPU compiler
-      reads them inside a product (docs/quantised-bases.md).
+      reads them inside a product (docs/models.md).
     """
 
     def side_by_side(*parts: Any) -> Any:

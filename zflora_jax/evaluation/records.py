@@ -65,15 +65,7 @@ def generation_records(
       references; document_cut where it has a document (True: cut to fit the prompt).
     """
     task, style = get_task(task_name), evaluation.prompt_style or data.prompt_style
-    new_tokens, context = evaluation.max_new_tokens, model.config.max_position_embeddings
-    require(
-        new_tokens < context,
-        f"eval.max_new_tokens={new_tokens} leaves no room for a prompt in the model's context of"
-        f" {context} tokens; lower it.",
-    )
-    prompts, cut = _prompts(model, examples, style, evaluation, data.date)
-    names = [example.where for example in examples]
-    check_prompts(model, prompts, new_tokens, names, "eval.max_new_tokens")
+    prompts, cut = _prompts(model, examples, style, evaluation, data.date, room=True)
     stop = stop_ids(model, style)
 
     def answer(rows: list[int]) -> list[Record]:
@@ -85,14 +77,7 @@ def generation_records(
             stop_token_ids=stop,
             num_beams=evaluation.num_beams,
         )
-        return [
-            {
-                "output": answer_text(model.tokenizer, ids, stop),
-                "new_tokens": len(ids),
-                "cut": not ids or ids[-1] not in stop,
-            }
-            for ids in outputs
-        ]
+        return [_answer(model, ids, stop) for ids in outputs]
 
     key = ("generation, cut", stop, evaluation.max_new_tokens, evaluation.num_beams)
     records = _in_batches(answer, model, prompts, key, evaluation.batch_size, partial, on_batch)
@@ -107,6 +92,14 @@ def generation_records(
         )
         record |= _judged(task, text, example)
     return records
+
+
+def _answer(model: Model, ids: Sequence[int], stop: Sequence[int]) -> Record:
+    return {
+        "output": answer_text(model.tokenizer, ids, stop),
+        "new_tokens": len(ids),
+        "cut": not ids or ids[-1] not in stop,
+    }
 
 
 def _judged(task: Task, text: str, example: Example) -> Record:
@@ -160,11 +153,7 @@ def likelihood_records(
             [options[i] for i in rows],
             batch_size=evaluation.batch_size,
         )
-        if not all(np.isfinite(row).all() for row in sums):  # argmax would pick a NaN
-            raise NonFiniteError(
-                "log-likelihoods are NaN or infinite: the model is damaged, or was trained with too"
-                " high a learning rate."
-            )
+        _require_finite(sums)
         return [{"log_likelihoods": [float(x) for x in row]} for row in sums]
 
     records = _in_batches(
@@ -192,19 +181,40 @@ def _chosen(log_likelihoods: Sequence[float], example: Example) -> Record:
     }
 
 
+def _require_finite(sums: Sequence[np.ndarray]) -> None:
+    if not all(np.isfinite(row).all() for row in sums):  # argmax would pick a NaN
+        raise NonFiniteError(
+            "log-likelihoods are NaN or infinite: the model is damaged, or was trained with too"
+            " high a learning rate."
+        )
+
+
 def _prompts(
-    model: Model, examples: Sequence[Example], style: str, evaluation: EvalConfig, date: str | None
+    model: Model,
+    examples: Sequence[Example],
+    style: str,
+    evaluation: EvalConfig,
+    date: str | None,
+    *,
+    room: bool = False,
 ) -> tuple[list[list[int]], list[bool]]:
-    """Returns the prompts' token ids, and which of them had their document cut."""
+    """Returns the prompts' token ids, and which of them had their document cut.
+
+    room: Whether each prompt must leave room for eval.max_new_tokens, which is checked here, since
+    the longest prompts come last.
+    """
+    new_tokens, context = evaluation.max_new_tokens, model.config.max_position_embeddings
+    require(
+        not room or new_tokens < context,
+        f"eval.max_new_tokens={new_tokens} leaves no room for a prompt in the model's context of"
+        f" {context} tokens; lower it.",
+    )
     require(
         model.tokenizer is not None,
         "this model has no tokenizer, so prompts cannot be encoded; use a model directory that has"
         " one.",
     )
-    limit = (
-        evaluation.max_prompt_tokens
-        or model.config.max_position_embeddings - evaluation.max_new_tokens
-    )
+    limit = evaluation.max_prompt_tokens or context - new_tokens
     fitted = fit_documents(examples, model.tokenizer, style, limit, date)
     cut = [a.input != b.input for a, b in zip(fitted, examples, strict=True)]
     if any(cut):
@@ -222,6 +232,9 @@ def _prompts(
         f"a prompt of {longest} tokens does not fit {limit} even without its document; raise"
         " eval.max_prompt_tokens.",
     )
+    if room:
+        names = [example.where for example in examples]
+        check_prompts(model, prompts, new_tokens, names, "eval.max_new_tokens")
     return prompts, cut
 
 

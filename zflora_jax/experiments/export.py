@@ -101,15 +101,7 @@ def export_run(
     target = as_path(out, "out")
     require(format in EXPORTERS, f"format={format!r}: {nearest(format, EXPORTERS)}.")
     exporter = EXPORTERS[format]
-    options = {"dtype": "--dtype", "quant": "--quant", "eps_z": "--eps"}
-    settings = {"dtype": dtype, "quant": quant, "eps_z": eps_z}
-    for name, option in options.items():
-        formats = [other for other, row in EXPORTERS.items() if name in row.settings]
-        require(
-            settings[name] is None or format in formats,
-            f"{option} goes with --format {' or '.join(formats)}: {format} does not have it.",
-        )
-    settings = {name: settings[name] for name in exporter.settings}
+    settings = _settings_of(format, {"dtype": dtype, "quant": quant, "eps_z": eps_z})
     exporter.check(target, **settings)
     require_shared(target.expanduser().absolute().parent, "the directory of out,")
     run = TrainedRun(as_path(workdir, "workdir"), *load_run(workdir, checkpoint, mesh=mesh))
@@ -120,6 +112,18 @@ def export_run(
         " run needs it. Choose another path.",
     )
     return exporter.write(out, run, **settings)
+
+
+def _settings_of(format: str, given: dict[str, Any]) -> dict[str, Any]:
+    """Returns the settings that a format has, and refuses others that are given."""
+    options = {"dtype": "--dtype", "quant": "--quant", "eps_z": "--eps"}
+    for name, option in options.items():
+        formats = [other for other, row in EXPORTERS.items() if name in row.settings]
+        require(
+            given[name] is None or format in formats,
+            f"{option} goes with --format {' or '.join(formats)}: {format} does not have it.",
+        )
+    return {name: given[name] for name in EXPORTERS[format].settings}
 
 
 def write_hf(out: str | Path, run: TrainedRun, **settings: Any) -> dict[str, Any]:

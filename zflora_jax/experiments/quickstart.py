@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -54,24 +55,12 @@ def quickstart(run: RunConfig, workdir: str | Path, *, console: bool = True) -> 
         adapted ones.
     """
     workdir, env, parts = local_path(workdir, "workdir"), environment(), dict[str, float]()
-    started = time.perf_counter()
-
-    def timed(name: str) -> None:
-        parts[name] = time.perf_counter() - started - sum(parts.values())
-        if console:
-            print(f"  {name}: {parts[name]:.0f} s", flush=True)
-
+    started, timed = time.perf_counter(), _timer(parts, console)
     run, _ = adopt(workdir, run)
     base = load_base(run, mesh_if_there(run.mesh))
     timed("load the model")
     before = evaluate(run, base, out=workdir / "eval" / "before", console=console)
-    missing = sorted({"accuracy", "loss"} - before.keys())
-    require(
-        not missing,
-        "quickstart reports accuracy and loss, and with these settings an evaluation of task"
-        f" {run.data.task!r} gives no {' and no '.join(missing)}. Set eval.generate and eval.loss,"
-        " and choose a task with answers; or use train, eval and export.",
-    )
+    _require_figures(run, before)
     timed("evaluate the base")
     trained = train(run, workdir, model=base, console=console)
     timed("train")
@@ -88,19 +77,9 @@ def quickstart(run: RunConfig, workdir: str | Path, *, console: bool = True) -> 
     training_curves({label: workdir / METRICS_FILE}, workdir / "curves", label)
 
     report = {
-        "method": run.adapter.method,
-        "params_base": trained.report["params_base"],
-        "params_trainable": trained.report["params_trainable"],
-        "accuracy_before": before["accuracy"],
-        "accuracy_after": after["accuracy"],
-        "accuracy_rows": after["rows"],
-        "loss_before": before["loss"],
-        "loss_after": after["loss"],
+        **_figures(run, trained, before, after, latency),
         "fused_max_abs_dlogit": gap,
         "logit_scale": scale,
-        "tpot_ms_base": latency["base"]["tpot_ms"],
-        "tpot_ms_fused": latency["fused"]["tpot_ms"],
-        "tpot_ratio": latency["fused"]["tpot_ms"] / latency["base"]["tpot_ms"],
         "export_dir": str(workdir / "export"),
         "export_max_abs_dlogit": exported["max_abs_dlogit"],
         "export_top1_agreement": exported["top1_agreement"],
@@ -115,13 +94,60 @@ def quickstart(run: RunConfig, workdir: str | Path, *, console: bool = True) -> 
     atomic_write(workdir / "report.md", _page(report).encode())
     if console:
         print(_samples_text(report))
-    allowed = FUSED_TOLERANCE[run.train.dtype]
-    if not gap <= allowed * scale:  # also refuses NaN
+    _require_equal(gap, scale, run.train.dtype, workdir)
+    return report
+
+
+def _timer(parts: dict[str, float], console: bool) -> Callable[[str], None]:
+    """Returns a function that notes in `parts` the seconds since its last call, under a name."""
+    started = time.perf_counter()
+
+    def timed(name: str) -> None:
+        parts[name] = time.perf_counter() - started - sum(parts.values())
+        if console:
+            print(f"  {name}: {parts[name]:.0f} s", flush=True)
+
+    return timed
+
+
+def _require_figures(run: RunConfig, found: Mapping[str, Any]) -> None:
+    missing = sorted({"accuracy", "loss"} - found.keys())
+    require(
+        not missing,
+        "quickstart reports accuracy and loss, and with these settings an evaluation of task"
+        f" {run.data.task!r} gives no {' and no '.join(missing)}. Set eval.generate and eval.loss,"
+        " and choose a task with answers; or use train, eval and export.",
+    )
+
+
+def _figures(
+    run: RunConfig, trained: Trained, before: Any, after: Any, latency: Any
+) -> dict[str, Any]:
+    """Returns parameter counts, accuracy, loss and time per token."""
+    base, fused = latency["base"]["tpot_ms"], latency["fused"]["tpot_ms"]
+    return {
+        "method": run.adapter.method,
+        "params_base": trained.report["params_base"],
+        "params_trainable": trained.report["params_trainable"],
+        "accuracy_before": before["accuracy"],
+        "accuracy_after": after["accuracy"],
+        "accuracy_rows": after["rows"],
+        "loss_before": before["loss"],
+        "loss_after": after["loss"],
+        "tpot_ms_base": base,
+        "tpot_ms_fused": fused,
+        "tpot_ratio": fused / base,
+    }
+
+
+def _require_equal(gap: float, scale: float, dtype: str, workdir: Path) -> None:
+    """Refuses fused logits that differ from the adapted ones by more than the tolerance, or NaN."""
+    allowed = FUSED_TOLERANCE[dtype]
+    if not gap <= allowed * scale:
         raise ConfigError(
             f"fused and adapted logits differ by {gap:.3g} at a logit scale of {scale:.3g}, more"
             f" than {allowed:g} x scale; the report is in {workdir}."
         )
-    return report
 
 
 def _fused_gap(run: RunConfig, trained: Trained, fused: Model) -> tuple[float, float]:

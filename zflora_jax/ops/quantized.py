@@ -194,7 +194,7 @@ def code_values(kind: str, codes: Array) -> Array:
         return jnp.take(jnp.asarray(table, jnp.float32), codes, mode="clip")
 
     # On a TPU a lookup is not fused into the product that reads it, on a GPU a chain of choices is
-    # not (docs/quantised-bases.md).
+    # not (docs/models.md).
     return jax.lax.platform_dependent(
         codes.astype(jnp.int32), tpu=partial(_chosen, table), default=looked_up
     )
