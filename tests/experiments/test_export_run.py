@@ -99,7 +99,7 @@ def test_the_base_of_a_run_is_not_written_over(trained, tmp_path, monkeypatch, b
 
 
 def test_a_directory_is_not_called_as_a_file(trained, tmp_path, monkeypatch):
-    monkeypatch.setattr("zflora_jax.experiments.export.load_run", lambda *_: pytest.fail("loaded"))
+    monkeypatch.setattr("zflora_jax.experiments.restore.load_run", lambda *_: pytest.fail("loaded"))
     for asked in ("hf", "peft"):
         with pytest.raises(ConfigError, match="add --format gguf "):
             export_run(trained[0], tmp_path / "x.gguf", format=asked)
@@ -118,7 +118,7 @@ def test_what_fails_leaves_no_directory(trained, tmp_path, monkeypatch):
     with pytest.raises(ZeroDivisionError):
         export_run(workdir, tmp_path / "out")
     monkeypatch.setattr(
-        "zflora_jax.experiments.export.load_run",
+        "zflora_jax.experiments.restore.load_run",
         lambda *_: pytest.fail("a format is refused before anything is loaded"),
     )
     with pytest.raises(ConfigError, match="format='onnx'"):
@@ -163,7 +163,7 @@ def test_what_a_gguf_file_cannot_be_is_refused_before_the_run_is_loaded(
     trained, tmp_path, monkeypatch
 ):
     workdir, _ = trained
-    monkeypatch.setattr("zflora_jax.experiments.export.load_run", lambda *_: pytest.fail("loaded"))
+    monkeypatch.setattr("zflora_jax.experiments.restore.load_run", lambda *_: pytest.fail("loaded"))
     for out, settings, words in (
         ("x.gguf", {"quant": "q5"}, "quant='q5'"),
         ("x", {}, r"ends in \.gguf"),
