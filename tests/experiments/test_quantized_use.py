@@ -26,8 +26,8 @@ from zflora_jax.experiments.restore import load_fused
 from zflora_jax.experiments.train import train
 from zflora_jax.hf import load
 from zflora_jax.hf.gguf.file import GGUFFile
+from zflora_jax.hf.keys import quantized
 from zflora_jax.hf.load import load_model
-from zflora_jax.hf.quantized_leaves import quantized
 from zflora_jax.nn.llama import forward
 from zflora_jax.nn.quantize_model import is_quantized, quantize_model
 from zflora_jax.ops.quantized import QuantizedArray

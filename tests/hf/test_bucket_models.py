@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -20,7 +19,7 @@ from zflora_jax.core.adapter_config import AdapterConfig
 from zflora_jax.core.errors import CheckpointError
 from zflora_jax.core.storage import as_path, objects, put, put_file
 from zflora_jax.experiments.info import describe
-from zflora_jax.hf import bucket as hf_bucket
+from zflora_jax.hf import directory as hf_bucket
 from zflora_jax.hf.directory import local_copy
 from zflora_jax.hf.load import load_model, model_config
 from zflora_jax.hf.peft import load_peft, save_peft
@@ -137,13 +136,6 @@ def test_an_export_replaces_an_export_of_its_type_and_nothing_else(url):
         save_hf(f"{url}/full/config.json", model)
 
 
-def test_files_that_an_export_no_longer_has_are_removed(url, model):
-    save_hf(url, model, max_shard_bytes=20_000)
-    assert "model.safetensors.index.json" in files_at(url)
-    report = save_hf(url, model)
-    assert files_at(url) == set(report["files"])
-
-
 def test_a_damaged_object_is_refused(url, model, tmp_path, monkeypatch):
     save_hf(url, model)
     weights = as_path(url) / "model.safetensors"
@@ -175,6 +167,7 @@ def test_a_directory_copied_there_by_other_software(url, model_dir, tmp_path):
 def test_a_description_reads_no_weights(url, model, tmp_path, fetched):
     for to in (url, tmp_path / "export"):
         save_hf(to, model, max_shard_bytes=20_000)
+    assert "model.safetensors.index.json" in files_at(url)
     facts = describe(url)
     assert facts == describe(tmp_path / "export") | {"path": url}
     assert "config.json" in fetched and not [n for n in fetched if n.endswith(".safetensors")]
@@ -183,14 +176,7 @@ def test_a_description_reads_no_weights(url, model, tmp_path, fetched):
     put(as_path(url) / "zflora.json", b"[]")
     with pytest.raises(CheckpointError, match=r"zflora\.json is damaged"):
         describe(url)
-
-
-def test_a_local_copy_of_a_local_model_is_itself(tmp_path, monkeypatch):
-    monkeypatch.setenv("HOME", str(tmp_path))
-    assert local_copy("~/export") == tmp_path / "export"
-
-
-# --- commands -------------------------------------------------------------------------------------
+    assert files_at(url) == set(save_hf(url, model)["files"])  # the shards are removed
 
 
 def test_the_commands_on_a_run_in_a_bucket(bucket, config_file, capsys, tmp_path, monkeypatch):
@@ -216,24 +202,17 @@ def test_the_commands_on_a_run_in_a_bucket(bucket, config_file, capsys, tmp_path
     assert (as_path(run) / "curves.svg").exists()
 
 
-@pytest.mark.parametrize(
-    ("other", "labels", "title"),
-    [
-        ("{bucket}/all/b", ["a", "b"], "2 runs of all"),
-        ("{disk}/b", ["{bucket}/all/a", "{disk}/b"], "2 runs"),
-    ],
-)
-def test_runs_in_a_bucket_and_on_disk_are_drawn_together(
-    bucket, tmp_path, monkeypatch, other, labels, title
-):
-    told = {"bucket": bucket, "disk": str(tmp_path)}
+def test_runs_in_a_bucket_and_on_disk_are_drawn_together(bucket, tmp_path, monkeypatch):
     drawn = Mock()
     monkeypatch.setattr(plots, "training_curves", drawn)
     monkeypatch.chdir(tmp_path)
-    runs = [f"{bucket}/all/a/", other.format(**told)]
+    runs = [f"{bucket}/all/a", f"{bucket}/all/b", f"{tmp_path}/b"]
     for folder in runs:
         atomic_write(f"{folder}/metrics.jsonl", b"")
-    runs[1] = runs[1] if "://" in runs[1] else os.path.relpath(runs[1])
-    assert main(["plot", *runs, "--out", "both"]) == 0
-    found, *of = drawn.call_args.args
-    assert list(found) == [label.format(**told) for label in labels] and of == ["both", title]
+    for other, labels, title in (
+        (runs[1], ["a", "b"], "2 runs of all"),
+        ("b", [runs[0], runs[2]], "2 runs"),
+    ):
+        assert main(["plot", f"{runs[0]}/", other, "--out", "both"]) == 0
+        found, *of = drawn.call_args.args
+        assert list(found) == labels and of == ["both", title]

@@ -28,8 +28,7 @@ from zflora_jax.core.model import Model
 from zflora_jax.core.model_config import RopeScaling
 from zflora_jax.experiments.export import export_run
 from zflora_jax.experiments.train import train
-from zflora_jax.hf.gguf.file import GGUFFile
-from zflora_jax.hf.gguf.names import ATTENTION_FACTOR, tensor_module
+from zflora_jax.hf.gguf.file import ATTENTION_FACTOR, GGUFFile, tensor_module
 from zflora_jax.nn.quantize_model import is_quantized
 from zflora_jax.ops.quantized import QuantizedArray
 
@@ -100,11 +99,8 @@ def test_a_base_alone_is_its_file(kind: str, tmp_path: Path) -> None:
 # Every value once, and with q4_1, whose blocks have minima of their own, every method that widens
 # heads.
 KEPT = [
-    ("q8_0", "zflora-minimal", False),
-    ("q4_0", "zflora-uniform", True),
-    ("q4_1", "zflora-uniform", True),
-    ("q4_1", "values only", False),
-    ("q4_1", "ffba", True),
+    *[("q8_0", "zflora-minimal", False), ("q4_0", "zflora-uniform", True)],
+    *[("q4_1", "zflora-uniform", True), ("q4_1", "values only", False), ("q4_1", "ffba", True)],
 ]
 
 
@@ -165,9 +161,6 @@ def test_families(changes: dict[str, Any], method: str, tmp_path: Path) -> None:
     assert_computes(tmp_path / "x.gguf", fused, eps_z)
 
 
-# --- floats ---------------------------------------------------------------------------------------
-
-
 def test_floats_have_the_type_of_their_file_or_q8_0(tmp_path: Path) -> None:
     """Of Q5_0 and the like, codes that are not kept; heads of 16 dims, two in a block of o."""
     model = tiny_model(head_dim=16, tie_word_embeddings=False)
@@ -214,9 +207,6 @@ def test_what_cannot_be_kept_is_refused(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-# --- eps_z ----------------------------------------------------------------------------------------
-
-
 def with_scales(fused: Model, kernel: str, factor: float) -> Model:
     """`fused` with the scales of the state's blocks of a kernel times `factor`."""
     mlp = fused.params["layers"]["mlp"]
@@ -249,9 +239,6 @@ def test_scales_beyond_float16_make_eps_z_larger(
     assert_blocks_kept(tmp_path / "base.gguf", tmp_path / "x.gguf", base)
 
 
-# --- runs -----------------------------------------------------------------------------------------
-
-
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """The base's file, and runs on it: "keep" on its blocks, "none" on floats."""
@@ -266,24 +253,21 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {name: folder / name for name in ("base.gguf", "keep", "none")}
 
 
-def test_a_run_on_kept_blocks_is_exported_with_them(
-    runs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_runs_are_exported_with_their_blocks_or_refused(
+    runs: dict[str, Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Its table is floats, which become the file's codes again."""
+    """The table of a run on kept blocks is floats, which become the file's codes again."""
     out = tmp_path / "x.gguf"
     command = ["export", "--workdir", str(runs["keep"]), "--out", str(out), "--format", "gguf"]
     assert main([*command, "--quant", "keep"]) == 0
     assert "token_embd as Q8_0" in capsys.readouterr().out
-    base = load_model(runs["base.gguf"], quantize="keep")
-    assert_blocks_kept(runs["base.gguf"], out, base)
+    assert_blocks_kept(runs["base.gguf"], out, load_model(runs["base.gguf"], quantize="keep"))
     report = export_run(runs["keep"], out, format="gguf", quant="keep")
     assert report["max_abs_dlogit"] <= 1e-3 * report["logit_scale"]
-
-
-def test_a_run_on_floats_is_refused(
-    runs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
     monkeypatch.setattr("zflora_jax.adapters.fuse.fuse", lambda *_: pytest.fail("fused"))
     with pytest.raises(ConfigError, match=r"train with quantize\.kernels=keep"):
-        export_run(runs["none"], tmp_path / "x.gguf", format="gguf", quant="keep")
-    assert not list(tmp_path.iterdir())
+        export_run(runs["none"], tmp_path / "y.gguf", format="gguf", quant="keep")
+    assert not (tmp_path / "y.gguf").exists()

@@ -143,9 +143,6 @@ def test_a_file_without_settings_is_refused(tmp_path: Path) -> None:
         load_model(tmp_path / "x.gguf")
 
 
-# --- damage ---------------------------------------------------------------------------------------
-
-
 @pytest.fixture(scope="module")
 def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A whole file."""

@@ -25,57 +25,42 @@ from zflora_jax.hf.gguf.tokenizer import PRE_TOKENIZERS, pre_tokenizer
 TEXT = "xyz don't 12345  THE the\n\nend"
 NAMES = ("gpt-2", "smollm", "llama-bpe", "smaug-bpe", "qwen2", "tekken")
 
-# --- reading --------------------------------------------------------------------------------------
+
+def spm(**flags: bool) -> Any:
+    return lambda writer: sentencepiece(writer, **flags)
 
 
 @pytest.mark.parametrize(
-    ("flags", "tokens"),
+    ("vocabulary", "size", "text", "ids"),
     [
-        ({}, ["<s>", "▁ab", "b"]),
-        ({"add_bos_token": False}, ["▁ab", "b"]),
-        ({"add_bos_token": True, "add_eos_token": True}, ["<s>", "▁ab", "b", "</s>"]),
-        ({"add_space_prefix": False}, ["<s>", "ab", "b"]),
+        (spm(), len(PIECES), "abb", [1, 264, 261]),
+        (spm(add_bos_token=False), len(PIECES), "abb", [264, 261]),
+        (spm(add_bos_token=True, add_eos_token=True), len(PIECES), "abb", [1, 264, 261, 2]),
+        (spm(add_space_prefix=False), len(PIECES), "abb", [1, 263, 261]),
+        (lambda writer: byte_level(writer, "default"), 259, "ab", [97, 98]),
+        (lambda writer: byte_level(writer, "llama-bpe"), 259, "ab", [256, 97, 98]),
+        (lambda writer: byte_level(writer, "llama-bpe", False), 259, "ab", [97, 98]),
+        (lambda writer: byte_level(writer, "default", True), 259, "ab", [256, 97, 98]),
     ],
-    ids=["silent", "no BOS", "both", "no space"],
+    ids=["silent", "no BOS", "both", "no space", "bytes", "llama", "llama no BOS", "bytes BOS"],
 )
-def test_sentencepiece_files_start_texts_as_llama_cpp_does(
-    flags: dict[str, bool], tokens: list[str], tmp_path: Path
+def test_files_start_texts_as_llama_cpp_does(
+    vocabulary: Any, size: int, text: str, ids: list[int], tmp_path: Path
 ) -> None:
-    """Here, and in the export that stock transformers reads. llama-vocab.cpp: add_bos and
-    add_space_prefix are true unless the file says no.
+    """Here, and in the export that stock transformers reads. llama-vocab.cpp: add_bos is true for
+    sentencepiece and Llama 3's pre-tokenizer, add_space_prefix too, unless the file says no.
     """
-    model = model_with(tmp_path / "x.gguf", lambda writer: sentencepiece(writer, **flags))
-    assert (model.config.bos_token_id, model.config.eos_token_ids) == (1, (2,))
-    special = ("bos_token_id", "eos_token_id", "unk_token_id")
-    assert [getattr(model.tokenizer, name) for name in special] == [1, 2, 0]
+    model = model_with(tmp_path / "x.gguf", vocabulary, size)
     save_hf(tmp_path / "out", model)
     for tokenizer in (model.tokenizer, stock(tmp_path / "out")):
-        found = tokenizer("abb")["input_ids"]
-        assert tokenizer.convert_ids_to_tokens(found) == tokens
-        assert tokenizer.decode(found, skip_special_tokens=True) == "abb"
-        plain = tokenizer("abb", add_special_tokens=False)["input_ids"]
-        assert plain == [i for i in found if i not in (1, 2)]
-
-
-@pytest.mark.parametrize(
-    ("pre", "flag", "starts"),
-    [
-        ("default", None, False),
-        ("llama-bpe", None, True),
-        ("llama-bpe", False, False),
-        ("default", True, True),
-    ],
-)
-def test_byte_level_files_start_texts_as_llama_cpp_does(
-    pre: str, flag: bool | None, starts: bool, tmp_path: Path
-) -> None:
-    """llama-vocab.cpp: add_bos is true for Llama 3's pre-tokenizer and some others, unless the file
-    says otherwise.
-    """
-    model = model_with(tmp_path / "x.gguf", lambda writer: byte_level(writer, pre, flag), 259)
-    save_hf(tmp_path / "out", model)
-    for tokenizer in (model.tokenizer, stock(tmp_path / "out")):
-        assert tokenizer("ab")["input_ids"] == [256] * starts + [97, 98]
+        assert tokenizer(text)["input_ids"] == ids
+        plain = tokenizer(text, add_special_tokens=False)["input_ids"]
+        assert plain == [i for i in ids if i not in (1, 2, 256)]
+        assert tokenizer.decode(ids, skip_special_tokens=True) == text
+    if size == len(PIECES):
+        assert (model.config.bos_token_id, model.config.eos_token_ids) == (1, (2,))
+        special = ("bos_token_id", "eos_token_id", "unk_token_id")
+        assert [getattr(model.tokenizer, name) for name in special] == [1, 2, 0]
 
 
 @pytest.mark.parametrize(
@@ -98,9 +83,6 @@ def model_with(path: Path, vocabulary: Any, size: int = len(PIECES)) -> Model:
 
 def stock(directory: Path) -> Any:
     return transformers.AutoTokenizer.from_pretrained(directory)
-
-
-# --- writing --------------------------------------------------------------------------------------
 
 
 def merging(name: str = "gpt-2", cut: str = "", normalizer: Any = None) -> Any:

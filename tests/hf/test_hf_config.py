@@ -77,9 +77,7 @@ def test_stop_tokens_come_from_generation_config() -> None:
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("model_type", "gemma"),
-        ("attention_bias", True),
-        ("mlp_bias", True),
+        *[("model_type", "gemma"), ("attention_bias", True), ("mlp_bias", True)],
         ("hidden_act", "gelu"),
         ("quantization_config", {"quant_method": "gptq"}),
         ("partial_rotary_factor", 0.5),

@@ -9,7 +9,6 @@ import stat
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import transformers
 from safetensors.numpy import load_file, save_file
@@ -140,24 +139,6 @@ def test_tokenizer_and_generation_config(bases: dict[str, Model], tmp_path: Path
         assert prompts[0] == prompts[1]
     gap = export_gap(model, tmp_path / "out", ["hello", "12 + 30 = 42"])
     assert gap["max_abs_dlogit"] == 0 and gap["top1_agreement"] == 1
-
-
-def test_config_is_read_alike_by_both_spellings(bases: dict[str, Model], tmp_path: Path) -> None:
-    """transformers 4 reads rope_theta and rope_scaling, 5 reads rope_parameters; widened heads
-    rotate at the base's frequencies.
-    """
-    save_hf(tmp_path / "out", fused_model(bases["llama3"], WIDENED["zflora-uniform"]))
-    written = json.loads((tmp_path / "out" / "config.json").read_text())
-    rope = {"rope_theta": written["rope_theta"], **written["rope_scaling"]}
-    assert written["rope_parameters"] == rope
-    assert written["torch_dtype"] == written["dtype"] == "float32"
-    assert written["hidden_size"] % written["num_attention_heads"] == 0
-    rotary, base = (
-        open_stock(Path(path)).model.rotary_emb.inv_freq.numpy()
-        for path in (tmp_path / "out", str(bases["llama3"].source))
-    )
-    np.testing.assert_allclose(rotary[: len(base)], base, rtol=3e-7)
-    assert (np.abs(rotary[len(base) :]) < 1e-29).all()
 
 
 @pytest.mark.parametrize(

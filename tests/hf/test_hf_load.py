@@ -84,9 +84,6 @@ def test_shards_layers_and_dtypes(saved: Path, sharded: Path, tmp_path: Path) ->
         np.testing.assert_array_equal(flat[name], exact[name].astype(jnp.bfloat16))
 
 
-# --- accounting -----------------------------------------------------------------------------------
-
-
 def edit_tensors(directory: Path, edit: Any) -> None:
     tensors = load_file(directory / "model.safetensors")
     edit(tensors)
@@ -139,9 +136,6 @@ def test_legacy_buffers_and_tied_heads(copy: Path, tmp_path: Path) -> None:
         load_model(tied)
 
 
-# --- sources and hostile files --------------------------------------------------------------------
-
-
 def test_wrong_sources_say_what_to_do(
     saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -170,22 +164,6 @@ def test_wrong_sources_say_what_to_do(
     for dtype in ("float16", "int8"):
         with pytest.raises(ConfigError, match="float32 or bfloat16"):
             load_model(saved, dtype)
-
-
-def test_pickled_weights_are_refused(copy: Path) -> None:
-    (copy / "model.safetensors").unlink()
-    with pytest.raises(CheckpointError, match=r"neither model\.safetensors.*pickled"):
-        load_model(copy)
-    (copy / "pytorch_model.bin").write_bytes(b"x")
-    with pytest.raises(CheckpointError, match=r"pytorch_model\.bin.*can run code"):
-        load_model(copy)
-
-
-def test_broken_json_is_named(copy: Path) -> None:
-    for text in ("{", "[1]", "[" * 100_000, "\xff"):
-        (copy / "config.json").write_text(text, encoding="latin-1")
-        with pytest.raises(CheckpointError, match=r"config\.json"):
-            load_model(copy)
 
 
 def test_hostile_index(sharded: Path, tmp_path: Path) -> None:
@@ -218,51 +196,67 @@ def test_hostile_index(sharded: Path, tmp_path: Path) -> None:
     shutil.copy(sharded / file, sharded / "model.safetensors")
     with pytest.raises(CheckpointError, match="holds both"):
         load_model(sharded)
-
-
-def test_the_same_tensor_in_two_shards(sharded: Path) -> None:
-    first, *_, last = sorted(sharded.glob("model-*.safetensors"))
-    save_file(load_file(first) | load_file(last), last)
+    (sharded / "model.safetensors").unlink()
+    save_file(load_file(sharded / file) | load_file(sharded / other), sharded / other)
     with pytest.raises(CheckpointError, match="stored twice"):
         load_model(sharded)
 
 
-def test_truncated_and_extended_safetensors(copy: Path) -> None:
-    """Cut at every 7th byte of the header and at its edges, or longer by a byte."""
-    file = copy / "model.safetensors"
-    good = file.read_bytes()
-    header = 8 + int.from_bytes(good[:8], "little")
-    edges = (7, 8, header - 1, header, header + 1, len(good) // 2, len(good) - 1)
-    for content in (good + b"x", *(good[:cut] for cut in (*range(0, header, 7), *edges))):
-        file.write_bytes(content)
-        with pytest.raises(CheckpointError, match=r"model\.safetensors"):
-            load_model(copy)
+def header(text: str, length: int | None = None) -> bytes:
+    """A safetensors file of 8 bytes of data behind a header, and the length that it announces."""
+    size = len(text) if length is None else length
+    return size.to_bytes(8, "little") + text.encode() + bytes(8)
 
 
-def test_hostile_safetensors_headers(copy: Path) -> None:
-    def entry(start: int, end: int, shape: list[int], dtype: str = "F32") -> dict[str, Any]:
-        return {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
+def entry(start: int, end: int, shape: list[int], dtype: str = "F32") -> dict[str, Any]:
+    return {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
 
+
+def headers() -> list[bytes]:
     one = json.dumps(entry(0, 8, [2]))
-    cases: list[tuple[str, int | None]] = [
-        ("{}", 2**63),
-        ("{}", 2**64 - 1),
-        ("{}", 100 * 2**20 + 1),
-        (json.dumps({"a": entry(0, 8, [2]), "b": entry(4, 8, [1])}), None),  # overlap
-        (json.dumps({"a": entry(0, 4, [1]), "b": entry(6, 8, [1], "F16")}), None),  # gap
-        (json.dumps({"a": entry(0, 8, [2**62, 2**62])}), None),  # product overflows
-        (json.dumps({"a": entry(0, 8, [3])}), None),
-        (json.dumps({"a": entry(8, 0, [2])}), None),
-        (json.dumps({"a": entry(0, 8, [2], "F1000")}), None),
-        (f'{{"{Q}": {one}, "{Q}": {one}}}', None),  # the same name twice
-        ("not json", None),
-    ]
-    for header, length in cases:
-        text = header.encode()
-        size = (len(text) if length is None else length).to_bytes(8, "little")
-        (copy / "model.safetensors").write_bytes(size + text + bytes(8))
-        with pytest.raises(CheckpointError):
+    tables = (
+        {"a": entry(0, 8, [2]), "b": entry(4, 8, [1])},  # overlap
+        {"a": entry(0, 4, [1]), "b": entry(6, 8, [1], "F16")},  # gap
+        {"a": entry(0, 8, [2**62, 2**62])},  # product overflows
+        {"a": entry(0, 8, [3])},
+        {"a": entry(8, 0, [2])},
+        {"a": entry(0, 8, [2], "F1000")},
+    )
+    twice = f'{{"{Q}": {one}, "{Q}": {one}}}'
+    lengths = (2**63, 2**64 - 1, 100 * 2**20 + 1)
+    found = [header("{}", length) for length in lengths]
+    return found + [header(json.dumps(t)) for t in tables] + [header(twice), header("not json")]
+
+
+def cuts(good: bytes) -> list[bytes]:
+    """Cut at every 7th byte of the header and at its edges, or longer by a byte."""
+    end = 8 + int.from_bytes(good[:8], "little")
+    edges = (7, 8, end - 1, end, end + 1, len(good) // 2, len(good) - 1)
+    return [good + b"x", *(good[:cut] for cut in (*range(0, end, 7), *edges))]
+
+
+@pytest.mark.parametrize(
+    ("file", "contents", "words"),
+    [
+        ("model.safetensors", lambda _: headers(), "copy"),
+        ("model.safetensors", cuts, r"model\.safetensors"),
+        ("config.json", lambda _: [b"{", b"[1]", b"[" * 100_000, b"\xff"], r"config\.json"),
+    ],
+    ids=["headers", "cut", "json"],
+)
+def test_damaged_files_are_named(copy: Path, file: str, contents: Any, words: str) -> None:
+    for content in contents((copy / file).read_bytes()):
+        (copy / file).write_bytes(content)
+        with pytest.raises(CheckpointError, match=words):
             load_model(copy)
+
+
+def test_pickled_weights_are_refused(copy: Path) -> None:
+    (copy / "model.safetensors").unlink()
+    (copy / "pytorch_model.bin").write_bytes(b"x")
+    words = r"neither model\.safetensors.*pytorch_model\.bin.*can run code"
+    with pytest.raises(CheckpointError, match=words):
+        load_model(copy)
 
 
 def test_absurd_configs_fail_before_memory_is_taken(copy: Path) -> None:

@@ -59,14 +59,7 @@ def edit(folder: Path, **changes: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "settings",
-    [
-        {},
-        {"targets": "attention"},
-        {"targets": "q|v"},
-        {"targets": "down"},
-        {"use_rslora": True},
-    ],
+    "settings", [{}, {"targets": "attention"}, {"targets": "q|v"}, {"use_rslora": True}]
 )
 def test_peft_computes_what_we_do(settings: Any, base: Model, tmp_path: Path) -> None:
     adapter = AdapterConfig("lora", rank=4, alpha=6.0, **settings)
@@ -161,21 +154,14 @@ NATIVE = r"names (lm_head|model\.embed_tokens), which native"
 @pytest.mark.parametrize(
     ("key", "value", "words"),
     [
-        *[
-            (key, value, key)
-            for key, value in {
-                "peft_type": "IA3",
-                "bias": "all",
-                "modules_to_save": ["lm_head"],
-                "fan_in_fan_out": True,
-                "init_lora_weights": "pissa_niter_4",
-                "target_modules": ["c_attn"],
-                "rank_pattern": {"^q_proj": 4},
-                "alpha_pattern": {"o_proj": 4},
-                "lora_bias": True,
-                "layer_replication": [[0, 1]],
-            }.items()
-        ],
+        *[("peft_type", "IA3", "peft_type"), ("bias", "all", "bias")],
+        ("modules_to_save", ["lm_head"], "modules_to_save"),
+        ("fan_in_fan_out", True, "fan_in_fan_out"),
+        ("init_lora_weights", "pissa_niter_4", "init_lora_weights"),
+        ("target_modules", ["c_attn"], "target_modules"),
+        ("rank_pattern", {"^q_proj": 4}, "rank_pattern"),
+        ("alpha_pattern", {"o_proj": 4}, "alpha_pattern"),
+        *[("lora_bias", True, "lora_bias"), ("layer_replication", [[0, 1]], "layer_replication")],
         ("r", 0, "r=0"),
         ("r", 3, r"lora_A.*\(2, 48\), expected \(3, 48\)"),
         ("target_modules", ["q_proj", "lm_head"], NATIVE),

@@ -10,9 +10,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 from support.checks import assert_logits_close, assert_trees_equal
 from support.exports import WIDENED, fused_model
 from support.grids import always
@@ -28,8 +29,8 @@ from zflora_jax.core.model import Model
 from zflora_jax.evaluation.export_gap import export_gap
 from zflora_jax.hf.load import load_model
 from zflora_jax.hf.save import save_hf
-from zflora_jax.hf.state_scale import FLOAT16_LEAST, choose_eps_z
-from zflora_jax.hf.stock import StockForm
+from zflora_jax.hf.shards import write_tensors
+from zflora_jax.hf.stock import FLOAT16_LEAST, choose_eps_z
 from zflora_jax.nn.llama import forward
 
 MERGED = {
@@ -142,36 +143,61 @@ def test_half_precision(dtype: str, bases: dict[str, Model], tmp_path: Path) -> 
         assert_trees_equal(load_model(tmp_path / "twice", "bfloat16").params, kept.params)
 
 
-def test_float16_refuses_values_beyond_its_range(bases: dict[str, Model], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("kernel", "value", "settings", "words"),
+    [
+        # Fits float16, but not once divided by eps_z = 2^-4.
+        ("attn/q", 5000.0, {"dtype": "float16"}, r"1\.self_attn\.q_proj.*range of float16"),
+        ("mlp/up", np.nan, {}, r"layers\.1\.mlp\.up_proj\.weight holds NaN"),
+        ("mlp/up", 1.0, {"dtype": "int8"}, "int8"),
+        (None, 1.0, {}, "packed"),
+    ],
+)
+def test_refusals_leave_nothing_behind(
+    kernel: str | None,
+    value: float,
+    settings: dict[str, str],
+    words: str,
+    bases: dict[str, Model],
+    tmp_path: Path,
+) -> None:
     fused = fused_model(bases["plain"], WIDENED["zflora-minimal"])
-    leaf = fused.params["layers"]["attn"]["q"]["kernel"]
-    # Fits float16, but not once divided by eps_z = 2^-4.
-    fused.params["layers"]["attn"]["q"]["kernel"] = leaf.at[1, 50].set(5000.0)
-    with pytest.raises(CheckpointError, match=r"layers\.1\.self_attn\.q_proj.*range of float16"):
-        save_hf(tmp_path / "out", fused, dtype="float16")
+    if kernel is None:
+        fused = pack_for_decode(fused)
+    else:
+        block, name = kernel.split("/")
+        leaf = fused.params["layers"][block][name]
+        leaf["kernel"] = leaf["kernel"].at[1, 50].set(value)
+    with pytest.raises((ConfigError, CheckpointError), match=words):
+        save_hf(tmp_path / "out", fused, **settings)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_refusals_leave_nothing_behind(bases: dict[str, Model], tmp_path: Path) -> None:
-    fused = fused_model(bases["plain"], WIDENED["zflora-minimal"])
-    with pytest.raises(ConfigError, match="packed"):
-        save_hf(tmp_path / "out", pack_for_decode(fused))
-    with pytest.raises(ConfigError, match="int8"):
-        save_hf(tmp_path / "out", fused, dtype="int8")
-    up = fused.params["layers"]["mlp"]["up"]
-    up["kernel"] = up["kernel"].at[0, 0, 0].set(np.nan)
-    with pytest.raises(CheckpointError, match=r"layers\.0\.mlp\.up_proj\.weight holds NaN"):
-        save_hf(tmp_path / "out", fused)
-    assert list(tmp_path.iterdir()) == []
+SHAPES = {"b.weight": (3, 5), "a": (4,), "layers.10": (2, 2), "layers.9": (1, 7)}
 
 
-def test_head_order_pairs_base_dims(bases: dict[str, Model]) -> None:
-    """HF rotates dim i with dim i + (k+e)/2: base pairs must be (i, i + k/2), adapter dims must
-    pair among themselves.
-    """
-    config = fused_model(bases["plain"], WIDENED["zflora-uniform"]).config
-    order, k, wide = StockForm(config, 1.0).head_order, config.rotary_dim, config.head_dim
-    assert sorted(order) == list(range(wide))
-    for i in range(wide // 2):
-        a, b = order[i], order[i + wide // 2]
-        assert (b == a + k // 2 and a < k // 2) if i < k // 2 else (a >= k and b >= k)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("metadata", [None, {"format": "pt"}])
+def test_the_bytes_are_those_of_safetensors(
+    dtype: str, metadata: dict[str, str] | None, tmp_path: Path
+) -> None:
+    draw, asked = np.random.default_rng(0), []
+    stored = ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype
+    tensors = {name: draw.standard_normal(shape).astype(stored) for name, shape in SHAPES.items()}
+    specs = {name: (shape, dtype) for name, shape in SHAPES.items()}
+
+    def tensor(name: str) -> np.ndarray:
+        asked.append(name)
+        return np.asfortranarray(tensors[name])  # as a transposed view is
+
+    write_tensors(tmp_path / "ours", specs, tensor, metadata)
+    save_file(tensors, tmp_path / "theirs", metadata=metadata)
+    assert (tmp_path / "ours").read_bytes() == (tmp_path / "theirs").read_bytes()
+    write_tensors(None, specs, tensor, metadata)  # another process writes
+    assert asked == 2 * sorted(SHAPES)
+
+
+@pytest.mark.parametrize("wrong", [np.zeros((4, 1), np.float32), np.zeros(4, np.float16)])
+def test_a_tensor_of_another_shape_or_dtype_is_refused(wrong: np.ndarray, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"a is .* announced: \(4,\) float32"):
+        write_tensors(tmp_path / "file", {"a": ((4,), "float32")}, lambda _: wrong)

@@ -1,8 +1,11 @@
-"""eps_z: chosen from the weights or by the user; its effect on float32 logits and on int8."""
+"""eps_z, which stock form needs because a joint norm sees the state: chosen from the weights or by
+the user; its effect on float32 logits and on int8.
+"""
 
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +19,7 @@ from support.exports import perturbed_adapters
 from support.models import tiny_model
 
 from zflora_jax.adapters.fuse import fuse, unfuse
+from zflora_jax.adapters.init import init_adapters
 from zflora_jax.core import trees
 from zflora_jax.core.adapter_config import METHODS, AdapterConfig
 from zflora_jax.core.fields import ConfigError
@@ -24,7 +28,7 @@ from zflora_jax.evaluation.export_gap import export_gap
 from zflora_jax.hf.load import load_model
 from zflora_jax.hf.restore import load_stock
 from zflora_jax.hf.save import save_hf
-from zflora_jax.hf.state_scale import CHOICES, choose_eps_z, state_share
+from zflora_jax.hf.stock import CHOICES, choose_eps_z, state_share
 from zflora_jax.nn.llama import forward
 
 pytestmark = pytest.mark.filterwarnings("ignore:head_dim")
@@ -111,16 +115,17 @@ def test_a_named_scale_is_written_and_read_back(eps: float, tmp_path: Path) -> N
     assert (gap["max_abs_dlogit"] > TOLERANCE * gap["logit_scale"]) == (eps > 2**-7)
 
 
-@pytest.mark.parametrize("eps", [0.1, 2.0, 2.0**-11, 0.0, -0.5, float("nan")])
-def test_other_scales_are_refused(eps: float, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"power of two from 2\^-10.*int8"):
-        save_hf(tmp_path / "out", trained_like(), eps_z=eps)
+def test_other_scales_are_refused(tmp_path: Path) -> None:
+    fused = trained_like()
+    for eps in (0.1, 2.0, 2.0**-11, 0.0, -0.5, float("nan")):
+        with pytest.raises(ConfigError, match=r"power of two from 2\^-10.*int8"):
+            save_hf(tmp_path / "out", fused, eps_z=eps)
+    with pytest.raises(ConfigError, match="this model has none"):
+        save_hf(tmp_path / "out", tiny_model(), eps_z=0.0625)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_model_without_a_state_takes_no_scale(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="this model has none"):
-        save_hf(tmp_path / "out", tiny_model(), eps_z=0.0625)
+def test_a_model_without_a_state_has_no_scale(tmp_path: Path) -> None:
     report = save_hf(tmp_path / "out", tiny_model())
     assert "eps_z" not in report and saved_eps(tmp_path / "out") == 1
     assert report["widths"] == "hidden 64, heads 4 x 16, MLP 96"
@@ -154,3 +159,36 @@ def test_int8_by_channel_of_the_bfloat16_choice_is_as_good_as_of_the_base(tmp_pa
     }
     assert chosen >= 0.0625 and 0 < found[chosen] < 2 * ours and found[0.0625] < 2 * ours
     assert found[2.0**-10] > 20 * ours, (ours, chosen, found)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_joint_norm_changes_the_model_at_step_0(tied: bool) -> None:
+    """At step 0 the state is written and not yet read. Our norm leaves the base's function as it
+    is; counting the state in the mean square would not.
+    """
+    model = tiny_model(num_layers=3, tie_word_embeddings=tied)
+    want = logits(model)
+    fused = fuse(model, MINIMAL, init_adapters(jax.random.key(0), model, MINIMAL))
+    d, wide = fused.config.norm_dim, fused.config.hidden_size
+    share, state = d / wide, wide - d
+    tables = {"embed/embedding": ((0, 0), (0, state)), "lm_head/kernel": ((0, state), (0, 0))}
+
+    def error(model: Model) -> float:
+        return float(np.abs(logits(model) - want).max() / np.abs(want).max())
+
+    def widened(name: str, x: jax.Array) -> jax.Array:
+        """The leaf of an ordinary model of this width, with its gains as stock form has them."""
+        if name.endswith("scale"):
+            return x * math.sqrt(share)
+        return jnp.pad(x, tables[name]) if name in tables else x
+
+    def silent(name: str, x: jax.Array) -> jax.Array:
+        written = name.endswith(("o/kernel", "down/kernel"))
+        return x.at[..., d:].set(0) if written else x
+
+    joint = trees.map_with_names(widened, fused.params)
+    eps = fused.config.rms_norm_eps * share
+    config = fused.config.replace(base_hidden_size=None, rms_norm_eps=eps)
+    assert error(fused) <= TOLERANCE
+    assert error(Model(config, joint)) > 0.01
+    assert error(Model(config, trees.map_with_names(silent, joint))) <= TOLERANCE

@@ -14,7 +14,7 @@ from support.grids import always
 
 from zflora_jax.core.fields import ConfigError
 from zflora_jax.core.quantize_config import QuantizeConfig, Stored, quantize_config
-from zflora_jax.hf.gguf.types import KEPT, from_blocks, to_blocks
+from zflora_jax.hf.gguf.file import KEPT, from_blocks, to_blocks
 from zflora_jax.ops import quantized_linear as products
 from zflora_jax.ops.quantized import (
     KINDS,

@@ -20,7 +20,7 @@ from zflora_jax.core import trees
 from zflora_jax.core.fields import to_dict
 from zflora_jax.core.run_config import QuantizeConfig, RunConfig
 from zflora_jax.experiments.info import describe
-from zflora_jax.hf.card import model_card
+from zflora_jax.hf.save import model_card
 from zflora_jax.nn.quantize_model import dequantize_model
 
 pytestmark = pytest.mark.filterwarnings("ignore:head_dim 32")  # a group that is not full

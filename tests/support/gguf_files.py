@@ -12,8 +12,8 @@ from support.byte_tokenizer import byte_tokenizer
 from support.models import tiny_model
 from zflora_jax import load_model
 from zflora_jax.core.model import Model
-from zflora_jax.hf.gguf.form import gguf_form
-from zflora_jax.hf.gguf.names import tensor_module
+from zflora_jax.hf.gguf.file import tensor_module
+from zflora_jax.hf.gguf.write import gguf_form
 
 PIECES = [
     "<unk>",

@@ -161,9 +161,8 @@ def write_gguf(
     out: str | Path, run: TrainedRun, *, quant: str | None, eps_z: float | None
 ) -> dict[str, Any]:
     """Writes the fused model as a GGUF file. The base of `run` cannot be used afterwards."""
-    from zflora_jax.hf.gguf.keep import require_blocks
-    from zflora_jax.hf.gguf.types import KEEP
-    from zflora_jax.hf.gguf.write import save_gguf
+    from zflora_jax.hf.gguf.file import KEEP
+    from zflora_jax.hf.gguf.write import require_blocks, save_gguf
 
     if quant == KEEP:
         method = run.config.adapter.method

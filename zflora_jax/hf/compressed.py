@@ -1,13 +1,11 @@
 """Exports with quantised kernels in the compressed-tensors format, for vLLM and transformers.
 
-Codes that the model has are copied. Floats are quantised as `ops.quantized.quantize` does it, the
-base's inputs separately from an adapter's.
-
-int4 has groups of inputs, so the rows that read an adapter's channels have their own. int8 has one
-scale for each output channel: the adapter's rows share it with the base's, whose codes stay as they
-are. An adapter's channel may be stored times any power of two if the rows that read it are divided
-by it; the power with the smallest error of these rows is chosen. The residual state has one power,
-eps_z; each adapter unit of the MLP and each adapter dim of the values has its own.
+The model's codes are copied; floats are quantised here, the base's inputs separately from an
+adapter's. int4 has groups of inputs, so an adapter's rows get groups of their own. int8 has one
+scale per output channel, which an adapter's rows share with the base's codes: an adapter's channel
+is therefore stored times the power of two that gives the rows reading it, divided by that power,
+the smallest error. The residual state has one power, eps_z; each adapter unit of the MLP and each
+adapter dim of the values has its own.
 """
 
 from __future__ import annotations
@@ -32,17 +30,16 @@ from zflora_jax.core.model import Model
 from zflora_jax.core.model_config import LlamaConfig
 from zflora_jax.core.quantize_config import QuantizeConfig
 from zflora_jax.hf.config import to_hf_config
-from zflora_jax.hf.keys import Slices, as_finite, hf_shapes, hf_table, members
-from zflora_jax.hf.quantized_leaves import quantized
+from zflora_jax.hf.keys import Slices, as_finite, hf_shapes, hf_table, members, quantized
 from zflora_jax.hf.shards import FLOATS, Shards, Spec
-from zflora_jax.hf.state_scale import CHOICES, state_share
 from zflora_jax.hf.stock import (
+    CHOICES,
     StockForm,
     Stored,
     module_of,
     native_leaf,
-    native_tensor,
     round_up,
+    state_share,
     stock_form,
 )
 from zflora_jax.nn.quantize_model import group_of
@@ -53,28 +50,20 @@ PACKED, PLAIN = "pack-quantized", "int-quantized"
 DTYPES = ("float32", "bfloat16")  # of unquantised tensors; vLLM casts scales to it too
 CODES = ("I8", "I32", "I64")  # safetensors' dtypes of codes, words and shapes
 MOST = 127  # the largest code of 8 bits that has a negative
-_WORD = 4  # codes of 8 bits in a word, which rows fill
+_WORD = 4  # codes of 8 bits in a word
 # Powers that a unit may be stored times; 1 first, so that rows of zeros leave it as it is.
 _UNITS = tuple(sorted((2.0**k for k in range(-10, 11)), key=lambda power: abs(np.log2(power))))
 
 
 @dataclass(frozen=True)
 class Quant:
-    """A way to store the layers' kernels.
+    """A way to store the layers' kernels."""
 
-    Attributes:
-      kind: Type of their codes, a key of `KINDS`.
-      text: Description for messages and help.
-      group: Inputs of a group; None: the type's default, or the groups of the model's codes.
-      format: compressed-tensors' name of the layout.
-      activations: Whether the consumer rounds activations to 8 bits, token by token.
-    """
-
-    kind: str
-    text: str
-    group: int | None = None
-    format: str = PACKED
-    activations: bool = False
+    kind: str  # type of their codes, a key of `KINDS`
+    text: str  # for messages and help
+    group: int | None = None  # inputs of a group; None: the type's default, or those of the codes
+    format: str = PACKED  # compressed-tensors' name of the layout
+    activations: bool = False  # whether the consumer rounds activations to 8 bits
 
     @property
     def bits(self) -> int:
@@ -99,8 +88,8 @@ QUANTS = {
 
 
 def check_quant(quant: str, dtype: str | None = None) -> Quant:
-    """Look up a quantisation; ConfigError if there is none of this name, or if it does not go with
-    the dtype of the unquantised tensors.
+    """Looks up a quantisation; ConfigError for an unknown name, or for a dtype of the unquantised
+    tensors that it does not go with.
     """
     require(
         quant in QUANTS,
@@ -115,28 +104,16 @@ def check_quant(quant: str, dtype: str | None = None) -> Quant:
     return QUANTS[quant]
 
 
-# --- the form of the model ------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class CompressedForm:
-    """The form of a model in a compressed-tensors directory.
-
-    Attributes:
-      quant: Quantisation of the kernels.
-      groups: Kernel -> inputs of a group, 0: all.
-      native: The model's config.
-      base: Its base's config.
-      stock: Stock form of the model with filled heads and MLP units.
-      units: Kernel that reads them ("o", "down") -> powers that an adapter's units are stored
-        times, for each layer [kv heads or 1, channels].
-    """
+    """The form of a model in a compressed-tensors directory."""
 
     quant: Quant
-    groups: dict[str, int]
-    native: LlamaConfig
-    base: LlamaConfig
-    stock: StockForm
+    groups: dict[str, int]  # kernel -> inputs of a group, 0: all
+    native: LlamaConfig  # the model's config
+    base: LlamaConfig  # its base's config
+    stock: StockForm  # with filled heads and MLP units
+    # "o" or "down" -> powers of the adapter's units that it reads, per layer [kv heads or 1, e]
     units: dict[str, list[np.ndarray]] = field(default_factory=dict)
 
     def report(self, quant: str) -> dict[str, Any]:
@@ -151,7 +128,7 @@ class CompressedForm:
 
 
 def compressed_form(model: Model, quant: str, dtype: str, eps_z: float | None) -> CompressedForm:
-    """The form of a model in such a directory; arguments and errors as for `compressed`."""
+    """The form of a model; arguments and errors as for `compressed`."""
     row, config = check_quant(quant, dtype), model.config
     require_format(config.family, "compressed", config.base_head_dim is not None)
     widened = model.adapter is not None and METHODS[model.adapter.method].widens
@@ -170,7 +147,7 @@ def compressed_form(model: Model, quant: str, dtype: str, eps_z: float | None) -
 
 
 def _groups(model: Model, quant: str, row: Quant, base: LlamaConfig) -> dict[str, int]:
-    """The group size of every kernel: that of its codes, or one that divides the base's inputs."""
+    """Each kernel's group size: that of its codes, or one that divides the base's inputs."""
     how = QuantizeConfig(row.kind, group=row.group)  # type: ignore[arg-type]
     found: dict[str, int] = {}
     for name, leaf in trees.flatten(model.params).items():
@@ -197,28 +174,21 @@ def _groups(model: Model, quant: str, row: Quant, base: LlamaConfig) -> dict[str
 
 @dataclass(frozen=True)
 class _Kernel:
-    """A kernel of one layer, the inputs of the base separate from an adapter's.
+    """A kernel of one layer, the base's inputs separate from an adapter's.
 
     R, N: the leading input and output axes (heads), else 1; w, e, o: the last axes.
-
-    Attributes:
-      codes: Codes of the base's rows, [R, w, N, o] int8, with the columns of an adapter's outputs.
-      scales: Their scales, [R or 1, groups, N, o] float32.
-      rows: An adapter's rows, [R, e, N, o] float32.
-      own: Codes and scales of these rows if they have their own groups (int4), else None.
-      outputs: Number of the base's outputs in o.
     """
 
-    codes: np.ndarray
-    scales: np.ndarray
-    rows: np.ndarray
-    own: tuple[np.ndarray, np.ndarray] | None
-    outputs: int
+    codes: np.ndarray  # [R, w, N, o] int8: the base's rows, with an adapter's outputs
+    scales: np.ndarray  # [R or 1, groups, N, o] float32
+    rows: np.ndarray  # an adapter's rows, [R, e, N, o] float32
+    own: tuple[np.ndarray, np.ndarray] | None  # their own codes and scales (int4)
+    outputs: int  # number of the base's outputs in o
 
     @property
     def shared(self) -> np.ndarray:
-        """[N, o]: whether the rows have to take the base's scale. Outputs without codes of the base
-        have none, and an adapter's outputs may be rounded again.
+        """[N, o]: whether the rows must take the base's scale: not where the base has no codes, nor
+        for an adapter's outputs, which may be rounded again.
         """
         used = np.max(np.abs(self.codes), axis=(0, 1), initial=0) > 0
         used[:, self.outputs :] = False
@@ -226,9 +196,7 @@ class _Kernel:
 
 
 def _kernel(form: CompressedForm, model: Model, name: str) -> _Kernel:
-    """Split a kernel, given by a name of `hf_table`; floats are quantised here. Processes that
-    share the model call this together.
-    """
+    """Splits a kernel of `hf_table`; floats are quantised. Processes call this together."""
     place = hf_table(form.native)[name]
     base = hf_table(form.base)[name].shape
     kernel, leaf, reads = module_of(place), native_leaf(model, place), place.in_axes or 1
@@ -267,10 +235,9 @@ def _kernel(form: CompressedForm, model: Model, name: str) -> _Kernel:
 def _shared_scales(form: CompressedForm, model: Model, eps_z: float | None) -> CompressedForm:
     """The form with the powers of units and, unless the user gave it, eps_z.
 
-    A few rows meet an output whose scale is small, and clipping those costs less than rounding all
-    others more coarsely: so a power is judged by the whole error of its rows. eps_z has the
-    smallest relative error of a layer's products: that of the rows times their inputs, plus the
-    state's part in what a norm divides by.
+    Clipping the few rows whose output has a small scale costs less than rounding all others more
+    coarsely, so a power is judged by the whole error of its rows. eps_z has the smallest relative
+    error of a layer's products: of the rows times their inputs, plus the state's part in the norms.
     """
     units: dict[str, list[np.ndarray]] = {}
     error, energy, counts = np.zeros(len(CHOICES)), 0.0, np.zeros(2)
@@ -301,12 +268,9 @@ def _shared_scales(form: CompressedForm, model: Model, eps_z: float | None) -> C
 
 
 def _error(rows: np.ndarray, scales: np.ndarray) -> np.ndarray:
-    """The squared errors [R, e] of rows [R, e, outputs] that are stored with these scales."""
+    """Squared errors [R, e] of rows [R, e, outputs] stored with these scales."""
     stored = np.clip(np.rint(rows / scales), -MOST, MOST) * scales
     return np.sum((stored - rows) ** 2, axis=-1)
-
-
-# --- tensors --------------------------------------------------------------------------------------
 
 
 def compressed(model: Model, quant: str, dtype: str, eps_z: float | None) -> Stored:
@@ -314,7 +278,7 @@ def compressed(model: Model, quant: str, dtype: str, eps_z: float | None) -> Sto
 
     Args:
       model: A base or fused model, not packed.
-      quant: Key of `QUANTS`. Without a group, int4 has the groups of the model's codes, else 64.
+      quant: Key of `QUANTS`; int4 without a group takes the groups of the model's codes, else 64.
       dtype: Data type of embedding, head, norms and biases.
       eps_z: Scale of the stored state; None: chosen from the weights.
 
@@ -351,7 +315,8 @@ def compressed(model: Model, quant: str, dtype: str, eps_z: float | None) -> Sto
 
     def tensor(name: str) -> np.ndarray:
         if name not in part_of:
-            return as_finite(_plain(form, model, name), np.dtype(dtype), name, "the model")
+            x = form.stock.tensor(model, name)
+            return as_finite(x, np.dtype(dtype), name, "the model")
         whole, part = part_of[name]
         codes, scales = kernel_of(whole)
         if part == "weight_shape":
@@ -367,14 +332,6 @@ def compressed(model: Model, quant: str, dtype: str, eps_z: float | None) -> Sto
     return Stored(form.stock, config, specs, tensor, form.report(quant), manifest)
 
 
-def _plain(form: CompressedForm, model: Model, name: str) -> np.ndarray:
-    """A tensor that is not quantised, in stock form, float32."""
-    place, x = native_tensor(model, name)
-    for axis, size in enumerate(hf_table(form.stock.native)[name].shape):
-        x = _filled(x, axis, size, 0)
-    return hf_table(form.stock.config)[name].to_hf(form.stock.forward(module_of(place), x))
-
-
 def _filled(part: np.ndarray, axis: int, size: int, value: int) -> np.ndarray:
     """`part` with an axis filled up to a size."""
     pads = [(0, 0)] * part.ndim
@@ -388,7 +345,12 @@ def _stock_kernel(form: CompressedForm, model: Model, name: str) -> tuple[np.nda
     kernel, layer = module_of(place), int(name.split(".")[2])
     parts = _kernel(form, model, name)
     codes, scales, native = parts.codes, parts.scales, form.native
-    powers = _units(form, kernel, layer, len(codes))  # that an adapter's inputs are stored times
+    powers = np.ones((1, 1, 1, 1), np.float32)  # that the adapter's inputs are stored times
+    if KERNELS[kernel][0] == "residual":
+        powers *= np.float32(form.stock.eps_z)
+    elif kernel in form.units:
+        found = form.units[kernel][layer]
+        powers = np.repeat(found, len(codes) // len(found), axis=0)[..., None, None]
     if parts.own is not None:
         codes = np.concatenate([codes, parts.own[0]], axis=1)
         scales = np.concatenate([scales, parts.own[1] / powers], axis=1)
@@ -418,18 +380,8 @@ def _stock_kernel(form: CompressedForm, model: Model, name: str) -> tuple[np.nda
     return flat(codes), flat(scales)
 
 
-def _units(form: CompressedForm, kernel: str, layer: int, heads: int) -> np.ndarray:
-    """The powers that an adapter's inputs of a kernel are stored times, as [R, e, 1, 1]."""
-    if KERNELS[kernel][0] == "residual":
-        return np.full((1, 1, 1, 1), form.stock.eps_z, np.float32)
-    if kernel not in form.units:
-        return np.ones((1, 1, 1, 1), np.float32)
-    found = form.units[kernel][layer]
-    return np.repeat(found, heads // len(found), axis=0)[..., None, None]
-
-
 def _rows_on_base_scales(parts: _Kernel, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Codes and scales if an adapter's `rows`, as stored, share the scales of the base's."""
+    """Codes and scales where an adapter's `rows`, as stored, share the base's scales."""
     codes, scales = parts.codes, parts.scales
     need = np.abs(rows).max(axis=(0, 1)) / MOST
     wider = ~parts.shared & (need > scales[0, 0])
@@ -443,7 +395,7 @@ def _rows_on_base_scales(parts: _Kernel, rows: np.ndarray) -> tuple[np.ndarray, 
 
 def pack(codes: np.ndarray, bits: int) -> np.ndarray:
     """Codes [out, in] int8 as words [out, in * bits / 32] int32: the first code in the lowest bits,
-    counted from the lowest code; zeros behind the last code of a row.
+    counted from the lowest code; rows end with zeros.
     """
     each = 32 // bits
     counted = (codes.astype(np.int16) + (1 << (bits - 1))).astype(np.uint32)
@@ -495,7 +447,7 @@ def _quantization_config(form: CompressedForm) -> dict[str, Any]:
 
 
 class CompressedShards(Shards):
-    """The tensors of an export with quantised kernels, as floats under the names of a float one."""
+    """Tensors of an export with quantised kernels, as floats under their names without `quant`."""
 
     def __init__(self, directory: Path, quant: str) -> None:
         super().__init__(directory, dtypes=(*FLOATS, *CODES))
@@ -515,7 +467,7 @@ class CompressedShards(Shards):
             self.shapes[stem + "weight"] = shape
 
     def read(self, name: str, slices: Slices | None = None) -> np.ndarray:
-        """Read a tensor, or a block of it: for a quantised one code times scale, float32."""
+        """Reads a tensor, or a block of it; a quantised one as code times scale, float32."""
         stem = name.removesuffix("weight")
         if stem not in self._stems:
             return super().read(name, slices)

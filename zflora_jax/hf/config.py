@@ -34,22 +34,18 @@ _SIZES = {
 def from_hf_config(
     hf: Mapping[str, Any], generation: Mapping[str, Any] | None = None, *, rope: bool = True
 ) -> LlamaConfig:
-    """Read a config.json. Keys that do not change the forward pass are ignored.
+    """Reads a config.json. Keys that do not change the forward pass are ignored.
 
     Args:
       hf: Object in config.json.
-      generation: Object in generation_config.json; its stop tokens win, as in transformers'
-        generate.
-      rope: Whether the RoPE settings are read. False for exports of this project, which keep them
-        in zflora.json.
+      generation: Object in generation_config.json; its stop tokens win, as in transformers.
+      rope: Whether to read the RoPE settings, which this project's exports keep in zflora.json.
 
     Returns:
       The config; for missing keys, the default of the family's config in transformers.
 
     Raises:
-      ConfigError: The forward pass has no code for a feature (other biases, activations and RoPE
-        types, windows in some layers only, quantised weights, custom modelling code, ...), which
-        is named.
+      ConfigError: Names a feature without code in the forward pass.
     """
     _refuse(hf)
     hf = {**FAMILIES[hf["model_type"]].defaults, **hf}
@@ -184,7 +180,7 @@ def _tokens(
 
 def _rope(hf: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
     """(theta, scaling). A non-empty rope_scaling wins over rope_parameters, and a missing theta is
-    read from the top level of config.json.
+    read from the top level.
     """
     rope = hf.get("rope_scaling") or hf.get("rope_parameters") or {}
     require(isinstance(rope, Mapping), f"config.json: rope_scaling={rope!r}: expected a table.")

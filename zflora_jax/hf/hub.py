@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import re
 from collections.abc import Sequence
@@ -9,9 +10,9 @@ from pathlib import Path
 
 from zflora_jax.core.errors import CheckpointError
 from zflora_jax.core.fields import first_line, nearest
+from zflora_jax.core.model import Model
 from zflora_jax.core.presets import PRESETS
-from zflora_jax.hf.bucket import MODEL_FILES, OTHER_FILES
-from zflora_jax.hf.directory import local_copy
+from zflora_jax.hf.directory import MODEL_FILES, OTHER_FILES, local_copy
 
 # Where the weights of presets are published. Meta's are gated: they need a licence and a token.
 HUB_IDS = {
@@ -35,7 +36,7 @@ _ID = r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?"
 
 
 def packaged(source: str) -> Path | None:
-    """The .gguf file of a preset in an installed package, whose code is not run. None where the
+    """The .gguf file of a preset in an installed package, whose code is not run; None where the
     name is of a file or directory here.
     """
     package = None if Path(source).expanduser().exists() else PACKAGED.get(source)
@@ -55,7 +56,7 @@ def not_here(source: str) -> str:
 
 
 def model_files(hub_id: str, files: Sequence[str] = MODEL_FILES, hint: str = "") -> Path:
-    """`fetched`, for a repository that must hold a model's config.json."""
+    """`fetched`, for a repository that must hold a config.json."""
     copy = fetched(hub_id, files, hint)
     if not (copy / "config.json").is_file():
         raise CheckpointError(
@@ -67,9 +68,8 @@ def model_files(hub_id: str, files: Sequence[str] = MODEL_FILES, hint: str = "")
 
 
 def fetched(hub_id: str, files: Sequence[str], hint: str = "") -> Path:
-    """The local copy of a hub repository, "org/name" or "org/name@revision" (a branch, tag or
-    commit), with the files that match the patterns; CheckpointError, which ends in `hint`, if it
-    fails.
+    """The local copy of a hub repository, "org/name" or "org/name@revision", with the files that
+    match the patterns; CheckpointError, which ends in `hint`, if it fails.
     """
     name, _, revision = hub_id.partition("@")
     try:
@@ -93,15 +93,9 @@ def fetched(hub_id: str, files: Sequence[str], hint: str = "") -> Path:
 
 
 def locate(source: str, *, weights: bool = True) -> tuple[Path, str]:
-    """Find the files of a model, given as for `load.load_model`; a hub id is downloaded.
-
-    Args:
-      source: Name or path of the model.
-      weights: Whether the tensors of a model in a bucket are copied, see `bucket.download`.
-
-    Returns:
-      (The directory or file with the weights, the name to record as the model's source);
-      CheckpointError if there is no such model.
+    """Finds a model, given as for `load_model`: (its directory or file, its name as a source). A
+    hub id is downloaded; of a bucket, the tensors if `weights` is set. CheckpointError if there is
+    none.
     """
     path = local_copy(source, weights=weights)
     if path.exists():
@@ -123,3 +117,23 @@ def locate(source: str, *, weights: bool = True) -> tuple[Path, str]:
         f"no model at {source!r}: it is no directory, no file, no hub id ('org/name' or"
         f" 'org/name@revision') and no preset; {nearest(source, PRESETS)}."
     )
+
+
+def project_version() -> str:
+    """The version of this project, as exports record it."""
+    try:
+        return importlib.metadata.version("zflora-jax")
+    except importlib.metadata.PackageNotFoundError:  # run from a checkout that is not installed
+        return "0.0.0+source"
+
+
+def base_name(model: Model) -> str | None:
+    """The base's name for others: its hub id, with "@revision" where one was given, else the last
+    part of its path; None where it is not known.
+    """
+    if model.base is not None:
+        return model.base or None
+    source = model.source
+    if source is None or source in HUB_IDS:
+        return HUB_IDS.get(source or "")
+    return source if is_hub_id(source) else Path(source).name

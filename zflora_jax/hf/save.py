@@ -19,16 +19,15 @@ from zflora_jax.core.errors import CheckpointError
 from zflora_jax.core.fields import require, to_dict
 from zflora_jax.core.model import Model
 from zflora_jax.core.model_config import LlamaConfig
-from zflora_jax.hf.card import base_name, model_card, project_version
 from zflora_jax.hf.compressed import compressed
 from zflora_jax.hf.directory import export_target, whole_directory
-from zflora_jax.hf.hub import locate
+from zflora_jax.hf.hub import base_name, locate, packaged, project_version
 from zflora_jax.hf.keys import as_finite, hf_table
 from zflora_jax.hf.restore import FORMAT, MANIFEST, SIDE_FILE, SIDE_FOLDER, VERSION, read_manifest
 from zflora_jax.hf.shards import INDEX, SINGLE, tensor_bytes, write_tensors
 from zflora_jax.hf.stock import StockForm, Stored, module_of, native_tensor, to_stock
 from zflora_jax.hf.tokenizer import write_generation_config, write_tokenizer_files
-from zflora_jax.nn.quantize_model import is_quantized
+from zflora_jax.nn.quantize_model import is_quantized, stored_text
 from zflora_jax.ops.quantized import QuantizedArray
 from zflora_jax.parallel.distributed import from_process_0, on_main
 from zflora_jax.reporting.files import write_json
@@ -47,21 +46,21 @@ def save_hf(
     eps_z: float | None = None,
     quant: str | None = None,
 ) -> dict[str, Any]:
-    """Write a base or fused model as a directory of its family's stock class (LlamaForCausalLM,
-    Qwen3ForCausalLM, ...; transformers 4.57 and 5, vLLM).
+    """Writes a base or fused model as a directory of its family's stock class (LlamaForCausalLM,
+    ...; transformers 4.57 and 5, vLLM).
 
-    The directory appears whole or not at all. An existing one is replaced only if it is an export
-    of this project with nothing added; any other is refused. Processes that share the model call
-    this together: they gather one tensor of one layer at a time, and process 0 writes it.
+    The directory appears whole or not at all, and replaces only an export of this project with
+    nothing added. Processes that share the model call this together: they gather one tensor of one
+    layer at a time, and process 0 writes it.
 
     Args:
       path: The directory to write, or its URL (s3://, gs://).
       model: A model that is not packed; its layers may be stacked or not.
       dtype: Data type of the stored tensors, "float32", "bfloat16" or "float16"; None: the
         parameters' own. Arithmetic is in float32, cast once.
-      base_fingerprint: `trees.fingerprint` of the base's parameters, for zflora.json. For methods
-        that widen it is computed from the model; for lora, ffa and full it must be given. For a
-        quantised base exported as floats it is recorded as codes_fingerprint.
+      base_fingerprint: `trees.fingerprint` of the base's parameters, for zflora.json: computed for
+        methods that widen, to be given for lora, ffa and full. For a quantised base exported as
+        floats it is recorded as codes_fingerprint.
       max_shard_bytes: Size limit of a file, in bytes.
       card: Figures for README.md and zflora.json, such as {"accuracy after": 0.71}.
       eps_z: Scale of the stored residual state, a power of two from 2^-10 to 1. None: the largest
@@ -75,8 +74,7 @@ def save_hf(
       where there is a state; with `quant` also "quant" and its groups.
 
     Raises:
-      ConfigError: The model is packed, its family cannot be stored so, or dtype, eps_z or quant
-        cannot be used.
+      ConfigError: The model is packed, its family cannot be stored so, or a setting cannot be used.
       CheckpointError: A value is not finite in `dtype`, or the directory must not be replaced.
     """
     target = export_target(path)
@@ -106,7 +104,7 @@ def _finish(
     report: Mapping[str, Any],
     manifest: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Write all files but the tensors', the manifest last. Returns its list of files, and their
+    """Writes all files but the tensors', the manifest last; returns its list of files, and their
     bytes.
     """
     assert folder is not None  # in process 0
@@ -143,7 +141,7 @@ def _own_files(directory: Path) -> set[str] | None:
 
 
 def _write_shards(folder: Path | None, stored: Stored, limit: int) -> None:
-    """Write model.safetensors, or shards with an index; nothing where `folder` is None."""
+    """Writes model.safetensors, or shards with an index; nothing where `folder` is None."""
     specs, total, room = stored.specs, 0, 0
     shards: list[list[str]] = []
     for name, spec in specs.items():
@@ -165,8 +163,8 @@ def _write_shards(folder: Path | None, stored: Stored, limit: int) -> None:
 
 
 def _write_side_file(folder: Path | None, model: Model, form: StockForm, dtype: str) -> None:
-    """Store the native floats that stock form rounds, so that `load_model` restores them bit for
-    bit: norm gains, and where heads are widened q and its bias, or k's norm.
+    """Stores the native floats that stock form rounds, for `load_model`: norm gains, and where
+    heads are widened q and its bias, or k's norm.
     """
     table = hf_table(model.config).items()
     specs = {n: (place.hf_shape, dtype) for n, place in table if form.restored(module_of(place))}
@@ -192,7 +190,7 @@ def _base_of(model: Model) -> LlamaConfig | None:
 
 
 def _base_fingerprint(model: Model) -> str | None:
-    """The base's, in the corner of wide leaves. Processes that share the model call this."""
+    """The base's, in the corner of wide leaves. Processes call this together."""
     base = _base_of(model)
     if base is None:
         return None
@@ -228,3 +226,96 @@ def _manifest(
         "eps_z": form.eps_z,
         **stored.manifest,
     }
+
+
+# --- README.md ------------------------------------------------------------------------------------
+
+
+_CARD = """\
+---
+library_name: transformers
+pipeline_tag: text-generation
+tags: [zflora]
+{hub}---
+
+# {title}
+
+{description}
+
+| | |
+|---|---|
+{table}
+
+{needs}```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+model = AutoModelForCausalLM.from_pretrained("<this directory>")
+tokenizer = AutoTokenizer.from_pretrained("<this directory>")
+```
+
+With vLLM: `vllm serve <this directory>`.
+
+These weights derive from the base model; its licence and terms apply to them.
+"""
+
+
+def model_card(model: Model, report: Mapping[str, Any], rows: Mapping[str, Any]) -> str:
+    """The README.md of an export. report: That of the export. rows: More rows of the table, such as
+    {"accuracy after": 0.71}.
+    """
+    base, adapter, file = base_name(model), model.adapter, packaged(model.source or "")
+    title, adapted, c = base or model.config.traits.title, dict[str, Any](), model.config
+    if adapter:
+        settings = to_dict(adapter).items()
+        adapted = {f"adapter.{key}": value for key, value in settings if value is not None}
+        widths = f"{c.hidden_size}, {c.head_dim}, {c.intermediate_size}"
+        adapted["widths: residual, head, MLP"] = widths
+    origin = f", as the blocks of {file.name} store it" if file else ""
+    table = {
+        "base": f"{base or 'not recorded'}{origin}",
+        "parameters": f"{report['parameters']:,}",
+        "dtype": report["dtype"],
+        **({"kernels": report["quant"]} if "quant" in report else {}),
+        **adapted,
+        **{k: f"{v:.4g}" if isinstance(v, float) else v for k, v in rows.items()},
+    }
+    needs = "The kernels are codes in the compressed-tensors format:"
+    needs += " `pip install compressed-tensors`.\n\n"
+    bars = {key: str(value).replace("|", "\\|") for key, value in table.items()}
+    return _CARD.format(
+        hub=f"base_model: {base.partition('@')[0]}\n" if base and "/" in base else "",
+        title=f"{title}, {adapter.method} adapter fused in" if adapter else title,
+        description=_description(model, report),
+        table="\n".join(f"| {key} | {value} |" for key, value in bars.items()),
+        needs=needs if "quant" in report else "",
+    )
+
+
+def _description(model: Model, report: Mapping[str, Any]) -> str:
+    family, quantised = model.config.traits, "quant" in report
+    if model.adapter is None:
+        change = "with quantised kernels" if quantised else "unchanged but for its dtype"
+        return f"A {family.title} saved by zflora_jax, {change}."
+    method = model.adapter.method
+    row, stock = METHODS[method], f"a stock {family.architecture}"
+    if row.widens:
+        text = (
+            f"A {family.title} fine-tuned with a {method} adapter by zflora_jax. The adapter is"
+            f" fused: it lives in extra channels\nof the ordinary kernels, so this is {stock} with"
+            " slightly wider layers and needs no custom code."
+        )
+    else:
+        text = (
+            f"A {family.title} fine-tuned by zflora_jax (method {method}), merged into the base"
+            f" kernels: {stock} of the base's shape."
+        )
+    if row.widens and not quantised:
+        base = "the base model bit for bit"
+        if is_quantized(model):
+            base = f"the base in {report['dtype']}, as its codes ({stored_text(model)}) define it"
+        text += (
+            "\nzflora_jax can take the adapter out again (`load_model`, then `unfuse`), which gives"
+            f" back {base}."
+        )
+    if row.source:
+        text += f"\nThe method is a reconstruction of {row.source}, not the paper's own code."
+    return text

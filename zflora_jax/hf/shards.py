@@ -30,12 +30,11 @@ _NAMES = {
     **{"float32": "F32", "bfloat16": "BF16", "float16": "F16"},
     **{"int8": "I8", "int32": "I32", "int64": "I64"},
 }
-Spec = tuple[tuple[int, ...], str]
-"""Shape and dtype of a tensor."""
+Spec = tuple[tuple[int, ...], str]  # shape and dtype of a tensor
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object; CheckpointError that names the file where it cannot be read."""
+    """Reads a JSON object; CheckpointError that names the file where it cannot be read."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -76,15 +75,10 @@ def inside(directory: Path, name: str) -> Path:
 
 
 class Shards:
-    """The tensors of a model directory, read by name.
+    """The tensors of a model directory, read by name; `shapes` lists all but the ignored buffers.
 
-    Attributes:
-      directory: The directory.
-      shapes: Name -> shape of every tensor but the ignored buffers.
-
-    Raises:
-      CheckpointError: A header is broken, weights are pickled, an index disagrees with its shards,
-        a tensor is stored twice, or its dtype is not one of `dtypes`.
+    CheckpointError if a header is broken, weights are pickled, an index disagrees with its shards,
+    a tensor is stored twice, or its dtype is not one of `dtypes`.
     """
 
     def __init__(
@@ -93,13 +87,22 @@ class Shards:
         files: list[str] | None = None,
         dtypes: tuple[str, ...] = FLOATS,
     ) -> None:
+        import ml_dtypes  # noqa: F401 (teaches numpy bfloat16)
+        from safetensors import safe_open
+
         self.directory = directory
         weight_map = _weight_map(directory) if files is None else None
         self._files: dict[str, tuple[Path, Any]] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
         for file in sorted(set(weight_map.values())) if weight_map else files or [SINGLE]:
             path = inside(directory, file)
-            handle = _open(path)
+            try:
+                handle = safe_open(path, framework="np", backend="pread")
+            except Exception as error:
+                raise CheckpointError(
+                    f"{path} is not a readable safetensors file ({error}); it is truncated or"
+                    " damaged. Download or export it again."
+                ) from error
             for name in handle.keys():  # noqa: SIM118 (a safe_open handle is no mapping)
                 if name in self._files:
                     raise CheckpointError(
@@ -127,9 +130,7 @@ class Shards:
             )
 
     def read(self, name: str, slices: Slices | None = None) -> np.ndarray:
-        """Copy a tensor, or only a block of it, out of the file, in its stored dtype (bfloat16 of
-        ml_dtypes).
-        """
+        """Copies a tensor, or only a block of it, out of the file, in its stored dtype."""
         path, handle = self._files[name]
         try:
             return handle.get_tensor(name) if slices is None else handle.get_slice(name)[slices]
@@ -163,19 +164,6 @@ def _weight_map(directory: Path) -> dict[str, str] | None:
     return dict(found)
 
 
-def _open(path: Path) -> Any:
-    import ml_dtypes  # noqa: F401 (teaches numpy bfloat16)
-    from safetensors import safe_open
-
-    try:
-        return safe_open(path, framework="np", backend="pread")
-    except Exception as error:
-        raise CheckpointError(
-            f"{path} is not a readable safetensors file ({error}); it is truncated or damaged."
-            " Download or export it again."
-        ) from error
-
-
 def checked_table(shards: Shards, config: LlamaConfig) -> Mapping[str, Place]:
     """The table of a config's tensors; CheckpointError unless the directory holds exactly these. A
     tied model's file may repeat the embedding as lm_head.
@@ -205,8 +193,8 @@ def _equal(shards: Shards, one: str, other: str) -> bool:
 def read_block(
     shards: Shards, name: str, place: Place, block: Slices, dtype: Any = np.float32
 ) -> np.ndarray:
-    """Read a block, given by native slices, of the rows of a place, in native layout;
-    CheckpointError with the place's `name` where a value is not finite.
+    """Reads a block, given by native slices, in native layout; CheckpointError with the place's
+    `name` where a value is not finite.
     """
     x = shards.read(place.tensor, place.hf_slices(block))
     return place.to_native(as_finite(x, dtype, name, str(shards.directory)), slices_shape(block))
@@ -218,14 +206,11 @@ def write_tensors(
     tensor: Callable[[str], np.ndarray],
     metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """Write a safetensors file tensor by tensor, so that only one of them is in memory; the bytes
+    """Writes a safetensors file tensor by tensor, so that only one of them is in memory; the bytes
     are those of `safetensors.numpy.save_file` but for the order of several dtypes.
 
-    Args:
-      path: The file; None where another process writes it: all help to gather the tensors.
-      specs: Name -> (shape, dtype) of each tensor of the file.
-      tensor: Name -> tensor; called once for each, in the order of their names.
-      metadata: Texts for the header.
+    path: The file; None where another process writes it, and this one helps to gather the tensors.
+    tensor: Name -> tensor; called once for each, in the order of their names.
     """
     names, at = sorted(specs), 0
     if path is None:

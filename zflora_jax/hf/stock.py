@@ -5,7 +5,7 @@ divides scores by sqrt(k). Stock classes do all three over the full width. Stock
 function by changing weights and settings only:
 
 - residual d+r: padded with zero channels to a width D that the heads divide; the adapter state
-  stored times eps_z (see `state_scale`), so that it hardly counts in the mean square; norm gains
+  stored times eps_z (see `choose_eps_z`), so that it hardly counts in the mean square; norm gains
   times sqrt(d/D), rms_norm_eps times d/D.
 - heads k+e: base dims moved to the places that RoPE pairs up, [0, k/2) and [(k+e)/2, (k+e)/2 +
   k/2), in q and k alike; q times sqrt((k+e)/k); the wanted frequencies written as `longrope`
@@ -27,18 +27,17 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from zflora_jax.core import trees
 from zflora_jax.core.architecture import QK_NORMS, count_base
 from zflora_jax.core.families import require_format
-from zflora_jax.core.fields import ConfigError
+from zflora_jax.core.fields import ConfigError, require
 from zflora_jax.core.model import Model
 from zflora_jax.core.model_config import LlamaConfig
 from zflora_jax.hf.config import to_hf_config
 from zflora_jax.hf.keys import Place, Slices, as_finite, hf_shapes, hf_table, members
-from zflora_jax.hf.rope import NO_ROTATION, longrope_powers
-from zflora_jax.hf.state_scale import check_eps_z, choose_eps_z, scales_state
 from zflora_jax.ops.quantized import float_values
 from zflora_jax.ops.rope import paired_order, rope_frequencies
 
@@ -48,26 +47,41 @@ _NORMS = ("attn_norm", "mlp_norm", "final_norm")
 _ROTATED = ("q", "k", "q_bias", "k_bias", *QK_NORMS)  # leaves with the order of heads' dims
 TABLES = ("embed", "lm_head")  # as wide as the base; stock form pads them with zeros
 
+CHOICES = tuple(2.0**-k for k in range(11))  # 1, 1/2, ... 2^-10
+# Rows that read the state are divided by eps_z; below this they leave the range of float16.
+FLOAT16_LEAST = 2.0**-4
+
+# The relative error of the logits that eps_z may cause: for float32, the rounding error of a whole
+# model's logits (SmolLM2-135M: 1.8e-6 of the largest); else half a unit in the last place.
+_ERROR = {"float32": 2.0**-19, "bfloat16": 2.0**-9, "float16": 2.0**-12}
+# The effect may exceed the estimate: 1.4 times in SmolLM2-135M, up to 3 in random models.
+_SAFETY = 4.0
+
+# Divides an inverse frequency to zero and stays finite in float32 when multiplied by any theta
+NO_ROTATION = 1e30
+
+
+def longrope_powers(config: LlamaConfig) -> np.ndarray:
+    """theta^(2i/head_dim) [head_dim/2], computed in float32 as transformers does, as float64; its
+    inverse frequencies are 1 / (factor * power).
+    """
+    exponents = np.arange(0, config.head_dim, 2, dtype=np.float32) / np.float32(config.head_dim)
+    return (np.float32(config.rope_theta) ** exponents).astype(np.float64)
+
 
 @dataclass(frozen=True)
 class StockForm:
     """The stock form of a native model.
 
     `module` in the methods is the result of `module_of`: "q", "embed", ...
-
-    Attributes:
-      native: Native config.
-      eps_z: Scale of the stored residual state and of the adapter dims of normed heads, a power of
-        two.
-      multiple: Divisor of the stored hidden size. None: the number of heads, as transformers 5
-        refuses a size that the heads do not divide.
-      scores_in_rope: Whether the factor sqrt((k+e)/k) of scores is left out of q, because the file
-        has its root among the RoPE settings, for q and k alike (GGUF).
     """
 
     native: LlamaConfig
-    eps_z: float
+    eps_z: float  # scale of the stored state and of the adapter dims of normed heads
+    # Divisor of the stored hidden size; None: the number of heads, which transformers 5 requires.
     multiple: int | None = None
+    # The factor sqrt((k+e)/k) of scores is left out of q: a GGUF file has its root among the RoPE
+    # settings, for q and k alike.
     scores_in_rope: bool = False
 
     @property
@@ -77,16 +91,14 @@ class StockForm:
 
     @functools.cached_property
     def width(self) -> int:
-        """D, the stored hidden size. A residual stream that is not widened is left as it is."""
+        """D, the stored hidden size; of a residual stream that is not widened its own."""
         n = self.native
         widened = n.base_hidden_size is not None
         return round_up(n.hidden_size, (self.multiple or n.num_heads) if widened else 1)
 
     @functools.cached_property
     def config(self) -> LlamaConfig:
-        """The config with stock widths and rms_norm_eps, and the base's RoPE settings; `rope` has
-        the settings to write instead.
-        """
+        """The config with stock widths and rms_norm_eps, and the base's RoPE settings."""
         eps = self.native.rms_norm_eps * self.native.norm_dim / self.width
         return self.native.replace(
             hidden_size=self.width, rms_norm_eps=eps, base_hidden_size=None, base_head_dim=None
@@ -109,9 +121,7 @@ class StockForm:
 
     @property
     def rope_divisors(self) -> np.ndarray:
-        """Divisors [(k+e)/2] float64 that make the inverse frequencies of a head of k+e dims the
-        base's.
-        """
+        """Divisors [(k+e)/2] float64 that make the inverse frequencies of a head the base's."""
         powers, wanted = longrope_powers(self.native), rope_frequencies(self.native)
         divisors = np.full(len(powers), NO_ROTATION)
         divisors[: len(wanted)] = 1 / (wanted.astype(np.float64) * powers[: len(wanted)])
@@ -123,7 +133,7 @@ class StockForm:
         return paired_order(self.native.rotary_dim, self.native.head_dim)
 
     def report(self, native: LlamaConfig) -> dict[str, Any]:
-        """Parameters, widths, filled channels and eps_z of the stored form of a native config."""
+        """Parameters, widths, filled channels and eps_z, for a report."""
         eps_z = {"eps_z": self.eps_z} if scales_state(native) else {}
         parameters = {"parameters": count_base(self.config)}
         return parameters | widths_report(native, self.config) | eps_z
@@ -136,6 +146,15 @@ class StockForm:
         rounded = ("k_norm",) if n.traits.qk_norm else ("q", "q_bias")
         return module in rounded and n.base_head_dim is not None
 
+    def tensor(self, model: Model, name: str) -> np.ndarray:
+        """The rows of a name of `hf_table` in stock form, float32, with zeros up to the widths of
+        this form. Processes call this together.
+        """
+        place, x = native_tensor(model, name)
+        if x.shape != (wanted := hf_table(self.native)[name].shape):
+            x = np.pad(x, [(0, b - a) for a, b in zip(x.shape, wanted, strict=True)])
+        return hf_table(self.config)[name].to_hf(self.forward(module_of(place), x))
+
     def forward(self, module: str, x: np.ndarray) -> np.ndarray:
         """Bring a native leaf of one layer, float32, into stock form."""
         if self.turned(module):
@@ -143,12 +162,12 @@ class StockForm:
         axis = _residual_axis(module, x.ndim)
         if self.native.base_hidden_size is None or axis is None:
             return x
-        padding = [(0, self.width - x.shape[axis] if i == axis else 0) for i in range(x.ndim)]
+        padding = [(0, self.width - n if i == axis else 0) for i, n in enumerate(x.shape)]
         return np.pad(x, padding) * self._scale(module, self.width, axis, x.ndim)
 
     def inverse(self, module: str, x: np.ndarray, at: Slices) -> np.ndarray:
-        """The inverse of `forward` on a block of a leaf, float32, with all dims of heads, at slices
-        `at` in the native leaf and in stock form (padding comes last); exact unless `restored`.
+        """The inverse of `forward` on a block with all dims of heads, at slices `at` in the native
+        leaf and in stock form (padding comes last); exact unless `restored`.
         """
         n, axis = self.native, _residual_axis(module, x.ndim)
         if n.base_hidden_size is not None and axis is not None:
@@ -161,14 +180,14 @@ class StockForm:
         return self.native.base_head_dim is not None and module in _ROTATED
 
     def inverse_heads(self, module: str, x: np.ndarray, *, state: bool = True) -> np.ndarray:
-        """The part of `inverse` that concerns heads. state: whether eps_z is undone."""
+        """The part of `inverse` that concerns heads. state: Whether eps_z is undone."""
         if not self.turned(module):
             return x
         scale = self.head_scale(module, self.eps_z if state else 1.0)
         return x[..., np.argsort(self.head_order)] / scale
 
     def head_scale(self, module: str, eps_z: float) -> np.ndarray:
-        """The factors of a head's dims, [k+e] float32, in native order."""
+        """Factors of a head's dims, [k+e] float32, in native order."""
         n = self.native
         scale, wider = np.ones(n.head_dim, np.float32), 1.0 if self.scores_in_rope else self.wider
         if not n.traits.qk_norm:
@@ -188,23 +207,14 @@ class StockForm:
 
 @dataclass(frozen=True)
 class Stored:
-    """The content of a Hugging Face directory, before it is written.
-
-    Attributes:
-      form: Stock form of the model.
-      config: Content of config.json.
-      specs: Name -> (shape, dtype) of every tensor.
-      tensor: Name -> tensor. Processes that share the model's arrays call it together.
-      report: Entries of the report.
-      manifest: Entries of zflora.json that only some exports have.
-    """
+    """The content of a Hugging Face directory, before it is written."""
 
     form: StockForm
-    config: Mapping[str, Any]
-    specs: Mapping[str, tuple[tuple[int, ...], str]]
-    tensor: Callable[[str], np.ndarray]
-    report: Mapping[str, Any]
-    manifest: Mapping[str, Any] = field(default_factory=dict)
+    config: Mapping[str, Any]  # content of config.json
+    specs: Mapping[str, tuple[tuple[int, ...], str]]  # name -> (shape, dtype)
+    tensor: Callable[[str], np.ndarray]  # processes call it together
+    report: Mapping[str, Any]  # entries of the report
+    manifest: Mapping[str, Any] = field(default_factory=dict)  # more entries of zflora.json
 
 
 def _residual_axis(module: str, ndim: int) -> int | None:
@@ -221,8 +231,8 @@ def module_of(place: Place) -> str:
 
 
 def stock_form(model: Model, dtype: str, eps_z: float | None = None) -> StockForm:
-    """The stock form of a model that is not packed, with eps_z as given or chosen from the weights
-    for the export's `dtype`; ConfigError if it is packed or eps_z cannot be used.
+    """The stock form of a model, eps_z as given or chosen for the export's `dtype`; ConfigError if
+    the model is packed or eps_z cannot be used.
     """
     if model.config.execution.packed:
         raise ConfigError(
@@ -254,17 +264,13 @@ def widths_report(native: LlamaConfig, stored: LlamaConfig) -> dict[str, str]:
 
 
 def native_leaf(model: Model, place: Place) -> Any:
-    """A native leaf of one layer on the host, as floats or codes. Processes that share the model's
-    arrays call this together.
-    """
+    """A native leaf of one layer on the host, floats or codes. Processes call this together."""
     leaf = functools.reduce(operator.getitem, place.leaf.split("/"), model.params)
     return jax.tree.map(lambda part: trees.on_host(part, place.layer), leaf)
 
 
 def native_tensor(model: Model, name: str) -> tuple[Place, np.ndarray]:
-    """The place of a name of `hf_table`, and its native leaf of one layer in float32. Processes
-    that share the model's arrays call this together.
-    """
+    """A name's place, and its native leaf of one layer in float32. Processes call this together."""
     place = hf_table(model.config)[name]
     values = float_values(native_leaf(model, place))
     return place, np.asarray(values).astype(np.float32, copy=False)
@@ -273,8 +279,8 @@ def native_tensor(model: Model, name: str) -> tuple[Place, np.ndarray]:
 def to_stock(model: Model, dtype: str, eps_z: float | None = None) -> Stored:
     """A base or fused model in stock form; arguments and errors as for `stock_form`.
 
-    Arithmetic is in float32 with one cast to `dtype` at the end; values that stock form does not
-    change are copied bit for bit. Tensors raise CheckpointError if not finite in `dtype`.
+    Arithmetic is in float32 with one cast to `dtype`; values that stock form does not change are
+    copied bit for bit. Tensors raise CheckpointError if not finite in `dtype`.
     """
     require_format(model.config.family, "hf", model.config.base_head_dim is not None)
     form = stock_form(model, dtype, eps_z)
@@ -282,9 +288,7 @@ def to_stock(model: Model, dtype: str, eps_z: float | None = None) -> Stored:
     names, specs = members(table), {n: (shape, dtype) for n, shape in hf_shapes(table).items()}
 
     def rows(name: str) -> np.ndarray:
-        place, x = native_tensor(model, name)
-        array = table[name].to_hf(form.forward(module_of(place), x))
-        return as_finite(array, np.dtype(dtype), name, "the model")
+        return as_finite(form.tensor(model, name), np.dtype(dtype), name, "the model")
 
     def tensor(name: str) -> np.ndarray:
         first, *others = map(rows, names[name])
@@ -292,3 +296,68 @@ def to_stock(model: Model, dtype: str, eps_z: float | None = None) -> Stored:
 
     config = to_hf_config(form.config, dtype, form.rope)
     return Stored(form, config, specs, tensor, form.report(model.config))
+
+
+# --- eps_z ----------------------------------------------------------------------------------------
+
+
+def choose_eps_z(model: Model, dtype: str) -> float:
+    """The largest power of two in 2^-10..1 whose estimated effect on a fused model's logits, times
+    4, is below the rounding of the export's `dtype`; 1 for a model without a state.
+    """
+    share = state_share(model)
+    fits = [eps for eps in CHOICES if _SAFETY * share * eps**2 / 2 <= _ERROR[dtype]]
+    chosen = fits[0] if fits else CHOICES[-1]
+    return max(chosen, FLOAT16_LEAST) if dtype == "float16" else chosen
+
+
+def state_share(model: Model) -> float:
+    """Estimates |z|^2 / |x|^2 in the residual stream of a fused model from its weights.
+
+    The o and down kernels map one input to the state z and to the base channels x. For inputs
+    without a preferred direction, the ratio of energies is that of the columns' squared Frobenius
+    norms, and a sum of contributions has at most the largest share of a single one. The embedding
+    adds to x only, so it makes the share smaller. Adapter dims of normed heads: the same, from the
+    q and k kernels.
+    """
+    config, shares = model.config, [0.0]
+    # kernel -> (channels of the base that it writes, axes of them)
+    writes = {"o": (config.norm_dim, 1), "down": (config.norm_dim, 1)}
+    if config.traits.qk_norm:
+        writes |= {"q": (config.rotary_dim, 2), "k": (config.rotary_dim, 2)}
+    for name, leaf in trees.flatten(model.params).items():
+        module, parameter = name.split("/")[-2:]
+        base, axes = writes.get(module, (leaf.shape[-1], 1))
+        if parameter == "kernel" and base < leaf.shape[-1]:
+            energy = _energy(leaf, tuple(range(name.startswith("layers/"), leaf.ndim - axes)))
+            state, rest = jnp.sum(energy[..., base:], -1), jnp.sum(energy[..., :base], -1)
+            shares.append(float(jnp.max(jnp.where(state > 0, state / rest, 0.0))))
+    return max(shares)
+
+
+def scales_state(config: LlamaConfig) -> bool:
+    """Whether a model has a residual state or adapter dims of normed heads, stored times eps_z."""
+    heads = config.traits.qk_norm and config.base_head_dim is not None
+    return heads or config.base_hidden_size is not None
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _energy(leaf: Any, axes: tuple[int, ...]) -> jax.Array:
+    """Sum of squares over `axes`, float32; compiled, so that no float32 copy is made."""
+    return jnp.sum(jnp.square(float_values(leaf).astype(jnp.float32)), axis=axes)
+
+
+def check_eps_z(model: Model, eps_z: float) -> float:
+    """Returns a user's eps_z; ConfigError unless it is in `CHOICES` and the model has a state."""
+    require(
+        eps_z in CHOICES,
+        f"eps_z={eps_z!r}: must be a power of two from 2^-10 = {CHOICES[-1]} to 1, e.g. 0.0625."
+        " Small values keep float logits exact, large ones (0.0625 and above) keep int8 consumers"
+        " exact; leave it out to have it chosen from the weights.",
+    )
+    require(
+        scales_state(model.config),
+        f"eps_z={eps_z!r} scales the residual state of the zflora methods (and the adapter dims of"
+        " heads that are normed), and this model has none; leave it out.",
+    )
+    return eps_z

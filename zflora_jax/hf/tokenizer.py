@@ -26,7 +26,7 @@ _ADDED = ("content", "lstrip", "normalized", "rstrip", "single_word", "special")
 
 
 def load_tokenizer(directory: Path) -> Any:
-    """Load the transformers tokenizer of a directory, None where it has no tokenizer files; custom
+    """Loads the transformers tokenizer of a directory, None where it has no tokenizer files; custom
     code is never run. CheckpointError if the files cannot be loaded.
     """
     names = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
@@ -44,8 +44,8 @@ def load_tokenizer(directory: Path) -> Any:
 
 
 def write_tokenizer_files(folder: Path, tokenizer: Any, base: Path | None) -> None:
-    """Write a tokenizer into the folder of an export: copies of the files of `base`, the directory
-    that the model came from, if they give this tokenizer, else from the tokenizer.
+    """Writes a tokenizer into an export: copies of the files of `base`, the directory that the
+    model came from, if they give this tokenizer, else from the tokenizer.
     """
     names = [name for name in TOKENIZER_FILES if base and (base / name).is_file()]
     if base is not None and names and (tokenizer is None or _is_of(tokenizer, base)):
@@ -69,9 +69,8 @@ def _is_of(tokenizer: Any, base: Path) -> bool:
 def write_generation_config(
     folder: Path, base: Path | None, values: dict[str, Any], stop: Sequence[int]
 ) -> None:
-    """Write generation_config.json: that of `base`, the directory that the model came from, byte
-    for byte if it names every id of `stop`, else with the missing ids added; without one, `values`
-    but None.
+    """Writes generation_config.json: that of `base` byte for byte if it names every id of `stop`,
+    else with the missing ids added; without one, `values` but None.
     """
     ids = list(stop)
     if base is not None and (base / GENERATION).is_file():
@@ -122,8 +121,8 @@ def _plain(backend: Any) -> Any:
 
 
 def write_tokenizer(folder: Path, tokenizer: Any) -> None:
-    """Write tokenizer.json, and tokenizer_config.json with a class name known to transformers 4 and
-    5 (5 writes one that 4 does not know).
+    """Writes tokenizer.json, and tokenizer_config.json with a class name known to transformers 4
+    and 5.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:

@@ -15,33 +15,38 @@ from zflora_jax.core.errors import CheckpointError
 from zflora_jax.core.families import FAMILIES, require_format
 from zflora_jax.core.fields import ConfigError, from_dict, require
 from zflora_jax.core.model import Model
-from zflora_jax.core.model_config import LlamaConfig
+from zflora_jax.core.model_config import LlamaConfig, RopeScaling
 from zflora_jax.core.quantize_config import QuantizeConfig
 from zflora_jax.core.trees import unflatten
-from zflora_jax.hf.gguf.file import GGUFFile, Tensor
-from zflora_jax.hf.gguf.names import (
+from zflora_jax.hf.gguf.file import (
     ATTENTION_FACTOR,
+    KEPT,
     ROPE_DIVISORS,
     SETTINGS,
+    SIZE,
+    GGUFFile,
+    Tensor,
+    from_blocks,
     half_split,
     has_pairs,
     hf_name,
 )
 from zflora_jax.hf.gguf.tokenizer import SENTENCEPIECE_IDS, gguf_tokenizer
-from zflora_jax.hf.gguf.types import KEPT, SIZE, from_blocks
 from zflora_jax.hf.keys import (
     Place,
+    QuantizedLeaves,
     Slices,
     as_finite,
     check_layer_count,
     check_tensors,
     gather,
     hf_table,
+    native_blocks,
+    whole_groups,
 )
-from zflora_jax.hf.quantized_leaves import QuantizedLeaves, native_blocks, whole_groups
-from zflora_jax.hf.rope import longrope_powers, rotated_dims, with_frequencies
-from zflora_jax.hf.stock import StockForm, module_of
+from zflora_jax.hf.stock import NO_ROTATION, StockForm, longrope_powers, module_of
 from zflora_jax.ops.quantized import QuantizedArray
+from zflora_jax.ops.rope import rope_frequencies
 from zflora_jax.parallel.sharding import placement
 
 log = logging.getLogger(__name__)
@@ -51,9 +56,8 @@ def load_gguf(
     path: Path, dtype: str, scan_layers: bool, mesh: Any = None, how: QuantizeConfig | None = None
 ) -> Model:
     """Loads the model in a GGUF file; arguments, result and errors are those of `load.load_model`.
-
-    Each tensor is dequantised in float32 and cast separately. A tensor that `how` asks to keep but
-    whose type is not in `types.KEPT` is dequantised, and the log says why.
+    Each tensor is dequantised in float32 and cast; the log names tensors that `how` asks to keep
+    but cannot.
     """
     file = GGUFFile(path)
     if (parts := file.get("split.count", 1)) > 1:
@@ -95,9 +99,7 @@ class _Tensors:
     config: LlamaConfig
 
     def read(self, name: str, place: Place, slices: Slices) -> np.ndarray:
-        """A block of a dequantised tensor. Quantised blocks cannot be cut, so the tensor is read
-        whole.
-        """
+        """A block of a dequantised tensor, which is read whole."""
         tensor = self.named[name]
         array = self.file.dequantised(tensor)
         if heads := self._heads(name):
@@ -157,8 +159,8 @@ _FLOATS = {"rope_theta": 10000.0, "rms_norm_eps": 1e-5}  # where a file does not
 
 
 def gguf_config(file: GGUFFile) -> LlamaConfig:
-    """Reads the config of the model in a GGUF file. Raises ConfigError for a feature that the
-    forward pass has no code for, and CheckpointError for a metadata key that is missing.
+    """Reads the config of a model. ConfigError for a feature without code in the forward pass,
+    CheckpointError for a missing metadata key.
     """
     family = _family(file)
     _refuse(file)
@@ -206,8 +208,8 @@ def _factor_of_scores(file: GGUFFile) -> float:
 
 
 def _family(file: GGUFFile) -> str:
-    """The family of the model in a file. One of several with the same name in llama.cpp is "llama",
-    as a window is not in the file; a llama with biases of q, k and v is a Qwen2.
+    """The family of a model. Of several with one name in llama.cpp it is "llama", as a window is
+    not in the file; a llama with biases of q, k and v is a Qwen2.
     """
     require(
         file.get("general.type") != "adapter",
@@ -229,7 +231,7 @@ def _family(file: GGUFFile) -> str:
 
 
 def _refuse(file: GGUFFile) -> None:
-    """Raises ConfigError if the forward pass has no code for a feature."""
+    """ConfigError if the forward pass has no code for a feature."""
     key = _key(file, "expert_count")
     experts = file.get(key, 0)
     require(not experts, f"{file.path}: {key}={experts}: mixtures of experts are not supported.")
@@ -247,12 +249,12 @@ def _refuse(file: GGUFFile) -> None:
 
 
 def _with_scaling(file: GGUFFile, config: LlamaConfig) -> LlamaConfig:
-    """`config` with the RoPE settings that the file's divisors of the frequencies stand for:
-    Llama-3's scaling, and in files of this project heads of which RoPE rotates a part.
+    """`config` with the RoPE settings that the file's divisors stand for: Llama-3's scaling, and in
+    files of this project heads of which RoPE rotates a part.
     """
     tensor = file.tensors.get(ROPE_DIVISORS)
     divisors = None if tensor is None else file.dequantised(tensor).astype(np.float64)
-    dims = None if divisors is None else rotated_dims(divisors)
+    dims = None if divisors is None else _rotated_dims(divisors)
     if dims is not None:
         config = config.replace(base_head_dim=dims)
     factor, wider = _factor_of_scores(file), (config.head_dim / config.rotary_dim) ** 0.25
@@ -265,7 +267,7 @@ def _with_scaling(file: GGUFFile, config: LlamaConfig) -> LlamaConfig:
         return config
     if divisors.shape == (config.head_dim // 2,) and divisors.all():
         wanted = 1 / (divisors * longrope_powers(config))
-        found = with_frequencies(config, wanted[: config.rotary_dim // 2], rtol=1e-4)
+        found = _with_frequencies(config, wanted[: config.rotary_dim // 2], rtol=1e-4)
         if found is not None:
             return found
     raise ConfigError(
@@ -277,3 +279,38 @@ def _with_scaling(file: GGUFFile, config: LlamaConfig) -> LlamaConfig:
 def _key(file: GGUFFile, name: str) -> str:
     """The metadata key of a setting of the file's architecture."""
     return f"{file.get('general.architecture')}.{name}"
+
+
+def _rotated_dims(divisors: np.ndarray) -> int | None:
+    """The number of head dims that RoPE rotates by `divisors`, one for each pair of dims; None
+    unless the last pairs, and only they, are switched off.
+    """
+    off = divisors >= NO_ROTATION / 10
+    ours = divisors.ndim == 1 and off.any() and not off.all() and np.all(off[:-1] <= off[1:])
+    return 2 * int((~off).sum()) if ours else None
+
+
+def _with_frequencies(config: LlamaConfig, wanted: np.ndarray, rtol: float) -> LlamaConfig | None:
+    """The config without RoPE scaling, or with Llama-3's (low_freq_factor 1, high_freq_factor 4, as
+    in all published models), whose inverse frequencies are `wanted` [k/2] within a relative
+    tolerance; None where neither's are.
+    """
+    plain = rope_frequencies(config.replace(rope_scaling=None)).astype(np.float64)
+    if plain.shape != wanted.shape or not np.isfinite(wanted).all() or not (wanted > 0).all():
+        return None
+    for scaling in (None, _llama3(plain, wanted)):
+        found = config.replace(rope_scaling=scaling)
+        if np.allclose(rope_frequencies(found), wanted, rtol=rtol, atol=0):
+            return found
+    return None
+
+
+def _llama3(plain: np.ndarray, wanted: np.ndarray) -> RopeScaling | None:
+    """The Llama-3 scaling that brings the frequencies `plain` closest to `wanted`."""
+    factor = float(np.round(np.max(plain / wanted), 3))
+    if factor <= 1:
+        return None
+    smooth = (wanted / plain - 1 / factor) / (1 - 1 / factor)
+    band = (smooth > 1e-3) & (smooth < 1 - 1e-3)
+    original = np.median((3 * smooth + 1)[band] * 2 * np.pi / plain[band]) if band.any() else 8192
+    return RopeScaling(factor, 1.0, 4.0, max(1, round(float(original))))

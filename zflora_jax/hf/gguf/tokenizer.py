@@ -17,8 +17,7 @@ from zflora_jax.hf.tokenizer import tokenizer_state
 _KEY, _TEMPLATE = "tokenizer.ggml.", "tokenizer.chat_template"
 _NORMAL, _CONTROL, _USER_DEFINED, _UNUSED = 1, 3, 4, 5  # llama.cpp's token types
 _END = ("eos_token_id", "eot_token_id", "eom_token_id")  # llama.cpp stops at each of them
-# The token ids that llama.cpp assumes for a sentencepiece vocabulary if the file does not name them
-# (src/llama-vocab.cpp).
+# llama.cpp's token ids of a sentencepiece vocabulary without names (src/llama-vocab.cpp).
 SENTENCEPIECE_IDS = {"bos_token_id": 1, "eos_token_id": 2, "unk_token_id": 0}
 
 # GGUF's name below "tokenizer.ggml." -> transformers' name, where they differ.
@@ -51,8 +50,7 @@ class PreTokenizer(NamedTuple):
 
 
 # llama.cpp's names (tokenizer.ggml.pre, src/llama-vocab.cpp) for the architectures that are loaded.
-# Files without a name have "default": GPT-2's in transformers and here, while llama.cpp also
-# separates punctuation and long numbers, and warns.
+# A file without one has "default": GPT-2's in transformers and here; llama.cpp cuts more.
 PRE_TOKENIZERS = {
     **dict.fromkeys(("gpt-2", "default"), PreTokenizer("")),
     "smollm": PreTokenizer("digits"),
@@ -65,14 +63,10 @@ PRE_TOKENIZERS = {
     "tekken": PreTokenizer(_TEKKEN, keeps_tokens=True, adds_bos=True),
 }
 
-# --- reading --------------------------------------------------------------------------------------
-
 
 def gguf_tokenizer(file: GGUFFile, config: LlamaConfig) -> Any:
-    """Builds the PreTrainedTokenizerFast of a GGUF file, whose model has this config.
-
-    Returns None if the file has no vocabulary, and None with a warning if the vocabulary or its
-    pre-tokenizer is of an unknown type.
+    """Builds the PreTrainedTokenizerFast of a GGUF file for its config; None without a vocabulary,
+    and with a warning where the vocabulary or its pre-tokenizer is unknown.
     """
     values = file.below("tokenizer.")
     if values.get(f"{_KEY}tokens") is None:
@@ -89,7 +83,7 @@ def gguf_tokenizer(file: GGUFFile, config: LlamaConfig) -> Any:
 
 
 def _tokenizer(values: Mapping[str, Any], config: LlamaConfig) -> Any:
-    """Builds a tokenizer from the "tokenizer." keys of a file, with transformers' own converter."""
+    """A tokenizer from the "tokenizer." keys of a file, by transformers' own converter."""
     from transformers import PreTrainedTokenizerFast
 
     data = {_NAMES.get(k := key.removeprefix(_KEY), k): values[key] for key in values}
@@ -134,8 +128,8 @@ def _tokenizer(values: Mapping[str, Any], config: LlamaConfig) -> Any:
 
 
 def _converter() -> Any:
-    """transformers' converter from GGUF metadata to a `tokenizers` backend, imported from its own
-    module: the public way (AutoTokenizer with gguf_file) needs torch.
+    """transformers' converter from GGUF metadata to a `tokenizers` backend, from its own module:
+    the public way (AutoTokenizer with gguf_file) needs torch.
     """
     try:
         found = importlib.import_module("transformers.integrations.gguf.gguf_tokenizer_mapping")
@@ -145,8 +139,8 @@ def _converter() -> Any:
 
 
 def pre_tokenizer(name: str) -> Any:
-    """Returns the pre-tokenizer (of the package tokenizers) that llama.cpp has under a name. Raises
-    ConfigError for one that is not in `PRE_TOKENIZERS`.
+    """The pre-tokenizer (of the package tokenizers) that llama.cpp has under a name; ConfigError
+    for one that is not in `PRE_TOKENIZERS`.
     """
     from tokenizers import Regex, pre_tokenizers
 
@@ -163,9 +157,7 @@ def pre_tokenizer(name: str) -> Any:
 
 
 def _special_adder(added: Mapping[str, tuple[str, int]]) -> Any:
-    """The post-processor, which every release of transformers reads and an export keeps, that adds
-    the (token, id) of "bos_token" and "eos_token" to texts.
-    """
+    """The post-processor that adds the (token, id) of "bos_token" and "eos_token" to texts."""
     from tokenizers import processors
 
     first, last = ([added[n][0]] if n in added else [] for n in ("bos_token", "eos_token"))
@@ -188,8 +180,6 @@ def _without_prefix(backend: Any) -> None:
     )
 
 
-# --- writing --------------------------------------------------------------------------------------
-
 # Texts that a written tokenizer must read as the model's own does.
 _PROBES = (
     "Hello, world! It's 12345.67 o'clock; don't we've I'LL",
@@ -201,10 +191,9 @@ _WITHOUT = "Set model.tokenizer = None to write the file without one."
 
 
 def tokenizer_metadata(model: Model, source: GGUFFile | None) -> tuple[dict[str, Any], str]:
-    """Returns the tokenizer keys of a model's GGUF file, and where they come from, for the report.
-
-    source: The GGUF file that the model came from, if there is one; its keys are copied if the
-    model still has its tokenizer. Raises ConfigError for a tokenizer that a file cannot express.
+    """The tokenizer keys of a model's GGUF file, and their origin for the report. The keys of
+    `source`, the GGUF file that the model came from, are copied if it still has that tokenizer.
+    ConfigError for a tokenizer that a file cannot express.
     """
     values, origin = _copied(model, source), "copied from the base's file"
     if values is None:
@@ -224,12 +213,12 @@ def tokenizer_metadata(model: Model, source: GGUFFile | None) -> tuple[dict[str,
 
 
 def _check(values: dict[str, Any], model: Model) -> None:
-    """Raises ConfigError if the metadata give other tokens than the model's tokenizer."""
+    """ConfigError if the metadata give other tokens than the model's tokenizer."""
     found, texts = _tokenizer(values, model.config), list(_PROBES)
     if values[f"{_KEY}model"] != "llama":
         texts += [f"one {token} two" for token in model.tokenizer.all_special_tokens[:4]]
-    # Whether a space follows a special token, as it does at the start of a text, is not in the file
-    # of a sentencepiece vocabulary: llama.cpp adds one, and transformers' tokenizers differ.
+    # After a special token of a sentencepiece vocabulary llama.cpp adds a space; transformers'
+    # tokenizers differ.
     for text in texts:
         want, got = model.tokenizer(text)["input_ids"], found(text)["input_ids"]
         require(
@@ -241,8 +230,8 @@ def _check(values: dict[str, Any], model: Model) -> None:
 
 
 def _copied(model: Model, source: GGUFFile | None) -> dict[str, Any] | None:
-    """The keys of the base's file, with names for rows that its vocabulary gained; None where there
-    are none, or the model has another tokenizer now.
+    """The keys of the base's file, with names for new rows; None where there are none, or the model
+    has another tokenizer now.
     """
     if source is None or source.get(f"{_KEY}tokens") is None:
         return None
@@ -253,14 +242,16 @@ def _copied(model: Model, source: GGUFFile | None) -> dict[str, Any] | None:
         if before is None or now is None or any(before[name] != now[name] for name in names):
             return None
     values = source.below("tokenizer.")
-    tokens, types = _unused(len(values[f"{_KEY}tokens"]), model.config.vocab_size)
-    scores = [min(values.get(f"{_KEY}scores", (0.0,)))] * len(tokens)
-    new: dict[str, list[Any]] = {"tokens": tokens, "token_type": types, "scores": scores}
-    return values | {
-        _KEY + name: [*values[_KEY + name], *more]
-        for name, more in new.items()
-        if _KEY + name in values
-    }
+    new = range(len(values[f"{_KEY}tokens"]), model.config.vocab_size)
+    least = min(values.get(f"{_KEY}scores", (0.0,)))
+    for name, more in (
+        ("tokens", [f"[PAD{i}]" for i in new]),
+        ("token_type", [_UNUSED for _ in new]),
+        ("scores", [least for _ in new]),
+    ):
+        if _KEY + name in values:
+            values[_KEY + name] = [*values[_KEY + name], *more]
+    return values
 
 
 def _with_templates(values: dict[str, Any], tokenizer: Any) -> dict[str, Any]:
@@ -302,7 +293,17 @@ def _built(model: Model) -> tuple[dict[str, Any], str]:
         " file, whose tokenizer is copied; or export a Hugging Face directory (--format hf) and"
         f" convert it with llama.cpp's convert_hf_to_gguf.py. {_WITHOUT}",
     )
-    tokens, types = _tokens(tokenizer, model.config.vocab_size)
+    size = model.config.vocab_size
+    tokens, types = [f"[PAD{i}]" for i in range(size)], [_UNUSED] * size  # ids without a token
+    for token, i in tokenizer.get_vocab().items():
+        require(
+            i < size,
+            f"the tokenizer's token {token!r} has the id {i}, the model's vocabulary only {size};"
+            " give the model the tokenizer that it was trained with.",
+        )
+        tokens[i], types[i] = token, _NORMAL
+    for i, token in tokenizer.added_tokens_decoder.items():
+        types[i] = _CONTROL if token.special else _USER_DEFINED
     merges = [m if isinstance(m, str) else " ".join(m) for m in state["model"]["merges"]]
     name = _pre_tokenizer_name(state)
     values = {"model": "gpt2", "pre": name, "tokens": tokens, "token_type": types, "merges": merges}
@@ -341,30 +342,8 @@ def _steps(pre: dict[str, Any] | None) -> list[dict[str, Any]]:
     return [{key: step[key] for key in step if key != "trim_offsets"} for step in steps]
 
 
-def _unused(first: int, size: int) -> tuple[list[str], list[int]]:
-    """(Texts, types) of tokens that are never used, from id `first` to `size` - 1."""
-    return [f"[PAD{i}]" for i in range(first, size)], [_UNUSED] * (size - first)
-
-
-def _tokens(tokenizer: Any, size: int) -> tuple[list[str], list[int]]:
-    """(Texts, types) of all tokens; an id without one gets a token that is never used."""
-    tokens, types = _unused(0, size)
-    for token, i in tokenizer.get_vocab().items():
-        require(
-            i < size,
-            f"the tokenizer's token {token!r} has the id {i}, the model's vocabulary only {size};"
-            " give the model the tokenizer that it was trained with.",
-        )
-        tokens[i], types[i] = token, _NORMAL
-    for i, token in tokenizer.added_tokens_decoder.items():
-        types[i] = _CONTROL if token.special else _USER_DEFINED
-    return tokens, types
-
-
 def _special(tokenizer: Any, config: LlamaConfig) -> dict[str, Any]:
-    """Ids of special tokens, and whether texts start with BOS and end with EOS; `_check` finds
-    other tokens that are added.
-    """
+    """Ids of special tokens, and whether texts start with BOS and end with EOS."""
     bos = config.bos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
     pad = config.pad_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     ids = {
