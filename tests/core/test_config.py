@@ -7,8 +7,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import subprocess
-import sys
 from typing import Any
 
 import pytest
@@ -22,12 +20,8 @@ from zflora_jax.core.presets import PRESETS, preset
 from zflora_jax.core.run_config import DataConfig, EvalConfig, OptimConfig, RunConfig, TrainConfig
 
 TINY = to_dict(preset("tiny"))
-SCALING = {
-    "factor": 8,
-    "low_freq_factor": 1,
-    "high_freq_factor": 4,
-    "original_max_position_embeddings": 8,
-}
+SCALING = {"factor": 8, "low_freq_factor": 1, "high_freq_factor": 4}
+SCALING |= {"original_max_position_embeddings": 8}
 
 # --- presets, round trips -------------------------------------------------------------------------
 
@@ -67,14 +61,6 @@ def test_a_run_decides_how_its_model_is_computed_and_not_what_it_is():
     assert train.applied_to(config) == config.replace(**changed) != config
 
 
-def test_reading_a_config_needs_no_jax():
-    code = (
-        "import sys, zflora_jax.config as c; c.preset('tiny'); assert not {'jax', 'numpy'} &"
-        " set(sys.modules), 'imports jax or numpy'"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True)
-
-
 # --- wrong keys, types and values -----------------------------------------------------------------
 
 
@@ -104,7 +90,6 @@ def test_reading_a_config_needs_no_jax():
         ({"data": {"bucket_lengths": [64, "8"]}}, r"lengths\[1\]='8': expected int, got str"),
         ({"data": {"data_dir": 5}}, r"data\.data_dir=5: expected str"),
         ({"train": {"dtype": "float64"}}, r"train\.dtype='float64': .*Allowed: bfloat16, float32"),
-        ({"train": {"dtype": "float16"}}, r"train\.dtype='float16': .*Allowed: bfloat16, float32"),
         ([], r"RunConfig=\[\]: expected a table of RunConfig fields"),
     ],
     ids=str,
@@ -134,14 +119,8 @@ def test_wrong_keys_and_types_are_refused_by_name(values, message):
         ({"rope_theta": -1.0}, r"rope_theta=-1\.0: must be positive"),
         ({"rope_scaling": SCALING | {"factor": 0.5}}, r"factor=0\.5: must"),
         ({"rope_scaling": SCALING | {"low_freq_factor": 5}}, r"got 4\.0 and 5\.0"),
-        (
-            {"rope_scaling": SCALING | {"original_max_position_embeddings": 0}},
-            r"embeddings=0: must",
-        ),
-        (
-            {"rope_scaling": {"factor": 8}},
-            r"rope_scaling is incomplete or damaged: low_freq",
-        ),
+        ({"rope_scaling": SCALING | {"original_max_position_embeddings": 0}}, r"ings=0: must"),
+        ({"rope_scaling": {"factor": 8}}, r"rope_scaling is incomplete or damaged: low_freq"),
     ],
     ids=str,
 )
@@ -158,17 +137,9 @@ def test_impossible_models(changes, message):
         ("lora", {"alpha": 0.0}, r"adapter\.alpha=0\.0: must be positive, or None for 2 \* rank"),
         ("lora", {"alpha": math.inf}, r"adapter\.alpha=inf: expected a finite number"),
         ("lora", {"alpha": math.nan}, r"adapter\.alpha=nan: expected a finite number"),
-        (
-            "lora",
-            {"extra_mlp_units": 4},
-            r"extra_mlp_units=4: method 'lora' does not widen the",
-        ),
+        ("lora", {"extra_mlp_units": 4}, r"extra_mlp_units=4: method 'lora' does not widen the"),
         ("full", {"extra_mlp_units": 0}, r"extra_mlp_units=0: method 'full' does not widen"),
-        (
-            "zflora-minimal",
-            {"extra_head_dim": 8},
-            r"does not widen the heads stream; leave",
-        ),
+        ("zflora-minimal", {"extra_head_dim": 8}, r"does not widen the heads stream; leave"),
         ("ffba", {"extra_mlp_units": -1}, r"adapter\.extra_mlp_units=-1: must be at least 0"),
         ("ffba", {"extra_head_dim": -2}, r"adapter\.extra_head_dim=-2: must be at least 0"),
         ("zflora-uniform", {"extra_head_dim": 7}, r"extra_head_dim=7 is odd: .* use an even width"),
@@ -183,18 +154,14 @@ def test_impossible_adapters(method, changes, message):
     ("key", "value", "message"),
     [
         ("data.grad_accum_steps", 3, r"batch_size=8 is not a multiple of data\.grad_accum_steps=3"),
-        (
-            "data.bucket_lengths",
-            (),
-            r"data\.bucket_lengths=\[\]: expected increasing pos",
+        *(
+            (
+                "data.bucket_lengths",
+                lengths,
+                r"data\.bucket_lengths=\[.*\]: expected increasing pos",
+            )
+            for lengths in ((), (128, 64), (64, 64), (0, 64))
         ),
-        (
-            "data.bucket_lengths",
-            (128, 64),
-            r"data\.bucket_lengths=\[128, 64\]: expected",
-        ),
-        ("data.bucket_lengths", (64, 64), r"data\.bucket_lengths=\[64, 64\]: expected increasing"),
-        ("data.bucket_lengths", (0, 64), r"data\.bucket_lengths=\[0, 64\]: expected increasing"),
         ("data.train_limit", 0, r"data\.train_limit=0: must be at least 1, or None for all rows"),
         ("data.seed", -1, r"data\.seed=-1: must be at least 0"),
         ("data.date", "26.11.2026", r"data\.date='26\.11\.2026': expected a day as YYYY-MM-DD"),
@@ -208,11 +175,7 @@ def test_impossible_adapters(method, changes, message):
         ("optim.b1", 1.0, r"optim\.b1=1\.0: .* at least 0 and below 1"),
         ("optim.b2", -0.1, r"optim\.b2=-0\.1: .* at least 0 and below 1"),
         ("optim.eps", 0.0, r"optim\.eps=0\.0: must be positive"),
-        (
-            "optim.clip_norm",
-            0.0,
-            r"clip_norm=0\.0: must be positive, or None to switch",
-        ),
+        ("optim.clip_norm", 0.0, r"clip_norm=0\.0: must be positive, or None to switch"),
         *(
             (f"{section}.{name}", 0, rf"{section}\.{name}=0: must be at least 1\.")
             for section, names in {
@@ -229,11 +192,7 @@ def test_impossible_adapters(method, changes, message):
         ("eval.seed", 2**32, r"eval\.seed=4294967296: must be from 0"),  # JAX folds it into 0
         ("eval.limit", 0, r"eval\.limit=0: must be at least 1, or None for all examples"),
         ("eval.max_prompt_tokens", 0, r"must be at least 1, or None for the context less max_new"),
-        (
-            "train.keep_best",
-            True,
-            r"needs the loss of every checkpoint: set train\.eval",
-        ),
+        ("train.keep_best", True, r"needs the loss of every checkpoint: set train\.eval"),
         ("mesh.data", 3, r"does not divide the 8 rows of a micro-batch .* a multiple of 3"),
     ],
 )
@@ -256,6 +215,7 @@ def test_impossible_runs(key, value, message):
             {"train.keep_best": True, "train.eval_every": 25},
             r"set eval\.split=validation, so that the test split stays unseen",
         ),
+        ({"mesh.data": 4, "mesh.slices": 3}, r"mesh\.data=4 is not a multiple of mesh\.slices=3"),
         (
             {"adapter.method": "full", "quantize.kernels": "int8"},
             r"leave quantize\.\* at none, or train an adapter",
@@ -312,16 +272,11 @@ def test_overrides_are_parsed_as_the_field_declares(key, text, value):
 def test_overrides_change_nothing_else_and_are_made_together():
     run = RunConfig()
     assert override(run, {}) == run
-    changes = {
-        "data.batch_size": "12",
-        "data.grad_accum_steps": "3",
-        "adapter.method": "ffba",
-        "adapter.extra_head_dim": "8",
-    }
-    assert override(run, changes) == RunConfig(
-        adapter=AdapterConfig("ffba", extra_head_dim=8),
-        data=DataConfig(batch_size=12, grad_accum_steps=3),
-    )
+    changes = {"data.batch_size": "12", "data.grad_accum_steps": "3"}
+    changes |= {"adapter.method": "ffba", "adapter.extra_head_dim": "8"}
+    adapter = AdapterConfig("ffba", extra_head_dim=8)
+    data = DataConfig(batch_size=12, grad_accum_steps=3)
+    assert override(run, changes) == RunConfig(adapter=adapter, data=data)
     later = override(run, {"optim.warmup_steps": "200", "train.steps": "300"})
     assert later.optim.warmup_steps == 200
     table = "{'method': 'lora', 'rank': 3, 'targets': 'mlp'}"
@@ -364,13 +319,8 @@ def test_nearest_lists_everything_allowed():
 
 # --- fuzz: a valid config, or a ConfigError with a sentence in it ---------------------------------
 
-_SECTIONS = {
-    "adapter": AdapterConfig,
-    "data": DataConfig,
-    "optim": OptimConfig,
-    "train": TrainConfig,
-    "eval": EvalConfig,
-}
+_SECTIONS = {"adapter": AdapterConfig, "data": DataConfig, "optim": OptimConfig}
+_SECTIONS |= {"train": TrainConfig, "eval": EvalConfig}
 _KEYS = sorted({f.name for cls in _SECTIONS.values() for f in dataclasses.fields(cls)})
 _SCALARS = st.one_of(
     st.none(),

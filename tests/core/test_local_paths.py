@@ -39,25 +39,23 @@ def empty(tmp_path, monkeypatch):
     assert os.listdir(folder) == []
 
 
-@pytest.mark.parametrize("path", [URL, "s3://b", "hdfs://host:1/x", "file:///tmp/x", Path(URL)])
-def test_urls_are_refused(path):
-    with pytest.raises(
-        ConfigError,
-        match=r"workdir .* is a URL: this is not written to object storage\. Give a directory",
-    ):
-        local_path(path, "workdir")
+STORES = ["file:///tmp/x", OTHER, Path(OTHER), "az://b/x", "s3n://b/x"]
 
 
-@pytest.mark.parametrize("path", [OTHER, "file:///tmp/x", Path(OTHER), "az://b/x", "s3n://b/x"])
-def test_urls_of_other_stores_are_refused(path):
-    with pytest.raises(ConfigError, match=r"is a URL of \w+: a directory, s3://bucket"):
-        as_path(path)
-
-
-@pytest.mark.parametrize("path", ["s3://bucket", "gs://bucket/", "s3:/bucket", "gs://"])
-def test_a_url_names_a_folder_in_a_bucket(path):
-    with pytest.raises(ConfigError, match=r"expected (s3|gs)://BUCKET/FOLDER"):
-        as_path(path)
+@pytest.mark.parametrize(
+    ("check", "path", "said"),
+    [
+        *((local_path, p, "is a URL: this is not written") for p in (URL, Path(URL), *STORES)),
+        *((as_path, p, r"is a URL of \w+: a directory, s3://bucket") for p in STORES),
+        *(
+            (as_path, p, r"expected (s3|gs)://BUCKET/FOLDER")
+            for p in ("s3://bucket", "gs://bucket/", "s3:/bucket", "gs://")
+        ),
+    ],
+)
+def test_urls_are_refused(check, path, said):
+    with pytest.raises(ConfigError, match=said):
+        check(path, "workdir")
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import re
 import types
-from typing import Literal
 
 import pytest
 import settings_page
@@ -16,7 +15,7 @@ from zflora_jax.cli.options import settings_help
 from zflora_jax.core.adapter_config import METHODS
 from zflora_jax.core.fields import ConfigError, override, to_dict
 from zflora_jax.core.run_config import RunConfig
-from zflora_jax.core.settings import allowed, field_docs, sections
+from zflora_jax.core.settings import field_docs, sections
 from zflora_jax.reporting.trackers import TRACKERS
 from zflora_jax.training.optim import OPTIMIZERS
 
@@ -59,28 +58,9 @@ def test_a_wrong_value_in_python_is_named_with_its_section():
                 dataclasses.replace(config, **{field.name: object()})
 
 
-def test_allowed_values():
-    assert allowed(float | None) == "float | None"
-    assert allowed(tuple[Literal["a", "b"], ...]) == "list of a | b"
-    assert (SETTINGS["data.packing"].allowed, SETTINGS["model"].allowed) == ("True | False", "text")
-
-
-def test_a_meaning_is_the_string_under_the_field():
-    @dataclasses.dataclass
-    class Config:
-        """Not this."""
-
-        first: int = 1
-        second: str = "a"
-        """Over two
-        lines."""
-
-        def __post_init__(self) -> None:
-            """Not this either."""
-
-    assert field_docs(Config) == {"second": "Over two lines."}
+def test_a_class_without_source_code_has_no_meanings():
     made = dataclasses.make_dataclass("Made", [("first", int, 1)])
-    made.__module__ = types.__name__  # Python has no source code of it
+    made.__module__ = types.__name__
     assert field_docs(made) == {}
 
 

@@ -43,11 +43,7 @@ def four(run: RunConfig) -> RunConfig:
 
 
 def launch(
-    run: RunConfig,
-    workdir: Path,
-    processes: int,
-    devices: int,
-    given: str | None = None,
+    run: RunConfig, workdir: Path, processes: int, devices: int, given: str | None = None
 ) -> list[subprocess.Popen[str]]:
     """`zflora train` in `processes` processes of `devices` CPU devices each; given: the --workdir
     that they are given, if it is another.
@@ -58,13 +54,9 @@ def launch(
 
 
 def losses(workdir: Path) -> np.ndarray:
-    return np.asarray(
-        [
-            [r["step"], r["loss"], r["tokens"]]
-            for r in read_metrics(workdir / "metrics.jsonl")
-            if r["split"] == "train"
-        ]
-    )
+    records = read_metrics(workdir / "metrics.jsonl")
+    names = ("step", "loss", "tokens")
+    return np.asarray([[r[name] for name in names] for r in records if r["split"] == "train"])
 
 
 @pytest.mark.soak
@@ -72,15 +64,8 @@ def test_a_signal_to_one_process_stops_all_and_one_process_goes_on(four, tmp_pat
     """SIGTERM to process 1 alone: both save the same step and end with 75. Two processes go on bit
     for bit, one process on another mesh up to rounding.
     """
-    four = override(
-        four,
-        {
-            "train.steps": 400,
-            "train.save_every": None,
-            "optim.learning_rate": 1e-4,
-            "optim.schedule": "constant",
-        },
-    )
+    rate = {"optim.learning_rate": 1e-4, "optim.schedule": "constant"}
+    four = override(four, {"train.steps": 400, "train.save_every": None} | rate)
     processes = launch(four, tmp_path / "run", 2, 2)
     metrics, deadline = tmp_path / "run" / "metrics.jsonl", time.monotonic() + 200
     while (
@@ -96,10 +81,7 @@ def test_a_signal_to_one_process_stops_all_and_one_process_goes_on(four, tmp_pat
     assert 3 < step < 400 and not (tmp_path / "run" / "report.json").exists()
     assert losses(tmp_path / "run")[-1, 0] == step
 
-    for name in (
-        "two",
-        "one",
-    ):  # each goes on from there, as if the run were to end three steps later
+    for name in ("two", "one"):  # each goes on, as if the run were to end three steps later
         shutil.copytree(tmp_path / "run", tmp_path / name)
         config = tmp_path / name / "config.json"
         config.write_text(config.read_text().replace('"steps": 400', f'"steps": {step + 3}'))
@@ -164,11 +146,8 @@ def test_a_signal_before_the_first_step_of_a_resumed_run_stops_it(monkeypatch):
 def both_say_the_same(monkeypatch):
     """Process 0 of two; what it gathers from the other one is its own."""
     monkeypatch.setattr(distributed.jax, "process_count", lambda: 2)
-    monkeypatch.setattr(
-        distributed.multihost_utils,
-        "process_allgather",
-        lambda own: np.stack([jnp.asarray(own)] * 2),  # with the integers that jax has
-    )
+    both = lambda own: np.stack([jnp.asarray(own)] * 2)  # noqa: E731  # with jax's integers
+    monkeypatch.setattr(distributed.multihost_utils, "process_allgather", both)
 
 
 def test_whatever_process_0_raises_reaches_the_others(both_say_the_same, monkeypatch):
@@ -199,37 +178,33 @@ def test_all_processes_tell_their_templates_the_day_of_process_0(run, monkeypatc
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (
-            {"coordinator": "localhost:1"},
-            r"needs --num-processes \(or ZFLORA_NUM_PROCESSES\), --process-id",
-        ),
-        ({"coordinator": "localhost", "num_processes": 2, "process_id": 0}, "expected HOST:PORT"),
-        (
-            {"coordinator": "localhost:1", "num_processes": 2, "process_id": 2},
-            "numbered from 0 to 1",
-        ),
-        (
-            {"coordinator": "localhost:1", "num_processes": 2, "process_id": 0, "detect": True},
-            "leave out --coordinator",
-        ),
-        ({"detect": True}, r"did not start by detection \(SLURM"),
+        (("localhost:1",), r"needs --num-processes \(or ZFLORA_NUM_PROCESSES\), --process-id"),
+        (("localhost", 2, 0), "expected HOST:PORT"),
+        (("localhost:1", 2, 2), "numbered from 0 to 1"),
+        (("localhost:1", 2, 0, True), "leave out --coordinator"),
+        ((None, None, None, True), r"did not start by detection \(SLURM"),
     ],
 )
 def test_wrong_start_ups(arguments, message, monkeypatch):
     for name in distributed.ENVIRONMENT.values():
         monkeypatch.delenv(name, raising=False)
     with pytest.raises(ConfigError, match=message):
-        distributed.start(**arguments)
+        distributed.start(*arguments[:3], detect=len(arguments) > 3)
 
 
-def test_the_environment_can_start_a_run(monkeypatch):
-    started = []
-    monkeypatch.setattr(
-        distributed.jax.distributed, "initialize", lambda *values: started.append(values)
-    )
-    for name, value in zip(
-        distributed.ENVIRONMENT.values(), ("10.0.0.1:1234", "4", "3"), strict=True
-    ):
+@pytest.fixture
+def started(monkeypatch) -> list[tuple]:
+    """What JAX's runtime is started with, without variables of the environment."""
+    for name in distributed.ENVIRONMENT.values():
+        monkeypatch.delenv(name, raising=False)
+    given: list[tuple] = []
+    monkeypatch.setattr(distributed.jax.distributed, "initialize", lambda *of: given.append(of))
+    return given
+
+
+def test_the_environment_can_start_a_run(started, monkeypatch):
+    values = ("10.0.0.1:1234", "4", "3")
+    for name, value in zip(distributed.ENVIRONMENT.values(), values, strict=True):
         monkeypatch.setenv(name, value)
     distributed.start()
     distributed.start(process_id=0)
@@ -239,15 +214,10 @@ def test_the_environment_can_start_a_run(monkeypatch):
         distributed.start()
 
 
-def test_a_run_without_the_flags_is_one_process(monkeypatch):
-    for name in distributed.ENVIRONMENT.values():
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(
-        distributed.jax.distributed, "initialize", lambda *_: pytest.fail("started")
-    )
+def test_a_run_without_the_flags_is_one_process(started):
     distributed.start()
     distributed.start("localhost:1", 1, 0)
-    assert distributed.is_main()
+    assert distributed.is_main() and not started
 
 
 def test_a_bug_in_one_process_does_not_keep_the_others_waiting(monkeypatch):

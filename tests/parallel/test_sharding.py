@@ -15,10 +15,8 @@ from support.byte_tokenizer import byte_tokenizer
 from support.cases import DORA, adapter_cases, case_id
 from support.checks import assert_trees_equal, compiled
 from support.grids import always
-from support.models import perturb
-from support.sharded import OPTIM, batch, sharded_model
+from support.sharded import sharded_model, sharded_step, three_steps
 
-from zflora_jax.adapters.init import init_adapters
 from zflora_jax.adapters.shapes import adapter_shapes
 from zflora_jax.core import trees
 from zflora_jax.core.adapter_config import METHODS, AdapterConfig
@@ -36,51 +34,15 @@ from zflora_jax.core.run_config import (
 from zflora_jax.experiments.restore import load_run
 from zflora_jax.experiments.train import train
 from zflora_jax.hf.save import save_hf
-from zflora_jax.parallel import activations, sharding
+from zflora_jax.parallel import sharding
 from zflora_jax.reporting.metrics import read_metrics
 from zflora_jax.training.checkpoint import Checkpoints
-from zflora_jax.training.objective import CrossEntropy
-from zflora_jax.training.trainer import init_state, make_train_step
 
 MESHES = [
     MeshConfig(*(2**i for i in powers))
     for powers in itertools.product(range(4), repeat=3)
     if 1 <= sum(powers) <= 3
 ]
-
-
-def sharded_step(model, adapter, mesh_config, accumulate=1):
-    """Mesh, train step, and its arguments where they belong."""
-    mesh = sharding.make_mesh(mesh_config)
-    state = init_state(
-        perturb(init_adapters(jax.random.key(0), model, adapter), 1, 0.02), OPTIM, 10
-    )
-    where = sharding.state_shardings(state, mesh)
-    step = make_train_step(
-        model.config,
-        adapter,
-        OPTIM,
-        10,
-        objective=CrossEntropy(32),
-        grad_accum_steps=accumulate,
-        state_sharding=where,
-    )
-    rows = jax.device_put(batch(), sharding.batch_sharding(mesh))
-    return mesh, step, (sharding.shard(model.params, mesh), jax.device_put(state, where), rows)
-
-
-def train_three(model, adapter, mesh_config, accumulate=1):
-    """Metrics of three steps, and the trained adapters."""
-    mesh, step, (params, state, rows) = sharded_step(model, adapter, mesh_config, accumulate)
-    where, metrics = jax.tree.map(lambda x: x.sharding, state), []
-    with jax.set_mesh(mesh):
-        for _ in range(3):
-            state, found = step(params, state, rows)
-            metrics.append([float(found[name]) for name in ("loss", "grad_norm", "tokens")])
-        # The state stays where it was put: one compilation.
-        assert jax.tree.map(lambda x: x.sharding, state) == where
-        assert step._cache_size() == 1
-    return np.asarray(metrics), jax.device_get(state.adapters)
 
 
 def rank_6(method):
@@ -108,15 +70,20 @@ def test_the_whole_grid_of_meshes_gives_the_numbers_of_one_device(method):
 
 def compare_meshes(adapter, meshes):
     model = sharded_model()
-    wanted, adapters = train_three(model, adapter, MeshConfig())
+    wanted, adapters = three_steps(model, adapter, MeshConfig())
     assert wanted[2, 0] < wanted[0, 0]
     for mesh in meshes:
-        metrics, found = train_three(model, adapter, mesh, accumulate=2 if mesh.tensor == 2 else 1)
+        accumulate = 2 if mesh.tensor == 2 else 1
+        metrics, found = three_steps(model, adapter, mesh, grad_accum_steps=accumulate)
         np.testing.assert_allclose(metrics, wanted, rtol=2e-5, err_msg=str(mesh))
         for leaf, value in trees.flatten(found).items():
             np.testing.assert_allclose(
                 value, trees.flatten(adapters)[leaf], atol=2e-5, err_msg=f"{mesh}: {leaf}"
             )
+
+
+def shapes_in(pattern, text):
+    return {tuple(map(int, dims.split(","))) for dims in re.findall(pattern, text)}
 
 
 @pytest.mark.parametrize("scan_layers", always([True, False], bool))
@@ -130,10 +97,7 @@ def test_fsdp_gathers_one_layer_at_a_time(scan_layers):
     )
     with jax.set_mesh(mesh):
         text = compiled(step.lower(*arguments)).as_text()
-    gathered = [
-        tuple(map(int, dims.split(",")))
-        for dims in re.findall(r"= f32\[([\d,]+)\]\S* all-gather", text)
-    ]
+    gathered = shapes_in(r"= f32\[([\d,]+)\]\S* all-gather", text)
     assert gathered
     shapes = {
         shape[1:] if name.startswith("layers/") else shape
@@ -143,8 +107,7 @@ def test_fsdp_gathers_one_layer_at_a_time(scan_layers):
     assert max(int(np.prod(dims)) for dims in gathered) <= max(sizes)
     kernels = {shape for shape in shapes if len(shape) > 1 and 264 not in shape}
     assert {int(np.prod(shape)) for shape in kernels} <= {int(np.prod(dims)) for dims in gathered}
-    arrays = {tuple(map(int, dims.split(","))) for dims in re.findall(r"f32\[([\d,]+)\]", text)}
-    assert not arrays & {(3, *shape) for shape in kernels}
+    assert not shapes_in(r"f32\[([\d,]+)\]", text) & {(3, *shape) for shape in kernels}
 
 
 @pytest.mark.parametrize(
@@ -188,32 +151,22 @@ def test_no_device_holds_the_embeddings_of_the_whole_batch(mesh_config):
     with jax.set_mesh(mesh):
         text = compiled(step.lower(*arguments)).as_text()
     rows, length = arguments[2]["tokens"].shape
-    shapes = set(re.findall(r"f32\[([\d,]+)\]", text))
-    assert (
-        f"{rows // mesh_config.data // mesh_config.fsdp},{length},{model.config.hidden_size}"
-        in shapes
-    )
-    assert f"{rows},{length},{model.config.hidden_size}" not in shapes
+    shapes, d = shapes_in(r"f32\[([\d,]+)\]", text), model.config.hidden_size
+    assert (rows // mesh_config.row_parts, length, d) in shapes
+    assert (rows, length, d) not in shapes
 
 
 def test_every_parameter_of_every_model_and_method_has_a_rule():
     for config in PRESETS.values():
-        for name in [
-            *param_shapes(config),
-            *param_shapes(config.replace(tie_word_embeddings=False)),
-        ]:
+        for name in (*param_shapes(config), "lm_head/kernel"):
             assert len(sharding.axes_of(name)) >= 1
-    mesh, config = (
-        sharding.make_mesh(MeshConfig(2, 2, 2)),
-        preset("tiny").replace(num_kv_heads=4, vocab_size=264),
-    )
+    config = preset("tiny").replace(num_kv_heads=4, vocab_size=264)
+    mesh = sharding.make_mesh(MeshConfig(2, 2, 2))
     for adapter in adapter_cases():
         for name, shape in adapter_shapes(config, adapter).items():
             assert len(sharding.spec(name, shape, mesh)) == len(shape), (case_id(adapter), name)
-    with pytest.raises(
-        ConfigError,
-        match=r"no sharding rule covers the parameter 'layers/attn/q/kernal': add one to RULES",
-    ):
+    said = "no sharding rule covers the parameter 'layers/attn/q/kernal': add one to RULES"
+    with pytest.raises(ConfigError, match=said):
         sharding.axes_of("layers/attn/q/kernal")
 
 
@@ -221,9 +174,7 @@ def test_large_kernels_are_divided_over_all_of_fsdp_and_tensor():
     mesh = sharding.make_mesh(MeshConfig(1, 4, 2))
     for name, shape in param_shapes(preset("llama-3.2-1b")).items():
         if not name.endswith("scale"):
-            local = jax.sharding.NamedSharding(mesh, sharding.spec(name, shape, mesh)).shard_shape(
-                shape
-            )
+            local = sharding.placement(mesh, name, shape).shard_shape(shape)
             assert np.prod(local) * 8 == np.prod(shape), name
 
 
@@ -307,11 +258,11 @@ def test_too_few_devices_are_said_before_a_model_is_looked_for(tmp_path):
 
 def test_without_a_mesh_nothing_is_constrained():
     x = jnp.ones((4, 8))
-    assert sharding.batch_shards() == 1 and activations.divide_rows(x) is x
+    assert sharding.batch_shards() == 1 and sharding.divide_rows(x) is x
     mesh = sharding.make_mesh(MeshConfig(2, 2, 2))
     with jax.set_mesh(mesh):
         assert sharding.batch_shards() == 4
-        assert jax.jit(activations.divide_rows)(x).sharding.spec == P(("data", "fsdp"))
+        assert jax.jit(sharding.divide_rows)(x).sharding.spec == P(("data", "fsdp"))
 
 
 def test_a_process_puts_its_own_rows_where_they_belong(monkeypatch):

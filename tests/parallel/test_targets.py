@@ -42,19 +42,19 @@ def test_wrong_names_are_answered_with_those_that_exist(name: str, said: str) ->
         target(name)
 
 
-def test_a_compiler_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    missing = {"tpu": ("no_such_module", "target-tpu"), "cuda": ("no_such_module", "target-cuda")}
-    monkeypatch.setattr(targets, "_COMPILERS", missing)
-    with pytest.raises(ConfigError, match=r"pip install 'zflora-jax\[target-tpu\]'"):
-        target("tpu:v5e:2x4").devices()
-    with pytest.raises(ConfigError, match=r"pip install 'zflora-jax\[target-cuda\]'"):
-        target("cuda:h100").devices()
-
-
-def test_only_tpus_come_in_slices(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(targets, "_COMPILERS", {"cuda": ("jax", "target-cuda")})
-    with pytest.raises(ConfigError, match="only TPUs come in several slices"):
-        target("cuda:h100:8").devices(2)
+@pytest.mark.parametrize(
+    ("name", "slices", "module", "said"),
+    [
+        ("tpu:v5e:2x4", 1, "no_such_module", r"pip install 'zflora-jax\[target-tpu\]'"),
+        ("cuda:h100", 1, "no_such_module", r"pip install 'zflora-jax\[target-cuda\]'"),
+        ("cuda:h100:8", 2, "jax", "only TPUs come in several slices"),
+    ],
+)
+def test_devices_that_cannot_be_made(name, slices, module, said, monkeypatch) -> None:
+    compilers = {platform: (module, f"target-{platform}") for platform in ("tpu", "cuda")}
+    monkeypatch.setattr(targets, "_COMPILERS", compilers)
+    with pytest.raises(ConfigError, match=said):
+        target(name).devices(slices)
 
 
 @needs_libtpu

@@ -30,10 +30,7 @@ def test_training_curves_draw_each_step_once_after_a_resume(tmp_path, figures):
         {"step": s, "split": "train", "loss": 9.0, "grad_norm": 2.0, "learning_rate": 0.1 * s}
         for s in range(1, 5)
     ]
-    records += [
-        {"step": 0, "split": "eval", "loss": 4.0},
-        {"step": 2, "split": "eval", "loss": None},
-    ]
+    records += [{"step": s, "split": "eval", "loss": loss} for s, loss in ((0, 4.0), (2, None))]
     # Steps 3 and 4 again.
     records += [
         {"step": s, "split": "train", "loss": 1 / s, "target_tokens_per_s": 10.0 * s}
@@ -49,32 +46,14 @@ def test_training_curves_draw_each_step_once_after_a_resume(tmp_path, figures):
     assert (tmp_path / "again.svg").read_bytes() == drawn
     loss, rate, speed, norm = figures[0].axes
     lines = [(line.get_label(), line.get_xydata().tolist()) for line in loss.lines]
-    assert lines[0] == (
-        "mine (train, last 0.1667)",
-        [[1, 9.0], [2, 9.0], [3, 1 / 3], [4, 1 / 4], [5, 1 / 5], [6, 1 / 6]],
-    )
+    drawn = [[1, 9.0], [2, 9.0], *([s, 1 / s] for s in range(3, 7))]
+    assert lines[0] == ("mine (train, last 0.1667)", drawn)
     assert lines[1] == ("mine (eval, last 0.25)", [[0, 4.0], [6, 0.25]])
-    assert [len(axes.lines) for axes in (rate, speed, norm)] == [
-        1,
-        1,
-        1,
-    ] and norm.get_yscale() == "log"
+    assert all(len(axes.lines) == 1 for axes in (rate, speed, norm))
+    assert norm.get_yscale() == "log"
     assert speed.lines[0].get_xydata().tolist() == [[s, 10.0 * s] for s in range(3, 7)]
     assert "nats per token" in loss.get_ylabel() and "tokens per second" in speed.get_ylabel()
     assert figures[0].get_suptitle() == "a run"
-
-
-def test_training_curves_of_several_runs_have_a_colour_each(tmp_path, figures):
-    for name in "ab":
-        _write(
-            tmp_path / f"{name}.jsonl",
-            [{"step": 1, "split": split, "loss": 1.0} for split in ("train", "eval")],
-        )
-    plots.training_curves(
-        {name: tmp_path / f"{name}.jsonl" for name in "ab"}, tmp_path / "c", "both"
-    )
-    colours = [line.get_color() for line in figures[0].axes[0].lines]
-    assert colours == ["C0", "C0", "C1", "C1"]
 
 
 def test_training_curves_of_nothing_are_refused(tmp_path):
@@ -84,8 +63,8 @@ def test_training_curves_of_nothing_are_refused(tmp_path):
     assert not (tmp_path / "a.png").exists()
 
 
-@pytest.mark.parametrize("count", [6, 14])
-def test_the_names_of_many_runs_stand_below(tmp_path, figures, count):
+@pytest.mark.parametrize("count", [2, 6, 14])
+def test_the_names_of_several_runs_and_of_many_below(tmp_path, figures, count):
     for i in range(count):
         _write(
             tmp_path / f"{i}.jsonl",
@@ -94,22 +73,12 @@ def test_the_names_of_many_runs_stand_below(tmp_path, figures, count):
     plots.training_curves(
         {f"run {i}": tmp_path / f"{i}.jsonl" for i in range(count)}, tmp_path / "c", "many"
     )
+    drawn = [line.get_color() for line in figures[0].axes[0].lines]
+    assert len({str(colour) for colour in drawn}) == count
+    if count <= plots.IN_PANEL:
+        assert figures[0].axes[0].get_legend() and not figures[0].legends
+        return
     [legend] = figures[0].legends
     assert [text.get_text() for text in legend.get_texts()] == [f"run {i}" for i in range(count)]
     assert not any(axes.get_legend() for axes in figures[0].axes)
-    drawn = [line.get_color() for line in figures[0].axes[0].lines]
-    assert len({str(colour) for colour in drawn}) == count and drawn == [
-        handle.get_color() for handle in legend.legend_handles
-    ]
-
-
-def test_grouped_bars_stand_next_to_each_other(tmp_path, figures):
-    values = {"lora": {"a": 1.0, "b": 2.0}, "ffa": {"b": 3.0}}
-    plots.grouped_bars(values, tmp_path / "g", "scores", "points")
-    assert _is_png(tmp_path / "g.png")
-    [axes] = figures[0].axes
-    assert [bar.get_height() for bar in axes.patches] == [1.0, 2.0, 3.0]
-    middles = [bar.get_x() + bar.get_width() / 2 for bar in axes.patches]
-    assert middles == pytest.approx([-1 / 6, 5 / 6, 7 / 6])
-    assert [t.get_text() for t in axes.get_xticklabels()] == ["a", "b"]
-    assert axes.get_ylabel() == "points" and axes.get_title() == "scores"
+    assert drawn == [handle.get_color() for handle in legend.legend_handles]

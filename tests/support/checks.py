@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,17 @@ def assert_trees_equal(got: trees.Tree, want: trees.Tree) -> None:
     assert got_flat.keys() == want_flat.keys()
     for name, leaf in want_flat.items():
         np.testing.assert_array_equal(np.asarray(got_flat[name]), np.asarray(leaf), err_msg=name)
+
+
+def equations(jaxpr: Any) -> Iterator[Any]:
+    """The equations of a jaxpr, those of inner ones included."""
+    for equation in jaxpr.eqns:
+        yield equation
+        for value in equation.params.values():
+            for inner in value if isinstance(value, list | tuple) else [value]:
+                inner = getattr(inner, "jaxpr", inner)
+                if hasattr(inner, "eqns"):
+                    yield from equations(inner)
 
 
 def compiled(lowered: Any) -> Any:

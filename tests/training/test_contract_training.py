@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from support.cases import BY_METHOD, CASES, DORA, case_id, every_method
-from support.checks import assert_trees_equal
+from support.checks import assert_trees_equal, equations
 from support.grids import always
 from support.models import perturb, tiny_model
 
@@ -25,12 +25,11 @@ from zflora_jax.training.trainer import init_state, make_train_step
 def test_only_adapters_move_and_no_base_gradient_is_formed(adapter, tokens):
     model = tiny_model()
     before = jax.tree.map(np.array, model.params)
-    state = init_state(
-        perturb(init_adapters(jax.random.key(1), model, adapter)), OptimConfig(warmup_steps=0), 3
-    )
+    optim = OptimConfig(warmup_steps=0)
+    state = init_state(perturb(init_adapters(jax.random.key(1), model, adapter)), optim, 3)
     start = jax.tree.map(np.array, state.adapters)
     batch = {"tokens": tokens, "loss_mask": tokens >= 0, "segments": jnp.ones_like(tokens)}
-    step = make_train_step(model.config, adapter, OptimConfig(warmup_steps=0), 3)
+    step = make_train_step(model.config, adapter, optim, 3)
     state, metrics = step(model.params, state, batch)
     assert np.isfinite(metrics["loss"]) and metrics["grad_norm"] > 0
     assert_trees_equal(model.params, before)
@@ -57,27 +56,14 @@ def test_no_product_forms_a_base_gradient(adapter):
     )
     batch = CrossEntropy().arrays(2, 24, packed=True)
     step = make_train_step(model.config, adapter, OptimConfig(), 100)
-    shapes: set[tuple[int, ...]] = set()
-
-    def walk(jaxpr):
-        for equation in jaxpr.eqns:
-            if equation.primitive.name == "dot_general":
-                shapes.add(tuple(sorted(equation.outvars[0].aval.shape)))
-            for value in equation.params.values():
-                for inner in value if isinstance(value, list | tuple) else [value]:
-                    if hasattr(inner, "eqns"):
-                        walk(inner)
-                    elif hasattr(inner, "jaxpr"):
-                        walk(inner.jaxpr)
-
-    walk(jax.make_jaxpr(step)(model.params, state, batch).jaxpr)
-    assert shapes, "no products found: the walk is broken"
-    kernels = {
-        tuple(sorted(x.shape))
-        for name, x in trees.flatten(model.params).items()
-        if "kernel" in name
+    shapes = {
+        tuple(sorted(equation.outvars[0].aval.shape))
+        for equation in equations(jax.make_jaxpr(step)(model.params, state, batch).jaxpr)
+        if equation.primitive.name == "dot_general"
     }
-    assert not shapes & kernels
+    assert shapes, "no products found: the walk is broken"
+    leaves = trees.flatten(model.params).items()
+    assert not shapes & {tuple(sorted(x.shape)) for name, x in leaves if "kernel" in name}
 
 
 def test_first_gradients_reach_the_blocks_that_start_at_zero(tokens):
@@ -87,15 +73,12 @@ def test_first_gradients_reach_the_blocks_that_start_at_zero(tokens):
     model, adapter = tiny_model(num_layers=3), AdapterConfig("zflora-minimal", rank=6)
     adapters = init_adapters(jax.random.key(1), model, adapter)
     batch = {"tokens": tokens, "loss_mask": tokens >= 0, "segments": jnp.ones_like(tokens)}
-    grads = jax.jit(
-        jax.grad(
-            lambda a: (
-                CrossEntropy(16)(
-                    model.config, adapter, {"params": model.params, "adapters": a}, batch
-                ).loss
-            )
-        )
-    )(adapters)
+
+    def loss(adapters):
+        variables = {"params": model.params, "adapters": adapters}
+        return CrossEntropy(16)(model.config, adapter, variables, batch).loss
+
+    grads = jax.jit(jax.grad(loss))(adapters)
     for name, grad in trees.flatten(grads).items():
         assert (np.abs(grad).max() > 0) == name.endswith("backward"), name
 
@@ -107,6 +90,5 @@ def test_the_same_arguments_give_the_same_step():
     assert step is not make_train_step(config, adapter, optim, 8)
     drops = adapter.replace(dropout=0.5)
     assert make_train_step(config, drops, optim, 9) is make_train_step(config, drops, optim, 9)
-    assert make_train_step(config, drops, optim, 9, seed=1) is not make_train_step(
-        config, drops, optim, 9, seed=2
-    )
+    seeded = [make_train_step(config, drops, optim, 9, seed=seed) for seed in (1, 2)]
+    assert seeded[0] is not seeded[1]

@@ -16,7 +16,7 @@ from support.cases import LORA
 from support.checks import assert_logits_close, assert_trees_equal
 from support.grids import pairwise
 from support.models import perturb, tiny_model
-from support.sharded import OPTIM, batch, sharded_model
+from support.sharded import OPTIM, batch, sharded_model, three_steps
 
 from zflora_jax.adapters.fuse import fuse
 from zflora_jax.adapters.init import init_adapters
@@ -30,31 +30,31 @@ from zflora_jax.hf.peft import load_peft, save_peft
 from zflora_jax.inference.decode import generate_tokens
 from zflora_jax.nn.layers import Dense
 from zflora_jax.nn.llama import Llama, forward
-from zflora_jax.parallel import sharding
 from zflora_jax.training.objective import CrossEntropy
 from zflora_jax.training.trainer import eval_step, init_state, make_train_step
 
 DROPPED = LORA.replace(dropout=0.3)
 
 
-@pytest.mark.parametrize("method", [m for m in METHODS if m != "lora"])
-def test_only_lora_has_dropout(method):
-    with pytest.raises(
-        ConfigError,
-        match=(
-            rf"adapter\.dropout=0\.1: only method 'lora' has dropout, .* method '{method}' has none"
-        ),
-    ):
-        AdapterConfig(method, dropout=0.1)
-
-
-@pytest.mark.parametrize("dropout", [-0.1, 1.0, 1.5])
-def test_a_dropout_is_a_share(dropout):
-    with pytest.raises(
-        ConfigError,
-        match=rf"adapter\.dropout={dropout}: a share of inputs, so at least 0 and below 1",
-    ):
-        AdapterConfig("lora", dropout=dropout)
+@pytest.mark.parametrize(
+    ("method", "dropout", "message"),
+    [
+        (
+            m,
+            0.1,
+            rf"adapter\.dropout=0\.1: only method 'lora' has dropout, .* method '{m}' has none",
+        )
+        for m in METHODS
+        if m != "lora"
+    ]
+    + [
+        ("lora", p, rf"adapter\.dropout={p}: a share of inputs, so at least 0 and below 1")
+        for p in (-0.1, 1.0, 1.5)
+    ],
+)
+def test_a_dropout_is_a_share_and_only_loras(method, dropout, message):
+    with pytest.raises(ConfigError, match=message):
+        AdapterConfig(method, dropout=dropout)
 
 
 def test_dropout_keeps_a_share_of_the_inputs_and_divides_by_it():
@@ -93,9 +93,8 @@ def test_dropout_keeps_a_share_of_the_inputs_and_divides_by_it():
         return jnp.sum(dense.apply(given, x, rngs={"dropout": jax.random.key(0)})[0] * d_y)
 
     want = y.reshape(-1, n).astype(np.float64).T @ d_y.reshape(-1, n)
-    np.testing.assert_allclose(
-        jax.grad(loss)(jnp.eye(n)), want, rtol=0, atol=1e-5 * np.abs(want).max()
-    )
+    found = jax.grad(loss)(jnp.eye(n))
+    np.testing.assert_allclose(found, want, rtol=0, atol=1e-5 * np.abs(want).max())
 
 
 @pytest.mark.parametrize(("scan_layers", "remat"), pairwise([True, False], ["dots", "block"]))
@@ -104,12 +103,13 @@ def test_every_kernel_of_every_layer_drops_inputs_of_its_own(scan_layers, remat)
     adapters = perturb(init_adapters(jax.random.key(0), model, DROPPED))
     masks: list[bytes] = []
 
+    def keep(mask):
+        masks.append(np.packbits(mask[:, :, :64]).tobytes())
+
     def record(dropped, args, kwargs, context):
         y = dropped(*args, **kwargs)
         if context.method_name == "_dropped":
-            jax.debug.callback(
-                lambda mask: masks.append(np.packbits(mask[:, :, :64]).tobytes()), y != 0
-            )
+            jax.debug.callback(keep, y != 0)
         return y
 
     tokens, variables = jnp.ones((2, 5), jnp.int32), {"params": model.params, "adapters": adapters}
@@ -121,78 +121,37 @@ def test_every_kernel_of_every_layer_drops_inputs_of_its_own(scan_layers, remat)
 
 def test_evaluation_and_generation_drop_nothing():
     model = tiny_model()
-    adapters, tokens = (
-        perturb(init_adapters(jax.random.key(0), model, LORA)),
-        np.ones((2, 9), np.int32),
-    )
-    np.testing.assert_array_equal(
-        forward(model, tokens, DROPPED, adapters), forward(model, tokens, LORA, adapters)
-    )
+    adapters = perturb(init_adapters(jax.random.key(0), model, LORA))
+    tokens = np.ones((2, 9), np.int32)
+    wanted = forward(model, tokens, LORA, adapters)
+    np.testing.assert_array_equal(forward(model, tokens, DROPPED, adapters), wanted)
     rows = {"tokens": tokens, "loss_mask": tokens > 0, "segments": tokens}
     variables = {"params": model.params, "adapters": adapters}
-    losses = [
-        float(eval_step(model.config, a, variables, rows, CrossEntropy(8))[0])
-        for a in (DROPPED, LORA)
-    ]
-    assert losses[0] == losses[1]
-    answers = [
-        generate_tokens(model, [[5, 6]], max_new_tokens=4, adapter=a, adapters=adapters)
-        for a in (DROPPED, LORA)
-    ]
-    assert answers[0] == answers[1]
-    assert_logits_close(
-        forward(fuse(model, DROPPED, adapters), tokens), forward(model, tokens, LORA, adapters)
-    )
+    found = []
+    for adapter in (DROPPED, LORA):
+        sums = eval_step(model.config, adapter, variables, rows, CrossEntropy(8))
+        given = {"adapter": adapter, "adapters": adapters}
+        found.append(
+            (float(sums.loss), generate_tokens(model, [[5, 6]], max_new_tokens=4, **given))
+        )
+    assert found[0] == found[1]
+    assert_logits_close(forward(fuse(model, DROPPED, adapters), tokens), wanted)
 
 
-def steps_of(
-    adapter: AdapterConfig,
-    mesh_config: MeshConfig | None = None,
-    *,
-    seed: int = 0,
-    accumulate: int = 2,
-    rows: dict[str, np.ndarray] | None = None,
-    rate: float = 1e-2,
-    **changes: object,
-) -> list[list[float]]:
-    """Loss and norm of the gradient of three steps."""
-    model, optim = (
-        sharded_model(num_layers=1, **changes),
-        dataclasses.replace(OPTIM, learning_rate=rate),
-    )
-    state = init_state(
-        perturb(init_adapters(jax.random.key(0), model, adapter), 1, 0.05), optim, 10
-    )
-    mesh = sharding.make_mesh(mesh_config or MeshConfig())
-    where = sharding.state_shardings(state, mesh)
-    step = make_train_step(
-        model.config,
-        adapter,
-        optim,
-        10,
-        objective=CrossEntropy(32),
-        grad_accum_steps=accumulate,
-        state_sharding=where,
-        seed=seed,
-    )
-    placed, params = (
-        jax.device_put(rows or batch(), sharding.batch_sharding(mesh)),
-        sharding.shard(model.params, mesh),
-    )
-    state, losses = jax.device_put(state, where), []
-    with jax.set_mesh(mesh):
-        for _ in range(3):
-            state, metrics = step(params, state, placed)
-            losses.append([float(metrics["loss"]), float(metrics["grad_norm"])])
-    return losses
+def steps_of(adapter, mesh=MeshConfig(), rows=None, *, rate=1e-2, remat="dots", **settings):  # noqa: B008
+    """Loss and norm of the gradient of three steps, of two micro-batches each."""
+    model = sharded_model(num_layers=1, remat=remat)
+    settings = {"grad_accum_steps": 2, "std": 0.05} | settings
+    optim = dataclasses.replace(OPTIM, learning_rate=rate)
+    return three_steps(model, adapter, mesh, rows, optim=optim, **settings)[0][:, :2]
 
 
 def test_what_drops_out_hangs_neither_on_the_mesh_nor_on_recomputation():
-    wanted = np.asarray(steps_of(DROPPED))
+    wanted = steps_of(DROPPED)
     np.testing.assert_allclose(
         steps_of(DROPPED, MeshConfig(2, 2, 2), remat="block"), wanted, rtol=2e-5
     )
-    assert np.abs(np.asarray(steps_of(DROPPED, seed=1)) / wanted - 1).max() > 1e-3
+    assert np.abs(steps_of(DROPPED, seed=1) / wanted - 1).max() > 1e-3
 
 
 def test_micro_batches_and_steps_drop_other_inputs():
@@ -201,22 +160,19 @@ def test_micro_batches_and_steps_drop_other_inputs():
     """
     row = jax.tree.map(lambda x: x[:1], batch())
     twice = jax.tree.map(lambda x: x.repeat(2, 0), row)
-    alone = [loss for loss, _ in steps_of(DROPPED, accumulate=1, rows=row, rate=1e-30)]
-    both = [loss for loss, _ in steps_of(DROPPED, accumulate=2, rows=twice, rate=1e-30)]
-    assert len({round(loss, 5) for loss in alone}) == 3  # steps
+    alone = steps_of(DROPPED, rows=row, rate=1e-30, grad_accum_steps=1)[:, 0]
+    both = steps_of(DROPPED, rows=twice, rate=1e-30)[:, 0]
+    assert len({round(loss, 5) for loss in alone.tolist()}) == 3  # steps
     # The second micro-batch is not the first again.
-    assert np.abs(np.asarray(both) - alone).min() > 1e-5
+    assert np.abs(both - alone).min() > 1e-5
 
 
 def test_without_dropout_nothing_is_drawn():
     def text(adapter: AdapterConfig) -> str:
         model = sharded_model(num_layers=1)
         state = init_state(init_adapters(jax.random.key(0), model, adapter), OPTIM, 10)
-        return (
-            make_train_step(model.config, adapter, OPTIM, 10, grad_accum_steps=2)
-            .lower(model.params, state, batch())
-            .as_text()
-        )
+        step = make_train_step(model.config, adapter, OPTIM, 10, grad_accum_steps=2)
+        return step.lower(model.params, state, batch()).as_text()
 
     assert "threefry" in text(DROPPED) and "threefry" not in text(LORA)
 
@@ -243,12 +199,11 @@ def test_peft_directories_carry_the_dropout(tmp_path):
     assert peft.PeftConfig.from_pretrained(str(tmp_path)).lora_dropout == 0.3
     assert load_peft(tmp_path, model)[0] == adapter
     assert describe(tmp_path)["lora_dropout"] == "0.3"
-    settings = json.loads((tmp_path / "adapter_config.json").read_text())
+    file = tmp_path / "adapter_config.json"
+    settings = json.loads(file.read_text())
     for value in (None, 0):
-        (tmp_path / "adapter_config.json").write_text(
-            json.dumps(settings | {"lora_dropout": value})
-        )
+        file.write_text(json.dumps(settings | {"lora_dropout": value}))
         assert load_peft(tmp_path, model)[0].dropout == 0
-    (tmp_path / "adapter_config.json").write_text(json.dumps(settings | {"lora_dropout": 2}))
+    file.write_text(json.dumps(settings | {"lora_dropout": 2}))
     with pytest.raises(ConfigError, match=r"adapter\.dropout=2\.0: a share of inputs"):
         load_peft(tmp_path, model)

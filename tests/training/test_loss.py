@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
+from support.checks import equations
 from support.models import perturb, tiny_model
 
 from zflora_jax.adapters.init import init_adapters
@@ -123,22 +124,8 @@ def test_a_chunk_is_no_longer_than_what_there_is():
 
 def sizes(function: object, *args: object) -> set[int]:
     """Number of elements of every value in a function's jaxpr, inner ones included."""
-    found: set[int] = set()
-
-    def walk(jaxpr):
-        for equation in jaxpr.eqns:
-            found.update(
-                int(np.prod(v.aval.shape)) for v in equation.outvars if hasattr(v.aval, "shape")
-            )
-            for value in equation.params.values():
-                for inner in value if isinstance(value, list | tuple) else [value]:
-                    if hasattr(inner, "eqns"):
-                        walk(inner)
-                    elif hasattr(inner, "jaxpr"):
-                        walk(inner.jaxpr)
-
-    walk(jax.make_jaxpr(function)(*args).jaxpr)
-    return found
+    values = (v for e in equations(jax.make_jaxpr(function)(*args).jaxpr) for v in e.outvars)
+    return {int(np.prod(v.aval.shape)) for v in values if hasattr(v.aval, "shape")}
 
 
 @pytest.mark.parametrize("chunk", [1, 4])

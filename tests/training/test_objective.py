@@ -110,10 +110,9 @@ def test_a_run_logs_evaluates_and_plans_what_its_objective_says(run, tmp_path, m
     run = override(run, {"train.steps": 3})
     plain = quiet_train(run, tmp_path / "plain").report
     config = tiny_model(num_layers=2, max_position_embeddings=512).config
+    weighted = lambda run: Weighted(run.train.loss_chunk, weight=3.0)  # noqa: E731
     for module in (trainer, loss_module):
-        monkeypatch.setattr(
-            module, "objective_of", lambda run: Weighted(run.train.loss_chunk, weight=3.0)
-        )
+        monkeypatch.setattr(module, "objective_of", weighted)
     # Adam's updates do not depend on the scale of a loss, but for its eps.
     run = replace(run, optim=replace(run.optim, eps=1e-30, clip_norm=None))
     found = quiet_train(run, tmp_path / "weighted").report

@@ -15,10 +15,9 @@ from support.killed import killed_run
 from support.models import needs_smollm2, tiny_model
 from support.quantized import how, moved
 from support.runs import quiet_train, saved_state
-from support.sharded import OPTIM, batch
+from support.sharded import three_steps
 
 from zflora_jax.adapters.fuse import fuse
-from zflora_jax.adapters.init import init_adapters
 from zflora_jax.adapters.packing import pack_for_decode
 from zflora_jax.core import trees
 from zflora_jax.core.adapter_config import AdapterConfig
@@ -37,11 +36,10 @@ from zflora_jax.nn.llama import forward
 from zflora_jax.nn.quantize_model import dequantize_model, quantize_model
 from zflora_jax.ops.quantized import KINDS, bytes_of
 from zflora_jax.parallel import sharding
-from zflora_jax.training.objective import CrossEntropy
-from zflora_jax.training.trainer import init_state, make_train_step
 
 # An even width on every device: see the flags of conftest.
 ADAPTER = AdapterConfig("zflora-uniform", rank=8, alpha=9.0, extra_head_dim=32)
+WIDE = {"hidden_size": 512, "intermediate_size": 2048, "head_dim": 128}
 
 
 def base(kind):
@@ -51,32 +49,14 @@ def base(kind):
     return quantize_model(model, how(kind, embedding=kind))
 
 
-def three_steps(model, mesh_config):
-    """Metrics of three steps on a mesh, and the trained adapters."""
-    adapters = init_adapters(jax.random.key(0), model, ADAPTER)
-    mesh, state = sharding.make_mesh(mesh_config), init_state(adapters, OPTIM, 10)
-    where = sharding.state_shardings(state, mesh)
-    step = make_train_step(
-        model.config, ADAPTER, OPTIM, 10, objective=CrossEntropy(32), state_sharding=where
-    )
-    rows = jax.device_put(batch(), sharding.batch_sharding(mesh))
-    params, state = sharding.shard(model.params, mesh), jax.device_put(state, where)
-    found = []
-    with jax.set_mesh(mesh):
-        for _ in range(3):
-            state, metrics = step(params, state, rows)
-            found.append([float(metrics[name]) for name in ("loss", "grad_norm")])
-    return np.asarray(found), jax.device_get(state.adapters)
-
-
 @pytest.mark.parametrize("kind", always(KINDS, lambda kind: kind == "q4_1"))
 def test_steps_are_those_on_the_numbers_on_any_mesh(kind):
     model = base(kind)
-    wanted, adapters = three_steps(model, MeshConfig())
+    wanted, adapters = three_steps(model, ADAPTER, MeshConfig(), std=0.0)
     assert wanted[2, 0] < wanted[0, 0]
-    numbers, _ = three_steps(dequantize_model(model), MeshConfig())
+    numbers, _ = three_steps(dequantize_model(model), ADAPTER, MeshConfig(), std=0.0)
     np.testing.assert_allclose(wanted, numbers, rtol=2e-5)
-    metrics, found = three_steps(model, MeshConfig(2, 2, 2))
+    metrics, found = three_steps(model, ADAPTER, MeshConfig(2, 2, 2), std=0.0)
     np.testing.assert_allclose(metrics, wanted, rtol=2e-5)
     for name, leaf in trees.flatten(found).items():
         np.testing.assert_allclose(leaf, trees.flatten(adapters)[name], atol=2e-5, err_msg=name)
@@ -89,10 +69,9 @@ def test_fuse_and_decode_on_a_mesh_are_those_of_one_device():
     mesh = sharding.make_mesh(MeshConfig(fsdp=2, tensor=2))
     divided = dataclasses.replace(model, params=sharding.shard(model.params, mesh))
     both = fuse(divided, ADAPTER, adapters)
+    parts = trees.arrays(fused.params)
     for name, part in trees.arrays(both.params).items():
-        np.testing.assert_array_equal(
-            np.asarray(part), np.asarray(trees.arrays(fused.params)[name]), name
-        )
+        np.testing.assert_array_equal(np.asarray(part), np.asarray(parts[name]), name)
     codes = trees.arrays(divided.params)["layers/mlp/gate/kernel/codes"]
     assert {s.data.size for s in codes.addressable_shards} == {codes.size // 4}
     tokens = np.asarray([prompts[0]], np.int32)
@@ -138,7 +117,7 @@ def test_a_compiled_step_keeps_no_dequantised_base(kind):
     """With four layers more the temporaries grow by what the backward pass keeps, as beside a float
     base; not by the layers' numbers. (On a CPU codes of 4 bits become codes of 8.)
     """
-    wide = preset("tiny").replace(hidden_size=512, intermediate_size=2048, head_dim=128)
+    wide = preset("tiny").replace(**WIDE)
 
     def temporaries(layers, **quantize):
         run = RunConfig(
@@ -147,25 +126,15 @@ def test_a_compiled_step_keeps_no_dequantised_base(kind):
         step = lowered_step(run, wide.replace(num_layers=layers)).compile()
         return step.memory_analysis().temp_size_in_bytes
 
-    layer = 4 * sum(
-        int(np.prod(shape[1:]))
-        for name, shape in jax.tree.map(np.shape, trees.flatten(tiny_shapes(wide))).items()
-        if name.startswith("layers/")
-    )
+    float_base = tiny_model(**WIDE)
+    layer = sum(leaf.nbytes // len(leaf) for leaf in jax.tree.leaves(float_base.params["layers"]))
     more = temporaries(8, kernels=kind) - temporaries(4, kernels=kind)
     plain = temporaries(8) - temporaries(4)
     assert more - plain < 1.2 * layer  # four layers' numbers would be 4 of it
     run = RunConfig(quantize=QuantizeConfig(kind))
     planned = stored_bytes(run, wide)["base"]
-    held = quantize_model(tiny_model(**WIDE), QuantizeConfig(kind))
+    held = quantize_model(float_base, QuantizeConfig(kind))
     assert planned == sum(bytes_of(leaf) for leaf in trees.flatten(held.params).values())
-
-
-WIDE = {"hidden_size": 512, "intermediate_size": 2048, "head_dim": 128}
-
-
-def tiny_shapes(config):
-    return tiny_model(**WIDE, num_layers=config.num_layers).params
 
 
 @needs_smollm2

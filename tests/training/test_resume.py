@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from support.checks import assert_trees_equal
-from support.runs import mark_saved, quiet_train
+from support.runs import mark_saved, quiet_train, small_run
 
 from zflora_jax.core.errors import Preempted
 from zflora_jax.core.fields import ConfigError, override
@@ -22,9 +22,8 @@ from zflora_jax.training.workdir import adopt, claim, read_config, read_starts, 
 
 
 def records(workdir: Path, name: str) -> dict[int, float]:
-    return {
-        r["step"]: r[name] for r in read_metrics(workdir / "metrics.jsonl") if r["split"] == "train"
-    }
+    found = read_metrics(workdir / "metrics.jsonl")
+    return {r["step"]: r[name] for r in found if r["split"] == "train"}
 
 
 def evaluations(workdir: Path) -> list[dict]:
@@ -35,17 +34,13 @@ def evaluations(workdir: Path) -> list[dict]:
 
 def files(workdir: Path) -> dict[str, bytes]:
     """What a run says of itself."""
-    return {
-        name: (workdir / name).read_bytes()
-        for name in ("report.json", "metrics.jsonl", "starts.jsonl")
-    }
+    names = ("report.json", "metrics.jsonl", "starts.jsonl")
+    return {name: (workdir / name).read_bytes() for name in names}
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory, base_dir: str) -> Path:
     """A run of eight steps at a constant rate, for copying."""
-    from support.runs import small_run
-
     workdir = tmp_path_factory.mktemp("finished") / "run"
     quiet_train(override(small_run(base_dir), {"optim.schedule": "constant"}), workdir)
     return workdir
@@ -72,23 +67,15 @@ def test_memory_settings_may_change_and_the_data_stays(run, tmp_path, monkeypatc
     caplog.set_level("INFO", logger="zflora_jax")
     changes = {"train.remat": "block", "train.loss_chunk": 64, "data.grad_accum_steps": 4}
     report = quiet_train(override(run, changes), tmp_path / "run").report
-    assert report["resumed_from"] == 3 and report["test_loss"] == pytest.approx(
-        whole.report["test_loss"], rel=2e-5
-    )
-    assert records(tmp_path / "run", "batch_crc32") == records(tmp_path / "whole", "batch_crc32")
-    assert records(tmp_path / "run", "loss") == pytest.approx(
-        records(tmp_path / "whole", "loss"), rel=2e-5
-    )
-    for key, (old, new) in {
-        "train.remat": ("dots", "block"),
-        "train.loss_chunk": (128, 64),
-        "data.grad_accum_steps": (2, 4),
-    }.items():
-        assert (
-            f"{key}: {old!r} before, {new!r} from here on. Rounding, memory and speed may change"
-            in caplog.text
-        )
-        assert read_starts(tmp_path / "run")[-1]["changed"][key] == [old, new]
+    assert report["resumed_from"] == 3
+    assert report["test_loss"] == pytest.approx(whole.report["test_loss"], rel=2e-5)
+    found, wanted = (tmp_path / name for name in ("run", "whole"))
+    assert records(found, "batch_crc32") == records(wanted, "batch_crc32")
+    assert records(found, "loss") == pytest.approx(records(wanted, "loss"), rel=2e-5)
+    for key, old in zip(changes, ("dots", 128, 2), strict=True):
+        said = f"{key}: {old!r} before, {changes[key]!r} from here on. Rounding, memory and speed"
+        assert said in caplog.text
+        assert read_starts(tmp_path / "run")[-1]["changed"][key] == [old, changes[key]]
     assert "changed" not in read_starts(tmp_path / "run")[0]
     assert read_config(tmp_path / "run").data.grad_accum_steps == 4
 
@@ -107,9 +94,8 @@ def test_a_finished_run_goes_on_to_more_steps(run, workdir, tmp_path, caplog):
     assert_trees_equal(longer.adapters, whole.adapters)
     assert records(workdir, "loss") == records(tmp_path / "whole", "loss")
     assert longer.report["test_loss"] == whole.report["test_loss"]
-    with pytest.raises(
-        ConfigError, match=r"train\.steps: 12 there, 8 now\n  \(12 steps are finished there\)"
-    ):
+    said = r"train\.steps: 12 there, 8 now\n  \(12 steps are finished there\)"
+    with pytest.raises(ConfigError, match=said):
         quiet_train(override(run, {"train.steps": 8}), workdir)
 
 
@@ -123,10 +109,8 @@ def test_another_length_says_what_becomes_of_the_learning_rate(
     run = override(run, {"optim.schedule": schedule})
     workdirs.claim(tmp_path, adopt(tmp_path, run)[0])
     adopted, changed = adopt(tmp_path, override(run, {"train.steps": steps, "eval.limit": 3}))
-    assert adopted.train.steps == steps and changed == {
-        "train.steps": (8, steps),
-        "eval.limit": (4, 3),
-    }
+    assert adopted.train.steps == steps
+    assert changed == {"train.steps": (8, steps), "eval.limit": (4, 3)}
     [note] = workdirs.change_notes(changed, adopted)
     assert words in note and "eval" not in note
 
@@ -153,20 +137,12 @@ def test_a_finished_run_keeps_its_report(run, workdir, monkeypatch):
     """Run again elsewhere: commit, device, date and timings are those of the training."""
     run = override(run, {"optim.schedule": "constant"})
     before = files(workdir)
-    elsewhere = {
-        "commit": "another",
-        "date": "2030-01-01T00:00:00+00:00",
-        "device": "another",
-        "jax": "another",
-    }
+    elsewhere = dict.fromkeys(("commit", "date", "device", "jax"), "another")
     monkeypatch.setattr("zflora_jax.experiments.train.environment", lambda: elsewhere)
-    monkeypatch.setattr(
-        "zflora_jax.experiments.setup.held_out_loss",
-        lambda *_, **__: pytest.fail("nothing is to be evaluated"),
-    )
-    assert quiet_train(
-        override(run, {"train.log_every": 3, "eval.max_new_tokens": 5}), workdir
-    ).report == json.loads(before["report.json"])
+    evaluated = lambda *_, **__: pytest.fail("nothing is to be evaluated")  # noqa: E731
+    monkeypatch.setattr("zflora_jax.experiments.setup.held_out_loss", evaluated)
+    run = override(run, {"train.log_every": 3, "eval.max_new_tokens": 5})
+    assert quiet_train(run, workdir).report == json.loads(before["report.json"])
     assert files(workdir) == before
 
 
@@ -188,27 +164,16 @@ def test_a_lost_report_is_made_again(run, workdir, monkeypatch, damage):
     run = override(run, {"optim.schedule": "constant"})
     path = workdir / workdirs.REPORT_FILE
     before = json.loads(path.read_text())
-    (
+    path.write_text("{" if damage == "torn" else json.dumps(before | {"steps": 4, "test_loss": 9}))
+    if damage == "missing":
         path.unlink()
-        if damage == "missing"
-        else path.write_text(
-            "{" if damage == "torn" else json.dumps(before | {"steps": 4, "test_loss": 9.0})
-        )
-    )
     monkeypatch.setattr("zflora_jax.experiments.train.environment", lambda: {"commit": "another"})
     after = quiet_train(run, workdir).report
     assert plain(after) == json.loads(path.read_text())
-    lost = {
-        "resumed_from",
-        "load_seconds",
-        "data_seconds",
-        "first_step_seconds",
-        "seconds",
-    }
+    lost = {"resumed_from", "seconds"} | {f"{x}_seconds" for x in ("load", "data", "first_step")}
     assert {key for key in before if before[key] != after.get(key)} <= lost
-    assert (
-        after["environment"] == before["environment"] and 0 < after["seconds"] <= before["seconds"]
-    )
+    assert after["environment"] == before["environment"]
+    assert 0 < after["seconds"] <= before["seconds"]
 
 
 # --- what a run that goes on may change ---------------------------------------------------------
@@ -257,10 +222,8 @@ def test_a_run_that_saved_nothing_yet_may_change_in_everything(run, tmp_path):
     advised.
     """
     claim(tmp_path, run)
-    changed = override(
-        run, {"data.bucket_lengths": [128], "train.dtype": "bfloat16", "adapter.rank": 2}
-    )
-    adopted, changes = adopt(tmp_path, changed)
+    other = {"data.bucket_lengths": [128], "train.dtype": "bfloat16", "adapter.rank": 2}
+    adopted, changes = adopt(tmp_path, override(run, other))
     assert adopted.adapter.rank == 2 and changes["train.dtype"] == ("float32", "bfloat16")
     claim(tmp_path, adopted)
     assert read_config(tmp_path) == adopted
@@ -278,26 +241,16 @@ def test_a_workdir_that_is_taken_meanwhile_is_refused(run, tmp_path, monkeypatch
         real(workdir, override(mine, {"adapter.rank": 2}))
 
     monkeypatch.setattr("zflora_jax.experiments.train.claim", both_claim)
-    with pytest.raises(
-        ConfigError, match="was taken by a run of another config at the same moment"
-    ):
+    with pytest.raises(ConfigError, match="taken by a run of another config at the same moment"):
         quiet_train(run, tmp_path / "run")
 
 
 def test_a_finished_run_keeps_what_its_numbers_were_computed_with(run, workdir):
     before = read_config(workdir)
-    run = override(
-        before,
-        {
-            "train.matmul_precision": "highest",
-            "train.loss_chunk": 64,
-            "data.grad_accum_steps": 4,
-            "eval.limit": 3,
-        },
-    )
-    quiet_train(run, workdir)
-    after = read_config(workdir)
-    assert after == override(before, {"eval.limit": 3})
+    rounding = {"train.matmul_precision": "highest", "train.loss_chunk": 64}
+    more = {"data.grad_accum_steps": 4, "eval.limit": 3}
+    quiet_train(override(before, rounding | more), workdir)
+    assert read_config(workdir) == override(before, {"eval.limit": 3})
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])

@@ -31,8 +31,14 @@ from zflora_jax.ops.attention import attention_choice
 from zflora_jax.ops.attention_mask import AttentionMask
 from zflora_jax.ops.quantized import bytes_of
 from zflora_jax.parallel.compile_cache import no_compile_cache
-from zflora_jax.parallel.sharding import AXES, batch_sharding, make_mesh, shardings, state_shardings
-from zflora_jax.parallel.slices import slice_groups
+from zflora_jax.parallel.sharding import (
+    AXES,
+    batch_sharding,
+    make_mesh,
+    shardings,
+    slice_groups,
+    state_shardings,
+)
 from zflora_jax.parallel.targets import GIB, Target
 from zflora_jax.training.objective import objective_of
 from zflora_jax.training.trainer import init_state, step_of
@@ -251,8 +257,7 @@ def abstract_arguments(
 def _needed(message: str) -> int | None:
     """The bytes that a TPU's compiler names where a program does not fit; None for another error.
 
-    "Used 20.11G of 15.75G hbm", or "HLO temporaries (46.96G) exceeds available HBM", which counts
-    arguments and results too.
+    "Used 20.11G of 15.75G hbm", or "HLO temporaries (46.96G) exceeds available HBM".
     """
     if "RESOURCE_EXHAUSTED" not in message:
         return None

@@ -5,7 +5,7 @@ finished run is run again.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from zflora_jax.adapters.counts import count_params
 from zflora_jax.core.architecture import count_base
 from zflora_jax.core.fields import to_dict
 from zflora_jax.core.storage import as_path
+from zflora_jax.core.trees import Tree
 from zflora_jax.experiments.setup import Setup
 from zflora_jax.parallel import distributed
 from zflora_jax.reporting.files import write_json
@@ -73,7 +74,7 @@ def new_report(
         "processes": processes or jax.process_count(),
         "environment": env,
     }
-    return write_report(workdir, report)
+    return _write(workdir, report)
 
 
 def finished_report(
@@ -81,7 +82,7 @@ def finished_report(
     workdir: Path,
     seconds: float,
     env: Report,
-    evaluate: Callable[[], Mapping[str, float]],
+    adapters: Tree,
 ) -> Report:
     """The report of a finished run that is run again. Every process of the run calls this.
 
@@ -95,7 +96,7 @@ def finished_report(
       workdir: The run's directory.
       seconds: Seconds of training, as the last checkpoint has them.
       env: The environment of this process, for a run that recorded no start.
-      evaluate: Computes the held-out loss, see `loss.held_out_loss`.
+      adapters: The trained adapters, for the held-out loss.
     """
     run, stored = setup.run, read_report(workdir)
     identity = {"steps": run.train.steps, **setup.fingerprints}
@@ -104,12 +105,14 @@ def finished_report(
         start = starts[-1] if starts else env
         env = {key: value for key, value in start.items() if key not in _OF_START}
         timings, processes = {"seconds": seconds}, start.get("processes", 1)
-        return new_report(setup, workdir, run.train.steps, evaluate(), env, timings, processes)
+        loss = setup.held_out_loss(adapters)
+        return new_report(setup, workdir, run.train.steps, loss, env, timings, processes)
     rows_there, loss_there = stored.get(_EVAL_ROWS), stored.get(f"{run.eval.split}_loss")
     if rows_there == setup.eval_set.fingerprint() and loss_there is not None:
         return stored
     config = stored["config"] | {"eval": to_dict(run.eval)}
-    return write_report(workdir, stored | _loss_fields(setup, evaluate()) | {"config": config})
+    fields = _loss_fields(setup, setup.held_out_loss(adapters))
+    return _write(workdir, stored | fields | {"config": config})
 
 
 _OF_START = ("step", "changed", "processes", "plain_texts")  # see `workdir.record_start`
@@ -125,7 +128,7 @@ def _loss_fields(setup: Setup, loss: Mapping[str, float]) -> Report:
     }
 
 
-def write_report(workdir: Path, report: Report) -> Report:
+def _write(workdir: Path, report: Report) -> Report:
     """Writes `report`, in the process that writes. Returns it."""
     if distributed.is_main():
         write_json(workdir / REPORT_FILE, report)

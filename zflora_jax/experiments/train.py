@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -85,10 +84,9 @@ def train(
 ) -> Trained:
     """Trains `run` in `workdir`, or goes on with the run that is there.
 
-    A finished run is loaded, with the report that is there. Every process of a run of several
-    calls this (after `distributed.start`). Files in `workdir`: config.json, checkpoints/,
-    metrics.jsonl, starts.jsonl (the environment of every start), report.json, those of
-    train.report_to, and compile_cache/ unless JAX_COMPILATION_CACHE_DIR or a caller set one.
+    A finished run is loaded, with its report. Every process of a run of several calls this, after
+    `distributed.start`. Files in `workdir`: config.json, checkpoints/, metrics.jsonl, starts.jsonl,
+    report.json, those of train.report_to, and compile_cache/ unless a cache is in use.
 
     Args:
       run: The settings.
@@ -99,8 +97,7 @@ def train(
       console: Show progress.
 
     Raises:
-      ConfigError: Settings that cannot be used, a `workdir` of another config, or one that another
-        process is training.
+      ConfigError: Settings that cannot be used, or a `workdir` of another config or in use.
       NonFiniteError: The loss is NaN or infinite; the last checkpoint is intact.
       Preempted: SIGTERM or SIGINT came; the state after the step that ran then is saved.
       SaveError: A checkpoint could not be written; the ones before it are intact.
@@ -109,40 +106,31 @@ def train(
     started, env = time.perf_counter(), environment()
     workdir, run, changed = _admit(run, workdir, resume)
     setup = prepare(run, make_mesh(run.mesh, devices), model, started)
-    distributed.on_main(lambda: claim(workdir, run))
-    for note in change_notes(changed, run):
-        log.info("%s", note)
     with ExitStack() as stack:
-        signals, checkpoints, held = _open(stack, setup, workdir)
+        signals, checkpoints, held = _open(stack, setup, workdir, changed)
         state, spent = _first_state(setup, checkpoints, workdir)
         if (first := int(state.step)) >= run.train.steps:
             log.info("%s is finished (%d steps): nothing to train", workdir, run.train.steps)
-            evaluate = functools.partial(setup.held_out_loss, state.adapters)
-            report = finished_report(setup, workdir, spent, env, evaluate)
+            report = finished_report(setup, workdir, spent, env, state.adapters)
             return Trained(setup.model, state.adapters, report, run, signals.asked)
-        writer = _open_logs(stack, setup, workdir, console, first, env, held)
-        start = {"processes": jax.process_count(), "changed": changed, "plain_texts": setup.plain}
-        distributed.on_main(lambda: record_start(workdir, first, env, **start))
+        writer = distributed.on_main(
+            lambda: _open_logs(stack, setup, workdir, console, first, env, held, changed)
+        )
         metrics = LogMetrics(writer, run.train, objective_of(run).unit, started)
         loss = HeldOutLoss(setup.held_out_loss, writer, run.train)
-        meta = {**setup.fingerprints, "data_seed": run.data.seed}
+        meta = setup.fingerprints | {"data_seed": run.data.seed}
         save = SaveCheckpoints(checkpoints, run.train, meta, started - spent, writer)
         # Evaluation cannot be interrupted: save first, unless the loss is saved with the state.
         measured = [loss, save] if run.train.keep_best else [save, loss]
         _evaluate_if_missed(loss, writer, state, checkpoints)
-        hooks = [RequireFinite(), metrics, *measured, StopOnSignal(signals)]
-        state = _train_steps(setup, state, hooks)
+        state = _train_steps(setup, state, metrics, *measured, StopOnSignal(signals))
     if int(state.step) < run.train.steps:  # the last checkpoint is written by now
         raise Preempted(
             f"stopped by a signal after step {state.step} of {run.train.steps}, which is saved in"
             f" {workdir}; the same command goes on from there."
         )
-    seconds = spent + time.perf_counter() - started
-    timings = {
-        "seconds": seconds,
-        **setup.seconds,
-        "first_step_seconds": metrics.first_step_seconds,
-    }
+    timings: dict[str, float | None] = {"seconds": spent + time.perf_counter() - started}
+    timings |= {**setup.seconds, "first_step_seconds": metrics.first_step_seconds}
     report = new_report(setup, workdir, first, loss.last, env, timings)
     return Trained(setup.model, state.adapters, report, run, signals.asked)
 
@@ -150,9 +138,7 @@ def train(
 def _admit(
     run: RunConfig, workdir: str | Path | None, resume: bool
 ) -> tuple[Path, RunConfig, Changes]:
-    """The checks that come before anything slow. Returns the workdir, the settings as the run
-    starts or goes on with them there, and which of them change.
-    """
+    """Checks all that is quick to check: (workdir, the settings to run with, those that change)."""
     default = Path("runs") / f"{run.data.task}-{run.adapter.method}"
     workdir = default if workdir is None else as_path(workdir, "workdir")
     require_trackers(run.train.report_to)
@@ -167,10 +153,13 @@ def _admit(
 
 
 def _open(
-    stack: ExitStack, setup: Setup, workdir: Path
+    stack: ExitStack, setup: Setup, workdir: Path, changed: Changes
 ) -> tuple[distributed.StopSignals, Checkpoints, Callable[[], None]]:
     """Takes the workdir, until `stack` is closed. The function raises if the lock was lost."""
     train = setup.run.train
+    distributed.on_main(lambda: claim(workdir, setup.run))
+    for note in change_notes(changed, setup.run):
+        log.info("%s", note)
     stack.enter_context(compile_cache(workdir / "compile_cache"))
     # Left after the checkpoints: until then the newest one may still be being written.
     signals = stack.enter_context(distributed.StopSignals())
@@ -181,6 +170,26 @@ def _open(
     )
     stack.enter_context(jax.set_mesh(setup.mesh))
     return signals, checkpoints, held
+
+
+def _open_logs(
+    stack: ExitStack,
+    setup: Setup,
+    workdir: Path,
+    console: bool,
+    first: int,
+    env: Report,
+    held: Callable[[], None],
+    changed: Changes,
+) -> MetricWriter:
+    """Opens metrics.jsonl and what train.report_to names, and records the start."""
+    train, shown = setup.run.train, to_dict(setup.run) | {"environment": env}
+    writer = stack.enter_context(
+        MetricWriter(workdir, train.steps, console, first, train.report_to, shown, held)
+    )
+    start = {"processes": jax.process_count(), "changed": changed, "plain_texts": setup.plain}
+    record_start(workdir, first, env, **start)
+    return writer
 
 
 def _first_state(setup: Setup, checkpoints: Checkpoints, workdir: Path) -> tuple[TrainState, float]:
@@ -198,32 +207,10 @@ def _first_state(setup: Setup, checkpoints: Checkpoints, workdir: Path) -> tuple
     return state, saved["seconds"]
 
 
-def _open_logs(
-    stack: ExitStack,
-    setup: Setup,
-    workdir: Path,
-    console: bool,
-    first: int,
-    env: Report,
-    held: Callable[[], None],
-) -> MetricWriter | None:
-    """Opens metrics.jsonl and what train.report_to names until `stack` is closed. None in processes
-    that write nothing.
-    """
-    train, shown = setup.run.train, to_dict(setup.run) | {"environment": env}
-    return distributed.on_main(
-        lambda: stack.enter_context(
-            MetricWriter(workdir, train.steps, console, first, train.report_to, shown, held)
-        )
-    )
-
-
 def _evaluate_if_missed(
     loss: HeldOutLoss, writer: MetricWriter | None, state: TrainState, checkpoints: Checkpoints
 ) -> None:
-    """Evaluates a restored state that was due for it but has no record of it, since a signal ended
-    the run at that step.
-    """
+    """Evaluates a restored state that a signal kept from the evaluation that was due."""
     step = int(state.step)
     if step == 0 or not loss.is_due(step, stopping=False):
         return
@@ -231,8 +218,8 @@ def _evaluate_if_missed(
         loss.on_state(step, state, {"checkpoint": checkpoints.folder / str(step)})
 
 
-def _train_steps(setup: Setup, state: TrainState, hooks: Sequence[Hook]) -> TrainState:
-    """The loop over the steps that `state` lacks."""
+def _train_steps(setup: Setup, state: TrainState, *hooks: Hook) -> TrainState:
+    """The loop over the steps that `state` lacks, each required to be finite first of all."""
     data, rows, mesh = setup.run.data, setup.run.data.batch_size, setup.mesh
     kernel, reason = setup.attention
     if kernel == "blocks" and mesh.devices.flat[0].platform in ("gpu", "tpu"):
@@ -243,4 +230,5 @@ def _train_steps(setup: Setup, state: TrainState, hooks: Sequence[Hook]) -> Trai
 
     batches = train_batches(setup.train_set, data, int(state.step), own_rows(rows, mesh))
     step_fn = step_of(setup.run, setup.model.config, setup.shardings)
-    return fit(step_fn, setup.model.params, state, batches, setup.run.train.steps, hooks, place)
+    params, steps, hooks = setup.model.params, setup.run.train.steps, (RequireFinite(), *hooks)
+    return fit(step_fn, params, state, batches, steps, hooks, place)

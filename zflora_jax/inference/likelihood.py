@@ -33,8 +33,8 @@ from zflora_jax.inference.program import packed
 from zflora_jax.nn.kv_cache import KVCache, init_cache
 from zflora_jax.nn.llama import Llama
 from zflora_jax.ops.precision import at_config_precision
-from zflora_jax.parallel.activations import divide
 from zflora_jax.parallel.mesh import fill_rows, mesh_in_use
+from zflora_jax.parallel.sharding import divide
 
 Array = jax.Array
 # Positions whose logits exist at one time: 50 MB for a vocabulary of 49152.

@@ -20,7 +20,7 @@ from zflora_jax.core.adapter_config import AdapterConfig
 from zflora_jax.core.model_config import LlamaConfig
 from zflora_jax.ops.copies import copy_bits, write_slice
 from zflora_jax.ops.linear import Array
-from zflora_jax.parallel.activations import divide
+from zflora_jax.parallel.sharding import divide
 
 KEY_SLOTS, VALUE_SLOTS, HEADS, ROWS = -1, -2, -3, -4  # the axes of a cache's arrays
 

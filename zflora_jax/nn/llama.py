@@ -31,8 +31,8 @@ from zflora_jax.nn.row_adapters import hidden_states
 from zflora_jax.ops.linear import Array
 from zflora_jax.ops.remat import POLICIES
 from zflora_jax.ops.rope import rope_tables
-from zflora_jax.parallel.activations import divide_embeddings
 from zflora_jax.parallel.mesh import has_values_here, mesh_in_use, place_like
+from zflora_jax.parallel.sharding import divide_embeddings
 
 
 class Llama(nn.Module):

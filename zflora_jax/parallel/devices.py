@@ -45,9 +45,7 @@ class Device:
 
 
 def device_in_use() -> Device:
-    """The device of the mesh in use (`jax.set_mesh`), which may be absent (a program is compiled
-    for it, not run); without one, the default device.
-    """
+    """The device of the mesh in use, which may be absent; without a mesh, the default device."""
     mesh = jax.sharding.get_abstract_mesh()
     wanted: Any = None if mesh.empty else mesh.abstract_device
     backend = jax.extend.backend.get_backend()
@@ -76,9 +74,7 @@ def named_device(platform: str, kind: str) -> Device:
 
 
 def widest_head() -> int:
-    """The widest head, in channels, that cuDNN's attention takes forward and backward on the
-    device in use; 0 where there is no such kernel.
-    """
+    """`widest_cudnn_head` of the device in use; 0 where it has no such kernel."""
     device = device_in_use()
     if device.capability is None:
         return 0
@@ -104,8 +100,7 @@ def widest_cudnn_head(capability: tuple[int, int], cudnn: int) -> int:
 
 def allow_absent_cudnn() -> None:
     """Lets jax trace cuDNN's attention for the absent GPU of the mesh in use. jax asks the library
-    and the first GPU of this process for their limits, and has no public way to be told. If the
-    device in use is here, it still asks them.
+    and the first GPU of this process for their limits, and has no public way to be told.
     """
     if device_in_use().here:
         return
@@ -148,7 +143,7 @@ def _capability(text: str) -> tuple[int, int]:
 
 
 def _cudnn_version() -> int:
-    """The version of cuDNN that jax has loaded; jax has no public name for it."""
+    """The version of cuDNN that jax has loaded, 0 if unknown; jax has no public name for it."""
     try:
         from jax._src.cudnn import fused_attention_stablehlo
 

@@ -14,8 +14,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from zflora_jax.core.run_config import MeshConfig
 from zflora_jax.core.trees import Tree
-from zflora_jax.parallel.sharding import AXES, BATCH, make_mesh, own_mesh, shard
-from zflora_jax.parallel.slices import slice_groups
+from zflora_jax.parallel.sharding import AXES, BATCH, make_mesh, own_mesh, shard, slice_groups
 
 log = logging.getLogger(__name__)
 

@@ -1,13 +1,16 @@
-"""Sharding: one mesh of three axes, and one table from parameter names to axes of the mesh.
+"""Sharding: one mesh of three axes, one table from parameter names to axes of the mesh, and the
+division of activations.
 
 data: copies of the model, each with its own rows of the batch. fsdp: rows of the batch too, and the
 weights are stored in slices. XLA gathers one layer's kernels at a time where they are used, because
 the rows are divided over the same axis (a constraint that asks for the gather would make the
 backward pass keep the gathered kernels of all layers). tensor: heads, MLP units and the vocabulary
 are divided, as in Megatron-LM (arXiv 1909.08053). Adapter blocks are separate from their kernels in
-training, so the mesh need not divide an adapter's width.
+training, so the mesh need not divide an adapter's width. A slice is a group of devices with fast
+links (a TPU slice and its ICI); slices are connected by the network of the data centre (DCN), and
+follow each other along data.
 
-Shapes: B rows of a batch, T tokens.
+Shapes: B rows of a batch, T tokens, d residual width.
 """
 
 from __future__ import annotations
@@ -18,16 +21,17 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
 
 from zflora_jax.core import trees
 from zflora_jax.core.fields import ConfigError, require
 from zflora_jax.core.run_config import MeshConfig
-from zflora_jax.parallel.slices import arrange
 
 log = logging.getLogger(__name__)
 
@@ -94,6 +98,68 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
             + (f": {advice}" if times > 1 else "")
         )
     return Mesh(arrange(config, have[:need]), AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def slice_groups(devices: Sequence[Any], slices: int) -> list[list[Any]]:
+    """The devices of each slice, by `slice_index` of TPUs, otherwise by neighbouring processes.
+
+    Returns:
+      The groups in order; fewer or more than `slices` if the devices are not in that many.
+    """
+    for attribute in ("slice_index", "process_index"):
+        found: dict[int, list[Any]] = {}
+        for device in devices:
+            found.setdefault(getattr(device, attribute, None) or 0, []).append(device)
+        groups = [found[index] for index in sorted(found)]
+        if len(groups) > 1:
+            break
+    each = len(groups) // slices
+    if attribute == "slice_index" or each * slices != len(groups):
+        return groups
+    return [list(chain(*groups[i : i + each])) for i in range(0, len(groups), each)]
+
+
+def arrange(config: MeshConfig, devices: Sequence[Any]) -> np.ndarray:
+    """Arranges the devices of a mesh.
+
+    Args:
+      config: The sizes of the axes.
+      devices: As many devices as the mesh has.
+
+    Returns:
+      Devices [data, fsdp, tensor]; slices follow each other along data.
+
+    Raises:
+      ConfigError: The devices are not in mesh.slices slices of equal size.
+    """
+    shape = (config.data // config.slices, config.fsdp, config.tensor)
+    if config.slices == 1:
+        count = len({getattr(device, "slice_index", None) for device in devices})
+        if count > 1:
+            log.warning(
+                "the devices are in %d slices, and mesh.slices is 1: weights may be gathered over"
+                " the network between them. Set mesh.slices=%d, and mesh.data to a multiple of it",
+                *(count, count),
+            )
+            return np.asarray(devices).reshape(shape)
+        return _neighbours(shape, devices)
+    groups = slice_groups(devices, config.slices)
+    require(
+        len(groups) == config.slices and len({len(group) for group in groups}) == 1,
+        f"mesh.slices={config.slices}: the {len(devices)} devices of the mesh are in groups of"
+        f" {', '.join(str(len(group)) for group in groups)} (TPU slices, or else processes). Set"
+        " mesh.slices to their number, or to 1 where all links are equally fast, and mesh.data,"
+        " mesh.fsdp and mesh.tensor to use all devices.",
+    )
+    return np.concatenate([_neighbours(shape, group) for group in groups])
+
+
+def _neighbours(shape: tuple[int, ...], devices: Sequence[Any]) -> np.ndarray:
+    """Devices linked along each axis; in the given order if they fill no box of the torus."""
+    try:
+        return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    except (AssertionError, NotImplementedError):
+        return np.asarray(devices).reshape(shape)
 
 
 def in_layer(name: str) -> str:
@@ -332,3 +398,45 @@ def gather_fsdp(name: str, leaf: jax.Array) -> jax.Array:
         return jax.lax.with_sharding_constraint(part, P(*axes))
 
     return jax.tree.map(gathered, leaf, specs(name, leaf, mesh))
+
+
+def divide_embeddings(x: jax.Array, *, rows: bool) -> jax.Array:
+    """Divides embeddings as the layers compute them.
+
+    Rows are divided over fsdp in a second step, an all-to-all: in one step XLA would replicate the
+    embeddings of the whole batch on meshes of several axes.
+
+    Args:
+      x: Rows of a table whose d is divided over fsdp, [B, T, d].
+      rows: Whether to divide the rows over fsdp, as in training, where each layer gathers its
+        kernels. Otherwise d stays divided: kernels stay in place and products are summed, which
+        moves less data for few tokens, as in decode.
+    """
+    x = divide(x, "data", None, "fsdp")
+    return divide_rows(x) if rows and x.shape[0] % batch_shards() == 0 else x
+
+
+def divide_rows(x: jax.Array) -> jax.Array:
+    """Divides x [B, ...] by rows over data and fsdp."""
+    return divide(x, BATCH)
+
+
+def divide(x: jax.Array, *axes: str | tuple[str, ...] | None) -> jax.Array:
+    """Divides the first dimensions of an array over axes of the mesh in use, if the axes divide
+    their sizes.
+
+    Args:
+      x: An array in a compiled function.
+      axes: One axis, several, or None for each of the first dimensions.
+    """
+    if (mesh := own_mesh()) is None:
+        return x
+
+    def count(axis: str | tuple[str, ...] | None) -> int:
+        names = (axis,) if isinstance(axis, str) else axis or ()
+        return math.prod(mesh.shape[name] for name in names)
+
+    fits = (
+        axis if size % count(axis) == 0 else None for axis, size in zip(axes, x.shape, strict=False)
+    )
+    return jax.lax.with_sharding_constraint(x, P(*fits))

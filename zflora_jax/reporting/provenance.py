@@ -51,23 +51,13 @@ def environment() -> dict[str, Any]:
 
 def origin_line(env: Mapping[str, Any]) -> str:
     """The last line of a page: the `environment` as a sentence."""
-    return (
-        f"Command: `{env['command']}`; commit {commit_text(env)}; device {device_line(env)}; jax"
-        f" {env['jax']}; {env['date']}."
-    )
-
-
-def commit_text(env: Mapping[str, Any]) -> str:
-    """The commit of an `environment`, and whether the code had local changes; "unknown" outside a
-    checkout.
-    """
-    return f"{env.get('commit') or 'unknown'}{' with local changes' if env.get('dirty') else ''}"
-
-
-def device_line(env: Mapping[str, Any]) -> str:
-    """The device and CPUs of an `environment`: "cpu, 2 CPUs (AMD EPYC, family 25, model 17)"."""
+    commit = env.get("commit") or "unknown"
+    changed = " with local changes" if env.get("dirty") else ""
     cpu = f" ({env['cpu']})" if env.get("cpu") else ""
-    return f"{env['device']}, {env['cpu_count']} CPUs{cpu}"
+    return (
+        f"Command: `{env['command']}`; commit {commit}{changed}; device {env['device']},"
+        f" {env['cpu_count']} CPUs{cpu}; jax {env['jax']}; {env['date']}."
+    )
 
 
 def command_line() -> str:
@@ -96,9 +86,7 @@ def relative_paths(text: str) -> str:
 
 
 def _git_state(root: Path) -> tuple[str | None, bool | None]:
-    """(commit, whether the code has uncommitted changes) of the checkout at `root`; (None, None)
-    for an installed copy or without git.
-    """
+    """(commit, whether the code has uncommitted changes); (None, None) outside a checkout."""
 
     def git(*args: str) -> str:
         return subprocess.run(
@@ -117,9 +105,7 @@ def _git_state(root: Path) -> tuple[str | None, bool | None]:
 
 
 def _cpu_model() -> str | None:
-    """The CPU's name, on Linux with family and model if they are known: virtual machines call
-    several generations just "AMD EPYC".
-    """
+    """The CPU's name with family and model: "AMD EPYC" is the name of several generations."""
     info = Path("/proc/cpuinfo")
     if not info.is_file():
         return platform.processor() or None

@@ -68,11 +68,9 @@ def same_files(there: RunConfig, run: RunConfig, tasks: Iterable[str] | None = N
     trains on): rows of known tasks, or one place.
     """
     names = parse_mixture(run.data.task)[0] if tasks is None else tasks
-    return not has_own_rows(names) or _resolved(there) == _resolved(run)
-
-
-def _resolved(run: RunConfig) -> Path | None:
-    return Path(run.data.data_dir).expanduser().resolve() if run.data.data_dir else None
+    places = (one.data.data_dir for one in (there, run))
+    old, new = (path and Path(path).expanduser().resolve() for path in places)
+    return not has_own_rows(names) or old == new
 
 
 def rounded_as(there: RunConfig, run: RunConfig) -> RunConfig:

@@ -109,13 +109,14 @@ class TrainStep:
             adapters = optax.apply_updates(state.adapters, updates)
             norm = optax.tree.norm(grads)
             rate = learning_rate_schedule(self.optim, self.steps)(state.step)
+        finite = jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(adapters)])
         metrics = {
             "loss": mean(sums.loss),
             self.objective.unit: sums.divisor,
             **jax.tree.map(mean, sums.metrics),
             "grad_norm": norm,
             "learning_rate": jnp.asarray(rate, jnp.float32),
-            "finite": _all_finite(adapters).astype(jnp.float32),
+            "finite": finite.all().astype(jnp.float32),
         }
         return TrainState(state.step + 1, adapters, opt_state), metrics
 
@@ -197,11 +198,6 @@ def _dropout_keys(seed: int, step: Array, count: int) -> dict[str, Array]:
     stream = jax.random.fold_in(jax.random.key(seed), np.uint32(zlib.crc32(b"dropout")))
     own = jax.random.fold_in(stream, step)
     return {"dropout": jax.vmap(functools.partial(jax.random.fold_in, own))(jnp.arange(count))}
-
-
-def _all_finite(tree: Tree) -> Array:
-    """Whether no value of `tree` is NaN or infinite, a bool scalar."""
-    return jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)]).all()
 
 
 @jax.jit(static_argnums=(0, 1, 4))
