@@ -115,7 +115,7 @@ def roofline(run: RunConfig, where: Target, link_bytes: int) -> dict[str, Any]:
     """
     import jax
 
-    from zflora_jax.adapters.counts import count_params
+    from zflora_jax.adapters.widths import count_params
     from zflora_jax.core import trees
     from zflora_jax.core.architecture import kernel_shapes
     from zflora_jax.experiments.plan import abstract_arguments, shaped_config, stored_bytes

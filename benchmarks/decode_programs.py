@@ -16,9 +16,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
 from program_text import Program, async_bytes, kernels
 
 from zflora_jax.adapters.fuse import fuse
-from zflora_jax.adapters.methods import fused_config
+from zflora_jax.adapters.methods import adapter_shapes, fused_config
 from zflora_jax.adapters.packing import group_multiple, pack_for_decode, packed_config
-from zflora_jax.adapters.shapes import adapter_shapes
 from zflora_jax.core import trees
 from zflora_jax.core.adapter_config import METHODS, AdapterConfig
 from zflora_jax.core.architecture import param_shapes

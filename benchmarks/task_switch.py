@@ -18,10 +18,9 @@ import jax.numpy as jnp
 import numpy as np
 from harness import arguments, at_least, perturbed
 
-from zflora_jax.adapters import swapping
-from zflora_jax.adapters.fuse import fuse, unfuse
+from zflora_jax.adapters import fuse as fusing
+from zflora_jax.adapters.fuse import fuse, swap, unfuse
 from zflora_jax.adapters.packing import pack_for_decode
-from zflora_jax.adapters.swapping import swap
 from zflora_jax.core import trees
 from zflora_jax.core.adapter_config import AdapterConfig
 from zflora_jax.experiments.latency import ratio, summary, turns
@@ -147,7 +146,7 @@ def measure(dtype: str, args: argparse.Namespace) -> list[dict[str, Any]]:
         start = time.perf_counter()
         models.change(label)
         times[label].append(1e3 * (time.perf_counter() - start))
-    compiled: Callable[[], int] = lambda: swapping._swap._cache_size()  # noqa: E731
+    compiled: Callable[[], int] = lambda: fusing._swap._cache_size()  # noqa: E731
     before, compilations = compiled(), dict.fromkeys(times, 0)
     for label in times:
         for _ in range(args.swaps if label in models.live else args.lora_changes):

@@ -130,7 +130,7 @@ def measure(case: Case, labels: list[str], repeats: int) -> list[Row]:
     """
     import numpy as np
 
-    from zflora_jax.adapters.counts import count_params
+    from zflora_jax.adapters.widths import count_params
     from zflora_jax.experiments.latency import ratio, summary, turns
     from zflora_jax.hf.save import save_hf
     from zflora_jax.nn.quantize_model import quantize_model

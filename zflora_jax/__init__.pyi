@@ -1,16 +1,21 @@
 # The public names and where they live: the one list, read at run time and by type checkers.
-from .adapters.counts import count_params as count_params, rank_for_budget as rank_for_budget
-from .adapters.fuse import fuse as fuse, unfuse as unfuse
-from .adapters.init import init_adapters as init_adapters
+from .adapters.fuse import fuse as fuse, swap as swap, unfuse as unfuse
+from .adapters.init import (
+    init_adapters as init_adapters,
+    plain_lora as plain_lora,
+    split_base as split_base,
+)
 from .adapters.packing import pack_for_decode as pack_for_decode
-from .adapters.split_base import plain_lora as plain_lora, split_base as split_base
-from .adapters.swapping import swap as swap
 from .adapters.tasks import (
     pad_adapters as pad_adapters,
     rows_of as rows_of,
     stack_tasks as stack_tasks,
 )
-from .adapters.widths import round_widths as round_widths
+from .adapters.widths import (
+    count_params as count_params,
+    rank_for_budget as rank_for_budget,
+    round_widths as round_widths,
+)
 from .core.adapter_config import AdapterConfig as AdapterConfig
 from .core.errors import (
     CheckpointError as CheckpointError,

@@ -10,21 +10,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from support.cases import BY_METHOD, CASES, case_id, dead_slices, every_method, few_cases
+from support.cases import BY_METHOD, CASES, case_id, dead_slices, every_method
 from support.checks import assert_logits_close, assert_trees_equal
-from support.grids import always, pairwise
+from support.grids import pairwise
 from support.models import perturb, tiny_model
 
-from zflora_jax.adapters.counts import count_params
-from zflora_jax.adapters.fuse import fuse, unfuse
+from zflora_jax.adapters.fuse import fuse, swap, unfuse
 from zflora_jax.adapters.init import init_adapters
 from zflora_jax.adapters.methods import base_config, fused_config, resolve_adapter
 from zflora_jax.adapters.packing import pack_for_decode
-from zflora_jax.adapters.swapping import swap
+from zflora_jax.adapters.widths import count_params
 from zflora_jax.core import trees
 from zflora_jax.core.adapter_config import METHODS, AdapterConfig
 from zflora_jax.core.architecture import param_shapes
-from zflora_jax.inference.decode import generate_tokens
 from zflora_jax.nn.kv_cache import init_cache
 from zflora_jax.nn.llama import Llama, forward
 
@@ -51,43 +49,17 @@ def test_unchanged_at_step_0(adapter, tokens):
         np.testing.assert_array_equal(adapted, base)
 
 
-@few_cases
-def test_every_block_matters(adapter, tokens):
-    """No leaf is dead: changing any one of them changes the logits. A leaf that did not would be
-    counted, trained and exported for nothing.
-    """
-    model = tiny_model(tie_word_embeddings=False)
-    adapters = perturb(init_adapters(jax.random.key(1), model, adapter))
-    before = forward(model, tokens, adapter, adapters)
-    for name, leaf in trees.flatten(adapters).items():
-        changed = trees.map_with_names(
-            lambda n, x, name=name, leaf=leaf: (
-                np.asarray(leaf) * np.float32(1.7) if n == name else x
-            ),
-            adapters,
-        )
-        assert (
-            np.abs(np.asarray(forward(model, tokens, adapter, changed)) - np.asarray(before)).max()
-            > 1e-4
-        ), name
-
-
 @pytest.mark.parametrize(
-    ("adapter", "scan"),
-    [(a, True) for a in CASES] + [(a, False) for a in BY_METHOD],
-    ids=name_of,
+    ("adapter", "scan"), [(a, True) for a in CASES] + [(a, False) for a in BY_METHOD], ids=name_of
 )
 def test_fused_and_packed_equal_adapted(adapter, scan, tokens):
     model = tiny_model(scan_layers=scan, tie_word_embeddings=not scan)
     adapters = perturb(init_adapters(jax.random.key(1), model, adapter))
     adapted, fused = forward(model, tokens, adapter, adapters), fuse(model, adapter, adapters)
-    assert (
-        np.abs(np.asarray(adapted) - np.asarray(forward(model, tokens))).max()
-        > 0.05 * np.abs(np.asarray(adapted)).max()
-    )
-    assert {n: x.shape for n, x in trees.flatten(fused.params).items()} == param_shapes(
-        fused.config
-    )
+    change = np.abs(np.asarray(adapted) - np.asarray(forward(model, tokens)))
+    assert change.max() > 0.05 * np.abs(np.asarray(adapted)).max()
+    shapes = {n: x.shape for n, x in trees.flatten(fused.params).items()}
+    assert shapes == param_shapes(fused.config)
     assert_logits_close(forward(fused, tokens), adapted)
     assert_logits_close(forward(pack_for_decode(fused, "tpu" if scan else "cpu"), tokens), adapted)
 
@@ -136,9 +108,7 @@ def test_swap_equals_fusing_anew(adapter, packed, dtype):
 @every_method
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_fuse_copies_the_base_and_casts_once(adapter, dtype):
-    """In bfloat16 too, base blocks are the base's bits, and a merge is float32 addition with one
-    rounding.
-    """
+    """Base blocks are the base's bits, and a merge is float32 addition with one rounding."""
     model = tiny_model(tie_word_embeddings=False)
     model.params = jax.tree.map(lambda x: x.astype(dtype), model.params)
     adapters = perturb(init_adapters(jax.random.key(1), model, adapter), std=1e-3)
@@ -147,18 +117,15 @@ def test_fuse_copies_the_base_and_casts_once(adapter, dtype):
     if METHODS[adapter.method].widens:
         assert_trees_equal(unfuse(fused)[0].params, model.params)
     elif adapter.method == "lora":
-        a, b, w = (
-            t["layers"]["attn"]["o"][n]
-            for t, n in ((adapters, "lora_a"), (adapters, "lora_b"), (model.params, "kernel"))
+        blocks, base, got = (
+            {n: np.asarray(x, np.float64) for n, x in tree["layers"]["attn"]["o"].items()}
+            for tree in (adapters, model.params, fused.params)
         )
-        exact = np.asarray(w, np.float64).reshape(a.shape[0], a.shape[1], -1) + 1.5 * np.asarray(
-            a, np.float64
-        ) @ np.asarray(b, np.float64)
-        got = np.asarray(fused.params["layers"]["attn"]["o"]["kernel"], np.float64).reshape(
-            exact.shape
-        )
+        product = 1.5 * blocks["lora_a"] @ blocks["lora_b"]
+        exact = base["kernel"].reshape(product.shape) + product
+        gap = np.abs(got["kernel"].reshape(product.shape) - exact)
         half_ulp = {"float32": 2**-24, "bfloat16": 2**-8}[dtype]
-        assert np.all(np.abs(got - exact) <= 1.01 * half_ulp * np.abs(exact) + 1e-8)
+        assert np.all(gap <= 1.01 * half_ulp * np.abs(exact) + 1e-8)
 
 
 @pytest.mark.parametrize(("adapter", "side"), pairwise(BY_METHOD, ["left", "right"]), ids=name_of)
@@ -191,48 +158,19 @@ def test_prefill_and_decode_equal_full_forward(adapter, side):
         assert_logits_close(np.concatenate(pieces, axis=1)[valid], batch[valid])
 
 
-@pytest.mark.parametrize(
-    "adapter",
-    always(BY_METHOD, lambda a: a.method in ("lora", "ffba", "zflora-uniform")),
-    ids=case_id,
-)
-def test_greedy_tokens_are_the_same_for_any_batch_size_and_for_adapted_full_forwards(adapter):
-    # With tied embeddings a random model repeats its last token.
-    model = tiny_model(seed=1, tie_word_embeddings=False)
-    adapters = perturb(init_adapters(jax.random.key(1), model, adapter))
-    fused = fuse(model, adapter, adapters)
-    rng = np.random.default_rng(3)
-    prompts = [rng.integers(0, 256, n).tolist() for n in (3, 8, 8, 1, 15)]
-    answers = [
-        generate_tokens(fused, prompts, max_new_tokens=10, batch_size=size, stop_token_ids=())
-        for size in (1, 2, 5)
-    ]
-    assert answers[0] == answers[1] == answers[2]
-    assert len({t for answer in answers[0] for t in answer}) > 15, (
-        "the model repeats itself; the comparison says little"
-    )
-    for prompt, answer in zip(prompts[1:3], answers[0][1:3], strict=True):
-        # causal: each token's own prefix decides it.
-        logits = forward(model, np.asarray([prompt + answer], np.int32), adapter, adapters)[0]
-        assert np.argmax(logits[len(prompt) - 1 : -1], axis=-1).tolist() == answer
-
-
 @every_case
 def test_bad_adapters_refuse_to_fuse(adapter):
     model = tiny_model()
-    adapters = init_adapters(jax.random.key(1), model, adapter)
-    flat = trees.flatten(adapters)
-    name = sorted(flat)[0]
-    for value, message in [
-        (flat[name].at[(0,) * flat[name].ndim].set(jnp.nan), "NaN"),
-        (flat[name][..., :-1], "shape"),
+    flat = trees.flatten(init_adapters(jax.random.key(1), model, adapter))
+    name, leaf = next(iter(flat.items()))
+    for given, message in [
+        (flat | {name: leaf.at[(0,) * leaf.ndim].set(jnp.nan)}, f"{name}.*NaN"),
+        (flat | {name: leaf[..., :-1]}, f"{name}.*shape"),
+        ({k: v for k, v in flat.items() if k != name}, f"missing +{name}"),
+        (flat | {"layers/attn/q/foward": leaf}, "unexpected layers/attn/q/foward"),
     ]:
-        with pytest.raises(ValueError, match=f"{name}.*{message}"):
-            fuse(model, adapter, trees.unflatten(flat | {name: value}))
-    with pytest.raises(ValueError, match=f"missing +{name}"):
-        fuse(model, adapter, trees.unflatten({k: v for k, v in flat.items() if k != name}))
-    with pytest.raises(ValueError, match="unexpected layers/attn/q/foward"):
-        fuse(model, adapter, trees.unflatten(flat | {"layers/attn/q/foward": flat[name]}))
+        with pytest.raises(ValueError, match=message):
+            fuse(model, adapter, trees.unflatten(given))
 
 
 @every_case

@@ -11,15 +11,15 @@ import numpy as np
 import pytest
 from support.checks import assert_trees_equal
 
-from zflora_jax.adapters.counts import count_params
 from zflora_jax.adapters.init import init_adapters
 from zflora_jax.adapters.methods import SERVED_HEAD_DIMS, live_layers, resolve_adapter
+from zflora_jax.adapters.widths import count_params
 from zflora_jax.core import trees
 from zflora_jax.core.adapter_config import METHODS, AdapterConfig
 from zflora_jax.core.architecture import param_shapes
 from zflora_jax.core.model import Model
 from zflora_jax.core.presets import preset
-from zflora_jax.ops.tiling import tile
+from zflora_jax.ops.linear import tile
 
 TINY = preset("tiny")  # d 64, heads 4/2 of 16, f 96, 2 layers
 
@@ -99,62 +99,42 @@ def test_initial_values_depend_on_the_key_alone(method):
 
 
 def test_a_leaf_does_not_change_with_the_leaves_beside_it():
-    """Values come from the leaf's name: neither the order in which kernels are listed nor which
-    others are targeted matters.
-    """
-    model = a_model()
-    every = trees.flatten(init_adapters(jax.random.key(1), model, AdapterConfig("lora", rank=6)))
-    some = trees.flatten(
-        init_adapters(jax.random.key(1), model, AdapterConfig("lora", rank=6, targets="down|q"))
+    """Values come from the leaf's name, and no two kernels share them."""
+    model, lora = a_model(), AdapterConfig("lora", rank=6)
+    every, some = (
+        trees.flatten(init_adapters(jax.random.key(1), model, lora.replace(targets=targets)))
+        for targets in ("all", "down|q")
     )
     assert set(some) < set(every)
     assert_trees_equal(some, {name: every[name] for name in some})
-    values = [
-        np.asarray(leaf).ravel()[:8].tobytes()
-        for name, leaf in every.items()
-        if name.endswith("lora_a")
-    ]
-    assert len(set(values)) == 7  # no two kernels share their values
+    firsts = [np.ravel(x)[:8].tobytes() for name, x in every.items() if name.endswith("lora_a")]
+    assert len(set(firsts)) == 7
 
 
 @pytest.mark.parametrize(
-    ("base", "extra_head_dim", "advice"),
+    ("base", "extra", "advice"),
     [
         (16, 8, "extra_head_dim=16 is the smallest that they run"),
         (256, 16, "no extra_head_dim gives one"),
     ],
 )
-def test_a_head_size_that_servers_lack_is_allowed_with_a_warning(base, extra_head_dim, advice):
+def test_a_head_size_that_servers_lack_is_allowed_with_a_warning(base, extra, advice):
+    message = rf"head_dim {base} \+ {extra} = {base + extra} is outside .*vLLM.*{advice}"
     model = a_model(num_layers=1, head_dim=base)
-    with pytest.warns(
-        UserWarning,
-        match=(
-            rf"head_dim {base} \+ {extra_head_dim} = {base + extra_head_dim} is outside"
-            rf" .*vLLM.*{advice}"
-        ),
-    ):
-        init_adapters(
-            jax.random.key(0), model, AdapterConfig("ffba", extra_head_dim=extra_head_dim)
-        )
+    with pytest.warns(UserWarning, match=message):
+        init_adapters(jax.random.key(0), model, AdapterConfig("ffba", extra_head_dim=extra))
 
 
 def test_served_head_sizes_and_untouched_heads_do_not_warn():
+    ffba = AdapterConfig("ffba")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for adapter in (
-            AdapterConfig("ffba"),
-            AdapterConfig("ffba", extra_head_dim=48),
-            AdapterConfig("ffba", extra_head_dim=0),
+            *(ffba.replace(extra_head_dim=e) for e in (None, 48, 0)),
             AdapterConfig("zflora-minimal"),
         ):
             assert resolve_adapter(TINY, adapter).heads + 16 in (16, *SERVED_HEAD_DIMS)
             init_adapters(jax.random.key(0), a_model(num_layers=1), adapter)
-
-
-@pytest.mark.parametrize(("rank", "out"), [(4, 12), (6, 96), (16, 64), (5, 5)])
-def test_the_tiling_has_orthonormal_rows_where_the_rank_divides_the_output(rank, out):
-    tiling = np.asarray(tile(np.eye(rank, dtype=np.float32), out))
-    np.testing.assert_allclose(tiling @ tiling.T, np.eye(rank), atol=1e-6)
 
 
 def test_the_tiling_is_that_of_the_design():

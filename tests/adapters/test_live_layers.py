@@ -13,10 +13,9 @@ from support.cases import adapter_cases, case_id, dead_slices, is_few
 from support.grids import always
 from support.models import perturb, tiny_model
 
-from zflora_jax.adapters.counts import count_params
 from zflora_jax.adapters.init import init_adapters
-from zflora_jax.adapters.methods import live_layers, resolve_adapter
-from zflora_jax.adapters.shapes import adapter_shapes
+from zflora_jax.adapters.methods import adapter_shapes, live_layers, resolve_adapter
+from zflora_jax.adapters.widths import count_params
 from zflora_jax.core import trees
 from zflora_jax.core.adapter_config import METHODS, AdapterConfig
 from zflora_jax.core.presets import preset
@@ -49,19 +48,13 @@ def test_dead_layers(method, targets, dead):
     within a layer is never dead.
     """
     config, adapter = TINY.replace(num_layers=4), AdapterConfig(method, rank=6, targets=targets)
-    for kernel, names in live_layers(config, adapter).items():
+    live = live_layers(config, adapter)
+    for kernel, names in live.items():
+        state = ("forward" if kernel in ("o", "down") else "backward", "cross")
         for block, layers in names.items():
-            outside = {
-                "q": "backward cross",
-                "k": "backward cross",
-                "v": "backward cross",
-                "gate": "backward cross",
-                "up": "backward cross",
-            }
-            state = outside.get(kernel, "forward cross").split()
             want = dead.get(kernel, []) if block in state else []
             assert [i for i in range(4) if i not in layers] == want, (kernel, block)
-    assert set(live_layers(config, adapter)) == set(resolve_adapter(config, adapter).blocks)
+    assert set(live) == set(resolve_adapter(config, adapter).blocks)
 
 
 def test_counts_of_llama_3_2_1b_by_hand():
@@ -70,23 +63,15 @@ def test_counts_of_llama_3_2_1b_by_hand():
     """
     config, r = preset("llama-3.2-1b"), 32
     adapter = AdapterConfig("zflora-minimal", rank=r)
-    attention, mlp = (
-        r * (2048 + 512 + 512) + 2048 * r,
-        2 * (2048 * r + r * 8192 + r * r) + (8192 * r + r * 2048 + r * r),
-    )
-    stored = 16 * (attention + mlp)
-    dead = r * (2048 + 512 + 512) + (8192 * r + r * r)
-    assert (
-        stored
-        == sum(math.prod(shape) for shape in adapter_shapes(config, adapter).values())
-        == 18_399_232
-    )
-    assert (
-        count_params(config, adapter) == stored - dead == 18_037_760
-        and round(100 * dead / stored, 1) == 2.0
-    )
+    read, written = r * (2048 + 512 + 512), 2048 * r
+    mlp = 2 * (2048 * r + r * 8192 + r * r) + (8192 * r + r * 2048 + r * r)
+    stored, dead = 16 * (read + written + mlp), read + 8192 * r + r * r
+    shapes = adapter_shapes(config, adapter).values()
+    assert stored == sum(math.prod(shape) for shape in shapes) == 18_399_232
+    assert count_params(config, adapter) == stored - dead == 18_037_760
+    assert round(100 * dead / stored, 1) == 2.0
     only = adapter.replace(targets="attention")  # the last layer's o is dead then
-    assert count_params(config, only) == 16 * attention - r * (2048 + 512 + 512) - 2048 * r
+    assert count_params(config, only) == 15 * (read + written)
 
 
 def test_one_layer_can_be_dead_throughout():
@@ -108,14 +93,7 @@ TRAINED_CASES = [a for a in TRAINED_CASES if a.layers_to_transform is None]
 )
 def test_gradients_are_zero_where_a_block_is_dead_and_nowhere_else(adapter):
     model = tiny_model(num_layers=3)
-    adapters = perturb(init_adapters(jax.random.key(0), model, adapter))
-    rng = np.random.default_rng(0)
-    tokens = rng.integers(0, 256, (2, 9)).astype(np.int32)
-    batch = {
-        "tokens": tokens,
-        "loss_mask": np.ones_like(tokens, bool),
-        "segments": np.ones_like(tokens),
-    }
+    adapters, batch = perturb(init_adapters(jax.random.key(0), model, adapter)), a_batch()
 
     def loss(adapters: trees.Tree) -> jax.Array:
         variables = {"params": model.params, "adapters": adapters}
@@ -128,17 +106,17 @@ def test_gradients_are_zero_where_a_block_is_dead_and_nowhere_else(adapter):
         assert moved == [i in live[kernel][block] for i in range(3)], name
 
 
+def a_batch() -> dict[str, np.ndarray]:
+    tokens = np.random.default_rng(0).integers(0, 256, (2, 9)).astype(np.int32)
+    ones = np.ones_like(tokens)
+    return {"tokens": tokens, "loss_mask": ones.astype(bool), "segments": ones}
+
+
 def test_dead_layers_stay_zero_in_training():
     """Weight decay included."""
     model, adapter = tiny_model(), AdapterConfig("zflora-uniform", rank=4)
     state = init_state(init_adapters(jax.random.key(0), model, adapter), OPTIM, 5)
-    tokens = np.random.default_rng(0).integers(0, 256, (2, 9)).astype(np.int32)
-    batch = {
-        "tokens": tokens,
-        "loss_mask": np.ones_like(tokens, bool),
-        "segments": np.ones_like(tokens),
-    }
-    step = make_train_step(model.config, adapter, OPTIM, 5)
+    step, batch = make_train_step(model.config, adapter, OPTIM, 5), a_batch()
     for _ in range(2):
         state, _ = step(model.params, state, batch)
     dead = dead_slices(model.config, adapter, state.adapters)

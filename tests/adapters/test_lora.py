@@ -1,6 +1,4 @@
-"""LoRA starts as PEFT starts it; files from before the start could be chosen are read as what they
-were.
-"""
+"""LoRA starts as PEFT starts it; other methods' starts; a second adapter on a merged model."""
 
 from __future__ import annotations
 
@@ -85,20 +83,16 @@ def test_other_methods_start_normal_and_may_start_uniform(method):
         ), name
 
 
-@pytest.mark.parametrize("method", ["ffa", "full"])
-def test_what_draws_nothing_has_no_start(method):
-    with pytest.raises(
-        ConfigError,
-        match=(
-            rf"adapter\.init='normal': method '{method}' draws nothing at random .*; leave init"
-            r" unset"
-        ),
-    ):
-        AdapterConfig(method, init="normal")
-    with pytest.raises(
-        ConfigError, match=r"adapter\.init='gaussian': .*Allowed: kaiming_uniform, normal"
-    ):
-        AdapterConfig("lora", init="gaussian")
+@pytest.mark.parametrize(
+    ("method", "init", "message"),
+    [
+        *((m, "normal", f"'normal': method '{m}' draws nothing.*unset") for m in ("ffa", "full")),
+        ("lora", "gaussian", "'gaussian': .*Allowed: kaiming_uniform, normal"),
+    ],
+)
+def test_what_draws_nothing_has_no_start(method, init, message):
+    with pytest.raises(ConfigError, match=rf"adapter\.init={message}"):
+        AdapterConfig(method, init=init)
 
 
 @pytest.mark.parametrize("second", ["lora", "zflora-minimal"])

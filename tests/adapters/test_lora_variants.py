@@ -20,20 +20,22 @@ from support.grids import always
 from support.huggingface import TOKENS, hf_logits, hf_model
 from support.models import perturb, tiny_model
 
-from zflora_jax.adapters.counts import count_params
 from zflora_jax.adapters.fuse import fuse
 from zflora_jax.adapters.init import init_adapters
+from zflora_jax.adapters.methods import resolve_adapter
 from zflora_jax.adapters.tasks import pad_adapters
+from zflora_jax.adapters.widths import count_params
 from zflora_jax.core import trees
 from zflora_jax.core.adapter_config import AdapterConfig
 from zflora_jax.core.fields import ConfigError
 from zflora_jax.core.model import Model
+from zflora_jax.core.presets import preset
 from zflora_jax.core.run_config import OptimConfig
 from zflora_jax.hf.load import load_model
 from zflora_jax.hf.peft import load_peft, save_peft
 from zflora_jax.inference.decode import generate_tokens
 from zflora_jax.nn.llama import Llama, forward
-from zflora_jax.ops.dora import column_norms, plain_column_norms
+from zflora_jax.ops.linear import column_norms, plain_column_norms
 from zflora_jax.training.optim import make_optimizer
 
 WEIGHTS = np.random.default_rng(7).standard_normal(TOKENS.shape).astype(np.float32)
@@ -59,10 +61,10 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Model:
 
 def loss_gradients(base: Model, adapter: AdapterConfig, adapters: Any) -> dict[str, np.ndarray]:
     """Of a weighted sum of all logits, in the adapters."""
-    llama = Llama(base.config, adapter)
 
     def loss(tree: Any) -> jax.Array:
-        logits = llama.apply({"params": base.params, "adapters": tree}, jnp.asarray(TOKENS))
+        variables = {"params": base.params, "adapters": tree}
+        logits = Llama(base.config, adapter).apply(variables, jnp.asarray(TOKENS))
         return jnp.sum(logits * WEIGHTS[..., None])  # type: ignore[operator]
 
     with jax.default_matmul_precision("highest"):
@@ -79,12 +81,11 @@ def their_gradients(model: Any) -> dict[str, np.ndarray]:
 @few_variants
 def test_peft_computes_what_we_do(name: str, base: Model, tmp_path: Path) -> None:
     """Values and gradients, from a directory that we wrote, which is then read again."""
-    adapter = VARIANTS[name]
+    adapter, tokens = VARIANTS[name], jnp.asarray(TOKENS)
     adapters = perturb(init_adapters(jax.random.key(0), base, adapter), std=0.05)
-    adapters = trees.map_with_names(
-        lambda n, x: x if not adapter.layers_to_transform else x.at[0].set(0.0), adapters
-    )
-    ours = np.asarray(forward(base, jnp.asarray(TOKENS), adapter, adapters))
+    if adapter.layers_to_transform:
+        adapters = jax.tree.map(lambda x: x.at[0].set(0.0), adapters)
+    ours = np.asarray(forward(base, tokens, adapter, adapters))
     warned = adapter.use_dora or adapter.rank_pattern
     with pytest.warns(match="vLLM refuses") if warned else contextlib.nullcontext():
         save_peft(tmp_path / "out", base, adapter, adapters)
@@ -92,37 +93,27 @@ def test_peft_computes_what_we_do(name: str, base: Model, tmp_path: Path) -> Non
         hf_model(head_dim=16), tmp_path / "out", is_trainable=True
     ).eval()
     assert_logits_close(hf_logits(theirs), ours)
-    plain = adapter.replace(use_dora=False, rank_pattern=(), alpha_pattern=())
-    if plain != adapter:  # so that the setting is seen to matter
-        bare = {n: x for n, x in trees.flatten(adapters).items() if not n.endswith("magnitude")}
-        if not adapter.rank_pattern:
-            tree = trees.unflatten(bare)
-            other = np.asarray(forward(base, jnp.asarray(TOKENS), plain, tree))
-            assert np.abs(other - ours).max() > 1e-2 * np.abs(ours).max()
 
     found, wanted = loss_gradients(base, adapter, adapters), their_gradients(theirs)
     assert len(wanted) > 0
+    leaves = {"lora_A": "lora_a", "lora_B": "lora_b", "lora_magnitude_vector": "magnitude"}
     for key, gradient in wanted.items():
         parts = key.split(".")
         layer = int(parts[parts.index("layers") + 1])
         kernel = next(part[:-5] for part in parts if part.endswith("_proj"))
-        leaf = next(
-            {"lora_A": "lora_a", "lora_B": "lora_b", "lora_magnitude_vector": "magnitude"}[part]
-            for part in parts
-            if part.startswith("lora_")
-        )
+        leaf = next(leaves[part] for part in parts if part.startswith("lora_"))
         (own,) = [x for n, x in found.items() if n.endswith(f"/{kernel}/{leaf}")]
         scale = np.abs(own).max()
         np.testing.assert_allclose(own[layer], gradient.T, atol=2e-5 * scale, rtol=0)
 
     again, back = load_peft(tmp_path / "out", base)
-    assert_logits_close(np.asarray(forward(base, jnp.asarray(TOKENS), again, back)), ours)
+    assert_logits_close(np.asarray(forward(base, tokens, again, back)), ours)
     assert count_params(base.config, again) == count_params(base.config, adapter)
     for kernel in ("q", "v", "down"):
         assert again.rank_of(kernel) == adapter.rank_of(kernel)
         assert again.scale_of(kernel) == pytest.approx(adapter.scale_of(kernel))
-    assert again.layers_to_transform == adapter.layers_to_transform
-    assert (again.use_dora, again.use_rslora) == (adapter.use_dora, adapter.use_rslora)
+    for setting in ("layers_to_transform", "use_dora", "use_rslora"):
+        assert getattr(again, setting) == getattr(adapter, setting)
 
 
 def test_layers_that_are_left_out_stay(base: Model) -> None:
@@ -186,15 +177,9 @@ def test_decode_beside_the_base_is_decode_of_the_fused(adapter: AdapterConfig) -
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"method": "ffba", "use_dora": True}, r"adapter.use_dora=True: only method 'lora' has it"),
-        (
-            {"method": "ffa", "layers_to_transform": (0,)},
-            r"layers_to_transform=\(0,\): only method",
-        ),
-        (
-            {"method": "zflora-minimal", "init": "pissa"},
-            r"adapter.init='pissa': only method 'lora'",
-        ),
+        ({"method": "ffba", "use_dora": True}, r"use_dora=True: only method 'lora' has it"),
+        ({"method": "ffa", "layers_to_transform": (0,)}, r"transform=\(0,\): only method"),
+        ({"method": "zflora-minimal", "init": "pissa"}, r"init='pissa': only method 'lora'"),
         ({"layers_to_transform": ()}, r"layers_to_transform=\[\]: give layers, from 0"),
         ({"layers_to_transform": (0,), "use_dora": True}, r"use_dora=True is for all layers"),
         ({"layers_to_transform": (1, 1)}, r"layers_to_transform=\[1, 1\] names a layer twice"),
@@ -203,16 +188,6 @@ def test_decode_beside_the_base_is_decode_of_the_fused(adapter: AdapterConfig) -
         ({"rank_pattern": {"q": "x"}}, r"adapter.rank_pattern\[0\]='x': expected int"),
         ({"rank_pattern": "q"}, r"'q': expected a list of pairs, written as {'NAME': VALUE}"),
         ({"rank_pattern": [["q"]]}, r"adapter.rank_pattern\[0\]=\['q'\]: expected \(str, int\)"),
-    ],
-)
-def test_settings_that_do_not_go_together(changes: Any, message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        AdapterConfig(**{"method": "lora", "alpha": 6.0} | changes)
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
         ({"layers_to_transform": (0, 2)}, r"has \[2\]: this model has the layers 0 to 1"),
         (
             {"rank_pattern": {"down": 2}, "targets": "q|v"},
@@ -221,10 +196,9 @@ def test_settings_that_do_not_go_together(changes: Any, message: str) -> None:
         ({"alpha_pattern": {"mlp": 2.0}}, r"adapter.alpha_pattern: 'mlp' matches none of the"),
     ],
 )
-def test_settings_that_do_not_fit_the_model(changes: Any, message: str) -> None:
-    model = tiny_model()
+def test_settings_that_do_not_go_together_or_with_the_model(changes: Any, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        init_adapters(jax.random.key(0), model, AdapterConfig("lora", **changes))
+        resolve_adapter(preset("tiny"), AdapterConfig(**{"method": "lora", "alpha": 6.0} | changes))
 
 
 def test_variants_are_not_padded_for_several_tasks() -> None:

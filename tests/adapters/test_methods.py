@@ -6,14 +6,14 @@ from __future__ import annotations
 
 import pytest
 
-from zflora_jax.adapters.counts import count_params, rank_for_budget
 from zflora_jax.adapters.methods import (
+    block_shapes,
     default_extra_head_dim,
     fused_config,
     resolve_adapter,
     target_kernels,
 )
-from zflora_jax.adapters.shapes import block_shapes
+from zflora_jax.adapters.widths import count_params, rank_for_budget
 from zflora_jax.core.adapter_config import METHODS, AdapterConfig
 from zflora_jax.core.architecture import KERNELS, count_base
 from zflora_jax.core.fields import ConfigError
@@ -99,56 +99,36 @@ def test_widths_of_zero_switch_a_stream_off():
 
 
 def test_default_head_ranks():
-    assert {k: default_extra_head_dim(k) for k in (16, 32, 48, 64, 80, 96, 128, 192)} == {
-        16: 16,
-        32: 32,
-        48: 16,
-        64: 16,
-        80: 16,
-        96: 16,
-        128: 32,
-        192: 32,
-    }
-    assert (
-        resolve_adapter(SMOL, AdapterConfig("ffba")).heads == 16
-        and resolve_adapter(preset("llama-3.1-8b"), AdapterConfig("ffba")).heads == 32
-    )
-    with pytest.raises(
-        ConfigError,
-        match=(
-            r"head_dim=256 has no larger served head size .* set adapter\.extra_head_dim yourself"
-        ),
-    ):
+    wanted = {16: 16, 32: 32, 48: 16, 64: 16, 80: 16, 96: 16, 128: 32, 192: 32}
+    assert {k: default_extra_head_dim(k) for k in wanted} == wanted
+    for config, heads in ((SMOL, 16), (preset("llama-3.1-8b"), 32)):
+        assert resolve_adapter(config, AdapterConfig("ffba")).heads == heads
+    message = r"head_dim=256 has no larger served head size .* set adapter\.extra_head_dim yourself"
+    with pytest.raises(ConfigError, match=message):
         default_extra_head_dim(256)
 
 
 def test_one_layer_shapes():
-    shapes = block_shapes(
-        TINY, AdapterConfig("zflora-uniform", rank=6, extra_head_dim=8, extra_mlp_units=5)
-    )
-    assert shapes["q"] == {"forward": (64, 4, 8), "backward": (6, 4, 16), "cross": (6, 4, 8)}
-    assert (
-        shapes["k"]
-        == shapes["v"]
-        == {
-            "forward": (64, 2, 8),
-            "backward": (6, 2, 16),
-            "cross": (6, 2, 8),
-        }
-    )
-    assert shapes["o"] == {"forward": (4, 16, 6), "backward": (4, 8, 64), "cross": (4, 8, 6)}
-    assert (
-        shapes["gate"] == shapes["up"] == {"forward": (64, 5), "backward": (6, 96), "cross": (6, 5)}
-    )
-    assert shapes["down"] == {"forward": (96, 6), "backward": (5, 64), "cross": (5, 6)}
-    assert block_shapes(TINY, AdapterConfig("lora", rank=3))["o"] == {
-        "lora_a": (64, 3),
-        "lora_b": (3, 64),
+    wide = AdapterConfig("zflora-uniform", rank=6, extra_head_dim=8, extra_mlp_units=5)
+    shapes = block_shapes(TINY, wide)
+    blocks = {
+        "q": ((64, 4, 8), (6, 4, 16), (6, 4, 8)),
+        "k": ((64, 2, 8), (6, 2, 16), (6, 2, 8)),
+        "v": ((64, 2, 8), (6, 2, 16), (6, 2, 8)),
+        "o": ((4, 16, 6), (4, 8, 64), (4, 8, 6)),
+        "gate": ((64, 5), (6, 96), (6, 5)),
+        "up": ((64, 5), (6, 96), (6, 5)),
+        "down": ((96, 6), (5, 64), (5, 6)),
     }
-    assert block_shapes(TINY, AdapterConfig("ffa", rank=3))["down"] == {"ffa_a": (96, 3)}
+    assert shapes == {k: dict(zip(ALL, sizes, strict=True)) for k, sizes in blocks.items()}
+    lora, ffa = (block_shapes(TINY, AdapterConfig(m, rank=3)) for m in ("lora", "ffa"))
+    assert lora["o"] == {"lora_a": (64, 3), "lora_b": (3, 64)} and ffa["down"] == {"ffa_a": (96, 3)}
 
 
-# --- targets --------------------------------------------------------------------------------------
+NO_KERNEL = (
+    r"matches no kernel; kernels are q, k, v, o, gate, up, down \(or use 'all', 'attention',"
+)
+NO_REGEX = r"is not a valid regex .* or a regex such as 'q\|v'"
 
 
 @pytest.mark.parametrize(
@@ -166,22 +146,17 @@ def test_targets(targets, kernels):
     assert target_kernels(targets) == tuple(kernels.split())
 
 
-@pytest.mark.parametrize("targets", ["q_proj", "Q", "", "attn", "al"])
-def test_targets_that_match_nothing(targets):
-    with pytest.raises(
-        ConfigError,
-        match=(
-            r"matches no kernel; kernels are q, k, v, o, gate, up, down \(or use 'all',"
-            r" 'attention', 'mlp'\)"
-        ),
-    ):
-        resolve_adapter(TINY, AdapterConfig("lora", targets=targets))
-
-
-@pytest.mark.parametrize("targets", ["q|(", "[", "*", "q{99999999999}"])
-def test_targets_that_are_no_regex(targets):
-    with pytest.raises(ConfigError, match=r"is not a valid regex .* or a regex such as 'q\|v'"):
-        resolve_adapter(TINY, AdapterConfig("lora", targets=targets))
+@pytest.mark.parametrize(
+    ("method", "targets", "message"),
+    [
+        *(("lora", t, NO_KERNEL) for t in ("q_proj", "Q", "", "attn", "al")),
+        *(("lora", t, NO_REGEX) for t in ("q|(", "[", "*", "q{99999999999}")),
+        ("full", "mlp", r"targets='mlp': method 'full' trains every .*; leave targets at 'all'"),
+    ],
+)
+def test_wrong_targets(method, targets, message):
+    with pytest.raises(ConfigError, match=message):
+        resolve_adapter(TINY, AdapterConfig(method, targets=targets))
 
 
 @pytest.mark.parametrize(
@@ -206,14 +181,6 @@ def test_targets_that_leave_nothing_to_widen(method, changes):
         "head dims need v and o, or q and k with head_scores, and extra_head_dim" in message,
         "MLP units need gate, up and down, and extra_mlp_units" in message,
     ] == [row.residual, row.heads, row.mlp]
-
-
-def test_full_takes_no_targets():
-    with pytest.raises(
-        ConfigError,
-        match=r"targets='mlp': method 'full' trains every base parameter; leave targets at 'all'",
-    ):
-        resolve_adapter(TINY, AdapterConfig("full", targets="mlp"))
 
 
 # --- counts and budgets ---------------------------------------------------------------------------
@@ -257,31 +224,24 @@ def test_rank_for_budget_is_the_nearest_rank(name, method):
     """
     config, start = preset(name), AdapterConfig(method)
     budget = count_params(config, AdapterConfig("lora", rank=16))
-    least = count_params(config, start.replace(rank=1))
-    if least > 1.5 * budget:
-        with pytest.raises(
-            ConfigError,
-            match=(
-                rf"method '{method}' needs at least {least:,} parameters .* budget of {budget:,}"
-                r" cannot be met"
-            ),
-        ):
+
+    def count(rank: int) -> int:
+        return count_params(config, start.replace(rank=rank))
+
+    if (least := count(1)) > 1.5 * budget:
+        message = rf"'{method}' needs at least {least:,} parameters .* {budget:,} cannot be met"
+        with pytest.raises(ConfigError, match=message):
             rank_for_budget(config, start, budget)
         return
     found = rank_for_budget(config, start, budget)
-    count, step = (
-        count_params(config, found),
-        count_params(config, found.replace(rank=found.rank + 1)) - count_params(config, found),
-    )
-    off = abs(count - budget)
+    rank, step = found.rank, count(found.rank + 1) - count(found.rank)
+    off = abs(count(rank) - budget)
     assert found.method == method and found.scale == start.scale
-    for rank in {max(1, found.rank - 1), found.rank + 1}:
-        assert off <= abs(count_params(config, found.replace(rank=rank)) - budget)
-    assert off <= step or found.rank == 1
+    assert all(off <= abs(count(other) - budget) for other in (max(1, rank - 1), rank + 1))
+    assert off <= step or rank == 1
     if least <= budget and step <= 0.06 * budget:
         assert off <= 0.03 * budget
-    if method == "lora":
-        assert found.rank == 16
+    assert method != "lora" or rank == 16
 
 
 def test_rank_for_budget_keeps_what_was_chosen():

@@ -22,8 +22,7 @@ from support.quantized import quantized_tiny
 from support.runs import quiet_train
 
 from zflora_jax.adapters.fuse import fuse
-from zflora_jax.adapters.init import init_adapters
-from zflora_jax.adapters.split_base import plain_lora, split_base
+from zflora_jax.adapters.init import init_adapters, plain_lora, split_base
 from zflora_jax.core import trees
 from zflora_jax.core.adapter_config import AdapterConfig
 from zflora_jax.core.fields import ConfigError
@@ -36,6 +35,7 @@ from zflora_jax.hf.peft import load_peft, save_peft
 from zflora_jax.nn.llama import forward
 
 LORA = AdapterConfig("lora", rank=4, alpha=6.0)
+PISSA = LORA.replace(init="pissa")
 
 
 @pytest.fixture(scope="module")
@@ -107,13 +107,11 @@ def test_other_settings_of_lora(changes: Any) -> None:
     split, start = split_base(base, adapter)
     assert start is not None
     assert_logits_close(forward(split, tokens, adapter, start), forward(base, tokens))
-    config = base.config.replace(scan_layers=False)
-    layers = Model(config, trees.unstack_layers(base.params, config.num_layers))
-    for found, wanted in zip(split_base(layers, adapter), (split, start), strict=True):
-        tree = found.params if isinstance(found, Model) else found
-        stacked = trees.stack_layers(tree or {}, config.num_layers)
-        other = trees.flatten(wanted.params if isinstance(wanted, Model) else wanted)
-        for name, leaf in trees.flatten(stacked).items():
+    layers = Model(base.config.replace(scan_layers=False), trees.unstack_layers(base.params, 2))
+    apart, its_start = split_base(layers, adapter)
+    for found, wanted in ((apart.params, split.params), (its_start, start)):
+        other = trees.flatten(wanted)
+        for name, leaf in trees.flatten(trees.stack_layers(found, 2)).items():
             np.testing.assert_allclose(leaf, other[name], atol=1e-5, err_msg=name)
     trained = perturb(start, std=0.05)
     if adapter.layers_to_transform:
@@ -121,45 +119,48 @@ def test_other_settings_of_lora(changes: Any) -> None:
         kernels = (m.params["layers"]["attn"]["q"]["kernel"] for m in (split, base))
         np.testing.assert_array_equal(*(kernel[0] for kernel in kernels))
     plain, tree = plain_lora(adapter, trained, start)
-    assert_logits_close(
-        forward(base, tokens, plain, tree), forward(split, tokens, adapter, trained)
-    )
+    ours = forward(split, tokens, adapter, trained)
+    assert_logits_close(forward(base, tokens, plain, tree), ours)
 
 
 def test_small_updates_are_not_lost_in_bfloat16() -> None:
     """The residual base is rounded once, and the product of the factors is not."""
-    base, adapter = tiny_model(dtype="bfloat16"), LORA.replace(init="pissa")
+    base, adapter = tiny_model(dtype="bfloat16"), PISSA
     base.params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), base.params)
     split, start = split_base(base, adapter)
     assert start is not None
-    assert {str(leaf.dtype) for leaf in jax.tree.leaves(split.params)} == {"bfloat16"}
-    assert {str(leaf.dtype) for leaf in jax.tree.leaves(start)} == {"float32"}
-    kernel, left = (m.params["layers"]["attn"]["q"]["kernel"] for m in (base, split))
+    for tree, dtype in ((split.params, "bfloat16"), (start, "float32")):
+        assert {str(leaf.dtype) for leaf in jax.tree.leaves(tree)} == {dtype}
     factors = start["layers"]["attn"]["q"]
     part = adapter.scale * np.asarray(factors["lora_a"] @ factors["lora_b"])
-    whole = np.asarray(left, np.float32).reshape(part.shape) + part
-    gap = np.abs(whole - np.asarray(kernel, np.float32).reshape(part.shape))
-    assert gap.max() <= np.abs(np.asarray(left, np.float32)).max() * 2**-8
+    kernel, left = (
+        np.asarray(m.params["layers"]["attn"]["q"]["kernel"], np.float32).reshape(part.shape)
+        for m in (base, split)
+    )
+    assert np.abs(left + part - kernel).max() <= np.abs(left).max() * 2**-8
 
 
 @pytest.mark.parametrize(
-    ("model", "changes", "message"),
+    ("use", "message"),
     [
-        (tiny_model, {"rank": 40}, r"init='pissa': rank 40 is above the smaller side of [kv]"),
-        (lambda: quantized_tiny("int8"), {}, r"init='pissa' .* stored as codes.*dequantize_model"),
+        (
+            lambda: split_base(tiny_model(), PISSA.replace(rank=40)),
+            r"init='pissa': rank 40 is above the smaller side of [kv]",
+        ),
+        (
+            lambda: split_base(quantized_tiny("int8"), PISSA),
+            r"init='pissa' .* stored as codes.*dequantize_model",
+        ),
+        (
+            lambda: init_adapters(jax.random.key(0), tiny_model(), PISSA),
+            r"base, adapters = zf\.split_base",
+        ),
     ],
 )
-def test_bases_that_cannot_be_split(model: Any, changes: Any, message: str) -> None:
-    adapter = LORA.replace(init="pissa", **changes)
+def test_starts_that_are_refused(use: Any, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        split_base(model(), adapter)
-
-
-def test_other_starts_leave_the_base() -> None:
-    model = tiny_model()
-    assert split_base(model, LORA) == (model, None)
-    with pytest.raises(ConfigError, match=r"base, adapters = zf\.split_base"):
-        init_adapters(jax.random.key(0), model, LORA.replace(init="olora"))
+        use()
+    assert split_base(model := tiny_model(), LORA) == (model, None)  # other starts leave the base
 
 
 def test_a_run_resumes_and_is_exported(run: RunConfig, tmp_path: Path) -> None:

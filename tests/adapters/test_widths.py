@@ -39,17 +39,15 @@ def test_rounded_widths_need_no_filling(method: str, kind: str, use_rslora: bool
 
 
 def test_the_advice_names_the_numbers() -> None:
-    advice = width_advice(BASE, AdapterConfig("zflora-minimal", rank=32, alpha=64.0))
+    minimal = AdapterConfig("zflora-minimal", rank=32, alpha=64.0)
+    advice = width_advice(BASE, minimal)
     assert set(advice) == {"gpu", "tpu"}
     assert "MLP 8224 as 8320" in advice["gpu"] and "adapter.extra_mlp_units=128" in advice["gpu"]
     assert "adapter.rank=128 adapter.alpha=256 adapter.extra_mlp_units=128" in advice["tpu"]
     assert width_advice(BASE, AdapterConfig("zflora-minimal", rank=128)) == {}
     assert width_advice(BASE, AdapterConfig("lora", rank=5)) == {}
-
-
-def test_an_unknown_kind_of_device_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"device kind 'npu': .*Allowed: cpu, gpu, tpu"):
-        round_widths(BASE, AdapterConfig("zflora-minimal"), "npu")
+        round_widths(BASE, minimal, "npu")
 
 
 @pytest.mark.parametrize(

@@ -20,9 +20,8 @@ from support.grids import always
 from support.huggingface import TOKENS, hf_logits, hf_model, open_stock, write_gguf
 from support.models import tiny_model
 
-from zflora_jax.adapters.fuse import fuse, unfuse
+from zflora_jax.adapters.fuse import fuse, swap, unfuse
 from zflora_jax.adapters.packing import pack_for_decode
-from zflora_jax.adapters.swapping import swap
 from zflora_jax.core import trees
 from zflora_jax.core.adapter_config import METHODS, AdapterConfig
 from zflora_jax.core.families import FAMILIES

@@ -22,8 +22,8 @@ from zflora_jax.data.mixture import load_mixture, parse_mixture
 from zflora_jax.data.pipeline import eval_batches, pack_sequences, pad, train_batches
 from zflora_jax.data.tasks import Example
 from zflora_jax.data.tokenization import Encoded, TokenizedExample, tokenize_examples
+from zflora_jax.nn.blocks import segment_positions
 from zflora_jax.nn.llama import forward
-from zflora_jax.nn.positions import segment_positions
 from zflora_jax.training.objective import CrossEntropy
 from zflora_jax.training.trainer import eval_step
 

@@ -18,9 +18,8 @@ from support.meshes import MESH, PROMPTS, assert_divided, both
 from support.models import perturb, tiny_model
 
 from zflora_jax.adapters import fuse as fuse_module
-from zflora_jax.adapters.fuse import _fuse, _unfuse, fuse, unfuse
+from zflora_jax.adapters.fuse import _fuse, _swap, _unfuse, fuse, swap, unfuse
 from zflora_jax.adapters.packing import split_layers
-from zflora_jax.adapters.swapping import _swap, swap
 from zflora_jax.cli.inputs import mesh_asked
 from zflora_jax.core import trees
 from zflora_jax.core.adapter_config import METHODS

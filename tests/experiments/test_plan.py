@@ -22,7 +22,7 @@ from support.grids import always
 from support.libtpu import needs_libtpu
 
 from zflora_jax.adapters.init import init_adapters
-from zflora_jax.adapters.shapes import adapter_shapes
+from zflora_jax.adapters.methods import adapter_shapes
 from zflora_jax.cli.main import main
 from zflora_jax.core import trees
 from zflora_jax.core.adapter_config import METHODS, AdapterConfig

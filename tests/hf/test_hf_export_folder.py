@@ -17,8 +17,7 @@ from support.checks import assert_trees_equal
 from support.exports import WIDENED, fused_model, perturbed_adapters
 from support.huggingface import open_stock
 
-from zflora_jax.adapters.fuse import fuse, unfuse
-from zflora_jax.adapters.swapping import swap
+from zflora_jax.adapters.fuse import fuse, swap, unfuse
 from zflora_jax.core.adapter_config import AdapterConfig
 from zflora_jax.core.errors import CheckpointError
 from zflora_jax.core.model import Model

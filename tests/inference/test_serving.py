@@ -13,12 +13,11 @@ from support.checks import assert_logits_close, assert_trees_equal, compiled
 from support.grids import always, pairwise
 from support.models import perturb, untied
 
-from zflora_jax.adapters import swapping
-from zflora_jax.adapters.fuse import fuse, unfuse
+from zflora_jax.adapters import fuse as fusing
+from zflora_jax.adapters.fuse import fuse, swap, unfuse
 from zflora_jax.adapters.init import init_adapters
 from zflora_jax.adapters.methods import base_config
 from zflora_jax.adapters.packing import pack_for_decode
-from zflora_jax.adapters.swapping import swap
 from zflora_jax.adapters.tasks import pad_adapters, rows_of, stack_tasks
 from zflora_jax.core import trees
 from zflora_jax.core.adapter_config import AdapterConfig
@@ -133,10 +132,10 @@ def test_a_hundred_swaps_compile_once_and_leave_the_base(base, packed):
     kept = jax.tree.map(np.asarray, first.params)
     live = swap(first, tasks[1])
     assert generate_tokens(live, PROMPTS, max_new_tokens=8) == want[1]
-    compiled = swapping._swap._cache_size()
+    compiled = fusing._swap._cache_size()
     for turn in range(101):
         live = swap(live, tasks[turn % 2])
-    assert swapping._swap._cache_size() == compiled
+    assert fusing._swap._cache_size() == compiled
     assert_trees_equal(live.params, kept)  # the last was task 0
     assert generate_tokens(live, PROMPTS, max_new_tokens=8) == want[0]
     if not packed:
@@ -237,7 +236,7 @@ def test_a_swap_copies_no_kernel(base, method, packed):
     model = fuse(base, adapter, adapters)
     model = pack_for_decode(model) if packed else model
     narrow = base_config(model.config.replace(packed=False), adapter)
-    lowered = swapping._swap.lower(model.config, narrow, adapter, model.params, adapters)
+    lowered = fusing._swap.lower(model.config, narrow, adapter, model.params, adapters)
     memory = compiled(lowered).memory_analysis()
     kernels = [
         leaf.nbytes for name, leaf in trees.flatten(model.params).items() if name.endswith("kernel")

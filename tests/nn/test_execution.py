@@ -72,12 +72,12 @@ def test_a_full_cache_is_not_written_over(tokens):
 
 
 def test_segment_ids_stand_alone(tokens):
-    model = tiny_model()
-    segment_ids = jnp.ones(tokens.shape, jnp.int32)
-    with pytest.raises(ConfigError, match="give them or padding_mask, not both"):
-        forward(model, tokens, padding_mask=segment_ids > 0, segment_ids=segment_ids)
-    with pytest.raises(ConfigError, match=r"padding_mask must be bool.* go to segment_ids"):
-        forward(model, tokens, padding_mask=segment_ids)
+    model, ids = tiny_model(), jnp.ones(tokens.shape, jnp.int32)
     cache = init_cache(model.config, len(tokens), 64)
-    with pytest.raises(ConfigError, match="cannot be continued from a cache: give padding_mask"):
-        Llama(model.config).apply({"params": model.params}, tokens, None, cache, segment_ids)
+    for given, message in (
+        ({"padding_mask": ids > 0, "segment_ids": ids}, "give them or padding_mask, not both"),
+        ({"padding_mask": ids}, r"padding_mask must be bool.* go to segment_ids"),
+        ({"cache": cache, "segment_ids": ids}, "cannot be continued from a cache: give padding_"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            Llama(model.config).apply({"params": model.params}, tokens, **given)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import importlib.util
 import re
-import warnings
 from collections import Counter
 from functools import partial
 from typing import Any
@@ -86,12 +85,12 @@ def test_the_kernel_of_a_device(kind, shape, dtype, mask, kernel, reason, on):
     assert reason in why and bool(why) == (kernel == "blocks")
 
 
-def test_queries_after_a_cache_take_blocks(on):
+@pytest.mark.parametrize("kind", [V5E, H100])
+def test_queries_after_a_cache_take_blocks(kind, on):
+    on(kind)
     after = AttentionMask(None, jnp.ones((2, 300), bool), jnp.int32(44))
-    for kind in (V5E, H100):
-        on(kind)
-        name, why = attention_choice((2, 256, 6, 64), 2, "bfloat16", after)
-        assert name == "blocks" and "follow a cache" in why
+    name, why = attention_choice((2, 256, 6, 64), 2, "bfloat16", after)
+    assert name == "blocks" and "follow a cache" in why
 
 
 @pytest.mark.parametrize(
@@ -111,51 +110,44 @@ def test_what_a_mesh_does_not_divide_takes_blocks(mesh, rows, reason, on):
 
 
 def test_this_machine_has_blocks():
-    assert attention_choice((2, 256, 6, 64), 2, "bfloat16", CAUSAL) == (
-        "blocks",
-        "no flash kernel for cpu",
-    )
+    found = attention_choice((2, 256, 6, 64), 2, "bfloat16", CAUSAL)
+    assert found == ("blocks", "no flash kernel for cpu")
     assert widest_head() == 0 and device_in_use().here
 
 
 def lowered(kind: str, policy: Any, mask: AttentionMask) -> Counter[str]:
     """Kernels in the program of a loss and its gradients, lowered for the platform of `kind`."""
-    names = (
-        ["tpu_custom_call"]
-        if kind == V5E
-        else ["__cudnn$fmhaSoftmax", "__cudnn$fmhaSoftmaxBackward"]
-    )
+    names = ["tpu_custom_call", "__cudnn$fmhaSoftmax", "__cudnn$fmhaSoftmaxBackward"]
 
     def layer(q, k, v):
         return jnp.sum(attention(q, k, v, mask, 0.125).astype(jnp.float32))
 
     loss = jax.checkpoint(layer, policy=policy) if policy != "none" else layer
-    arrays = [
-        jax.ShapeDtypeStruct(s, jnp.bfloat16)
-        for s in ((2, 256, 4, 64), (2, 2, 64, 256), (2, 2, 256, 64))
-    ]
+    shapes = (2, 256, 4, 64), (2, 2, 64, 256), (2, 2, 256, 64)
     with jax.default_matmul_precision("highest"):  # which the TPU's compiler refuses in bfloat16
         text = jax.export.export(
             jax.jit(jax.value_and_grad(loss, (0, 1, 2))),
             platforms=["tpu" if kind == V5E else "cuda"],
             disabled_checks=[jax.export.DisabledSafetyCheck.custom_call(name) for name in names],
-        )(*arrays).mlir_module()
+        )(*(jax.ShapeDtypeStruct(s, jnp.bfloat16) for s in shapes)).mlir_module()
     assert "256x256" not in text  # neither scores nor a mask
-    return Counter(re.findall(r"kernel_name = .(splash_mqa_[a-z]+)|@(__cudnn.fmha\w+)\(", text))
+    found = re.findall(r"kernel_name = .(splash_mqa_[a-z]+)|@(__cudnn.fmha\w+)\(", text)
+    return Counter(splash or cudnn for splash, cudnn in found)
 
 
 @pytest.mark.parametrize("mask", [PACKED, CAUSAL, PADDED], ids=["packed", "causal", "padded"])
-@pytest.mark.parametrize("kind", [V5E, H100])
-def test_kernels_are_called_for_by_name_and_run_forward_once(kind, mask, on):
+@pytest.mark.parametrize(
+    ("kind", "forward", "backward"),
+    [
+        (V5E, "splash_mqa_fwd", ["splash_mqa_dkv", "splash_mqa_dq"]),
+        (H100, "__cudnn$fmhaSoftmax", ["__cudnn$fmhaSoftmaxBackward"]),
+    ],
+)
+def test_kernels_are_called_for_by_name_and_run_forward_once(kind, forward, backward, mask, on):
     """A block of the model keeps what the backward kernels need: the forward kernel does not run
     again, unless all is computed again.
     """
     on(kind)
-    forward, backward = (
-        (("splash_mqa_fwd", ""), [("splash_mqa_dkv", ""), ("splash_mqa_dq", "")])
-        if kind == V5E
-        else (("", "__cudnn$fmhaSoftmax"), [("", "__cudnn$fmhaSoftmaxBackward")])
-    )
     once = Counter([forward, *backward])
     assert lowered(kind, "none", mask) == once
     assert lowered(kind, POLICIES["dots"], mask) == once
@@ -165,8 +157,11 @@ def test_kernels_are_called_for_by_name_and_run_forward_once(kind, mask, on):
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs: pip install libtpu")
 def test_the_compiler_of_a_tpu_takes_the_kernel_for_a_mesh_that_is_absent():
     """Chosen by the mesh in use; memory grows with the length, not with its square."""
-    there = target("tpu:v5e:2x2").devices()
-    temporaries = []
+    there, temporaries = target("tpu:v5e:2x2").devices(), []
+
+    def loss(q, k, v, ids):
+        return jnp.sum(attention(q, k, v, AttentionMask(ids, ids), 0.125).astype(jnp.float32))
+
     with jax.set_mesh(make_mesh(MeshConfig(fsdp=2, tensor=2), there)), no_compile_cache():
         device = device_in_use()
         assert (device.platform, device.kind, device.here) == ("tpu", "TPU v5 lite", False)
@@ -174,11 +169,6 @@ def test_the_compiler_of_a_tpu_takes_the_kernel_for_a_mesh_that_is_absent():
             shapes = ((2, length, 4, 80), (2, 2, 80, length), (2, 2, length, 80))
             arrays = [jax.ShapeDtypeStruct(s, jnp.bfloat16) for s in shapes]
             ids = jax.ShapeDtypeStruct((2, length), jnp.int32)
-
-            def loss(q, k, v, ids):
-                out = attention(q, k, v, AttentionMask(ids, ids), 0.125)
-                return jnp.sum(out.astype(jnp.float32))
-
             found = jax.jit(jax.grad(loss, (0, 1, 2))).lower(*arrays, ids).compile()
             assert found.as_text().count("tpu_custom_call") == 3
             temporaries.append(found.memory_analysis().temp_size_in_bytes)
@@ -250,24 +240,19 @@ def test_the_widest_head_of_a_gpu(capability, cudnn, widest, monkeypatch):
     [
         (128, "bfloat16", True),
         (256, "bfloat16", False),
-        (0, "bfloat16", False),
+        (0, "bfloat16", False),  # where the kernel is there for neither, nothing is lost
         (128, "float32", False),
     ],
 )
-def test_widening_heads_beyond_the_kernel_is_warned_of(limit, dtype, warns, monkeypatch):
-    """As heads of 128 + 32 are, on every GPU but Hopper's; where the kernel is there for neither,
-    nothing is lost.
-    """
+def test_widening_heads_beyond_the_kernel_is_warned_of(limit, dtype, warns, monkeypatch, recwarn):
+    """As heads of 128 + 32 are, on every GPU but Hopper's."""
     monkeypatch.setattr("zflora_jax.adapters.init.widest_head", lambda: limit)
     model = tiny_model(num_layers=1, head_dim=128, dtype=dtype)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        init_adapters(jax.random.key(0), model, AdapterConfig("zflora-minimal", rank=2))
-        assert not caught
-        init_adapters(jax.random.key(0), model, AdapterConfig("ffba", rank=2))
-    said = [str(w.message) for w in caught]
-    assert len(said) == warns and all(
-        "head_dim 128 + 32 = 160: cuDNN's attention takes heads up to 128 on this GPU" in s
-        and "'zflora-minimal' leaves the heads as they are; so does extra_head_dim=0" in s
-        for s in said
-    )
+    init_adapters(jax.random.key(0), model, AdapterConfig("zflora-minimal", rank=2))
+    assert not recwarn.list
+    init_adapters(jax.random.key(0), model, AdapterConfig("ffba", rank=2))
+    assert len(recwarn.list) == warns
+    for warning in recwarn.list:
+        said = str(warning.message)
+        assert "head_dim 128 + 32 = 160: cuDNN's attention takes heads up to 128 on this" in said
+        assert "'zflora-minimal' leaves the heads as they are; so does extra_head_dim=0" in said

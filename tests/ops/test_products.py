@@ -51,53 +51,32 @@ def test_a_move_places_every_bit_and_passes_its_gradient_on(dtype: Any) -> None:
     """Also NaN and the sign of zero; the gradient of rows taken twice is the sum of theirs; under
     vmap.
     """
-    table, rows = (
-        jnp.asarray([[1.5, -0.0], [jnp.nan, jnp.inf], [3.0, 1e-40]], dtype),
-        jnp.asarray([2, 0, 2, -2, 7]),
-    )
+    table = jnp.asarray([[1.5, -0.0], [jnp.nan, jnp.inf], [3.0, 1e-40]], dtype)
+    rows = jnp.asarray([2, 0, 2, -2, 7])
 
     def taken(table: Any, rows: Any) -> Any:
         return copies.copy_bits(lambda x, at: jnp.take(x, at, axis=0), (table,), (rows,))
 
     bits = {2: jnp.uint16, 4: jnp.uint32}[table.dtype.itemsize]
-    want = jnp.take(table, rows, axis=0)
-    for got in (
-        jax.jit(taken)(table, rows),
-        jax.vmap(taken, (None, 0))(table, rows[:, None])[:, 0],
-    ):
+    want = np.asarray(jnp.take(table, rows, axis=0))
+    by_row = jax.vmap(taken, (None, 0))(table, rows[:, None])[:, 0]
+    for got in (np.asarray(jax.jit(taken)(table, rows)), np.asarray(by_row)):
         assert got.dtype == dtype
-        np.testing.assert_array_equal(
-            np.asarray(got[:4]).view(bits), np.asarray(want[:4]).view(bits)
-        )
-        assert (
-            np.isnan(got[4].astype(jnp.float32)).all()
-            and np.isnan(want[4].astype(jnp.float32)).all()
-        ), "a row that does not exist"
-    weights = jnp.asarray([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]], dtype)
-    gradient = jax.grad(
-        lambda table: jnp.sum(taken(table, rows[:3]) * weights).astype(jnp.float32)
-    )(table.at[1].set(0))
-    np.testing.assert_array_equal(
-        gradient.astype(jnp.float32), [[3.0, 4.0], [0.0, 0.0], [6.0, 8.0]]
-    )
+        np.testing.assert_array_equal(got[:4].view(bits), want[:4].view(bits))
+        assert np.isnan(got[4].astype(np.float32)).all(), "a row that does not exist"
 
     def written(cache: Any, new: Any) -> Any:
-        return copies.copy_bits(
-            lambda cache, new, at: jax.lax.dynamic_update_slice_in_dim(cache, new, at, axis=0),
-            (cache, new),
-            (jnp.int32(1),),
-        )
+        return copies.write_slice(cache, new, jnp.int32(1), 0)
 
-    np.testing.assert_array_equal(
-        written(weights, weights[:1]).astype(jnp.float32), [[1.0, 2.0], [1.0, 2.0], [5.0, 6.0]]
-    )
-    by_cache, by_new = jax.grad(
-        lambda *given: jnp.sum(written(*given) * weights).astype(jnp.float32), (0, 1)
-    )(weights, weights[:1])
-    np.testing.assert_array_equal(
-        by_cache.astype(jnp.float32), [[1.0, 2.0], [0.0, 0.0], [5.0, 6.0]]
-    )
-    np.testing.assert_array_equal(by_new.astype(jnp.float32), [[3.0, 4.0]])
+    weights = jnp.asarray([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]], dtype)
+    for function, given, gradients in (
+        (lambda x: taken(x, rows[:3]), (table.at[1].set(0),), [[[3, 4], [0, 0], [6, 8]]]),
+        (written, (weights, weights[:1]), [[[1, 2], [0, 0], [5, 6]], [[3, 4]]]),
+    ):
+        places = tuple(range(len(given)))
+        weighted = lambda *x, f=function: jnp.sum(f(*x) * weights).astype(jnp.float32)  # noqa: E731
+        for got, wanted in zip(jax.grad(weighted, places)(*given), gradients, strict=True):
+            np.testing.assert_array_equal(got.astype(jnp.float32), wanted)
 
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="about XLA's CPU compiler")
@@ -111,40 +90,25 @@ def test_a_bfloat16_program_makes_no_float32_copy_of_kernels_table_or_cache(
     """Read off the HLO, fused computations aside: such copies take more memory than the model and,
     made at every call, more time than prefill.
     """
-    changes = {
-        "hidden_size": 96,
-        "intermediate_size": 224,
-        "vocab_size": 1000,
-        "tie_word_embeddings": tied,
-    }
-    model = pack_for_decode(narrow_and_wide(**changes)[0])
+    widths = {"hidden_size": 96, "intermediate_size": 224, "vocab_size": 1000}
+    model = pack_for_decode(narrow_and_wide(**widths, tie_word_embeddings=tied)[0])
     tokens, keys = jnp.ones((batch, 10), jnp.int32), jax.random.split(jax.random.key(0), batch)
-    real = tokens > 0
     request.getfixturevalue("optimised")  # for this program alone
-    lowered = DecodeProgram.decode.lower(
-        DecodeProgram(model.config), {"params": model.params}, tokens, real, keys, 8
-    )
+    program, variables = DecodeProgram(model.config), {"params": model.params}
+    lowered = DecodeProgram.decode.lower(program, variables, tokens, tokens > 0, keys, 8)
     text = compiled(lowered).as_text()
-    made = [
-        block
-        for block in text.split("\n}\n")
-        if not re.match(r"%?(fused|wrapped|parallel)", block.strip())
-    ]
-    arrays = [
-        math.prod(map(int, dims.split(",")))
-        for block in made
-        for dims in re.findall(r"= f32\[([\d,]+)\]\S* (?!parameter)", block)
-    ]
-    c = model.config
-    cells = batch * c.num_kv_heads * c.head_dim * 64
-    assert arrays and not set(arrays) & {
-        cells,
-        *(leaf.size for leaf in trees.flatten(model.params).values() if leaf.ndim == 2),
-    }
-    updates = re.findall(r"= (\w+)\[([\d,]+)\]\S* dynamic-update-slice\(", text)
-    assert {dtype for dtype, dims in updates if math.prod(map(int, dims.split(","))) == cells} == {
-        "u16"
-    }
+    made = [b for b in text.split("\n}\n") if not re.match(r"%?(fused|wrapped|para)", b.strip())]
+
+    def sizes(pattern: str, text: str) -> list[int]:
+        return [math.prod(map(int, dims.split(","))) for dims in re.findall(pattern, text)]
+
+    arrays = sizes(r"= f32\[([\d,]+)\]\S* (?!parameter)", "\n".join(made))
+    cells = batch * model.config.num_kv_heads * model.config.head_dim * 64
+    kernels = {x.size for x in trees.flatten(model.params).values() if x.ndim == 2}
+    assert arrays and not set(arrays) & {cells, *kernels}
+    update = r"= {}\[([\d,]+)\]\S* dynamic-update-slice\("
+    assert cells in sizes(update.format("u16"), text)
+    assert cells not in sizes(update.format("(?!u16)\\w+"), text)
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 5), (3, 1)], ids=str)

@@ -15,16 +15,20 @@ from support.grids import always
 from zflora_jax.core.fields import ConfigError
 from zflora_jax.core.quantize_config import QuantizeConfig, Stored, quantize_config
 from zflora_jax.hf.gguf.file import KEPT, from_blocks, to_blocks
-from zflora_jax.ops import quantized_linear as products
+from zflora_jax.ops import kernels as products
+from zflora_jax.ops.copies import write_divided
 from zflora_jax.ops.quantized import (
     KINDS,
     QuantizedArray,
     bytes_of,
     code_values,
+    cut,
     dequantize,
+    paste,
     quantize,
+    quantize_block,
+    widen,
 )
-from zflora_jax.ops.quantized_blocks import cut, paste, quantize_block, widen
 
 RNG = np.random.default_rng(0)
 
@@ -86,11 +90,7 @@ def packed(kind, group, width=96, extra=10):
     wide = widen(base, base.axis, extra, 0)
     block = quantize_block(jnp.asarray(numbers(extra, 5)), wide)
 
-    def write(x, value, spans):
-        at = tuple(spans.get(axis, slice(None)) for axis in range(-x.ndim, 0))
-        return x.at[at].set(value.astype(x.dtype))
-
-    made = paste(wide, block, write, extra=True, outputs=slice(None))
+    made = paste(wide, block, write_divided, extra=True, outputs=slice(None))
     back = cut(made, extra=True)
     for one, other in zip(jax.tree.leaves(back), jax.tree.leaves(block), strict=True):
         np.testing.assert_array_equal(np.asarray(one), np.asarray(other))
@@ -120,13 +120,7 @@ def test_products_of_every_device_equal_the_dequantised(form, rows):
     found = [product(x, by_rows) for product in flat[: 2 if not group else 1]]
     if group:
         axes = -1, group, 5
-        grouped = replace(
-            columns,
-            codes=columns.codes.reshape(axes),
-            scales=columns.scales[:, None],
-            mins=None if columns.mins is None else columns.mins[:, None],
-            reads=2,
-        )
+        grouped = columns.map(lambda x: x.reshape(axes), lambda x: x[:, None], reads=2)
         found += [products.eight_rows_product(x, grouped)]
         found += [products.quantized_linear(x[:, None], grouped)[:, 0]]
     for y in found:
@@ -145,18 +139,19 @@ def test_products_of_every_device_equal_the_dequantised(form, rows):
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradients_are_those_of_the_dequantised_kernel(kind):
     """Of inputs alone; also where few rows take a device's form, which rounds."""
-
-    def gradient(of):
-        return jax.jit(jax.grad(of))
-
     w, x = quantize(jnp.asarray(numbers(64, 3, 4)), kind, writes=2), jnp.asarray(numbers(2, 3, 64))
-    wanted = gradient(lambda x: jnp.sum(jnp.sin(jnp.tensordot(x, dequantize(w), 1))))(x)
-    found = gradient(lambda x: jnp.sum(jnp.sin(products.quantized_tensordot(x, w))))(x)
-    np.testing.assert_allclose(np.asarray(found), np.asarray(wanted), atol=1e-5)
     table = quantize(jnp.asarray(numbers(7, 64)), kind, writes=0)
-    wanted = gradient(lambda x: jnp.sum(x @ dequantize(table).T))(x)
-    found = gradient(lambda x: jnp.sum(products.quantized_linear(x, table)))(x)
-    np.testing.assert_allclose(np.asarray(found), np.asarray(wanted), atol=1e-5)
+    for product, plain in (
+        (
+            lambda x: jnp.sin(products.quantized_tensordot(x, w)),
+            lambda x: jnp.sin(jnp.tensordot(x, dequantize(w), 1)),
+        ),
+        (lambda x: products.quantized_linear(x, table), lambda x: x @ dequantize(table).T),
+    ):
+        found, wanted = (
+            jax.jit(jax.grad(lambda x, f=f: jnp.sum(f(x))))(x) for f in (product, plain)
+        )
+        np.testing.assert_allclose(np.asarray(found), np.asarray(wanted), atol=1e-5)
 
 
 def test_rows_of_a_table_are_the_dequantised_and_nan_where_there_is_none():

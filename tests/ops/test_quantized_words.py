@@ -98,9 +98,7 @@ def test_an_export_as_numbers_says_that_the_base_comes_back_as_numbers(tmp_path:
         (QuantizeConfig("nf4", 32), "kernels nf4, embedding none, head none, 32 inputs a scale"),
     ],
 )
-def test_info_says_how_the_base_of_a_run_is_stored(
-    quantize: QuantizeConfig, words: str, tmp_path: Path
-) -> None:
+def test_info_says_how_the_base_of_a_run_is_stored(quantize, words, tmp_path: Path) -> None:
     run = RunConfig(model="tiny", quantize=quantize)
     (tmp_path / "config.json").write_text(json.dumps(to_dict(run)))
     assert describe(tmp_path)["base stored as"] == words

@@ -17,7 +17,7 @@ from support.checks import assert_trees_equal, compiled
 from support.grids import always
 from support.sharded import sharded_model, sharded_step, three_steps
 
-from zflora_jax.adapters.shapes import adapter_shapes
+from zflora_jax.adapters.methods import adapter_shapes
 from zflora_jax.core import trees
 from zflora_jax.core.adapter_config import METHODS, AdapterConfig
 from zflora_jax.core.architecture import param_shapes

@@ -12,7 +12,7 @@ from support.grids import always
 from support.models import perturb, tiny_model
 
 from zflora_jax.adapters.init import init_adapters
-from zflora_jax.adapters.shapes import adapter_shapes
+from zflora_jax.adapters.methods import adapter_shapes
 from zflora_jax.core import trees
 from zflora_jax.core.adapter_config import METHODS, AdapterConfig
 from zflora_jax.core.run_config import OptimConfig

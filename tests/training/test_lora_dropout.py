@@ -42,7 +42,7 @@ DROPPED = LORA.replace(dropout=0.3)
         (
             m,
             0.1,
-            rf"adapter\.dropout=0\.1: only method 'lora' has dropout, .* method '{m}' has none",
+            rf"adapter\.dropout=0\.1: only method 'lora' has it; method '{m}' does not",
         )
         for m in METHODS
         if m != "lora"

@@ -14,8 +14,7 @@ import torch
 from support.checks import assert_logits_close
 from support.huggingface import TOKENS, hf_logits, hf_model
 
-from zflora_jax.adapters.init import init_adapters
-from zflora_jax.adapters.split_base import split_base
+from zflora_jax.adapters.init import init_adapters, split_base
 from zflora_jax.core import trees
 from zflora_jax.core.adapter_config import AdapterConfig
 from zflora_jax.core.model import Model

@@ -1,29 +1,51 @@
-"""Fuse adapters into the base kernels, and take them out again.
+"""Fuse adapters into the base kernels, swap them for others, and take them out again.
 
 A fused kernel is [[W, forward], [s backward, cross]]: its rows are the base and then the adapter
-channels of the input stream, its columns those of the output stream. It is an ordinary kernel of a
-Llama with wider streams (docs/method.md; this project's reconstruction of zFLoRA).
+channels of the input stream, its columns those of the output stream (docs/method.md; this
+project's reconstruction of zFLoRA). It is an ordinary kernel of a Llama with wider streams.
 """
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
-from zflora_jax.adapters.kernel_adapter import Widening
-from zflora_jax.adapters.methods import base_config, fused_config, resolve_adapter
-from zflora_jax.adapters.shapes import check_adapters
+from zflora_jax.adapters.kernel_adapter import BLOCKS, Widening
+from zflora_jax.adapters.methods import base_config, check_adapters, fused_config, resolve_adapter
+from zflora_jax.adapters.packing import head_order, state_scale
 from zflora_jax.core import trees
 from zflora_jax.core.adapter_config import METHODS, AdapterConfig
-from zflora_jax.core.architecture import KERNELS, QK_NORMS, kernel_shapes, param_shapes
+from zflora_jax.core.architecture import (
+    KERNELS,
+    QK_NORMS,
+    group,
+    kernel_shapes,
+    packed_rows,
+    param_shapes,
+)
 from zflora_jax.core.fields import require
 from zflora_jax.core.model import Model
 from zflora_jax.core.model_config import LlamaConfig
 from zflora_jax.core.trees import Tree
-from zflora_jax.ops.quantized_blocks import corner, padded, quantized_names, widen
-from zflora_jax.parallel.mesh import mesh_in_use, place_like
+from zflora_jax.ops.copies import write_divided, write_pieces
+from zflora_jax.ops.quantized import (
+    QuantizedArray,
+    corner,
+    filled,
+    group_span,
+    padded,
+    quantize_block,
+    quantized_names,
+    widen,
+)
+from zflora_jax.parallel.mesh import mesh_in_use, place_like, several_devices
 from zflora_jax.parallel.sharding import constrain
 
 
@@ -33,15 +55,15 @@ def fuse(model: Model, adapter: AdapterConfig, adapters: Tree, *, donate: bool =
     Blocks are built in float32 and cast once to the base's dtype; a base block is copied, never
     recomputed. LoRA and FFA are added in float32 and cast once; "full" replaces the tree. On a mesh
     the fused model is divided as the base is, and no device holds a whole kernel (except for widths
-    that the mesh does not divide, see `parallel.sharding.spec`).
+    that the mesh does not divide).
 
     Args:
       model: The base, not packed; or a model that another adapter was merged into by addition,
-        which is an ordinary model. `unfuse` then returns that one, without its source.
+        which `unfuse` then returns.
       adapter: Config of the adapters.
       adapters: Tree of `init_adapters` or training, float32.
-      donate: Take each leaf out of `model.params` as it is fused, so that the two models are never
-        in memory together. `model` cannot be used afterwards.
+      donate: Whether to take each leaf out of `model.params` as it is fused, so that the two models
+        are never in memory together. `model` cannot be used afterwards.
 
     Returns:
       A Model with the wider config and plain parameters that computes what the adapted model
@@ -59,20 +81,7 @@ def fuse(model: Model, adapter: AdapterConfig, adapters: Tree, *, donate: bool =
         )
     if config.execution.packed:
         raise ValueError("this model is packed for decode; fuse first, then pack.")
-    _refuse_merging(adapter, model.params)
-    with mesh_in_use(model.params):
-        adapters = place_like(model.params, adapters)
-        check_adapters(adapters, config, adapter)
-        run = _fuse_by_leaf if donate else _fuse
-        params = run(config, adapter, model.params, adapters)
-    # The files of the source are not those of a base that another adapter was merged into.
-    source, base = (model.source, model.base) if model.adapter is None else (None, None)
-    return Model(fused_config(config, adapter), params, model.tokenizer, source, adapter, base)
-
-
-def _refuse_merging(adapter: AdapterConfig, params: Tree) -> None:
-    """ConfigError for a method that changes the floats of a base kernel stored as codes."""
-    codes = quantized_names(params)
+    codes = quantized_names(model.params)
     require(
         METHODS[adapter.method].widens or not codes,
         f"method {adapter.method!r} is merged by addition, and {codes[:1]} of this base is stored"
@@ -81,6 +90,14 @@ def _refuse_merging(adapter: AdapterConfig, params: Tree) -> None:
         " dequantise the base first (zf.dequantize_model); methods that widen are fused as they"
         " are.",
     )
+    with mesh_in_use(model.params):
+        adapters = place_like(model.params, adapters)
+        check_adapters(adapters, config, adapter)
+        run = _fuse_by_leaf if donate else _fuse
+        params = run(config, adapter, model.params, adapters)
+    # The files of the source are not those of a base that another adapter was merged into.
+    source, base = (model.source, model.base) if model.adapter is None else (None, None)
+    return Model(fused_config(config, adapter), params, model.tokenizer, source, adapter, base)
 
 
 def _fuse_by_leaf(
@@ -108,7 +125,8 @@ def _fuse(config: LlamaConfig, adapter: AdapterConfig, params: Tree, adapters: T
     def visit(name: str, leaf: Any) -> Any:
         module, parameter = name.split("/")[-2:]
         if module in KERNELS and parameter == "kernel":
-            wide, beside = widen(leaf, in_axis(config, module), *p.extra(module)), p.kernels
+            axis = -len(kernel_shapes(config)[module][1]) - 1
+            wide, beside = widen(leaf, axis, *p.extra(module)), p.kernels
             if module not in beside:
                 return wide
             own = {b: flat[name.removesuffix("kernel") + b] for b in beside[module].shapes}
@@ -124,11 +142,6 @@ def _fuse(config: LlamaConfig, adapter: AdapterConfig, params: Tree, adapters: T
     return constrain(trees.map_with_names(visit, params), fused=True)
 
 
-def in_axis(config: LlamaConfig, kernel: str) -> int:
-    """The last input axis of a kernel, stacked or not, negative."""
-    return -len(kernel_shapes(config)[kernel][1]) - 1
-
-
 def unfuse(fused: Model) -> tuple[Model, Tree]:
     """Takes the adapters out of a fused model.
 
@@ -136,7 +149,7 @@ def unfuse(fused: Model) -> tuple[Model, Tree]:
       fused: A model of `fuse` or `load_model`, not packed.
 
     Returns:
-      (The base model, bit for bit the one that was fused; the adapters in float32, equal up to the
+      (The base, bit for bit the one that was fused; the adapters in float32, equal up to the
       rounding of fuse's cast and of the division by s.)
 
     Raises:
@@ -179,3 +192,134 @@ def require_widened(fused: Model, verb: str) -> AdapterConfig:
             " addition, which cannot be undone exactly; keep the base and the adapters."
         )
     return fused.adapter
+
+
+Array = jax.Array
+
+
+def swap(fused: Model, adapters: Tree) -> Model:
+    """Replaces the adapter blocks of a fused model.
+
+    Only those blocks are written, O(adapter) bytes; but for bfloat16 on a CPU XLA copies each of
+    their kernels, and on a mesh each kernel is written once. Kernels that `pack_for_decode`
+    dequantised get float blocks.
+
+    Args:
+      fused: Fused model, packed or not. The buffers of its parameters are donated, so it cannot be
+        used afterwards.
+      adapters: Adapters of the same AdapterConfig, float32.
+
+    Returns:
+      The model with the new adapters.
+
+    Raises:
+      ValueError: as for `fuse`, and for a method that merges by addition.
+    """
+    adapter = require_widened(fused, "swap")
+    plain = fused.config.replace(packed=False, fill_residual=0, fill_mlp=0)
+    base = base_config(plain, adapter)
+    given = base.replace(scan_layers="layers" in adapters)
+    with mesh_in_use(fused.params):
+        adapters = place_like(fused.params, adapters)
+        check_adapters(adapters, given, adapter)
+        params = _swap(fused.config, base, adapter, fused.params, adapters)
+    return replace(fused, params=params)
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=3)
+def _swap(
+    config: LlamaConfig, base: LlamaConfig, adapter: AdapterConfig, params: Tree, adapters: Tree
+) -> Tree:
+    flat, execution = trees.flatten(params), config.execution
+    arrange = trees.stack_layers if execution.scan_layers else trees.unstack_layers
+    layers, divided = arrange(adapters, base.num_layers), several_devices()
+    write = write_divided if divided else _write_in_place
+    for kernel, beside in widenings(base, adapter).items():
+        for layer in layers:
+            blocks = layers[layer][group(kernel)][kernel]
+            if execution.packed:
+                name = f"{layer}/{packed_rows(config)[kernel][0]}/kernel"
+                flat[name] = _swap_packed(config, kernel, beside, flat[name], blocks)
+            else:
+                name = f"{layer}/{group(kernel)}/{kernel}/kernel"
+                flat[name] = beside.fuse(flat[name], blocks, write)
+    swapped = trees.unflatten(flat)
+    return constrain(swapped, fused=True) if divided else swapped
+
+
+def _write_in_place(x: Array, value: Array, spans: dict[int, slice]) -> Array:
+    """`ops.copies.write_divided` on one device, in place."""
+    start = tuple((spans[axis].start or 0) if axis in spans else 0 for axis in range(-x.ndim, 0))
+    return write_pieces(x, [value], [start])
+
+
+def _swap_packed(
+    config: LlamaConfig, kernel: str, beside: Widening, leaf: Any, blocks: Tree
+) -> Any:
+    """A packed leaf [out, in] with the blocks of one of its kernels written in."""
+    inputs, outputs = kernel_shapes(config)[kernel]
+    _, start, _ = packed_rows(config)[kernel]
+    order = head_order(config, kernel)
+    place = np.arange(outputs[-1]) if order is None else np.argsort(order)
+    heads = outputs[-1] * np.arange(math.prod(outputs[:-1]))
+    for name, block in blocks.items():
+        extra_in, extra_out = BLOCKS[name]
+        reads, writes = beside.spans(name)
+        rows = (start + heads[:, None] + place[writes]).reshape(-1)
+        value = beside.stored(name, block)
+        scale = state_scale(config, kernel) if extra_out else 1.0
+        if isinstance(leaf, QuantizedArray):
+            like = replace(leaf, reads=len(inputs), writes=len(outputs))
+            coded = quantize_block(value, like)
+            leaf = _write_codes(leaf, filled(coded, coded.shape), rows, extra_in, scale)
+        else:
+            columns = np.arange(math.prod(inputs)).reshape(inputs)[..., reads].reshape(-1)
+            flat = (value * scale).reshape(len(columns), len(rows)).T
+            leaf = _write_at(leaf, flat, rows, columns)
+    return leaf
+
+
+def _write_codes(
+    leaf: QuantizedArray, block: QuantizedArray, rows: np.ndarray, extra: bool, scale: float
+) -> QuantizedArray:
+    """A packed kernel (`packing.joined`) with a quantised block [*in, *out] of whole groups written
+    in. rows: of its outputs; extra: whether its inputs are an adapter's; scale: of its outputs, a
+    power of two.
+    """
+    heads = leaf.inputs // leaf.inner
+
+    def write(part: Array, new: Array, heads: int, first: int) -> Array:
+        count = new.shape[block.axis]
+        width = (part.size // part.shape[-1] if part.ndim == 3 else part.shape[1]) // heads
+        columns = (np.arange(heads)[:, None] * width + first + np.arange(count)).reshape(-1)
+        return _write_at(part, new.reshape(len(columns), len(rows)).T, rows, columns)
+
+    def scales(part: Array, new: Array) -> Array:
+        first = group_span(leaf, extra).start or 0
+        new = new.astype(jnp.float32) * scale
+        return write(part, new, heads if leaf.group else 1, first)
+
+    first = leaf.base if extra else 0
+    return leaf.map(lambda part, new: write(part, new, heads, first), scales, block)
+
+
+def _write_at(x: Array, value: Array, rows: np.ndarray, columns: np.ndarray) -> Array:
+    """A packed array [out, in], or [groups, inputs of a group, out], with `value` written at rows
+    and columns, in place: a piece for each run of consecutive ones (see `write_pieces`).
+    """
+    pieces, starts = [], []
+    for at, row, height in _runs(rows):
+        for to, column, width in _runs(columns):
+            piece, start = value[at : at + height, to : to + width], (row, column)
+            if x.ndim == 3:
+                each = x.shape[1]
+                piece, start = piece.T.reshape(-1, each, height), (column // each, 0, row)  # type: ignore[assignment]
+            pieces.append(piece)
+            starts.append(start)
+    return write_pieces(x, pieces, starts)
+
+
+def _runs(places: np.ndarray) -> list[tuple[int, int, int]]:
+    """(Index, first place, count) of the runs of consecutive places."""
+    ends = [0, *(np.flatnonzero(np.diff(places) != 1) + 1).tolist(), len(places)]
+    return [(start, int(places[start]), end - start) for start, end in pairwise(ends)]

@@ -1,43 +1,49 @@
-"""Initial adapters: forward blocks are random, the others zero, so step 0 is the base model."""
+"""Initial adapters: the first step computes what the base does. PiSSA and OLoRA start as a part of
+the base, which is taken out of it.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import warnings
 import zlib
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from zflora_jax.adapters.dora import DoRA
+from zflora_jax.adapters.kernel_adapter import DoRA, LowRank
 from zflora_jax.adapters.methods import (
     SERVED_HEAD_DIMS,
+    adapter_shapes,
     default_extra_head_dim,
     live_layers,
     resolve_adapter,
 )
-from zflora_jax.adapters.shapes import adapter_shapes
 from zflora_jax.core import trees
 from zflora_jax.core.adapter_config import METHODS, OF_BASE, AdapterConfig
 from zflora_jax.core.architecture import group
 from zflora_jax.core.fields import require
 from zflora_jax.core.model import Model
 from zflora_jax.core.model_config import LlamaConfig
-from zflora_jax.ops.quantized_blocks import quantized_names
+from zflora_jax.core.trees import Tree
+from zflora_jax.ops.quantized import quantized_names
 from zflora_jax.parallel.devices import widest_head
+from zflora_jax.parallel.mesh import mesh_in_use
+from zflora_jax.parallel.sharding import constrain
 
 
 def init_adapters(key: jax.Array, model: Model, adapter: AdapterConfig) -> trees.Tree:
     """Makes the initial `adapters` collection; the adapted model equals the base until it is
     trained.
 
-    forward and lora_a are random, as `AdapterConfig.init` says; backward, cross, lora_b, ffa_a and
-    q's forward are zero (k's is random); DoRA's magnitudes are the norms of the base's columns.
-    Blocks are zero in the layers where they are dead (see `methods.live_layers`) and stay zero,
-    because they get no gradient. Random values depend on `key` alone, not on whether layers are
-    stacked.
+    forward and lora_a are random, as `AdapterConfig.init` says, DoRA's magnitudes are the norms of
+    the base's columns; other blocks, q's forward and dead layers (`live_layers`) are zero. Random
+    values depend on `key` alone, not on whether layers are stacked.
 
     Args:
       key: A jax random key.
@@ -105,28 +111,137 @@ def _stacked(model: Model, kernel: str) -> Any:
 
 
 def _warn_of_wide_heads(config: LlamaConfig, adapter: AdapterConfig) -> None:
-    """Warn of heads that the attention kernels of servers, or of this GPU, do not take."""
-    heads = config.rotary_dim + resolve_adapter(config, adapter).heads
-    if heads != config.rotary_dim and heads not in SERVED_HEAD_DIMS:
+    """Warns of heads that the attention kernels of servers, or of this GPU, do not take."""
+    base, extra = config.rotary_dim, resolve_adapter(config, adapter).heads
+    heads = f"head_dim {base} + {extra} = {base + extra}"
+    if extra and base + extra not in SERVED_HEAD_DIMS:
         advice = "no extra_head_dim gives one that they run"
-        if config.rotary_dim < max(SERVED_HEAD_DIMS):
-            advice = (
-                f"extra_head_dim={default_extra_head_dim(config.rotary_dim)} is the smallest that"
-                " they run"
-            )
+        if base < max(SERVED_HEAD_DIMS):
+            least = default_extra_head_dim(base)
+            advice = f"extra_head_dim={least} is the smallest that they run"
         warnings.warn(
-            f"head_dim {config.rotary_dim} + {heads - config.rotary_dim} = {heads} is outside"
-            f" {SERVED_HEAD_DIMS}: transformers runs it, but attention kernels of servers may"
-            f" refuse it (vLLM's CPU build does); {advice}.",
+            f"{heads} is outside {SERVED_HEAD_DIMS}: transformers runs it, but attention kernels of"
+            f" servers may refuse it (vLLM's CPU build does); {advice}.",
             stacklevel=3,
         )
     limit = widest_head() if config.execution.dtype in ("bfloat16", "float16") else 0
-    if config.rotary_dim <= limit < heads:
+    if base <= limit < base + extra:
         warnings.warn(
-            f"head_dim {config.rotary_dim} + {heads - config.rotary_dim} = {heads}: cuDNN's"
-            f" attention takes heads up to {limit} on this GPU, so attention is computed by plain"
-            " products, which take more time and memory for long sequences. Method"
-            " 'zflora-minimal' leaves the heads as they are; so does extra_head_dim=0 where the"
-            " method widens other streams too.",
+            f"{heads}: cuDNN's attention takes heads up to {limit} on this GPU, so attention is"
+            " computed by plain products, which take more time and memory for long sequences."
+            " Method 'zflora-minimal' leaves the heads as they are; so does extra_head_dim=0 where"
+            " the method widens other streams too.",
             stacklevel=3,
         )
+
+
+def split_base(model: Model, adapter: AdapterConfig) -> tuple[Model, Tree | None]:
+    """Takes the start of init="pissa" or "olora" out of the base, as PEFT does.
+
+    The new base and the adapters together compute what the model computes. Train, fuse and decode
+    with this base; `plain_lora` gives adapters for the original one. The split depends on the model
+    and `adapter` alone, so a resumed run repeats it.
+
+    Args:
+      model: A float base, not packed.
+      adapter: Adapter of method lora.
+
+    Returns:
+      (The base without s A B, each kernel rounded once to its dtype; the adapters, float32.) With
+      another init (model, None): its adapters are those of `init_adapters`.
+
+    Raises:
+      ConfigError: the base is stored as codes or packed, or a rank exceeds a kernel's smaller side.
+    """
+    if adapter.init not in OF_BASE:
+        return model, None
+    codes = quantized_names(model.params)
+    require(
+        not codes and not model.config.execution.packed,
+        f"adapter.init={adapter.init!r} takes a part out of the base's floats, and this base is"
+        f" {'stored as codes' if codes else 'packed for decode'}: use a float base that is not"
+        " packed (zf.dequantize_model), or another init.",
+    )
+    kernels = resolve_adapter(model.config, adapter).kernels
+    for kernel, beside in kernels.items():
+        side = min(math.prod(beside.inputs), math.prod(beside.outputs))
+        rank = adapter.rank_of(kernel)
+        require(
+            rank <= side,
+            f"adapter.init={adapter.init!r}: rank {rank} is above the smaller side of {kernel},"
+            f" {side}.",
+        )
+    adapters = init_adapters(jax.random.key(0), model, adapter.replace(init=None))
+    with mesh_in_use(model.params):
+        params, adapters = _split(model.config, adapter, model.params, adapters)
+    return dataclasses.replace(model, params=params), adapters
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _split(
+    config: LlamaConfig, adapter: AdapterConfig, params: Tree, adapters: Tree
+) -> tuple[Tree, Tree]:
+    base, found, live = trees.flatten(params), trees.flatten(adapters), live_layers(config, adapter)
+    for kernel, beside in resolve_adapter(config, adapter).kernels.items():
+        path, layers = f"{group(kernel)}/{kernel}", live[kernel]["lora_a"]
+        assert isinstance(beside, LowRank)
+        cut = partial(_cut, str(adapter.init), beside)
+        updates: dict[str, tuple[jax.Array, ...]]
+        if config.execution.scan_layers:
+            updates = {f"layers/{path}": _in_layers(cut, base[f"layers/{path}/kernel"], layers)}
+        else:
+            updates = {f"layers_{i}/{path}": cut(base[f"layers_{i}/{path}/kernel"]) for i in layers}
+        for name, (kernel_left, a, b) in updates.items():
+            base[f"{name}/kernel"] = kernel_left
+            found |= {f"{name}/lora_a": a, f"{name}/lora_b": b}
+    return constrain(trees.unflatten(base)), constrain(trees.unflatten(found))
+
+
+def _in_layers(cut: Any, stacked: jax.Array, layers: Sequence[int]) -> tuple[jax.Array, ...]:
+    """`cut` of the `layers` of a stacked kernel, one at a time; zero factors in the others."""
+    at = np.asarray(layers)
+    left, a, b = jax.lax.map(cut, stacked[at])
+    factors = (jnp.zeros((len(stacked), *x.shape[1:])).at[at].set(x) for x in (a, b))
+    return stacked.at[at].set(left), *factors
+
+
+def _cut(start: str, beside: LowRank, kernel: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """(W - s A B, A [in, r], B [r, out]) of a kernel of one layer, A and B as PEFT takes them."""
+    matrix, rank = kernel.astype(jnp.float32).reshape(math.prod(beside.inputs), -1), beside.rank
+    if start == "olora":  # QR of the transpose (arXiv 2406.01775); its first columns suffice
+        q, _ = jnp.linalg.qr(matrix.T[:, :rank])
+        a, b = jnp.matmul(matrix, q, precision="highest"), q.T
+    else:  # "pissa", the largest singular values (arXiv 2404.02948)
+        u, values, v = jnp.linalg.svd(matrix, full_matrices=False)
+        roots = jnp.sqrt(values[:rank] / beside.scale)
+        a, b = u[:, :rank] * roots[None], roots[:, None] * v[:rank]
+    left = matrix - beside.scale * jnp.matmul(a, b, precision="highest")
+    return left.reshape(kernel.shape).astype(kernel.dtype), a, b
+
+
+def plain_lora(adapter: AdapterConfig, adapters: Tree, start: Tree) -> tuple[AdapterConfig, Tree]:
+    """Trained adapters of `split_base` as plain LoRA of twice the rank for the original model, as
+    PEFT converts its own: [A, A0] and [B; -B0] add A B - A0 B0.
+
+    Args:
+      adapter: Their config, with init="pissa" or "olora".
+      adapters: The trained adapters.
+      start: The adapters that `split_base` returned.
+
+    Returns:
+      (The config of the plain adapters, the adapters.)
+    """
+    first, found = trees.flatten(start), trees.flatten(adapters)
+    for name in [name for name in found if name.endswith("/lora_a")]:
+        other = name.removesuffix("a") + "b"
+        found[name] = jnp.concatenate([found[name], first[name]], axis=-1)
+        found[other] = jnp.concatenate([found[other], -first[other]], axis=-2)
+    factor = math.sqrt(2.0) if adapter.use_rslora else 2.0  # keeps alpha / divisor
+    plain = adapter.replace(
+        init=None,
+        rank=2 * adapter.rank,
+        alpha=None if adapter.alpha is None else factor * adapter.alpha,
+        rank_pattern=tuple((kernel, 2 * rank) for kernel, rank in adapter.rank_pattern),
+        alpha_pattern=tuple((kernel, factor * alpha) for kernel, alpha in adapter.alpha_pattern),
+    )
+    return plain, trees.unflatten(found)

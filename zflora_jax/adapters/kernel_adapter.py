@@ -1,31 +1,29 @@
-"""What an adapter puts next to one kernel W: the products it adds, where its blocks start, and how
-they are fused into W. `LowRank` is LoRA, `Tiled` FFA, `Widening` ffba and zFLoRA; DoRA is in
-`adapters.dora`. Their construction is this project's reconstruction, see docs/method.md.
+"""The adapter of one kernel W: the products it adds, how its blocks start, and how they are fused
+into W. `LowRank` is LoRA, `Tiled` FFA, `Widening` ffba and zFLoRA (docs/method.md; this project's
+reconstruction).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from zflora_jax.ops.copies import write_divided
-from zflora_jax.ops.linear import project
-from zflora_jax.ops.quantized_blocks import Write, read_part, write_part
+from zflora_jax.ops.linear import column_norms, project, tile
+from zflora_jax.ops.quantized import Write, float_values, read_part, write_part
 from zflora_jax.ops.remat import save_for_backward
-from zflora_jax.ops.tiling import tile
 
 Array = jax.Array
 Blocks = Mapping[str, Array]
 
 
 class Base(NamedTuple):
-    """What an adapter may read of the layer next to it.
+    """The layer next to an adapter.
 
     Attributes:
       kernel: W, float or quantised; None where it is packed.
@@ -46,23 +44,20 @@ class KernelAdapter:
       inputs: Input axes of W.
       outputs: Output axes of W.
       scale: s = alpha / rank.
+      dropout: Share of the inputs that a training step drops.
       random: Blocks that start at random; the others start at zero.
     """
 
     inputs: tuple[int, ...]
     outputs: tuple[int, ...]
     scale: float
+    dropout: float = field(default=0.0, kw_only=True)
     random: ClassVar[tuple[str, ...]] = ()
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Name -> shape of the blocks in one layer."""
         raise NotImplementedError
-
-    @property
-    def dropout(self) -> float:
-        """Share of the inputs that a training step drops."""
-        return 0.0
 
     def __call__(
         self, blocks: Blocks, x: Array, z: Array | None, y: Array, base: Base
@@ -98,7 +93,7 @@ class Widening(KernelAdapter):
     Attributes:
       extra_in: Adapter channels of the input stream.
       extra_out: Adapter channels of the output stream.
-      starts: Whether forward starts at random (not in q, so that added scores start at zero).
+      starts: Whether forward starts at random. Not in q: added scores start at zero.
     """
 
     extra_in: int
@@ -113,11 +108,8 @@ class Widening(KernelAdapter):
     def shapes(self) -> dict[str, tuple[int, ...]]:
         z_in = (*self.inputs[:-1], self.extra_in)
         z_out = (*self.outputs[:-1], self.extra_out)
-        every = {
-            "forward": self.inputs + z_out,
-            "backward": z_in + self.outputs,
-            "cross": z_in + z_out,
-        }
+        every = {"forward": self.inputs + z_out, "backward": z_in + self.outputs}
+        every["cross"] = z_in + z_out
         return {name: shape for name, shape in every.items() if math.prod(shape)}
 
     def __call__(
@@ -137,8 +129,8 @@ class Widening(KernelAdapter):
         return -len(self.outputs) - 1
 
     def spans(self, block: str) -> tuple[slice, slice]:
-        """The inputs and outputs of a block in the wide kernel, along `axis` and the last axis:
-        forward is top right, backward bottom left, cross bottom right.
+        """The inputs (along `axis`) and outputs (along the last axis) of a block in the wide
+        kernel.
         """
         widths = zip(BLOCKS[block], (self.inputs[-1], self.outputs[-1]), strict=True)
         reads, writes = (slice(n, None) if extra else slice(0, n) for extra, n in widths)
@@ -164,15 +156,9 @@ class Widening(KernelAdapter):
 
 @dataclass(frozen=True)
 class LowRank(KernelAdapter):
-    """LoRA: y = x W + s (x A) B, over flattened axes.
-
-    Attributes:
-      rank: r.
-      share: Share of x that drops out in training.
-    """
+    """LoRA: y = x W + s (x A) B, over flattened axes; rank: r."""
 
     rank: int
-    share: float = 0.0
     random: ClassVar[tuple[str, ...]] = ("lora_a",)
 
     @property
@@ -181,10 +167,6 @@ class LowRank(KernelAdapter):
             "lora_a": (math.prod(self.inputs), self.rank),
             "lora_b": (self.rank, math.prod(self.outputs)),
         }
-
-    @property
-    def dropout(self) -> float:
-        return self.share
 
     def added(self, blocks: Blocks, x: Array) -> Array:
         """s (x A) B of x [B, T, in], in x's dtype."""
@@ -200,10 +182,13 @@ class LowRank(KernelAdapter):
         """x [B, T, *inputs] as [B, T, in]."""
         return x.reshape(*x.shape[: -len(self.inputs)], -1)
 
+    def delta(self, blocks: Blocks) -> Array:
+        """s A B, float32 [*layers, in, out]."""
+        return self.scale * jnp.matmul(blocks["lora_a"], blocks["lora_b"], precision="highest")
+
     def sum(self, kernel: Array, blocks: Blocks) -> Array:
         """W + s A B, float32 [*layers, in, out]."""
-        product = partial(jnp.matmul, precision="highest")
-        delta = self.scale * product(blocks["lora_a"], blocks["lora_b"])
+        delta = self.delta(blocks)
         return kernel.astype(jnp.float32).reshape(delta.shape) + delta
 
     def fuse(self, kernel: Any, blocks: Blocks) -> Any:
@@ -212,7 +197,7 @@ class LowRank(KernelAdapter):
 
 @dataclass(frozen=True)
 class Tiled(LowRank):
-    """FFA: `LowRank` whose B is a fixed tiling (`ops.tiling.tile`); A starts at zero."""
+    """FFA: `LowRank` whose B is a fixed tiling (`ops.linear.tile`); A starts at zero."""
 
     random: ClassVar[tuple[str, ...]] = ()
 
@@ -223,6 +208,50 @@ class Tiled(LowRank):
     def added(self, blocks: Blocks, x: Array) -> Array:
         return self.scale * tile(project(x, blocks["ffa_a"]), math.prod(self.outputs))
 
-    def sum(self, kernel: Array, blocks: Blocks) -> Array:
-        delta = self.scale * tile(blocks["ffa_a"], math.prod(self.outputs))
-        return kernel.astype(jnp.float32).reshape(delta.shape) + delta
+    def delta(self, blocks: Blocks) -> Array:
+        return self.scale * tile(blocks["ffa_a"], math.prod(self.outputs))
+
+
+@dataclass(frozen=True)
+class DoRA(LowRank):
+    """DoRA (arXiv 2402.09353): y = x V, where V is W + s A B with every column divided by its norm
+    and multiplied by the trained `magnitude`, which starts as the norm of W's column.
+    """
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {**super().shapes, "magnitude": (math.prod(self.outputs),)}
+
+    def __call__(
+        self, blocks: Blocks, x: Array, z: Array | None, y: Array, base: Base
+    ) -> tuple[Array, Array | None]:
+        x = self.flat(x)
+        added = self.added(blocks, x)
+        matrix = self.matrix(base.kernel)
+        own = (y if base.bias is None else y - base.bias).reshape(added.shape)
+        if base.dropped:
+            own = project(x, matrix.astype(y.dtype))
+        norms = column_norms(matrix, blocks["lora_a"], blocks["lora_b"], self.scale)
+        norms = jax.lax.stop_gradient(norms)  # as in the paper's section 4.3
+        some = norms > 0  # in the divisor too: the gradient of 0 / 0 is NaN even if not chosen
+        magnitude = blocks["magnitude"].astype(jnp.float32)
+        ratio = jnp.where(some, magnitude / jnp.where(some, norms, 1.0), 1.0)
+        # = ratio (own + added) - own, in float32: the ratio's gradient is a sum over all tokens.
+        adapted = (own + added).astype(jnp.float32)
+        more = added + ((ratio.reshape(1, 1, -1) - 1) * adapted).astype(y.dtype)
+        return y + more.reshape(y.shape), None
+
+    def matrix(self, kernel: Any) -> Array:
+        """W of one layer as floats [in, out]."""
+        return float_values(kernel).reshape(math.prod(self.inputs), -1)
+
+    def start(self, kernel: Any) -> Array:
+        """The first magnitudes [out] of a kernel of one layer, float32."""
+        return jnp.linalg.norm(self.matrix(kernel).astype(jnp.float32), axis=0)
+
+    def fuse(self, kernel: Any, blocks: Blocks) -> Any:
+        wide = self.sum(kernel, blocks)
+        norms = jnp.linalg.norm(wide, axis=-2, keepdims=True)
+        ratio = blocks["magnitude"][..., None, :] / norms
+        wide = wide * jnp.where(norms > 0, ratio, 1.0)
+        return wide.reshape(kernel.shape).astype(kernel.dtype)

@@ -1,25 +1,28 @@
-"""A method on a model: which streams it widens by how much, the adapter of each kernel, and the
-layers where its blocks are live.
+"""A method on a model: which streams it widens by how much, the adapter of each kernel, the leaves
+of the adapters, and the layers where they are live.
 
-The methods and their construction are this project's reconstruction of zFLoRA (arXiv 2510.25784)
-and FLoRA (arXiv 2511.00050), whose method sections could not be obtained; see README.
-
-Letters: d residual width, k head dim, f MLP units; r, e, m the channels that an adapter adds to
-them.
+The methods are this project's reconstruction of zFLoRA (arXiv 2510.25784) and FLoRA (arXiv
+2511.00050), whose method sections could not be obtained; see README. Letters: d residual width, k
+head dim, f MLP units; r, e, m the channels that an adapter adds to them.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
-from zflora_jax.adapters.dora import DoRA
-from zflora_jax.adapters.kernel_adapter import KernelAdapter, LowRank, Tiled, Widening
+import jax
+import jax.numpy as jnp
+
+from zflora_jax.adapters.kernel_adapter import DoRA, KernelAdapter, LowRank, Tiled, Widening
+from zflora_jax.core import trees
 from zflora_jax.core.adapter_config import METHODS, AdapterConfig
-from zflora_jax.core.architecture import ATTENTION, KERNELS, MLP, kernel_shapes
+from zflora_jax.core.architecture import ATTENTION, KERNELS, MLP, group, kernel_shapes, param_shapes
 from zflora_jax.core.fields import ConfigError, nearest, require
 from zflora_jax.core.model_config import LlamaConfig
+from zflora_jax.core.trees import Tree
 
 _STAGE = {"q": 0, "k": 0, "v": 0, "o": 1, "gate": 2, "up": 2, "down": 3}  # the order within a layer
 
@@ -61,14 +64,7 @@ class ResolvedAdapter:
 
 
 def target_kernels(targets: str) -> tuple[str, ...]:
-    """The kernels that `AdapterConfig.targets` selects.
-
-    Args:
-      targets: "all", "attention", "mlp", or a regex that must match a kernel name in full.
-
-    Raises:
-      ConfigError: it is not a valid regex, or it selects no kernel.
-    """
+    """The kernels that `AdapterConfig.targets` selects; ConfigError if it selects none."""
     named = {"all": ATTENTION + MLP, "attention": ATTENTION, "mlp": MLP}
     if targets in named:
         return named[targets]
@@ -88,36 +84,27 @@ def target_kernels(targets: str) -> tuple[str, ...]:
 
 
 def default_extra_head_dim(head_dim: int) -> int:
-    """e, the smallest width that makes head_dim + e one of `SERVED_HEAD_DIMS`.
-
-    Raises:
-      ConfigError: there is no larger served head size.
-    """
-    for served in SERVED_HEAD_DIMS:
-        if served > head_dim:
-            return served - head_dim
-    raise ConfigError(
+    """e, the smallest width that makes head_dim + e one of `SERVED_HEAD_DIMS`."""
+    served = next((n for n in SERVED_HEAD_DIMS if n > head_dim), 0)
+    require(
+        bool(served),
         f"head_dim={head_dim} has no larger served head size"
-        f" ({', '.join(map(str, SERVED_HEAD_DIMS))}); set adapter.extra_head_dim yourself."
+        f" ({', '.join(map(str, SERVED_HEAD_DIMS))}); set adapter.extra_head_dim yourself.",
     )
+    return served - head_dim
 
 
 def resolve_adapter(config: LlamaConfig, adapter: AdapterConfig) -> ResolvedAdapter:
     """Resolves `adapter` on a base model: the extra widths and the adapter of each kernel.
 
-    A stream is widened only where its adapter channels can carry something: a targeted kernel
-    writes them and another reads them. The residual state needs one of o, down and one of q, k, v,
-    gate, up; MLP units need gate, up and down; head dims need v and o, or q and k (the score term).
-
-    Args:
-      config: Config of the base.
-      adapter: Adapter of any method.
+    A stream is widened only where a targeted kernel writes its adapter channels and another reads
+    them (`_NEEDS`).
 
     Raises:
       ConfigError: the targets match no kernel or leave no stream to widen, or the method widens and
         the model is widened already.
     """
-    row = METHODS[adapter.method]
+    row, axes = METHODS[adapter.method], kernel_shapes(config)
     chosen = [k for k in KERNELS if k in target_kernels(adapter.targets)]
     if row.in_place == "full":
         require(
@@ -127,36 +114,24 @@ def resolve_adapter(config: LlamaConfig, adapter: AdapterConfig) -> ResolvedAdap
         )
         return ResolvedAdapter()
     if row.in_place == "ffa":
-        axes = kernel_shapes(config)
-        return ResolvedAdapter(
-            kernels={k: Tiled(*axes[k], adapter.scale, adapter.rank) for k in chosen}
-        )
+        tiled = {k: Tiled(*axes[k], adapter.scale, adapter.rank) for k in chosen}
+        return ResolvedAdapter(kernels=dict(tiled))
     if row.in_place == "lora":
-        return ResolvedAdapter(kernels=_low_rank(config, adapter, chosen))
+        _check_lora(config, adapter, chosen)
+        make, s, r = DoRA if adapter.use_dora else LowRank, adapter.scale_of, adapter.rank_of
+        return ResolvedAdapter(
+            kernels={k: make(*axes[k], s(k), r(k), dropout=adapter.dropout) for k in chosen}
+        )
     require(
         not config.widened,
         f"method {adapter.method!r} widens a base model, and this one is widened already: an"
         " adapter is fused into it. Use its base (`unfuse`); 'lora', 'ffa' and 'full' can run"
         " beside it, but are not fused into it.",
     )
-    return _widened(config, adapter, chosen)
-
-
-def _widened(config: LlamaConfig, adapter: AdapterConfig, chosen: list[str]) -> ResolvedAdapter:
-    """`resolve_adapter` of a method that widens."""
-    heads = set()  # kernels that read or write the extra head dims
-    if {"v", "o"} <= {*chosen}:
-        heads |= {"v", "o"}
-    if adapter.head_scores and {"q", "k"} <= {*chosen}:
-        heads |= {"q", "k"}
+    heads = {*"vo"} if {*"vo"} <= {*chosen} else set()  # kernels of the extra head dims
+    if adapter.head_scores and {*"qk"} <= {*chosen}:
+        heads |= {*"qk"}
     widths = _extra_widths(config, adapter, {*chosen}, heads=bool(heads))
-    row = METHODS[adapter.method]
-    needs = "; ".join(text for stream, text in _NEEDS.items() if getattr(row, stream))
-    require(
-        any(widths.values()),
-        f"adapter.targets={adapter.targets!r} leaves method {adapter.method!r} nothing to widen:"
-        f" {needs}.",
-    )
     kernels: dict[str, KernelAdapter] = {}
     for kernel in chosen:
         r_in, r_out = (
@@ -164,15 +139,12 @@ def _widened(config: LlamaConfig, adapter: AdapterConfig, chosen: list[str]) -> 
             for stream in KERNELS[kernel]
         )
         if r_in or r_out:
-            axes = kernel_shapes(config)[kernel]
-            kernels[kernel] = Widening(*axes, adapter.scale, r_in, r_out, kernel != "q")
+            kernels[kernel] = Widening(*axes[kernel], adapter.scale, r_in, r_out, kernel != "q")
     return ResolvedAdapter(**widths, kernels=kernels)
 
 
-def _low_rank(
-    config: LlamaConfig, adapter: AdapterConfig, chosen: list[str]
-) -> dict[str, KernelAdapter]:
-    """The adapters of method lora; checks the settings that only it has."""
+def _check_lora(config: LlamaConfig, adapter: AdapterConfig, chosen: list[str]) -> None:
+    """Checks the settings of method lora against the model."""
     wrong = [i for i in adapter.layers_to_transform or () if i >= config.num_layers]
     require(
         not wrong,
@@ -187,19 +159,12 @@ def _low_rank(
                 f" which adapter.targets={adapter.targets!r} selects. Give a regex of whole names,"
                 " such as 'q|v'.",
             )
-    make, axes = DoRA if adapter.use_dora else LowRank, kernel_shapes(config)
-    return {
-        k: make(*axes[k], adapter.scale_of(k), adapter.rank_of(k), adapter.dropout) for k in chosen
-    }
 
 
 def _extra_widths(
     config: LlamaConfig, adapter: AdapterConfig, chosen: set[str], heads: bool
 ) -> dict[str, int]:
-    """Extra width of each stream, 0 where no targeted kernel writes or none reads it.
-
-    heads: whether extra head dims are written and read.
-    """
+    """Extra width of each stream. heads: whether extra head dims are written and read."""
     row, widths = METHODS[adapter.method], {"residual": 0, "heads": 0, "mlp": 0}
     if row.residual and chosen & {"o", "down"} and chosen & {"q", "k", "v", "gate", "up"}:
         widths["residual"] = adapter.rank
@@ -216,16 +181,16 @@ def _extra_widths(
             f"adapter.{name}={width} changes nothing with adapter.targets={adapter.targets!r}:"
             f" {_NEEDS[stream]}. Leave it unset, or choose other targets.",
         )
+    require(
+        any(widths.values()),
+        f"adapter.targets={adapter.targets!r} leaves method {adapter.method!r} nothing to widen:"
+        f" {'; '.join(text for stream, text in _NEEDS.items() if getattr(row, stream))}.",
+    )
     return widths
 
 
 def fused_config(config: LlamaConfig, adapter: AdapterConfig) -> LlamaConfig:
-    """The config of the fused model: the base's with wider streams.
-
-    Args:
-      config: Config of the base.
-      adapter: Adapter of any method.
-    """
+    """The config of the fused model: the base's with wider streams."""
     p = resolve_adapter(config, adapter)
     return config.replace(
         hidden_size=config.hidden_size + p.residual,
@@ -237,24 +202,15 @@ def fused_config(config: LlamaConfig, adapter: AdapterConfig) -> LlamaConfig:
 
 
 def base_config(fused: LlamaConfig, adapter: AdapterConfig) -> LlamaConfig:
-    """The inverse of `fused_config`.
-
-    Args:
-      fused: Config of the fused model.
-      adapter: The adapter that was fused in.
-
-    Raises:
-      ConfigError: `adapter` on no base gives `fused`.
-    """
+    """The inverse of `fused_config`; ConfigError if `adapter` on no base gives `fused`."""
     base = fused.replace(
         hidden_size=fused.norm_dim,
         head_dim=fused.rotary_dim,
         base_hidden_size=None,
         base_head_dim=None,
     )
-    base = base.replace(
-        intermediate_size=fused.intermediate_size - resolve_adapter(base, adapter).mlp
-    )
+    units = fused.intermediate_size - resolve_adapter(base, adapter).mlp
+    base = base.replace(intermediate_size=units)
     require(
         fused_config(base, adapter) == fused,
         f"a model with hidden_size={fused.hidden_size}, head_dim={fused.head_dim} was not fused"
@@ -264,39 +220,89 @@ def base_config(fused: LlamaConfig, adapter: AdapterConfig) -> LlamaConfig:
 
 
 def live_layers(config: LlamaConfig, adapter: AdapterConfig) -> dict[str, dict[str, Sequence[int]]]:
-    """The layers where a block can change the model's output; in the others it is dead.
+    """Kernel -> block name -> the layers where the block can change the model's output.
 
     The residual state is zero until a kernel writes it, so a block that reads it before is dead;
     likewise a block that writes it after the last reader. Head dims and MLP units are written and
-    read within their layer, so their blocks are always live. LoRA's are where
-    `layers_to_transform` has them.
-
-    Args:
-      config: Config of the base.
-      adapter: Adapter of any method.
-
-    Returns:
-      Kernel -> block name -> layers, for every block of `block_shapes`.
+    read within their layer. LoRA's blocks live where `layers_to_transform` has them.
     """
     blocks = resolve_adapter(config, adapter).blocks
-    readers = [
-        k for k, names in blocks.items() if KERNELS[k][0] == "residual" and "backward" in names
-    ]
-    writers = [
-        k for k, names in blocks.items() if KERNELS[k][1] == "residual" and "forward" in names
-    ]
+
+    def stages(end: int, block: str) -> list[int]:
+        """Of the kernels whose `block` reads (end 0) or writes (1) the residual state."""
+        return [
+            _STAGE[k] for k, b in blocks.items() if KERNELS[k][end] == "residual" and block in b
+        ]
 
     def live(kernel: str, block: str) -> Sequence[int]:
         if adapter.layers_to_transform is not None:
             return adapter.layers_to_transform
-        reads, writes = KERNELS[kernel]
+        (reads, writes), stage = KERNELS[kernel], _STAGE[kernel]
         first, end = 0, config.num_layers
         if reads == "residual" and block in ("backward", "cross"):
-            first = int(all(_STAGE[writer] > _STAGE[kernel] for writer in writers))
+            first = int(all(writer > stage for writer in stages(1, "forward")))
         if writes == "residual" and block in ("forward", "cross"):
-            end -= int(all(_STAGE[reader] < _STAGE[kernel] for reader in readers))
+            end -= int(all(reader < stage for reader in stages(0, "backward")))
         return range(first, end)
 
     return {
         kernel: {block: live(kernel, block) for block in names} for kernel, names in blocks.items()
     }
+
+
+def block_shapes(
+    config: LlamaConfig, adapter: AdapterConfig
+) -> dict[str, dict[str, tuple[int, ...]]]:
+    """Kernel -> block name -> shape in one layer: forward [*in, *out_z], backward [*in_z, *out],
+    cross [*in_z, *out_z], where z axes have the extra width for the stream's; over flattened axes
+    lora_a [in, r], lora_b [r, out], ffa_a [in, r], magnitude [out].
+    """
+    kernels = resolve_adapter(config, adapter).kernels
+    return {kernel: beside.shapes for kernel, beside in kernels.items()}
+
+
+def adapter_shapes(config: LlamaConfig, adapter: AdapterConfig) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of the leaves of the `adapters` collection, named and stacked as the base's
+    parameters are ("layers/attn/q/forward": [L, ...]), which they are for method "full".
+    """
+    if METHODS[adapter.method].in_place == "full":
+        return param_shapes(config)
+    layer = {
+        f"{group(k)}/{k}/{name}": shape
+        for k, blocks in block_shapes(config, adapter).items()
+        for name, shape in blocks.items()
+    }
+    count = config.num_layers
+    if config.execution.scan_layers:
+        return {f"layers/{name}": (count, *shape) for name, shape in layer.items()}
+    return {f"layers_{i}/{name}": shape for i in range(count) for name, shape in layer.items()}
+
+
+def _expected(config: LlamaConfig, adapter: AdapterConfig) -> dict[str, jax.ShapeDtypeStruct]:
+    shapes = adapter_shapes(config, adapter).items()
+    return {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in shapes}
+
+
+def check_collection(
+    config: LlamaConfig, adapter: AdapterConfig | None, given: Mapping[str, Any] | None
+) -> None:
+    """ValueError unless `given`, a model's `adapters` collection or None, is that of `adapter`."""
+    if adapter is None:
+        if given is None:
+            return
+        raise ValueError(
+            "an `adapters` collection was given to a Llama without an adapter: pass"
+            " Llama(config, adapter), or leave the collection out."
+        )
+    if given is None:
+        raise ValueError(
+            f"Llama has adapter method {adapter.method!r} but no `adapters` collection:"
+            " apply({'params': ..., 'adapters': ...}, tokens)."
+        )
+    what = f"the `adapters` collection of {adapter}"
+    trees.check_like(given, _expected(config, adapter), what, finite=False)
+
+
+def check_adapters(adapters: Tree, config: LlamaConfig, adapter: AdapterConfig) -> None:
+    """ValueError unless the adapters have the leaves and shapes of the method and are finite."""
+    trees.check_like(adapters, _expected(config, adapter), f"adapters of method {adapter.method!r}")

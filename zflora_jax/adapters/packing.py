@@ -5,7 +5,6 @@ Codes of quantised kernels are moved, never computed anew.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import replace
@@ -23,15 +22,13 @@ from zflora_jax.core.architecture import KERNELS, PACKED, QK_NORMS, kernel_shape
 from zflora_jax.core.model import Model
 from zflora_jax.core.model_config import LlamaConfig
 from zflora_jax.core.trees import Tree
-from zflora_jax.ops.quantized import QuantizedArray, dequantize
-from zflora_jax.ops.quantized_blocks import filled, scaled_outputs
+from zflora_jax.ops.quantized import QuantizedArray, dequantize, filled, scaled_outputs
 from zflora_jax.ops.rope import paired_order
 from zflora_jax.parallel.mesh import mesh_in_use, mesh_of
 from zflora_jax.parallel.sharding import constrain
 
-# Factor of the residual state in packed kernels. Its square, 2^-48, is below the rounding of
-# float32, so RMSNorm may sum over all channels, as a base's does: compilers make one kernel of that
-# and two of a sum over a part. A power of two changes no product.
+# Factor of the residual state in packed kernels; a power of two changes no product. Its square is
+# below the rounding of float32, so RMSNorm may sum over all channels, which is one kernel, not two.
 STATE_SCALE = 2.0**-24
 
 
@@ -44,38 +41,33 @@ def pack_for_decode(
 ) -> Model:
     """Brings a model, fused or not, into the layout for decode.
 
-    q|k|v are one kernel and gate|up another, and all kernels of layers are [out, in]: qkv [(H + 2K)
-    k, d], o [d, H k], gate_up [2f, d], down [d, f]. A fused model's residual and MLP streams are
-    padded with zero channels, which change no result, its residual state is stored times
-    `STATE_SCALE`, and the dims of its widened heads are in `ops.rope.paired_order` in q and k. The
-    biases of q, k, v become one, too. On a CPU, codes other than int8 with one scale per output are
-    dequantised, because products with them are slower than with floats (results/quantised.md).
+    q|k|v are one kernel, with their biases, and gate|up another; kernels of layers are [out, in]:
+    qkv [(H + 2K) k, d], o [d, H k], gate_up [2f, d], down [d, f]. A fused model's residual and MLP
+    streams are padded with zero channels, its residual state is stored times `STATE_SCALE`, and the
+    dims of its widened heads are in `ops.rope.paired_order` in q and k. On a CPU, codes other than
+    int8 with one scale per output are dequantised: products with them are slower than with floats
+    (results/quantised.md).
 
-    Kernels stay separate, and only stacked layers become subtrees: on a mesh (divided by
-    `parallel.sharding.RULES`; a slice of a joined kernel would lie where another's belongs); for a
-    fused model in float16, whose range is too small, or next to unfused adapters; for any model
-    next to DoRA, which reads the norms of single kernels; and where kernels that read the same
-    input are stored as codes of different types.
+    Kernels stay separate, and only stacked layers become subtrees, on a mesh; for a fused model in
+    float16, whose range is too small, or next to unfused adapters; for any model next to DoRA,
+    which reads the norms of single kernels; and where kernels of one input have codes of several
+    types.
 
     Args:
       model: A base or fused model; a packed one is returned as it is.
       kind: Type of device that the widths are for (`adapters.widths`): "cpu", "gpu" or "tpu". None
         for this process's.
       beside: Config of adapters that are to run next to the model.
-      donate: Take each layer of a model that has a subtree for each out of `model.params` as it is
-        packed, so that no two copies are in memory. `model` cannot be used afterwards.
+      donate: Whether to take each layer, if it is a subtree, out of `model.params` as it is packed,
+        so that no two copies are in memory. `model` cannot be used afterwards.
     """
     config, kind = model.config, kind or this_kind()
     if config.execution.packed:
         return model
-    fused = config.widened or model.adapter is not None
-    narrow = fused and config.execution.dtype == "float16"
-    if (
-        mesh_of(model.params) is not None
-        or narrow
-        or apart_for(model, beside)
-        or not _joinable(model.params, kind)
-    ):
+    narrow = _fused(model) and config.execution.dtype == "float16"
+    # On a mesh a slice of a joined kernel would lie where another's belongs.
+    separate = mesh_of(model.params) is not None or narrow or apart_for(model, beside)
+    if separate or not _joinable(model.params, kind):
         if not config.execution.scan_layers:
             return model
         with mesh_in_use(model.params):
@@ -85,25 +77,23 @@ def pack_for_decode(
         group = 1 if kind == "cpu" else group_multiple(model.params)
         config = packed_config(config, kind, model.adapter, group)
         params = _pack(config, kind, model.params, donate)
-    return dataclasses.replace(model, config=config, params=params)
+    return replace(model, config=config, params=params)
+
+
+def _fused(model: Model) -> bool:
+    return model.config.widened or model.adapter is not None
 
 
 def apart_for(model: Model, beside: AdapterConfig | None) -> bool:
     """Whether adapters next to a model need its kernels separate; see `pack_for_decode`."""
-    fused = model.config.widened or model.adapter is not None
-    return beside is not None and (fused or beside.use_dora)
+    return beside is not None and (_fused(model) or beside.use_dora)
 
 
 def packed_config(
     config: LlamaConfig, kind: str, adapter: AdapterConfig | None = None, group: int = 1
 ) -> LlamaConfig:
-    """The config of a model that `pack_for_decode` packs.
-
-    Args:
-      config: Config of the model, base or fused.
-      kind: Type of device, as for `pack_for_decode`.
-      adapter: Adapter that the model was fused from; None for a base.
-      group: Inputs of a group of a quantised model, see `group_multiple`.
+    """The config of a base or fused model as `pack_for_decode` packs it for a type of device.
+    adapter: that the model was fused from; group: of `group_multiple`.
     """
     config = config.replace(scan_layers=False, packed=True)
     if adapter is None or not METHODS[adapter.method].widens:
@@ -117,18 +107,15 @@ def packed_config(
 
 
 def group_multiple(params: Tree) -> int:
-    """The multiple that fused streams are padded to, so that all groups are whole; 1 for a float
-    model.
-    """
+    """The multiple of inputs that makes all groups whole; 1 for a float model."""
     leaves = trees.flatten(params).values()
     return math.lcm(*(leaf.group or 1 for leaf in leaves if isinstance(leaf, QuantizedArray)))
 
 
 def split_layers(model: Model) -> Model:
-    """Gives each layer of a stacked model a subtree, which is the layout for decode on a mesh.
-
-    Each leaf is taken out of `model.params`, so that no two copies are in memory: `model` cannot be
-    used afterwards.
+    """Gives each layer of a stacked model a subtree, the layout for decode on a mesh. Leaves are
+    taken out of `model.params`, so that no two copies are in memory: `model` cannot be used
+    afterwards.
     """
     if not model.config.execution.scan_layers:
         return model
@@ -139,7 +126,7 @@ def split_layers(model: Model) -> Model:
             split |= jax.block_until_ready(part)
             del leaf, part
     config = model.config.replace(scan_layers=False)
-    return dataclasses.replace(model, config=config, params=trees.unflatten(split))
+    return replace(model, config=config, params=trees.unflatten(split))
 
 
 @partial(jax.jit, static_argnums=0)
@@ -149,14 +136,13 @@ def _unstack(config: LlamaConfig, params: Tree) -> Tree:
 
 def _for_device(leaf: Any, kind: str, dtype: str) -> Any:
     """A leaf with the codes that a type of device multiplies with, else floats."""
-    if kind != "cpu" or not isinstance(leaf, QuantizedArray) or leaf.one_scale:
-        return leaf
-    return dequantize(leaf, dtype)
+    codes = isinstance(leaf, QuantizedArray) and kind == "cpu" and not leaf.one_scale
+    return dequantize(leaf, dtype) if codes else leaf
 
 
 def _joinable(params: Tree, kind: str) -> bool:
-    """Whether the kernels that read one input are all float on a type of device, or of one type of
-    codes and group size.
+    """Whether the kernels of one input are all float on a type of device, or have codes of one type
+    and group size.
     """
     forms: dict[str, set[Any]] = {}
     for name, leaf in trees.flatten(params).items():
@@ -217,8 +203,8 @@ def _pack_layer(config: LlamaConfig, kind: str, layer: Tree) -> Tree:
 
 
 def state_scale(config: LlamaConfig, module: str) -> float:
-    """The factor of the adapter channels that a kernel writes, or a norm's gain has, in a packed
-    model: they are small where a norm follows, whose gain then undoes it.
+    """The factor of a kernel's adapter outputs, or of a norm's gain, in a packed model: they are
+    small where a norm follows, whose gain undoes it.
     """
     if config.base_hidden_size is not None:
         if module in ("attn_norm", "mlp_norm"):
@@ -234,11 +220,10 @@ def state_scale(config: LlamaConfig, module: str) -> float:
 
 
 def head_order(config: LlamaConfig, module: str) -> Any:
-    """The native index of each place of a kernel's last axis in a packed model; None if they agree.
-    Whole widened heads of q and k are rotated, which takes no more operations than a base's.
-    """
+    """The native index of each place of a kernel's last axis when packed; None if they agree."""
     if config.base_head_dim is None or module not in ("q", "k", *QK_NORMS):
         return None
+    # Whole widened heads are rotated, which takes no more operations than a base's.
     return paired_order(config.rotary_dim, config.head_dim)
 
 
@@ -256,17 +241,10 @@ def _outputs(config: LlamaConfig, name: str, leaf: Any) -> Any:
 
 
 def joined(leaves: Sequence[Any], reads: int, kind: str) -> Any:
-    """Kernels below each other, as packed products read them on a type of device.
-
-    Args:
-      leaves: Kernels of one layer that read the same inputs: all float, or of one type of codes and
-        group size and `filled`.
-      reads: Number of their input axes.
-      kind: "cpu", "gpu" or "tpu".
-
-    Returns:
-      [out, in]; codes in groups on a TPU [groups, inputs of a group, out], as XLA's TPU compiler
-      reads them inside a product (docs/models.md).
+    """Kernels of one layer that read the same inputs, below each other as [out, in]. They are
+    float, or of one type of codes and group size and `filled`; on a TPU, codes in groups become
+    [groups, inputs of a group, out], as XLA reads them inside a product (docs/models.md).
+    reads: number of input axes.
     """
 
     def side_by_side(*parts: Any) -> Any:
@@ -280,11 +258,6 @@ def joined(leaves: Sequence[Any], reads: int, kind: str) -> Any:
         return whole.T
     whole = replace(whole, reads=1, writes=1, inner=first.shape[reads - 1])
     if kind == "tpu" and first.group:
-        return replace(
-            whole,
-            codes=whole.codes.reshape(-1, first.group, whole.shape[-1]),
-            scales=whole.scales[:, None],
-            mins=None if whole.mins is None else whole.mins[:, None],
-            reads=2,
-        )
+        grouped = -1, first.group, whole.shape[-1]
+        return whole.map(lambda part: part.reshape(grouped), lambda part: part[:, None], reads=2)
     return replace(jax.tree.map(lambda part: part.T, whole), writes=0)

@@ -8,12 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from zflora_jax.adapters.methods import live_layers
-from zflora_jax.adapters.shapes import adapter_shapes, check_adapters
+from zflora_jax.adapters.methods import adapter_shapes, check_adapters, live_layers
 from zflora_jax.core import trees
 from zflora_jax.core.adapter_config import METHODS, AdapterConfig
 from zflora_jax.core.fields import require
 from zflora_jax.core.model_config import LlamaConfig
+from zflora_jax.ops.quantized import filled
 
 SCALED = ("backward", "lora_b")  # blocks that the adapter's scale multiplies
 
@@ -23,8 +23,8 @@ def pad_adapters(
 ) -> trees.Tree:
     """Pads adapters to a wider config, so that they compute the same.
 
-    Blocks that only `to` has are zero, the others are padded with zeros at the ends of their extra
-    axes. Where the scales differ, `backward` and `lora_b` are multiplied by their ratio.
+    Blocks that only `to` has are zero, the others get zeros at the ends of their extra axes. Where
+    the scales differ, `backward` and `lora_b` are multiplied by their ratio.
 
     Args:
       config: Config of the base.
@@ -33,8 +33,8 @@ def pad_adapters(
       to: Config of the result.
 
     Raises:
-      ConfigError: `to` is narrower, lacks a block, or one of the methods is ffa or full, which have
-        no wider form that computes the same.
+      ConfigError: `to` is narrower or lacks a block, or a method or setting has no wider form that
+        computes the same.
     """
     both = f"adapters of {adapter.method} r={adapter.rank} as {to.method} r={to.rank}"
     for one in (adapter, to):
@@ -55,10 +55,7 @@ def pad_adapters(
     def widen(name: str, shape: tuple[int, ...]) -> jax.Array:
         if name not in flat:
             return jnp.zeros(shape, jnp.float32)
-        leaf = jnp.pad(
-            flat[name],
-            [(0, want - have) for have, want in zip(flat[name].shape, shape, strict=True)],
-        )
+        leaf = filled(flat[name], shape)
         return leaf * ratio if name.rpartition("/")[2] in SCALED and ratio != 1 else leaf
 
     return trees.unflatten({name: widen(name, shape) for name, shape in wanted.items()})
@@ -80,11 +77,7 @@ def _require_room(
         f"{both}: the latter has no {', '.join(lacking)}; choose a method and targets that have"
         " every block of the former.",
     )
-    narrow = [
-        name
-        for name in flat
-        if any(have > want for have, want in zip(flat[name].shape, wanted[name], strict=True))
-    ]
+    narrow = [n for n, leaf in flat.items() if any(np.greater(leaf.shape, wanted[n]))]
     require(
         not narrow,
         f"{both}: {narrow[:1]} is wider than the latter; choose widths at least as large.",

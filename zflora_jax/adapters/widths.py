@@ -1,29 +1,28 @@
-"""Widths that suit a type of device: packed models are padded to them, adapters rounded."""
+"""Sizes of an adapter: its parameters, the rank for a budget, and widths that suit a device."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from typing import NamedTuple
 
 import jax
 
-from zflora_jax.adapters.methods import fused_config, resolve_adapter
+from zflora_jax.adapters.methods import block_shapes, fused_config, live_layers, resolve_adapter
 from zflora_jax.core.adapter_config import METHODS, AdapterConfig
+from zflora_jax.core.architecture import count_base
 from zflora_jax.core.fields import nearest, require
 from zflora_jax.core.model_config import LlamaConfig
 
 
-@dataclass(frozen=True)
-class Multiples:
+class Multiples(NamedTuple):
     """The multiples that the widths of the streams should be of."""
 
     residual: int
     mlp: int
 
 
-# cpu: the float32 of a 256-bit vector; XLA goes through the rest number by number.
-# gpu: in every token XLA's GPU compiler copies a kernel whose inputs it cannot divide into 16 sums,
-# and has two more kernels a layer for other residual widths, from 8 rows on. tpu: tiles have 128
-# columns, filled or not (both: by the compilers, benchmarks/accelerators.py).
+# cpu: the float32 of a 256-bit vector. gpu: for other widths XLA copies kernels in every token and
+# adds two kernels a layer. tpu: tiles have 128 columns, filled or not (benchmarks/accelerators.py).
 MULTIPLES = {"cpu": Multiples(8, 8), "gpu": Multiples(32, 128), "tpu": Multiples(128, 128)}
 
 
@@ -42,7 +41,7 @@ def this_kind() -> str:
 def round_widths(config: LlamaConfig, adapter: AdapterConfig, kind: str) -> AdapterConfig:
     """Rounds an adapter's fused widths up to those that suit a type of device.
 
-    The scale alpha / rank stays. Heads stay too: their sizes are those that attention kernels know.
+    The scale and the heads stay: head sizes are those that attention kernels know.
 
     Args:
       config: Config of the base.
@@ -61,9 +60,7 @@ def round_widths(config: LlamaConfig, adapter: AdapterConfig, kind: str) -> Adap
     widths, wide = resolve_adapter(config, adapter), fused_config(config, adapter)
     residual = -wide.hidden_size % wanted.residual if widths.residual else 0
     mlp = -wide.intermediate_size % wanted.mlp if widths.mlp else 0
-    if residual == mlp == 0:
-        return adapter
-    if widths.mlp:  # explicit: unset, it would follow the rank
+    if widths.mlp and (residual or mlp):  # explicit: unset, it would follow the rank
         adapter = adapter.replace(extra_mlp_units=widths.mlp + mlp)
     if not residual:
         return adapter
@@ -90,3 +87,73 @@ def width_advice(config: LlamaConfig, adapter: AdapterConfig) -> dict[str, str]:
             f" {' '.join(changes)} trains those channels at the same speed"
         )
     return found
+
+
+def count_params(config: LlamaConfig, adapter: AdapterConfig) -> int:
+    """Counts the trainable parameters of an adapter, without those of dead layers (`live_layers`).
+
+    Args:
+      config: Config of the base.
+      adapter: Adapter of any method.
+    """
+    if METHODS[adapter.method].in_place == "full":
+        return count_base(config)
+    live = live_layers(config, adapter)
+    shapes = block_shapes(config, adapter)
+    return sum(
+        len(layers) * math.prod(shapes[kernel][block])
+        for kernel, names in live.items()
+        for block, layers in names.items()
+    )
+
+
+def rank_for_budget(config: LlamaConfig, adapter: AdapterConfig, budget: int) -> AdapterConfig:
+    """Chooses the rank whose parameter count is nearest to a budget; `round_widths` rounds it.
+
+    Args:
+      config: Config of the base.
+      adapter: The other settings; alpha / rank is kept (with use_rslora alpha), and a width that is
+        None follows the rank.
+      budget: Number of trainable parameters.
+
+    Returns:
+      `adapter` with that rank.
+
+    Raises:
+      ConfigError: the method has no rank, or none comes within a factor of 1.5 of the budget.
+    """
+    require(budget >= 1, f"budget={budget}: must be at least 1 parameter.")
+    require(
+        METHODS[adapter.method].in_place != "full",
+        "method 'full' has no rank: it trains every base parameter.",
+    )
+    require(
+        not adapter.rank_pattern and not adapter.alpha_pattern,
+        "a budget sets one rank for all kernels: leave adapter.rank_pattern and alpha_pattern out.",
+    )
+
+    def at(rank: int) -> AdapterConfig:
+        kept = adapter.alpha is None or adapter.use_rslora
+        return adapter.replace(rank=rank, alpha=adapter.alpha if kept else adapter.scale * rank)
+
+    low, high = 1, 2
+    require(
+        count_params(config, at(low)) != count_params(config, at(high)),
+        f"method {adapter.method!r} has no rank here: no width depends on it; set extra_head_dim"
+        " or extra_mlp_units to the width you want, or leave extra_mlp_units unset.",
+    )
+    while count_params(config, at(high)) < budget and high < config.hidden_size * 64:
+        low, high = high, high * 2
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if count_params(config, at(middle)) < budget else (low, middle)
+    best = min((at(low), at(high)), key=lambda a: abs(count_params(config, a) - budget))
+    found = count_params(config, best)
+    bound = "needs at least" if found > budget else "reaches no more than"
+    require(
+        budget / 1.5 <= found <= 1.5 * budget,
+        f"method {adapter.method!r} {bound} {found:,} parameters here, whatever its rank; a budget"
+        f" of {budget:,} cannot be met. Change extra_mlp_units, extra_head_dim or targets.",
+    )
+    resolve_adapter(config, best)
+    return best

@@ -121,19 +121,17 @@ class AdapterConfig:
             ("extra_head_dim", row.heads, "heads"),
         ):
             width = getattr(self, name)
-            if width is not None:
-                require(
-                    widened,
-                    f"adapter.{name}={width}: method {self.method!r} does not widen the {stream}"
-                    f" stream; leave {name} unset.",
-                )
-                require(width >= 0, f"adapter.{name}={width}: must be at least 0.")
-        if self.extra_head_dim is not None:
             require(
-                self.extra_head_dim % 2 == 0,
-                f"adapter.extra_head_dim={self.extra_head_dim} is odd: Hugging Face rotates head"
-                " dims in half-split pairs, so use an even width.",
+                width is None or widened,
+                f"adapter.{name}={width}: method {self.method!r} does not widen the {stream}"
+                f" stream; leave {name} unset.",
             )
+            require((width or 0) >= 0, f"adapter.{name}={width}: must be at least 0.")
+        require(
+            (self.extra_head_dim or 0) % 2 == 0,
+            f"adapter.extra_head_dim={self.extra_head_dim} is odd: Hugging Face rotates head"
+            " dims in half-split pairs, so use an even width.",
+        )
         require(
             self.init is None or row.start is not None,
             f"adapter.init={self.init!r}: method {self.method!r} draws nothing at random (ffa"
@@ -144,27 +142,23 @@ class AdapterConfig:
             f"adapter.head_scores=False: method {self.method!r} widens no heads; leave it unset.",
         )
         self._check_lora(row.in_place == "lora")
-        require(
-            0 <= self.dropout < 1,
-            f"adapter.dropout={self.dropout}: a share of inputs, so at least 0 and below 1 (0"
-            " switches it off).",
-        )
-        require(
-            self.dropout == 0 or row.in_place == "lora",
-            f"adapter.dropout={self.dropout}: only method 'lora' has dropout, on the inputs of its"
-            f" A; method {self.method!r} has none, leave it at 0.",
-        )
 
     def _check_lora(self, lora: bool) -> None:
         """Checks the settings that only method lora has."""
         layers = self.layers_to_transform
         given = {
+            "dropout": self.dropout != 0,
             "use_dora": self.use_dora,
             "layers_to_transform": layers is not None,
             "rank_pattern": bool(self.rank_pattern),
             "alpha_pattern": bool(self.alpha_pattern),
             "init": self.init in OF_BASE,
         }
+        require(
+            0 <= self.dropout < 1,
+            f"adapter.dropout={self.dropout}: a share of inputs, so at least 0 and below 1 (0"
+            " switches it off).",
+        )
         for name, is_given in given.items():
             require(
                 lora or not is_given,

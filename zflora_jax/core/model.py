@@ -49,9 +49,7 @@ def fingerprint(model: Model) -> str:
 
 
 def require_fit(run: RunConfig, model: Model) -> None:
-    """ConfigError for a model without a tokenizer, or with less context than the longest of
-    data.bucket_lengths.
-    """
+    """ConfigError for a model without a tokenizer, or with less context than the buckets."""
     require(
         model.tokenizer is not None,
         f"model {run.model!r} comes without a tokenizer, so text cannot be trained on; add its"

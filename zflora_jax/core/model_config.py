@@ -1,4 +1,4 @@
-"""What a model is, in numbers, and how it is run."""
+"""The shape of a model, and how it is run."""
 
 from __future__ import annotations
 
@@ -42,18 +42,18 @@ class RopeScaling:
 
 @dataclass(frozen=True)
 class Execution:
-    """How a model is run; what it is does not depend on it.
+    """How a model is run, which does not change the model.
 
     Attributes:
-      dtype: of activations; kernels are cast to it where they are used.
-      scan_layers: one stacked block run by lax.scan (fast to compile), or one subtree per layer
+      dtype: Data type of activations; kernels are cast to it where they are used.
+      scan_layers: One stacked block run by lax.scan (fast to compile), or one subtree per layer
         (fast to decode).
-      packed: the layout for decode (`adapters.packing.pack_for_decode`).
-      fill_residual, fill_mlp: zero channels that packed kernels have behind those of a stream.
-      remat: what the backward pass keeps of a block, see `ops.remat.POLICIES`.
-      matmul_precision: of float32 products, as TrainConfig's.
-      joint_head_norms: norms of heads count all their dims, as stock classes do, for measuring what
-        that costs (`hf.restore.load_stock`).
+      packed: The layout for decode (`adapters.packing.pack_for_decode`).
+      fill_residual, fill_mlp: Zero channels that packed kernels have behind those of a stream.
+      remat: Values that the backward pass keeps of a block, see `ops.remat.POLICIES`.
+      matmul_precision: Precision of float32 products, as TrainConfig's.
+      joint_head_norms: Whether norms of heads count all their dims, as stock classes do, to measure
+        the cost of that (`hf.restore.load_stock`).
     """
 
     dtype: Dtype = "float32"
@@ -76,13 +76,11 @@ class LlamaConfig:
     """Shape of a model of any of `core.families.FAMILIES`, and how it is run. A fused model is the
     same class with wider streams.
 
-    Attention of every layer is limited to the last `sliding_window` positions, the token's own
-    included; None: not limited. The layers in `nope_layers` are without RoPE.
-
-    `base_hidden_size` and `base_head_dim` say how many leading channels of the residual stream and
-    of a head belong to the base model: RMSNorm takes its mean over the first `base_hidden_size`
-    channels, RoPE turns the first `base_head_dim` dims of a head, and attention divides by
-    sqrt(base_head_dim). None means all of them (a base model).
+    Attention is limited to the last `sliding_window` positions, the token's own included, unless
+    that is None; the layers in `nope_layers` have no RoPE. `base_hidden_size` and `base_head_dim`
+    are the leading channels of the residual stream and of a head that belong to the base: RMSNorm
+    takes its mean over the former, RoPE turns the latter, attention divides by sqrt(base_head_dim).
+    None means all of them (a base model).
 
     `replace` takes the fields of `execution` too: config.replace(scan_layers=False).
     """
@@ -111,16 +109,10 @@ class LlamaConfig:
 
     def __post_init__(self) -> None:
         check_types(self)
-        for name in (
-            "vocab_size",
-            "hidden_size",
-            "intermediate_size",
-            "num_layers",
-            "num_heads",
-            "num_kv_heads",
-            "head_dim",
-            "max_position_embeddings",
-        ):
+        sizes = (
+            "vocab_size hidden_size intermediate_size num_layers num_heads num_kv_heads head_dim"
+        )
+        for name in (*sizes.split(), "max_position_embeddings"):
             require(getattr(self, name) >= 1, f"{name}={getattr(self, name)}: must be at least 1.")
         require(
             self.num_heads % self.num_kv_heads == 0,
@@ -165,7 +157,7 @@ class LlamaConfig:
 
     @property
     def traits(self) -> Family:
-        """What sets its family apart."""
+        """Traits of its family."""
         return FAMILIES[self.family]
 
     @property

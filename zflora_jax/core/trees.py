@@ -1,5 +1,5 @@
-"""Parameter trees by name: "a/b/c" paths, rules, comparison, stacking of layers. No knowledge of
-any model.
+"""Parameter trees by name: "a/b/c" paths, rules, comparison, stacking of layers, hashes. No
+knowledge of any model.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def arrays(tree: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def taken(tree: Tree) -> Iterator[tuple[str, Any]]:
-    """(Name, leaf) of every leaf, in the order of `flatten`; each is taken out of `tree` as it is
+    """(Name, leaf) of every leaf, in the order of `flatten`, each taken out of `tree` as it is
     given, so that its memory is free once the caller has dropped it.
     """
     for name in list(flatten(tree)):
@@ -77,9 +77,7 @@ def first_match(rules: Iterable[tuple[str, Any]], name: str) -> Any:
 
 
 def difference(expected: Iterable[str], given: Iterable[str], limit: int = 12) -> str:
-    """ "" if both name sets are equal, else a +/- list for an error message (missing first, then
-    unexpected with the nearest expected name).
-    """
+    """ "" if both name sets are equal, else a +/- list: missing names, then unexpected ones."""
     want, have = set(expected), set(given)
     lines = [f"- missing    {name}" for name in sorted(want - have)]
     for name in sorted(have - want):
@@ -92,8 +90,8 @@ def difference(expected: Iterable[str], given: Iterable[str], limit: int = 12) -
 def check_like(
     given: Mapping[str, Any], expected: Mapping[str, Any], what: str, finite: bool = True
 ) -> None:
-    """ValueError naming every leaf of `given` that is missing, unexpected, misshapen or, if
-    `finite`, not finite, compared with `expected` (arrays or ShapeDtypeStructs).
+    """ValueError naming a leaf of `given` that is missing, unexpected, misshapen or, if `finite`,
+    not finite, compared with `expected` (arrays or ShapeDtypeStructs).
     """
     have, want = flatten(given), flatten(expected)
     if diff := difference(want, have):
@@ -108,23 +106,23 @@ def check_like(
 
 
 def _not_finite(flat: Mapping[str, Any]) -> str | None:
-    """The first of the arrays that holds NaN or infinite values. Those of jax are looked at by one
-    program: many small ones would cost more.
-    """
-    arrays = {
+    """The first of the arrays that holds NaN or infinite values."""
+    here = {
         name: leaf
         for name, leaf in flat.items()
         if isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer)
     }
-    finite = dict(
-        zip(arrays, gathered(_finite(list(arrays.values()))) if arrays else (), strict=True)
+    # One program for all arrays of jax: many small ones would cost more.
+    finite = dict(zip(here, gathered(_finite(list(here.values()))) if here else (), strict=True))
+    return next(
+        (
+            name
+            for name, leaf in flat.items()
+            if not finite.get(name, True)
+            or (isinstance(leaf, np.ndarray) and not np.isfinite(leaf).all())
+        ),
+        None,
     )
-    finite |= {
-        name: bool(np.isfinite(leaf).all())
-        for name, leaf in flat.items()
-        if isinstance(leaf, np.ndarray)
-    }
-    return next((name for name in flat if not finite.get(name, True)), None)
 
 
 @jax.jit
@@ -141,8 +139,8 @@ def size(tree: Mapping[str, Any]) -> int:
 
 
 def unstack_layers(tree: Mapping[str, Any], num_layers: int, axis: int = 0) -> Tree:
-    """{"layers": leaves [L, ...]} -> {"layers_0": leaves [...], ...}; a tree without "layers" is
-    returned as it is. axis: the layers' own.
+    """{"layers": leaves [L, ...]} -> {"layers_0": leaves [...], ...}; another tree is returned as
+    it is. axis: that of the layers.
     """
     if "layers" not in tree:
         return dict(tree)
@@ -159,11 +157,8 @@ def stack_layers(tree: Mapping[str, Any], num_layers: int) -> Tree:
     if "layers_0" not in tree:
         return dict(tree)
     rest = {k: v for k, v in tree.items() if not re.fullmatch(r"layers_\d+", k)}
-    return rest | {
-        "layers": jax.tree.map(
-            lambda *leaves: jnp.stack(leaves), *(tree[f"layers_{i}"] for i in range(num_layers))
-        )
-    }
+    layers = (tree[f"layers_{i}"] for i in range(num_layers))
+    return rest | {"layers": jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)}
 
 
 def fingerprint(
@@ -215,15 +210,15 @@ def _bytes(value: np.ndarray) -> memoryview:
 
 
 def checksum(tree: Any) -> str:
-    """64 bits (hex) over the values of all leaves, computed where they lie, by one compiled
-    program.
+    """64 bits (hex) over the values of all leaves, computed where they lie by one compiled program;
+    all processes that share arrays call it.
 
-    A sum, so that it does not depend on how leaves are divided over devices or processes, which all
-    call this. Each number is mixed with its place and its leaf's: one flipped bit always changes
-    the sum, two numbers or leaves that change places do but for one case in 2^64.
+    A sum, so that it does not depend on how leaves are divided. Each number is mixed with its place
+    and its leaf's: one flipped bit always changes the sum, two that change places do but for one
+    case in 2^64.
 
     Args:
-      tree: any pytree of arrays of at most 32 bits a number.
+      tree: Any pytree of arrays of at most 32 bits a number.
     """
     low, high = gathered(_checksum(jax.tree.leaves(tree))).tolist()
     return f"{high:08x}{low:08x}"
@@ -232,9 +227,7 @@ def checksum(tree: Any) -> str:
 @jax.jit
 def _checksum(leaves: list[jax.Array]) -> jax.Array:
     def mix(x: jax.Array) -> jax.Array:
-        """A bijection of 32 bits in which every bit depends on every other (MurmurHash3's last
-        step).
-        """
+        """MurmurHash3's last step: a bijection in which every bit depends on every other."""
         x = (x ^ (x >> np.uint32(16))) * np.uint32(0x85EBCA6B)
         x = (x ^ (x >> np.uint32(13))) * np.uint32(0xC2B2AE35)
         return x ^ (x >> np.uint32(16))
@@ -258,22 +251,18 @@ def _checksum(leaves: list[jax.Array]) -> jax.Array:
 
 
 def on_host(array: Any, row: int | None = None) -> np.ndarray:
-    """`array`, or one row of its first axis, whole on the host: of one CPU device as it lies there,
-    without a copy.
-
-    Where it is divided over processes, all of them call this. jax keeps the host's copy as long as
-    the array that it was asked of: here that is a temporary one.
+    """`array`, or one row of its first axis, whole on the host, without a copy if a CPU device has
+    it. All processes that it is divided over call this.
     """
     if isinstance(array, np.ndarray) or _is_on_host(array):
         whole = np.asarray(array)
         return whole if row is None else np.asarray(whole[row])
+    # jax keeps the host's copy as long as the array it was asked of: here a temporary one.
     return gathered(jnp.copy(array) if row is None else array[row])
 
 
 def _is_on_host(array: Any) -> bool:
-    """Whether numpy sees the memory of `array` as it is, so that nothing has to be copied: codes of
-    4 bits are unpacked for numpy.
-    """
+    """Whether numpy sees the memory of `array` as it is; codes of 4 bits it does not."""
     return (
         isinstance(array, jax.Array)
         and array.is_fully_addressable
@@ -283,9 +272,7 @@ def _is_on_host(array: Any) -> bool:
 
 
 def gathered(array: Any) -> np.ndarray:
-    """`array` on the host. Where it is divided over processes, all of them call this, and all have
-    the whole of it then.
-    """
+    """`array`, whole on the host. All processes that it is divided over call this."""
     if isinstance(array, jax.Array) and not (
         array.is_fully_addressable or array.is_fully_replicated
     ):

@@ -187,7 +187,7 @@ def check_gguf(out: Path, *, quant: str | None = None, **_: Any) -> None:
 
 def write_peft(out: str | Path, run: TrainedRun) -> dict[str, Any]:
     """Writes LoRA adapters as a PEFT directory."""
-    from zflora_jax.adapters.split_base import plain_lora, split_base
+    from zflora_jax.adapters.init import plain_lora, split_base
     from zflora_jax.experiments.base import load_base
     from zflora_jax.hf.peft import save_peft
     from zflora_jax.parallel.mesh import mesh_of
@@ -218,7 +218,7 @@ def _write_and_compare(
 
 def _card(run: TrainedRun) -> dict[str, Any]:
     """Returns the figures for the model card of an export."""
-    from zflora_jax.adapters.counts import count_params
+    from zflora_jax.adapters.widths import count_params
     from zflora_jax.experiments.run_report import read_report
 
     config = run.config

@@ -14,9 +14,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from zflora_jax.adapters.counts import count_params
 from zflora_jax.adapters.methods import fused_config
-from zflora_jax.adapters.widths import width_advice
+from zflora_jax.adapters.widths import count_params, width_advice
 from zflora_jax.core.adapter_config import METHODS, AdapterConfig
 from zflora_jax.core.architecture import count_base
 from zflora_jax.core.fields import ConfigError, from_dict

@@ -16,10 +16,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 
-from zflora_jax.adapters.counts import count_params
-from zflora_jax.adapters.methods import resolve_adapter
-from zflora_jax.adapters.shapes import adapter_shapes
-from zflora_jax.adapters.widths import width_advice
+from zflora_jax.adapters.methods import adapter_shapes, resolve_adapter
+from zflora_jax.adapters.widths import count_params, width_advice
 from zflora_jax.core import trees
 from zflora_jax.core.adapter_config import METHODS
 from zflora_jax.core.architecture import count_base, param_shapes

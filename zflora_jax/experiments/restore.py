@@ -8,8 +8,8 @@ from pathlib import Path
 from jax.sharding import Mesh
 
 from zflora_jax.adapters.fuse import fuse
+from zflora_jax.adapters.init import split_base
 from zflora_jax.adapters.packing import split_layers
-from zflora_jax.adapters.split_base import split_base
 from zflora_jax.core.adapter_config import METHODS, AdapterConfig
 from zflora_jax.core.fields import require
 from zflora_jax.core.model import Model, fingerprint

@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 
-from zflora_jax.adapters.counts import count_params
+from zflora_jax.adapters.widths import count_params
 from zflora_jax.core.architecture import count_base
 from zflora_jax.core.fields import to_dict
 from zflora_jax.core.storage import as_path

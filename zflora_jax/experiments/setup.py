@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import jax
 from jax.sharding import Mesh
 
-from zflora_jax.adapters.split_base import split_base
+from zflora_jax.adapters.init import split_base
 from zflora_jax.core.model import Model, fingerprint, require_fit
 from zflora_jax.core.run_config import RunConfig
 from zflora_jax.core.trees import Tree
@@ -24,7 +24,7 @@ from zflora_jax.training.trainer import TrainState, fresh_state
 
 def state_like(run: RunConfig, model: Model, start: Tree | None, mesh: Mesh | None) -> TrainState:
     """ShapeDtypeStructs of the state of `run`, placed on `mesh` if there is one; nothing is
-    computed. `model` and `start`: see `adapters.split_base`.
+    computed. `model` and `start`: see `adapters.init`.
     """
     shapes = jax.eval_shape(lambda: fresh_state(run, model, start))
     if mesh is None:

@@ -43,8 +43,7 @@ from zflora_jax.hf.stock import (
     stock_form,
 )
 from zflora_jax.nn.quantize_model import group_of
-from zflora_jax.ops.quantized import KINDS, QuantizedArray, dequantize
-from zflora_jax.ops.quantized_blocks import cut, quantize_block
+from zflora_jax.ops.quantized import KINDS, QuantizedArray, cut, dequantize, quantize_block
 
 PACKED, PLAIN = "pack-quantized", "int-quantized"
 DTYPES = ("float32", "bfloat16")  # of unquantised tensors; vLLM casts scales to it too

@@ -17,8 +17,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from zflora_jax.adapters.methods import live_layers, resolve_adapter
-from zflora_jax.adapters.shapes import adapter_shapes
+from zflora_jax.adapters.methods import adapter_shapes, live_layers, resolve_adapter
 from zflora_jax.core import trees
 from zflora_jax.core.adapter_config import OF_BASE, AdapterConfig
 from zflora_jax.core.architecture import ATTENTION, KERNELS, MLP, group, kernel_shapes

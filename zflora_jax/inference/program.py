@@ -25,8 +25,7 @@ from zflora_jax.core.model_config import LlamaConfig
 from zflora_jax.core.trees import Tree
 from zflora_jax.inference.generation_config import GREEDY, Sampler
 from zflora_jax.nn.kv_cache import KVCache, cache_slots, init_cache
-from zflora_jax.nn.llama import Llama
-from zflora_jax.nn.row_adapters import hidden_states
+from zflora_jax.nn.llama import Llama, hidden_states
 from zflora_jax.ops.precision import at_config_precision
 from zflora_jax.ops.sampling import ENDED
 

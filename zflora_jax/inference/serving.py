@@ -9,8 +9,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Unpack
 
+from zflora_jax.adapters.fuse import swap
 from zflora_jax.adapters.packing import pack_for_decode
-from zflora_jax.adapters.swapping import swap
 from zflora_jax.core.fields import ConfigError, nearest, require
 from zflora_jax.core.model import Model
 from zflora_jax.core.trees import Tree

@@ -1,5 +1,5 @@
-"""One layer of a model: attention and a gated MLP, each behind a norm and added to the residual
-stream.
+"""Attention and a gated MLP in a layer, each behind a norm and added to the residual stream, and
+the positions and mask that layers share.
 
 Shapes in names: B batch, T query positions, S key positions, H query heads, K key/value heads, d
 residual width, k head dim; r, e the channels an adapter adds to d, k.
@@ -10,20 +10,23 @@ from __future__ import annotations
 import math
 
 import flax.linen as nn
+import flax.struct
 import jax
 import jax.numpy as jnp
 
 from zflora_jax.adapters.methods import ResolvedAdapter, resolve_adapter
 from zflora_jax.core.adapter_config import AdapterConfig
 from zflora_jax.core.architecture import PACKED, has_bias, kernel_shapes, packed_rows
+from zflora_jax.core.fields import require
 from zflora_jax.core.model_config import LlamaConfig
 from zflora_jax.nn.kv_cache import KVCache, LayerCache
 from zflora_jax.nn.layers import Channels, Dense, RMSNorm, swiglu
-from zflora_jax.nn.positions import Context
 from zflora_jax.ops.attention import attention
+from zflora_jax.ops.attention_mask import AttentionMask
 from zflora_jax.ops.linear import Array, beside
 from zflora_jax.ops.remat import save_for_backward
 from zflora_jax.ops.rope import apply_rope
+from zflora_jax.parallel.mesh import has_values_here
 
 
 class Attention(nn.Module):
@@ -72,9 +75,7 @@ class Attention(nn.Module):
         return self.o(out[..., :k], out[..., k:]) if self.extra else self.o(out)
 
     def _widened(self, base: Array, extra: Array | None) -> Array:
-        """Base and adapter dims of heads side by side; heads without adapter dims
-        (head_scores=False) get zeros.
-        """
+        """Base and adapter dims of heads side by side; without head_scores q and k get zeros."""
         if not self.extra:
             return base
         if extra is None:
@@ -108,8 +109,8 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer. The carry is the residual stream; `turned` is False in a layer without RoPE, None
-    where all layers have it.
+    """One layer, whose carry is the residual stream. `turned` is False in a layer without RoPE,
+    None where all layers have it.
     """
 
     config: LlamaConfig
@@ -166,3 +167,78 @@ def add(stream: Channels, update: Channels) -> Channels:
     """Both parts of a stream; an update without adapter channels leaves them as they are."""
     (x, z), (dx, dz) = stream, update
     return (x + dx, z if z is None or dz is None else z + dz)
+
+
+@flax.struct.dataclass
+class Context:
+    """Inputs that all layers share.
+
+    Attributes:
+      cos: [B, T, 1, k/2] float32, of the rotary embedding.
+      sin: As cos.
+      mask: Slots that each token attends to.
+      index: int32, the cache slot of the first token; None without a cache.
+    """
+
+    cos: Array
+    sin: Array
+    mask: AttentionMask
+    index: Array | None
+
+
+def positions_and_mask(
+    shape: tuple[int, ...],
+    padding_mask: Array | None,
+    segment_ids: Array | None,
+    cache: KVCache | None,
+) -> tuple[Array, AttentionMask, Array]:
+    """Positions [B, T] int32 and attention mask of tokens of `shape` (B, T), and the slots that now
+    hold a real token, [B, S] bool: of the cache, or without one the tokens. Other arguments as for
+    `Llama.__call__`.
+
+    Raises:
+      ConfigError: masks or ids of a wrong shape or dtype, or that do not go together; more tokens
+        than the cache has room for (unless its index is traced: the last slots are then written
+        over).
+    """
+    for name, given in (("padding_mask", padding_mask), ("segment_ids", segment_ids)):
+        require(
+            given is None or given.shape == shape,
+            f"{name} must have the tokens' shape {shape}; got {getattr(given, 'shape', None)}.",
+        )
+    require(
+        padding_mask is None or padding_mask.dtype == bool,
+        "padding_mask must be bool, True at real tokens; ids of packed rows go to segment_ids.",
+    )
+    require(
+        segment_ids is None or padding_mask is None,
+        "segment_ids tell padding (0) too: give them or padding_mask, not both.",
+    )
+    require(
+        segment_ids is None or cache is None,
+        "packed rows (segment_ids) cannot be continued from a cache: give padding_mask.",
+    )
+    real = jnp.ones(shape, bool) if padding_mask is None else padding_mask
+    if segment_ids is not None:
+        return segment_positions(segment_ids), AttentionMask(segment_ids, segment_ids), real
+    positions = jnp.maximum(jnp.cumsum(real, axis=1, dtype=jnp.int32) - 1, 0)
+    if cache is None:
+        return positions, AttentionMask(padding_mask, padding_mask), real
+    room = cache.valid.shape[1]
+    require(
+        not has_values_here(cache.index) or int(cache.index) + shape[1] <= room,
+        f"a cache of {room} slots has no room for {shape[1]} more tokens: make a larger one.",
+    )
+    slots = jax.lax.dynamic_update_slice_in_dim(cache.valid, real, cache.index, axis=1)
+    if cache.empty:  # attention reads the tokens, not the cache
+        return positions, AttentionMask(padding_mask, padding_mask), slots
+    before = jnp.sum(cache.valid, axis=1, keepdims=True, dtype=jnp.int32)
+    return before + positions, AttentionMask(padding_mask, slots, cache.index), slots
+
+
+def segment_positions(segment_ids: Array) -> Array:
+    """The position of each token within its segment, int32 [B, T] as the segment ids."""
+    slot = jnp.broadcast_to(jnp.arange(segment_ids.shape[1], dtype=jnp.int32), segment_ids.shape)
+    first = jnp.ones_like(segment_ids[:, :1], bool)
+    starts = jnp.concatenate([first, segment_ids[:, 1:] != segment_ids[:, :-1]], axis=1)
+    return slot - jax.lax.cummax(jnp.where(starts, slot, 0), axis=1)

@@ -27,9 +27,7 @@ KEY_SLOTS, VALUE_SLOTS, HEADS, ROWS = -1, -2, -3, -4  # the axes of a cache's ar
 
 @flax.struct.dataclass
 class LayerCache:
-    """Keys [B, K, k+e, S] and values [B, K, S, k+e] of one layer, as attention's products read
-    them, in the activation dtype.
-    """
+    """Keys [B, K, k+e, S] and values [B, K, S, k+e] of one layer, in the activation dtype."""
 
     keys: Array
     values: Array
@@ -59,18 +57,18 @@ class KVCache:
     def update(
         layer: LayerCache | None, k: Array, v: Array, index: Array | None, alone: bool
     ) -> tuple[LayerCache, LayerCache | None]:
-        """Writes keys and values [B, T, K, k+e] of new tokens into one layer's cache.
+        """Writes keys and values [B, T, K, k+e] of new tokens into one layer's cache, from slot
+        `index` on.
 
         Args:
           layer: The layer's cache, None without one.
           k: Keys of the new tokens.
           v: Values of the new tokens.
-          index: int32, the slot of the first of them; None without a cache.
-          alone: Whether they attend to each other only.
+          index: int32, None without a cache.
+          alone: Whether the tokens attend to each other only.
 
         Returns:
-          (The keys and values that attention reads: the T new positions if they are alone, else all
-          S slots; the updated layer.)
+          (The keys and values that attention reads, T if alone, else all S; the updated layer.)
         """
         new = LayerCache(k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3))
         if layer is None or index is None:
@@ -105,12 +103,10 @@ class KVCache:
         return [layer.map(change) for layer in self.layers]
 
     def without_single_axes(self) -> KVCache:
-        """The same without the axes B and K of size 1, for a loop's carry.
+        """The same without the axes B and K of size 1, for a loop's carry."""
 
-        XLA's CPU compiler then updates the cache in place; with them it copies every array four
-        times a token (by the compiled text, test_the_compiled_loop_copies_no_cache).
-        """
-
+        # XLA's CPU compiler then updates the cache in place; with them it copies every array four
+        # times a token (test_the_compiled_loop_copies_no_cache).
         def squeeze(x: Array, _: int) -> Array:
             return jnp.squeeze(x, tuple(axis for axis in (ROWS, HEADS) if x.shape[axis] == 1))
 
@@ -127,8 +123,8 @@ class KVCache:
         return KVCache(layers, jnp.repeat(self.valid, count, axis=0), self.index)
 
     def reorder_rows(self, rows: Array, start: int) -> KVCache:
-        """The slots from `start` on are taken from row rows[i] for row i; rows [B] int32. A row and
-        the one that it takes from agree before `start`.
+        """The slots from `start` on come from row rows[i] for row i; rows [B] int32. Before `start`
+        both rows agree.
         """
         take = partial(jnp.take, axis=self.row_axis, mode="clip")
 
@@ -139,9 +135,7 @@ class KVCache:
         return replace(self, layers=self.map_layers(moved))
 
     def continue_rows(self, rows: Array, slots: int) -> KVCache:
-        """Rows `rows` [N] int32 of a cache whose slots are all written, each with `slots` more. The
-        layers are not stacked.
-        """
+        """Rows `rows` [N] int32 of a full cache of unstacked layers, each with `slots` more."""
 
         def extended(x: Array, axis: int) -> Array:
             pads = [(0, slots if at == axis % x.ndim else 0) for at in range(x.ndim)]
@@ -164,19 +158,17 @@ def init_cache(
       adapter: Config of unfused adapters, whose head dims are added.
     """
     width = config.head_dim + (resolve_adapter(config, adapter).heads if adapter else 0)
-    head = batch, config.num_kv_heads
-    stacked = (config.num_layers,) if config.execution.scan_layers else ()
+    count, scan = config.num_layers, config.execution.scan_layers
+    stacked = (count,) if scan else ()
 
     def empty(*shape: int) -> Array:
-        x = jnp.zeros((*stacked, *head, *shape), config.execution.dtype)
+        x = jnp.zeros((*stacked, batch, config.num_kv_heads, *shape), config.execution.dtype)
         return divide(x, *(None for _ in stacked), "data", "tensor")
 
     def layer() -> LayerCache:
         return LayerCache(empty(width, slots), empty(slots, width))
 
-    layers = (
-        layer() if config.execution.scan_layers else [layer() for _ in range(config.num_layers)]
-    )
+    layers = layer() if scan else [layer() for _ in range(count)]
     return KVCache(layers, jnp.zeros((batch, slots), bool), jnp.zeros((), jnp.int32), empty=True)
 
 

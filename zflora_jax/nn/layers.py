@@ -1,9 +1,8 @@
 """Layers of a model whose streams may be widened.
 
 A stream is a pair (x, z): base channels and adapter channels, z = None where there are none. A
-fused model carries everything in x. The same layers serve both: RMSNorm takes its mean over the
-base channels, RoPE rotates the base dims of a head, Dense adds the adapter's products to what the
-base kernel computes (docs/method.md; this project's reconstruction of zFLoRA).
+fused model carries everything in x. RMSNorm takes its mean over the base channels; Dense adds the
+adapter's products to the base kernel's (docs/method.md; this project's reconstruction of zFLoRA).
 
 Shapes in names: B batch, T positions, d residual width, V vocabulary.
 """
@@ -33,8 +32,8 @@ class AdaptedModule(nn.Module):
     def base_param(
         self, name: str, init: nn.initializers.Initializer, shape: tuple[int, ...]
     ) -> Any:
-        """The base parameter, or its whole replacement in the adapters (method "full"); a
-        `QuantizedArray` where the tree has one.
+        """The base parameter, float or quantised, or its replacement in the adapters (method
+        "full").
         """
         if self.has_variable("adapters", name):
             return self.get_variable("adapters", name)
@@ -44,7 +43,7 @@ class AdaptedModule(nn.Module):
         return self.param(name, init, shape, jnp.float32)
 
     def block(self, name: str) -> Array:
-        """A leaf of the adapters; its products are in the dtype of what is multiplied by it."""
+        """A leaf of the adapters; ValueError where it is missing."""
         value: Array | None = self.get_variable("adapters", name)
         if value is None:
             raise ValueError(
@@ -57,14 +56,12 @@ class AdaptedModule(nn.Module):
 class Dense(AdaptedModule):
     """y = x W + s z B and y_z = x A + z C, or what another adapter adds to x W.
 
-    The adapter's inputs drop out where `apply` is given a random stream "dropout".
-
     Attributes:
       in_axes: Input axes, which the kernel sums over.
       out_axes: Output axes.
       adapter: Adapter of this kernel; None without one.
       bias: Whether a bias is added to x W.
-      flat: W is packed for decode, [out, in], both flattened; adapter blocks are not.
+      flat: Whether W is packed for decode, [out, in], both flattened; adapter blocks are not.
     """
 
     in_axes: tuple[int, ...]
@@ -125,7 +122,7 @@ class Dense(AdaptedModule):
         return bias.astype(y.dtype)[(None,) * (y.ndim - bias.ndim)]  # type: ignore[no-any-return]
 
     def _dropped(self, x: Array) -> Array:
-        """`x` with the adapter's dropout, where a random stream "dropout" is given: in training."""
+        """`x` with the adapter's dropout, where `apply` is given a random stream "dropout"."""
         if self.adapter is None or not self.adapter.dropout or not self.has_rng("dropout"):
             return x
         share = 1 - self.adapter.dropout
@@ -141,8 +138,8 @@ class RMSNorm(AdaptedModule):
       dim: Channels of x.
       norm_dim: Channels of the base, the first of them.
       eps: Added to the mean square.
-      tiny_state: x's other channels are so small (`adapters.packing.STATE_SCALE`) that they do not
-        count in a sum of squares over all.
+      tiny_state: Whether x's other channels are too small to count in a sum of squares over all
+        (`adapters.packing.STATE_SCALE`).
     """
 
     dim: int
@@ -167,8 +164,8 @@ def swiglu(gate: Array, up: Array) -> Array:
 
 
 class Embed(AdaptedModule):
-    """Token embeddings [V, b], also the output head where it is tied; b is the base's d. Further
-    channels of the stream, a fused adapter's state, start at zero.
+    """Token embeddings [V, b], also a tied output head; b is the base's d. The other channels of
+    the stream, a fused adapter's state, start at zero.
     """
 
     config: LlamaConfig
@@ -181,8 +178,7 @@ class Embed(AdaptedModule):
         )
 
     def __call__(self, tokens: Array) -> Array:
-        width, dtype = self.config.hidden_size, self.config.execution.dtype
-        return table_rows(self.table, tokens, width, dtype)
+        return table_rows(self.table, tokens, self.config.hidden_size, self.config.execution.dtype)
 
     def attend(self, x: Array) -> Array:
         return output_logits(x, self.table, tied=True)

@@ -1,9 +1,8 @@
 """The forward of all families: one for base, adapted, fused and packed trees, with or without a
-key/value cache.
+key/value cache, and with adapters of one task or of each row's.
 
 Shapes in names: B batch, T tokens, S cache slots, d residual width, V vocabulary; r the channels
-that an adapter adds to d. Parameter names and shapes: `core.architecture.param_shapes`; adapters:
-`adapters.shapes.adapter_shapes`.
+that an adapter adds to d.
 """
 
 from __future__ import annotations
@@ -16,18 +15,16 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from zflora_jax.adapters.shapes import check_collection
+from zflora_jax.adapters.methods import check_collection
 from zflora_jax.core.adapter_config import METHODS, AdapterConfig
 from zflora_jax.core.fields import require
 from zflora_jax.core.model import Model
 from zflora_jax.core.model_config import LlamaConfig
 from zflora_jax.core.token_ids import check_ids
 from zflora_jax.core.trees import Tree
-from zflora_jax.nn.blocks import Block, resolved
+from zflora_jax.nn.blocks import Block, Context, positions_and_mask, resolved
 from zflora_jax.nn.kv_cache import KVCache
 from zflora_jax.nn.layers import Channels, Embed, Head, RMSNorm
-from zflora_jax.nn.positions import Context, positions_and_mask
-from zflora_jax.nn.row_adapters import hidden_states
 from zflora_jax.ops.linear import Array
 from zflora_jax.ops.remat import POLICIES
 from zflora_jax.ops.rope import rope_tables
@@ -48,12 +45,15 @@ class Llama(nn.Module):
 
     def setup(self) -> None:
         c, execution, adapter = self.config.stored, self.config.execution, self.adapter
-        if execution.packed and adapter is not None and METHODS[adapter.method].in_place == "full":
-            raise ValueError("method 'full' cannot replace packed kernels: fuse first, then pack.")
-        if execution.packed and adapter is not None and adapter.use_dora:
-            raise ValueError("DoRA needs per-kernel norms, which packing merges.")
-        if execution.packed and adapter is not None and (c.widened or execution.fill_mlp):
-            raise ValueError("Adapters need the unpacked fused model.")
+        if execution.packed and adapter is not None:
+            if METHODS[adapter.method].in_place == "full":
+                raise ValueError(
+                    "method 'full' cannot replace packed kernels: fuse first, then pack."
+                )
+            if adapter.use_dora:
+                raise ValueError("DoRA needs per-kernel norms, which packing merges.")
+            if c.widened or execution.fill_mlp:
+                raise ValueError("Adapters need the unpacked fused model.")
         self.embed = Embed(c)
         policy = POLICIES[execution.remat]
         block: Any = nn.remat(Block, prevent_cse=not execution.scan_layers, policy=policy)
@@ -142,11 +142,12 @@ class Llama(nn.Module):
 
 
 def random_model(config: LlamaConfig, key: Array) -> Model:
-    """A Model for tests, latency (which does not depend on values) and training from scratch.
+    """A Model of random float32 kernels, standard deviation 0.02, for tests, latency and training
+    from scratch.
 
     Args:
       config: Shape of the model.
-      key: A jax random key; kernels are float32 with standard deviation 0.02.
+      key: A jax random key.
     """
     variables = jax.jit(Llama(config).init)(key, jnp.zeros((1, 1), jnp.int32))
     return Model(config, variables["params"])
@@ -179,9 +180,11 @@ def forward(
       ConfigError: tokens of another shape, or ids that the embedding has no row for (not of traced
         tokens, whose values are not known yet).
     """
-    ids: Any = _array(tokens)
-    padding_mask = None if padding_mask is None else _array(padding_mask)
-    segment_ids = None if segment_ids is None else _array(segment_ids)
+    # Lists become arrays; traced values stay as they are.
+    arrays: Any = tokens, padding_mask, segment_ids
+    ids, padding_mask, segment_ids = (
+        x if x is None or hasattr(x, "shape") else np.asarray(x) for x in arrays
+    )
     require(
         len(ids.shape) == 2 and ids.shape[1] > 0,
         f"tokens of shape {ids.shape}: must be [B, T], at least one in each row.",
@@ -201,11 +204,6 @@ def forward(
         return _forward(model.config, adapter, variables, ids, padding_mask, segment_ids)
 
 
-def _array(x: Any) -> Any:
-    """A list becomes an array; what has a shape, a traced value too, stays as it is."""
-    return x if hasattr(x, "shape") else np.asarray(x)
-
-
 @jax.jit(static_argnums=(0, 1))
 def _forward(
     config: LlamaConfig,
@@ -220,3 +218,59 @@ def _forward(
         return llama.apply(variables, tokens, padding_mask, None, segment_ids)  # type: ignore[return-value]
     hidden, _ = hidden_states(llama, variables, tokens, padding_mask, None, segment_ids)
     return llama.apply(variables, hidden, method="logits")  # type: ignore[return-value]
+
+
+def hidden_states(
+    llama: nn.Module,
+    variables: Tree,
+    tokens: Array,
+    padding_mask: Array | None = None,
+    cache: KVCache | None = None,
+    segment_ids: Array | None = None,
+) -> tuple[Array, Any]:
+    """`Llama.hidden` of `variables`, whose adapters may differ between rows; products with base
+    kernels are still one for the whole batch.
+
+    Args:
+      llama: A Llama.
+      variables: {"params": ...} and, for a model with an adapter, {"adapters": ...}, or
+        {"row_adapters": leaves [B, ...]} of `adapters.tasks.rows_of`.
+      tokens: Token ids [B, T] int32.
+      padding_mask: As in `Llama.__call__`, as are cache and segment_ids.
+
+    Raises:
+      ConfigError: row_adapters of another number of rows than tokens.
+    """
+    given = (tokens, padding_mask, cache, segment_ids)
+    if "row_adapters" not in variables:
+        return llama.apply(variables, *given, method="hidden")  # type: ignore[return-value]
+    params, row_adapters = variables["params"], variables["row_adapters"]
+    count = len(jax.tree.leaves(row_adapters)[0])
+    require(
+        count == len(tokens),
+        f"row_adapters of {count} rows and tokens of {len(tokens)}: give one for each row, as"
+        " `adapters.tasks.rows_of` does.",
+    )
+
+    def run(adapters: Tree, *given: Any) -> Any:
+        return llama.apply({"params": params, "adapters": adapters}, *given, method="hidden")
+
+    if count == 1:
+        return run(jax.tree.map(lambda leaf: jnp.squeeze(leaf, 0), row_adapters), *given)
+
+    def of_row(adapters: Tree, inputs: Any, layers: Any, valid: Array | None) -> Any:
+        """A batch of one row; `layers` have no axis for it."""
+        tokens, padding_mask, segment_ids = jax.tree.map(lambda x: x[None], inputs)
+        past = None
+        if cache is not None and valid is not None:
+            past = KVCache(layers, valid[None], cache.index, cache.empty)
+        x, past = run(adapters, tokens, padding_mask, past, segment_ids)
+        return (x[0], None, None) if past is None else (x[0], past.layers, past.valid[0])
+
+    inputs = tokens, padding_mask, segment_ids
+    if cache is None:
+        return jax.vmap(of_row)(row_adapters, inputs, None, None)[0], None
+    x, layers, valid = jax.vmap(of_row, (0, 0, cache.row_axis, 0), (0, cache.row_axis, 0))(
+        row_adapters, inputs, cache.layers, cache.valid
+    )
+    return x, KVCache(layers, valid, cache.index + tokens.shape[1])

@@ -20,10 +20,10 @@ from zflora_jax.ops.quantized import (
     KINDS,
     QuantizedArray,
     check_kind,
-    float_values,
+    dequantize,
     quantize,
+    quantized_names,
 )
-from zflora_jax.ops.quantized_blocks import quantized_names
 from zflora_jax.parallel.devices import on_cpu
 from zflora_jax.parallel.mesh import mesh_in_use
 from zflora_jax.parallel.sharding import constrain
@@ -40,8 +40,8 @@ def stored_as(name: str, how: QuantizeConfig) -> str:
 
 
 def kernel_axes(config: LlamaConfig, name: str) -> dict[str, int]:
-    """Number of input axes ("reads") and output axes ("writes") of a kernel or table, whose inputs
-    are those of a tied head.
+    """Number of input axes ("reads") and output axes ("writes") of a kernel or table; a table's
+    inputs are those of a tied head.
     """
     module, parameter = name.split("/")[-2:]
     if parameter == "embedding":
@@ -54,11 +54,8 @@ def kernel_axes(config: LlamaConfig, name: str) -> dict[str, int]:
 
 def group_of(name: str, kind: str, how: QuantizeConfig, width: int) -> int:
     """The group size of leaf `name` whose groups run along an axis of `width`: `how.group`, or the
-    next smaller one that divides the axis, as for `o` where heads are smaller than a group. GGUF's
-    types have their own.
-
-    Raises:
-      ConfigError: the type does not have `how.group`, or no group size divides the axis.
+    next smaller one that divides the axis, as for `o` where heads are smaller than a group; GGUF's
+    types have their own. ConfigError if none fits.
     """
     group = check_kind(kind, None if kind.startswith("q") else how.group)
     fits = [g for g in KINDS[kind].groups if g <= group and (width % g == 0 if g else not group)]
@@ -79,8 +76,8 @@ def check_tables(config: LlamaConfig, how: QuantizeConfig) -> None:
 
 
 def require_stored_as(model: Model, how: QuantizeConfig) -> None:
-    """ConfigError if a leaf of a model is not stored as `how` says: evaluation and export of a run
-    load its base by `how`.
+    """ConfigError if a leaf is not stored as `how` says: a run's evaluation and export load by
+    `how`.
     """
     for name, leaf in trees.flatten(model.params).items():
         wanted, found = stored_as(name, how), "none"
@@ -109,8 +106,7 @@ def quantize_model(model: Model, how: QuantizeConfig | str) -> Model:
       how: Types of codes; a name sets that of the kernels.
 
     Returns:
-      A Model whose chosen leaves are `ops.quantized.QuantizedArray`s; the others are shared with
-      `model`.
+      A Model whose chosen leaves are `ops.quantized.QuantizedArray`s; it shares the others.
 
     Raises:
       ConfigError: a packed or fused model, one that is stored as other codes already, or groups
@@ -196,16 +192,12 @@ def dequantize_model(model: Model, dtype: str | None = None) -> Model:
     wanted = dtype or model.config.execution.dtype
 
     def visit(name: str, leaf: Any) -> Any:
-        return _numbers(leaf, wanted) if isinstance(leaf, QuantizedArray) else leaf
+        codes = isinstance(leaf, QuantizedArray)
+        return jax.jit(dequantize, static_argnums=1)(leaf, wanted) if codes else leaf
 
     with mesh_in_use(model.params):
         params = trees.map_with_names(visit, model.params)
     return dataclasses.replace(model, params=params)
-
-
-@partial(jax.jit, static_argnums=1)
-def _numbers(leaf: QuantizedArray, dtype: str) -> jax.Array:
-    return float_values(leaf).astype(dtype)
 
 
 def is_quantized(model: Model) -> bool:

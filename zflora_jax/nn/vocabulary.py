@@ -26,11 +26,11 @@ def resize_vocab(
     rows: ArrayLike | None = None,
     head_rows: ArrayLike | None = None,
 ) -> Model:
-    """`model` with an embedding (and, untied, a head) for more tokens; config.vocab_size follows.
+    """Gives a model's embedding (and untied head) rows for more tokens; config.vocab_size follows.
 
     New rows are the mean of the existing ones, in float32 and cast once, so that a new token starts
-    as likely as an average one. Adapters train beside a frozen base: they do not train the new rows
-    (method "full" does). Give `rows` where they were trained elsewhere.
+    as likely as an average one. Adapters do not train them (method "full" does): give `rows` that
+    were trained elsewhere.
 
     Args:
       model: A base or fused model, stacked or per layer, on one device or on a mesh; not packed.
@@ -67,10 +67,8 @@ def resize_vocab(
             " zf.dequantize_model), and quantise them afterwards (zf.quantize_model).",
         )
         flat[name] = _resized(name, flat[name], axis, size, config.norm_dim, new)
-    wider = config.replace(vocab_size=size)
-    return dataclasses.replace(
-        model, config=wider, params=trees.unflatten(flat), tokenizer=tokenizer
-    )
+    wider, params = config.replace(vocab_size=size), trees.unflatten(flat)
+    return dataclasses.replace(model, config=wider, params=params, tokenizer=tokenizer)
 
 
 def _new_size(model: Model, tokenizer_or_size: Any) -> tuple[int, Any]:
@@ -114,11 +112,9 @@ def _resized(
         if count <= 0:
             return jax.lax.slice_in_dim(leaf, 0, size, axis=axis)
         mean = jnp.mean(leaf.astype(jnp.float32), axis=axis, keepdims=True)
-        new = (
-            jnp.repeat(mean, count, axis=axis)
-            if rows is None
-            else jnp.asarray(rows if axis == 0 else rows.T)
-        )
+        new = jnp.repeat(mean, count, axis=axis)
+        if rows is not None:
+            new = jnp.asarray(rows if axis == 0 else rows.T)
         return jnp.concatenate([leaf, new.astype(leaf.dtype)], axis=axis)
 
     where, out = getattr(leaf, "sharding", None), None

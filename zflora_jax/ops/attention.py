@@ -1,6 +1,5 @@
-"""Grouped-query attention, by the kernel that suits the device: splash attention on TPUs, cuDNN's
-on NVIDIA GPUs, plain products in blocks elsewhere and where those two do not apply.
-`attention_choice` chooses. The plain operation is `plain_attention`.
+"""Grouped-query attention: splash attention on TPUs, cuDNN's on NVIDIA GPUs, plain products in
+blocks elsewhere and where those two do not apply. The plain operation is `plain_attention`.
 
 Legend: B batch, T query positions, S key positions, H query heads, K key/value heads, k head dim.
 """
@@ -49,8 +48,7 @@ def attention(q: Array, k: Array, v: Array, mask: AttentionMask, scale: float) -
 
     if not several_devices():
         return run(q, k, v, mask.queries)
-    # The compiler cannot divide a kernel that is not its own: every device runs it on its rows and
-    # heads.
+    # The compiler cannot divide the kernel: every device runs it on its rows and heads.
     rows = batch_axes(len(q))
     heads = P(rows, "tensor")
     return jax.shard_map(
@@ -76,7 +74,8 @@ def attention_choice(
     mask: AttentionMask,
     scale: float | None = None,
 ) -> tuple[str, str]:
-    """Chooses the attention kernel for the device in use (`devices.device_in_use`).
+    """Chooses the attention kernel for the device in use: ("splash", "cudnn" or "blocks", why it is
+    not a flash kernel or "").
 
     Args:
       shape: (B, T, H, k) of the queries.
@@ -84,9 +83,6 @@ def attention_choice(
       dtype: Data type of queries, keys and values.
       mask: Mask of arrays or ShapeDtypeStructs; packed rows have int32 `queries`.
       scale: Factor of the scores; None for k**-0.5.
-
-    Returns:
-      ("splash", "cudnn" or "blocks", why it is not a flash kernel or "").
     """
     rows, length, _, width = shape
     device = device_in_use()

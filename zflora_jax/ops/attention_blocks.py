@@ -1,6 +1,5 @@
 """Grouped-query attention by plain products, with its own backward pass, for every device, shape
 and mask: up to 1,024 queries in spans that skip the keys behind them, more in a loop over blocks.
-The flash kernels of TPUs and GPUs are in `attention_splash` and `attention_cudnn`.
 
 Einsum legend: B batch, T query positions, S key positions, H query heads, K key/value heads, G
 query heads of a key head, q their G*T queries, k head dim.
@@ -22,11 +21,8 @@ from zflora_jax.ops.remat import save_for_backward
 
 
 def block_attention(q: Array, k: Array, v: Array, mask: AttentionMask, scale: float) -> Array:
-    """Attention of q [B, T, H, k], k [B, K, k, S] and v [B, K, S, k] -> [B, T, H, k]; see
-    `attention.attention`.
-    """
-    # The queries of the G = H / K heads that share keys lie below each other, so that every product
-    # is one plain matrix product per row and key head.
+    """`attention.attention`: q [B, T, H, k], k [B, K, k, S], v [B, K, S, k] -> [B, T, H, k]."""
+    # Queries that share keys lie below each other: one matrix product per row and key head.
     (B, T, H, dim), K = q.shape, k.shape[1]
     grouped = q.reshape(B, T, K, H // K, dim).transpose(0, 2, 3, 1, 4)
     plain = partial(_attention, scale=scale)
@@ -42,27 +38,19 @@ def block_attention(q: Array, k: Array, v: Array, mask: AttentionMask, scale: fl
 def one_query_as_eight(
     q: Array, k: Array, v: Array, mask: AttentionMask, attend: Callable[..., Array]
 ) -> Array:
-    """`attend` for the one query of each key head [B, K, 1, 1, k], with queries of zeros up to
-    eight.
-    """
-    # XLA's TPU compiler multiplies one query with the cache on the vector unit: with 8 rows of
-    # Llama-2-7B a fifth more cycles a token, with heads of 160 70%.
+    """`attend` for the one query of each key head [B, K, 1, 1, k], with zeros up to eight."""
+    # XLA's TPU compiler multiplies one query with the cache on the vector unit: a fifth more cycles
+    # a token for 8 rows of Llama-2-7B.
     return attend(jnp.pad(q, ((0, 0), (0, 0), (0, 7), (0, 0), (0, 0))), k, v, mask)[:, :, :1]
 
 
 def spans(length: int, mask: AttentionMask) -> list[tuple[int, int]]:
-    """Equal spans of the queries, each of which needs no key behind its end.
-
-    Args:
-      length: Number of queries, T.
-      mask: What they see.
-
-    Returns:
-      (first query, end) of each: four, three or two spans of a multiple of 128 queries; one if no
-      such division exists, if T is above 1024, or if queries follow a cache.
+    """(first query, end) of equal spans of `length` queries, which need no key behind their end:
+    four, three or two of a multiple of 128 queries; one if no such division exists, if there are
+    more than 1024, or if they follow a cache.
     """
-    # Four spans multiply 10 of 16 squares; eight, 36 of 64, in a longer program. Unrolled spans of
-    # long sequences would hold all their scores at one time, so those are left to a loop.
+    # Four spans multiply 10 of 16 squares; eight, 36 of 64, in a longer program. Spans of long
+    # sequences would hold all their scores at one time.
     several = mask.same_tokens and length <= 1024
     n = next((n for n in (4, 3, 2) if length % (128 * n) == 0), 1) if several else 1
     return [(i * length // n, (i + 1) * length // n) for i in range(n)]
@@ -70,13 +58,10 @@ def spans(length: int, mask: AttentionMask) -> list[tuple[int, int]]:
 
 def query_blocks(length: int) -> int:
     """The number of equal blocks of a loop over the queries: of at most 512 from 1025 queries on,
-    where the length has such a divisor. T/n x S scores per head exist at one time.
+    where the length has such a divisor.
     """
-    if length <= 1024:
-        return 1
-    return next(
-        (n for n in range(2, length // 128 + 1) if length % n == 0 and length // n <= 512), 1
-    )
+    counts = range(2, length // 128 + 1) if length > 1024 else ()
+    return next((n for n in counts if length % n == 0 and length // n <= 512), 1)
 
 
 def _cut(x: Array, blocks: int, axis: int) -> Array:
@@ -166,10 +151,8 @@ def _attention_backward(
 def _gradients(
     q: Array, k: Array, v: Array, mask: AttentionMask, out: Array, d_out: Array, scale: float
 ) -> tuple[Array, Array, Array]:
-    """Gradients of one span: of q [B, K, G, t, k], and in float32 of k and v [B, K, k, s].
-
-    As in FlashAttention (arXiv 2205.14135, section 3.1) the probabilities are computed again
-    instead of kept: T x S floats per head and layer.
+    """Gradients of one span: of q [B, K, G, t, k], and in float32 of k and v [B, K, k, s]. As in
+    FlashAttention (arXiv 2205.14135, section 3.1) the probabilities are computed again.
     """
     # The products over queries have their narrow operand on the left; `linear.matmul` says why.
     f32 = jnp.float32

@@ -1,10 +1,8 @@
 """Attention by cuDNN's flash kernel for NVIDIA GPUs, through `jax.nn.dot_product_attention`.
 
-cuDNN has a flag for causal attention. Padding is moved behind the real tokens, which then do not
-see it. The segments of packed rows are encoded in channels that are added to the heads: cuDNN would
-take them as a dense T x T bias, whose gradient it computes too, or as offsets of its packed layout,
-which jax 0.10 keeps private. Compiled for an H100 and 2,048 tokens, the channels take a ninth of
-the memory of plain products. Not run on a GPU by this project.
+cuDNN has a flag for causal attention. Padding is moved behind the real tokens, which do not see it
+there. Segments of packed rows are encoded in channels that are added to the heads: cuDNN takes
+them only as a dense T x T bias, whose gradient it computes too. Not run on a GPU by this project.
 
 Legend: B batch, T positions, H query heads, K key/value heads, k head dim.
 """
@@ -54,17 +52,9 @@ def cudnn_attention(
     window: int | None = None,
     implementation: Literal["xla", "cudnn"] = "cudnn",
 ) -> Array:
-    """Causal attention of T tokens within their segments and a window; see `attention.attention`.
-    Padding attends to padding and to real tokens.
-
-    Args:
-      q: [B, T, H, k].
-      k: [B, K, k, T].
-      v: [B, K, T, k].
-      segments: `AttentionMask.queries`, [B, T] int32 or bool; None for one segment.
-      scale: Factor of the scores.
-      window: `AttentionMask.window`.
-      implementation: "xla" computes the same without cuDNN, for tests.
+    """Causal attention within segments ([B, T] int32 or bool; None for one) and a window; shapes as
+    in `attention.attention`, S = T. implementation: "xla" computes the same without cuDNN, for
+    tests.
     """
     width, k, v = q.shape[3], k.transpose(0, 3, 1, 2), v.transpose(0, 2, 1, 3)
     back = None
@@ -91,13 +81,8 @@ def segment_channels(segments: Array, scale: float, dtype: Any) -> tuple[Array, 
     """Channels [B, T, 16] of queries and of keys whose product is exactly 0 within a segment and at
     most -GAP / scale between two, so that weights between segments are zero in float32.
 
-    The number of a segment is written in bits of 1 and -1. Two numbers that differ in n of 15 bits
-    have the product 15 - 2 n; one more channel subtracts 15.
-
-    Args:
-      segments: [B, T] int32; each run of equal ones is a segment.
-      scale: Factor of the scores.
-      dtype: Data type of the channels.
+    Segments [B, T] int32, runs of equal ids, are numbered in 15 bits of 1 and -1. Two numbers that
+    differ in n bits have the product 15 - 2 n; one more channel subtracts 15.
     """
     changes = jnp.concatenate(
         [jnp.zeros_like(segments[:, :1], bool), segments[:, 1:] != segments[:, :-1]], axis=1

@@ -16,10 +16,8 @@ from zflora_jax.ops.linear import Array
 @flax.struct.dataclass
 class AttentionMask:
     """A query attends to the keys of its own segment, up to its own slot, and no further back than
-    the window.
-
-    Every query is a key too, so no row is fully masked: padding is a segment of its own and attends
-    to padding. The output at padding is unspecified, but finite.
+    the window. Every query is a key too, so no row is fully masked: padding is a segment of its
+    own. The output at padding is unspecified, but finite.
 
     Attributes:
       queries: Segment of each query [B, T]: int32 for packed rows, else bool (real or padding);
@@ -46,12 +44,7 @@ class AttentionMask:
         return self.first is None
 
     def dense(self, length: int, slots: int) -> Array:
-        """[B or 1, 1, T, S] bool, True where a query attends to a slot.
-
-        Args:
-          length: Number of queries, T.
-          slots: Number of key slots, S.
-        """
+        """[B or 1, 1, T = length, S = slots] bool, True where a query attends to a slot."""
         first = jnp.zeros((), jnp.int32) if self.first is None else self.first
         at = first + jnp.arange(length, dtype=jnp.int32)
         slot = jnp.arange(slots, dtype=jnp.int32)[None, :]
@@ -64,14 +57,13 @@ class AttentionMask:
             causal &= place[:, None, :] > jnp.take(place, at, axis=1)[:, :, None] - self.window
         if self.queries is None and self.keys is None:
             return causal[:, None]
-        queries, keys = (
-            jnp.ones((1, 1), bool) if x is None else x for x in (self.queries, self.keys)
-        )
+        every = jnp.ones((1, 1), bool)
+        queries, keys = (every if x is None else x for x in (self.queries, self.keys))
         return causal[:, None] & (queries[:, None, :, None] == keys[:, None, None, :])
 
     def span(self, start: int, end: int) -> AttentionMask:
-        """The mask of the queries from `start` to `end` and the keys up to `end`; queries and keys
-        must be of the same tokens.
+        """The mask of the queries from `start` to `end` and the keys up to `end`, of the same
+        tokens.
         """
         queries, keys = self.queries, self.keys
         return AttentionMask(

@@ -1,7 +1,7 @@
 """Attention by splash attention, jax's flash kernel for TPUs in Pallas.
 
-Legend: B batch, T positions, H query heads, K key/value heads, G query heads of a key head, k head
-dim.
+Legend: B batch, T positions, H query heads, K key/value heads, G query heads of a key head, k
+head dim.
 """
 
 from __future__ import annotations
@@ -38,17 +38,8 @@ def splash_attention(
     window: int | None = None,
     interpret: bool = False,
 ) -> Array:
-    """Causal attention of T tokens within their segments and a window; see `attention.attention`.
-    Memory grows with T: no scores are kept.
-
-    Args:
-      q: [B, T, H, k].
-      k: [B, K, k, T].
-      v: [B, K, T, k].
-      segments: `AttentionMask.queries`, [B, T] int32 or bool; None for one segment.
-      scale: Factor of the scores.
-      window: `AttentionMask.window`.
-      interpret: Run the kernel's steps as plain operations, for tests on a CPU.
+    """Causal attention within segments ([B, T] int32 or bool; None for one) and a window; shapes as
+    in `attention.attention`, S = T. interpret: run as plain operations, for tests on a CPU.
     """
     (B, T, H, width), K = q.shape, k.shape[1]
     queries = (q * jnp.asarray(scale, q.dtype)).reshape(B, T, K, H // K, width)
@@ -94,8 +85,7 @@ _splash.defvjp(_splash_forward, _splash_backward)
 
 def _traced(q: Array, function: Callable[[], Any]) -> Any:
     """function(), traced with the settings of jax that the kernel is written for."""
-    # bfloat16 products have one precision on a TPU, and the compiler refuses the names of others;
-    # float32 products keep the precision that is set.
+    # The TPU compiler refuses bfloat16 products of any other precision.
     exact = q.dtype == jnp.float32
     precision = nullcontext() if exact else jax.default_matmul_precision("default")
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"), precision:

@@ -1,5 +1,5 @@
-"""Bitwise copies: elements picked from arrays and written into them. The plain operation of each
-is the gather or the update that it is named after.
+"""Bitwise copies: elements picked from arrays and written into them, each equal to the gather or
+update that it is named after.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ def copy_bits(
     placed: Callable[..., Array], arrays: tuple[Array, ...], at: tuple[Array, ...] = ()
 ) -> Array:
     """placed(*arrays, *at), on a CPU by the bits of bfloat16 arrays. `placed` only picks or places
-    elements of `arrays`, all of one dtype, or zeros, at integer positions `at`.
+    elements of `arrays`, of one dtype, or zeros, at integer positions `at`.
     """
-    # XLA's CPU compiler would convert the whole of `arrays` to float32 for it, and back (by the
-    # compiled text, test_a_bfloat16_program_makes_no_float32_copy_of_kernels_table_or_cache).
-    # Unsigned bits: `jnp.take` gives the largest integer, a NaN, for a position that is not there.
+    # XLA's CPU compiler would convert all of `arrays` to float32 and back
+    # (test_a_bfloat16_program_makes_no_float32_copy_of_kernels_table_or_cache). Unsigned bits:
+    # `jnp.take` gives the largest integer, a NaN, for a position that is not there.
     if arrays[0].dtype != jnp.bfloat16:
         return placed(*arrays, *at)
 
@@ -43,11 +43,10 @@ def _copy_bits_jvp(
 
 
 def take_rows(table: Array, rows: Array, width: int | None = None) -> Array:
-    """Rows, int32 [...], of a table [n, d] -> [*rows, width], zeros from d on; NaN for a row that
-    does not exist.
+    """Rows, int32 [...], of a table [n, d] -> [*rows, width], zeros from d on; NaN for a missing
+    row.
     """
-    # The test for rows that do not exist stands behind the zeros: XLA's GPU compiler then fuses
-    # all of it into what reads the rows.
+    # Missing rows are tested after the zeros: XLA's GPU compiler then fuses all of it.
     x = copy_bits(partial(jnp.take, axis=0, mode="clip"), (table,), (rows,))
     if width is not None and width > table.shape[1]:
         x = jnp.pad(x, [(0, 0)] * rows.ndim + [(0, width - table.shape[1])])
@@ -66,8 +65,8 @@ def write_slice(x: Array, update: Array, start: Array | int, axis: int) -> Array
 def write_pieces(x: Array, pieces: Sequence[Array], starts: Sequence[tuple[int, ...]]) -> Array:
     """`x` with each of `pieces` written from its indices on."""
 
-    # One update after the other: XLA does them in place, and copies x where it is written through a
-    # view of its heads (by the compiled text, test_a_swap_copies_no_kernel).
+    # XLA does one update after the other in place, but copies x where it is written through a view
+    # of its heads (test_a_swap_copies_no_kernel).
     def update(x: Array, *pieces: Array) -> Array:
         for piece, start in zip(pieces, starts, strict=True):
             x = jax.lax.dynamic_update_slice(x, piece, start)
@@ -78,8 +77,8 @@ def write_pieces(x: Array, pieces: Sequence[Array], starts: Sequence[tuple[int, 
 
 def write_divided(x: Array, value: Array, spans: Mapping[int, slice]) -> Array:
     """`x`, divided over devices, with `value` written in the spans {negative axis: span}."""
-    # An elementwise choice is divided as x is: XLA would gather the whole of a divided array to
-    # write into a part of it (by the compiled text, test_no_program_holds_a_whole_kernel).
+    # An elementwise choice is divided as x is: XLA would gather a divided array to write into a
+    # part of it (test_no_program_holds_a_whole_kernel).
     pads, inside = [(0, 0)] * x.ndim, jnp.ones((1,) * x.ndim, bool)
     for axis, span in spans.items():
         start, stop, _ = span.indices(x.shape[axis])

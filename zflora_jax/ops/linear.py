@@ -1,7 +1,8 @@
-"""Products with kernels and their gradients. The plain operations: `plain_product` for
-`packed_linear`, `jnp.tensordot` for `project`, `jnp.matmul` for `matmul`.
+"""Products with float kernels and their gradients, each equal to a plain one: `plain_product`,
+`plain_logits`, `jnp.tensordot` for `project`, `jnp.matmul` for `matmul`.
 
-Einsum legend: B batch, T positions, n tokens, i and j a kernel's axes, h halves of a kernel.
+Einsum legend: B batch, T positions, n tokens, i and j a kernel's axes, h halves of a kernel, r
+rank, d residual width, V vocabulary.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
 
 Array = jax.Array
@@ -23,7 +25,7 @@ SMALL = 2**21  # bytes of a kernel that XLA's CPU compiler leaves to one core, f
 
 def packed_linear(x: Array, kernel: Array, dtype: DTypeLike | None = None) -> Array:
     """x [B, T, i] against the rows of a packed kernel [j, i], in the fastest form for the device ->
-    [B, T, j] in `dtype` (None for that of the operands), equal to `plain_product`.
+    [B, T, j] in `dtype` (None: of the operands), equal to `plain_product`.
     """
     # On a CPU from the right: for several rows two thirds of the time that x kernel^T takes; one
     # row takes a SMALL kernel in halves, for two cores.
@@ -47,9 +49,7 @@ def plain_product(x: Array, kernel: Array, dtype: DTypeLike | None = None) -> Ar
 
 
 def column_product(x: Array, kernel: Array, dtype: DTypeLike | None = None) -> Array:
-    """x [B, T, i] against the columns of a kernel [i, j] -> [B, T, j] in `dtype` (None: of the
-    operands).
-    """
+    """x [B, T, i] against the columns of a kernel [i, j] -> [B, T, j]."""
     return jnp.einsum("BTi,ij->BTj", x, kernel, preferred_element_type=dtype)
 
 
@@ -59,9 +59,7 @@ def product_from_the_right(x: Array, kernel: Array, dtype: DTypeLike | None = No
 
 
 def product_in_halves(x: Array, kernel: Array, dtype: DTypeLike | None = None) -> Array:
-    """`packed_linear` from the right, of the upper and the lower half of the kernel as a batch of
-    two; j even.
-    """
+    """`product_from_the_right` of the halves of the kernel as a batch of two; j even."""
     halves, twice = kernel.reshape(2, -1, kernel.shape[1]), jnp.broadcast_to(x, (2, *x.shape))
     y = jnp.einsum("hji,hBTi->hjBT", halves, twice, preferred_element_type=dtype)
     return y.reshape(-1, *x.shape[:2]).transpose(1, 2, 0)
@@ -99,8 +97,8 @@ def bfloat16_product(
 
 
 def project(x: Array, block: Array, axes: int = 1) -> Array:
-    """The last `axes` axes of x [B, T, ...] against the first of an adapter block of any dtype ->
-    [B, T, *the block's other axes] in x's dtype.
+    """The last `axes` axes of x [B, T, ...] against the first of an adapter block -> [B, T, *the
+    other axes of the block] in x's dtype.
     """
     out = block.shape[axes:]
     flat = matmul(x.reshape(*x.shape[:-axes], -1), block.reshape(math.prod(block.shape[:axes]), -1))
@@ -110,10 +108,9 @@ def project(x: Array, block: Array, axes: int = 1) -> Array:
 @jax.custom_vjp
 def beside(x: Array) -> Array:
     """x, for the adapters' products of several kernels that read it."""
-    # Gradients of x are summed in the order of its uses. Those of the base's products are partial
-    # sums over tensor-parallel devices: XLA adds adjacent ones before one all-reduce, as
-    # Megatron-LM does (arXiv 1909.08053). An adapter gradient in between would split the
-    # all-reduce.
+    # Gradients of x are summed in the order of its uses. XLA adds adjacent partial sums over
+    # tensor-parallel devices before one all-reduce, as Megatron-LM does (arXiv 1909.08053). An
+    # adapter gradient in between would split it.
     return x
 
 
@@ -122,11 +119,9 @@ beside.defvjp(lambda x: (x, None), lambda _, dx: (dx,))
 
 @jax.custom_vjp
 def matmul(x: Array, w: Array) -> Array:
-    """x [..., i] @ w [i, j] in x's dtype. The gradient of w has w's dtype: for a float32 w and
-    bfloat16 x it is summed over rows, and over devices, in float32.
+    """x [..., i] @ w [i, j] in x's dtype. The gradient of w has w's dtype: a float32 w next to a
+    bfloat16 x gets sums over rows and devices in float32.
     """
-    # The gradient's narrow operand is on the left: XLA's CPU compiler transposes that one, and with
-    # the wide one there a LoRA step of SmolLM2-135M spent a third of its time so.
     return x @ w.astype(x.dtype)
 
 
@@ -137,6 +132,8 @@ def _matmul_forward(x: Array, w: Array) -> tuple[Array, tuple[Array, Array]]:
 def _matmul_backward(saved: tuple[Array, Array], dy: Array) -> tuple[Array, Array]:
     x, w = saved
     rows, d_rows = x.reshape(-1, w.shape[0]), dy.reshape(-1, w.shape[1])
+    # The narrow operand is on the left, which XLA's CPU compiler transposes: transposing the wide
+    # one took a third of a LoRA step of SmolLM2-135M.
     product: Any = partial(jnp.einsum, preferred_element_type=w.dtype)
     dw = (
         product("ni,nj->ij", rows, d_rows)
@@ -147,3 +144,82 @@ def _matmul_backward(saved: tuple[Array, Array], dy: Array) -> tuple[Array, Arra
 
 
 matmul.defvjp(_matmul_forward, _matmul_backward)
+
+
+def plain_logits(x: Array, kernel: Array, tied: bool) -> Array:
+    """`head_logits` as one product, for the compiler to differentiate and arrange."""
+    return (plain_product if tied else column_product)(x, kernel, jnp.float32)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def head_logits(x: Array, kernel: Array, tied: bool) -> Array:
+    """Logits [B, T, V] float32 of hidden states x [B, T, d], equal to `plain_logits`. kernel: an
+    embedding table [V, d] if tied, else [d, V]; of x's dtype.
+    """
+    if x.shape[1] > 1:
+        return plain_logits(x, kernel, tied)
+    # One token a row, as in decode: `packed_linear` gives a tied head's logits as `greedy` reads
+    # them; a training step takes 15% longer with it.
+    if tied:
+        return packed_linear(x, kernel, jnp.float32)
+    by_columns = {"dtype": jnp.float32, "product": column_product}
+    default = partial(column_product, dtype=jnp.float32)
+    return jax.lax.platform_dependent(
+        x,
+        kernel,
+        cpu=partial(bfloat16_product, **by_columns) if x.dtype == jnp.bfloat16 else default,
+        tpu=partial(product_of_eight_rows, **by_columns),
+        default=default,
+    )
+
+
+def _head_logits_forward(x: Array, kernel: Array, tied: bool) -> tuple[Array, tuple[Array, Array]]:
+    return head_logits(x, kernel, tied), (x, kernel)
+
+
+def _head_logits_backward(
+    tied: bool, saved: tuple[Array, Array], d_logits: Array
+) -> tuple[Array, Array]:
+    # In the operands' dtype: float32 cotangents with a bfloat16 kernel would run at float32 speed.
+    x, kernel = saved
+    d_logits = d_logits.astype(x.dtype)
+    d_kernel = jnp.einsum("BTd,BTV->dV", x, d_logits)
+    into_x = "BTV,Vd->BTd" if tied else "BTV,dV->BTd"
+    return jnp.einsum(into_x, d_logits, kernel), d_kernel.T if tied else d_kernel
+
+
+head_logits.defvjp(_head_logits_forward, _head_logits_backward)
+
+
+def column_norms(kernel: Array, a: Array, b: Array, scale: float) -> Array:
+    """DoRA's norm (arXiv 2402.09353) of each column of W [i, j] + s A [i, r] B [r, j], float32 [j],
+    without that matrix; equal to `plain_column_norms`.
+    """
+    # |w + s A b|^2 = |w|^2 + 2 s (A^T w) b + s^2 b^T (A^T A) b: products as those of r tokens.
+    w, a, b = (x.astype(jnp.float32) for x in (kernel, a, b))
+    cross = jnp.einsum("ir,ij->rj", a, w, precision="highest")
+    own = jnp.einsum("ir,is->rs", a, a, precision="highest")
+    beside = 2 * scale * cross + scale**2 * jnp.einsum("rs,sj->rj", own, b, precision="highest")
+    square = jnp.sum(w * w, axis=0) + jnp.sum(beside * b, axis=0)
+    return jnp.sqrt(jnp.maximum(square, 0))  # what cancels may end below 0
+
+
+def plain_column_norms(kernel: Array, a: Array, b: Array, scale: float) -> Array:
+    """`column_norms` by its formula."""
+    w, a, b = (x.astype(jnp.float32) for x in (kernel, a, b))
+    return jnp.linalg.norm(w + scale * jnp.matmul(a, b, precision="highest"), axis=0)
+
+
+def tile(h: Array, out: int) -> Array:
+    """h [..., r] R -> [..., out] of FFA's fixed tiling R [r, out], R[i, j] = sqrt(r/out) where j
+    mod r = i, whose rows are orthonormal when r divides out.
+    """
+    rank = h.shape[-1]
+    return jnp.take(h, np.arange(out) % rank, axis=-1) * math.sqrt(rank / out)
+
+
+def plain_tile(h: Array, out: int) -> Array:
+    """`tile` as the product h R."""
+    rank = h.shape[-1]
+    tiling = np.arange(out) % rank == np.arange(rank)[:, None]
+    return h @ jnp.asarray(tiling * math.sqrt(rank / out), h.dtype)

@@ -1,14 +1,15 @@
 """Quantised kernels and tables: codes and scales in place of floats.
 
-A type of codes is a row of `KINDS`. Groups of codes share a scale; they run along the axis that a
-product sums over, so that a fused adapter's inputs have their own groups and a base's codes stay as
-they are. The plain operation of everything here is `dequantize`.
+A type of codes is a row of `KINDS`. A scale is shared by a group of inputs, along the axis that a
+product sums over. A fused adapter's inputs have groups of their own, so the base's codes stay.
+Everything here equals the same operation on the floats of `dequantize`.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -17,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
+from zflora_jax.core import trees
 from zflora_jax.core.fields import nearest, require
 
 Array = jax.Array
@@ -75,22 +77,19 @@ KINDS = {
 )
 @dataclass(frozen=True)
 class QuantizedArray:
-    """A kernel or table as codes and scales: a node of a parameter tree where a float one is a
-    leaf. It stands for the floats of `dequantize`.
+    """A kernel or table as codes and scales, in place of a float leaf of a parameter tree.
 
     Attributes:
-      codes: [*layers, *inputs, *outputs], of jax or numpy; the inputs of a table [V, d] are its
-        last axis.
-      scales: The same axes, with the groups of the last input axis in place of that axis. If one
-        group is all inputs, the other input axes have size 1.
+      codes: [*layers, *inputs, *outputs], of jax or numpy; a table [V, d] has its inputs last.
+      scales: The same axes, with groups along the last input axis. If one group is all inputs, the
+        other input axes have size 1.
       mins: As scales; None if the type has none.
       kind: A key of `KINDS`.
       reads: Number of input axes.
       writes: Number of output axes.
       group: Inputs of a group; 0 for one group of all, and a second one of a fused adapter's.
-      base: Inputs of the last input axis that are the base's. No group holds both the base's and an
-        adapter's.
-      inner: Size of the last input axis if several are flattened, as heads are when packed; else 0.
+      base: Inputs of the last input axis that are the base's; no group mixes them with others.
+      inner: Size of the last input axis if several are flattened, as packed heads are; else 0.
     """
 
     codes: Any
@@ -138,11 +137,24 @@ class QuantizedArray:
         """Number of inputs that an output sums."""
         return math.prod(self.shape[self.ndim - self.writes - self.reads : self.ndim - self.writes])
 
+    def map(
+        self, codes: Callable[..., Any], scales: Callable[..., Any], *others: Any, **changes: Any
+    ) -> QuantizedArray:
+        """The array with `codes` of the codes and `scales` of the scales and of the mins, given
+        those of `others` too; `changes` are fields that differ.
+        """
+        every = (self, *others)
+        return replace(
+            self,
+            codes=codes(*(w.codes for w in every)),
+            scales=scales(*(w.scales for w in every)),
+            mins=None if self.mins is None else scales(*(w.mins for w in every)),
+            **changes,
+        )
+
 
 def bytes_of(leaf: Any) -> int:
-    """Bytes of a leaf on a GPU or TPU, where two codes of 4 bits share a byte (on a CPU they do
-    not).
-    """
+    """Bytes of a leaf on a GPU or TPU, where two codes of 4 bits share a byte."""
     if isinstance(leaf, QuantizedArray):
         return leaf.nbytes
     count = math.prod(leaf.shape)
@@ -163,14 +175,9 @@ def check_kind(kind: str, group: int | None) -> int:
     return row.group if group is None else group
 
 
-def group_counts(width: int, base: int, group: int) -> list[int]:
-    """Number of inputs in each group, of `width` inputs whose first `base` are the base's."""
-
-    def counts(size: int) -> list[int]:
-        each = group or size
-        return [min(each, size - start) for start in range(0, size, each)] if size else []
-
-    return counts(base) + counts(width - base)
+def group_count(size: int, group: int) -> int:
+    """Number of groups of `size` inputs."""
+    return -(-size // (group or size)) if size else 0
 
 
 def dequantize(w: QuantizedArray, dtype: DTypeLike = jnp.float32) -> Array:
@@ -193,25 +200,20 @@ def code_values(kind: str, codes: Array) -> Array:
     def looked_up(codes: Array) -> Array:
         return jnp.take(jnp.asarray(table, jnp.float32), codes, mode="clip")
 
-    # On a TPU a lookup is not fused into the product that reads it, on a GPU a chain of choices is
-    # not (docs/models.md).
-    return jax.lax.platform_dependent(
-        codes.astype(jnp.int32), tpu=partial(_chosen, table), default=looked_up
-    )
+    def chosen(codes: Array) -> Array:
+        values = jnp.full(codes.shape, table[0], jnp.float32)
+        for code, value in enumerate(table[1:], 1):
+            values = jnp.where(codes == code, jnp.float32(value), values)
+        return values
 
-
-def _chosen(table: tuple[float, ...], codes: Array) -> Array:
-    """The value of each code, by a chain of choices."""
-    values = jnp.full(codes.shape, table[0], jnp.float32)
-    for code, value in enumerate(table[1:], 1):
-        values = jnp.where(codes == code, jnp.float32(value), values)
-    return values
+    # XLA's TPU compiler fuses no lookup into the product that reads it, its GPU compiler no chain
+    # of choices (docs/models.md).
+    return jax.lax.platform_dependent(codes.astype(jnp.int32), tpu=chosen, default=looked_up)
 
 
 def base_inputs(w: QuantizedArray) -> np.ndarray:
-    """A bool for each input, True for the base's; a constant, because XLA's GPU compiler would make
-    a kernel of it in every token.
-    """
+    """A bool for each input, True for the base's."""
+    # A constant: XLA's GPU compiler would make a kernel of it in every token.
     width = w.shape[w.axis]
     return np.arange(width) % (w.inner or width) < w.base
 
@@ -244,9 +246,8 @@ def spread(w: QuantizedArray, scales: Array) -> Array:
 def quantize(
     x: Array, kind: str, *, reads: int = 1, writes: int = 1, group: int | None = None
 ) -> QuantizedArray:
-    """Quantises a kernel or table, each group separately.
-
-    int8, int4 and nf4 are qwix's; GGUF's blocks are rounded as llama.cpp rounds them.
+    """Quantises a kernel or table, each group separately: int8, int4 and nf4 as qwix does, GGUF's
+    blocks as llama.cpp does.
 
     Args:
       x: [*layers, *inputs, *outputs], float.
@@ -254,9 +255,6 @@ def quantize(
       reads: Number of input axes.
       writes: Number of output axes.
       group: Inputs of a group, along the last input axis; None for the default.
-
-    Returns:
-      A `QuantizedArray` whose inputs are all the base's.
 
     Raises:
       ConfigError: no such type or group size, or groups that do not divide the axis.
@@ -310,3 +308,129 @@ def _gguf_blocks(x: Array, kind: str, group: int, axis: int) -> tuple[Array, Arr
     codes = jnp.trunc(codes + half_up) if kind == "q8_0" else jnp.floor(codes + 0.5)
     codes = jnp.minimum(codes, high).reshape(x.shape).astype(KINDS[kind].codes)
     return codes, half(jnp.squeeze(scale, inside)), mins
+
+
+# (array, values, {axis: span}) -> the array with the values written there.
+Write = Callable[[Array, Array, dict[int, slice]], Array]
+
+
+def quantized_names(params: trees.Tree) -> list[str]:
+    """The names of a tree's leaves that are stored as codes."""
+    leaves = trees.flatten(params).items()
+    return [name for name, leaf in leaves if isinstance(leaf, QuantizedArray)]
+
+
+def padded(part: Array, pads: dict[int, int], value: float = 0) -> Array:
+    """An array with `value` at the end of axes, {axis: count}."""
+    widths = [(0, pads.get(a, 0)) for a in range(-part.ndim, 0)]
+    return jnp.pad(part, widths, constant_values=value)
+
+
+def widen(leaf: Any, axis: int, inputs: int, outputs: int) -> Any:
+    """A kernel with more inputs, in new groups, and outputs along the last axis, all zero. axis:
+    its last input axis, negative.
+    """
+    if not isinstance(leaf, QuantizedArray):
+        return padded(leaf, {axis: inputs, -1: outputs})
+    groups = {axis: group_count(inputs, leaf.group), -1: outputs}
+    return leaf.map(partial(padded, pads={axis: inputs, -1: outputs}), partial(padded, pads=groups))
+
+
+def read_part(leaf: Any, axis: int, reads: slice, writes: slice) -> Array:
+    """The inputs `reads` along `axis`, all of the base or all of an adapter, and outputs `writes`
+    of a kernel, float32.
+    """
+    if isinstance(leaf, QuantizedArray):
+        return dequantize(cut(leaf, extra=bool(reads.start), outputs=writes))
+    found: Array = leaf[_index({axis: reads, -1: writes}, leaf.ndim)].astype(jnp.float32)
+    return found
+
+
+def write_part(leaf: Any, values: Array, axis: int, reads: slice, writes: slice, do: Write) -> Any:
+    """A kernel with float32 `values`, quantised as it is, written where `read_part` reads."""
+    if not isinstance(leaf, QuantizedArray):
+        return do(leaf, values, {axis: reads, -1: writes})
+    return paste(leaf, quantize_block(values, leaf), do, extra=bool(reads.start), outputs=writes)
+
+
+def corner(leaf: Any, shape: tuple[int, ...]) -> Any:
+    """The base's part of a widened leaf, of this shape."""
+    if isinstance(leaf, QuantizedArray):
+        outputs = slice(0, shape[-1]) if leaf.writes else slice(None)
+        return cut(leaf, extra=False, outputs=outputs)
+    return leaf[tuple(slice(0, n) for n in shape)]
+
+
+def scaled_outputs(leaf: Any, scale: Array) -> Any:
+    """A leaf with its last axis times `scale`, powers of two: exact, and codes stay."""
+    scale = scale.reshape((1,) * (leaf.ndim - 1) + scale.shape)
+    if not isinstance(leaf, QuantizedArray):
+        return leaf * scale.astype(leaf.dtype)
+    # The range of float16 is too small for them.
+    wide = jnp.float32 if leaf.scales.dtype == jnp.float16 else leaf.scales.dtype
+    return leaf.map(lambda codes: codes, lambda part: part.astype(wide) * scale.astype(wide))
+
+
+def filled(leaf: Any, shape: tuple[int, ...]) -> Any:
+    """A leaf with zeros behind it along every axis, up to `shape`, and up to whole groups."""
+
+    def fill(part: Array, shape: Sequence[int]) -> Array:
+        pads = [(0, want - have) for want, have in zip(shape, part.shape, strict=True)]
+        return jnp.pad(part, pads)
+
+    if not isinstance(leaf, QuantizedArray):
+        return fill(leaf, shape)
+    axis, whole = leaf.ndim + leaf.axis, list(shape)
+    if leaf.group:
+        whole[axis] += -whole[axis] % leaf.group
+
+    def scales(part: Array) -> Array:
+        groups = whole[axis] // leaf.group if leaf.group else part.shape[axis]
+        # Inputs before the groups' axis have nothing behind them.
+        return fill(part, (*part.shape[:axis], groups, *whole[axis + 1 :]))
+
+    return leaf.map(partial(fill, shape=whole), scales)
+
+
+def quantize_block(block: Array, like: QuantizedArray) -> QuantizedArray:
+    """Quantises an adapter's block [*layers, *inputs, *outputs] float32 as the kernel `like` is, or
+    any part of it. Its inputs begin a group, and zeros fill the last one up.
+    """
+    axis, width = block.ndim + like.axis, block.shape[like.axis]
+    whole = padded(block, {like.axis: -width % like.group if like.group else 0})
+    wide = quantize(whole, like.kind, reads=like.reads, writes=like.writes, group=like.group)
+    codes = jax.lax.slice_in_dim(wide.codes, 0, width, axis=axis)
+    return replace(wide, codes=codes, base=width)
+
+
+def group_span(w: QuantizedArray, extra: bool) -> slice:
+    """The groups along `axis` that hold the base's inputs, or an adapter's."""
+    own = group_count(w.base, w.group)
+    return slice(own, None) if extra else slice(own)
+
+
+def _regions(w: QuantizedArray, extra: bool, outputs: slice) -> tuple[dict[int, slice], ...]:
+    """{axis: span} of the base's inputs, or an adapter's, in the codes and in the scales."""
+    spans = slice(w.base, None) if extra else slice(w.base), group_span(w, extra)
+    return tuple({w.axis: span, **({-1: outputs} if w.writes else {})} for span in spans)
+
+
+def _index(spans: dict[int, slice], ndim: int) -> tuple[slice, ...]:
+    return tuple(spans.get(a, slice(None)) for a in range(-ndim, 0))
+
+
+def cut(w: QuantizedArray, *, extra: bool, outputs: slice = slice(None)) -> QuantizedArray:
+    """The block of the adapter's inputs, or the base's, and of `outputs` along the last axis."""
+    codes, scales = (_index(spans, w.ndim) for spans in _regions(w, extra, outputs))
+    found = w.map(lambda part: part[codes], lambda part: part[scales])
+    return replace(found, base=found.shape[w.axis])
+
+
+def paste(
+    w: QuantizedArray, block: QuantizedArray, write: Write, *, extra: bool, outputs: slice
+) -> QuantizedArray:
+    """`w` with a block of `quantize_block` written in by `write`; the inverse of `cut`."""
+    codes, scales = _regions(w, extra, outputs)
+    return w.map(
+        lambda part, new: write(part, new, codes), lambda part, new: write(part, new, scales), block
+    )

@@ -1,4 +1,4 @@
-"""What the backward pass of a layer saves, by name."""
+"""What the backward pass of a layer keeps, by name."""
 
 from __future__ import annotations
 
@@ -9,19 +9,18 @@ from jax.ad_checkpoint import checkpoint_name
 
 from zflora_jax.ops.linear import Array
 
-# What the backward pass of a layer keeps, by name; the rest (norms, gates, softmax) it computes
-# again from these, which costs little: for a LoRA step of SmolLM2-135M two thirds of the memory
-# that keeping all takes. The names are the streams whose values are kept.
+# The streams whose values are kept; norms, gates and softmax are computed again. A LoRA step of
+# SmolLM2-135M then takes two thirds of the memory.
 SAVED_NAMES = ("residual", "heads", "mlp", "low rank")
 
 
 def _kernel_results(primitive: Any, *_: Any, **__: Any) -> bool:
-    """cuDNN's attention gives what its backward pass needs without a name."""
+    """Whether it is cuDNN's attention, whose results have no name."""
     return primitive.name.startswith("dot_product_attention_fwd")
 
 
 def _offloaded(primitive: Any, *given: Any, **params: Any) -> Any:
-    """Names go to the host's memory; a kernel's results stay."""
+    """Offloads names to the host's memory; a kernel's results stay."""
     return _kernel_results(primitive) or _TO_HOST(primitive, *given, **params)
 
 
@@ -32,7 +31,7 @@ _TO_HOST: Any = _SAVE.save_and_offload_only_these_names(
     offload_src="device",
     offload_dst="pinned_host",
 )
-# What the backward pass keeps of a block, by the name in the settings; None keeps its input alone.
+# By the name in the settings; None keeps the input of a block alone.
 POLICIES: dict[str, Any] = {
     "none": _SAVE.everything_saveable,
     "dots": _SAVE.save_from_both_policies(

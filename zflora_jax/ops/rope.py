@@ -8,14 +8,12 @@ import numpy as np
 from zflora_jax.core.model_config import LlamaConfig
 from zflora_jax.ops.linear import Array
 
-# Of a table of rotations in a compiled program: at most 4 MB at head_dim 128, once for prefill and
-# once for the loop
-ROPE_ROWS = 8192
+ROPE_ROWS = 8192  # of a table of rotations in a program: at most 4 MB at head_dim 128
 
 
 def rope_frequencies(config: LlamaConfig) -> np.ndarray:
-    """Inverse frequencies of the base head dims, [k/2] float32, with Llama-3 scaling where the
-    config has it (as transformers computes them).
+    """Inverse frequencies of the base head dims, [k/2] float32, with the config's Llama-3 scaling,
+    as transformers computes them.
     """
     k = config.rotary_dim
     freq = (
@@ -28,18 +26,14 @@ def rope_frequencies(config: LlamaConfig) -> np.ndarray:
     smooth = (s.original_max_position_embeddings / wavelength - s.low_freq_factor) / (
         s.high_freq_factor - s.low_freq_factor
     )
-    # High frequencies stay (smooth >= 1), low ones are divided by the factor (smooth <= 0), the
-    # band between is interpolated.
-    smooth = np.clip(smooth, 0.0, 1.0)
+    smooth = np.clip(smooth, 0.0, 1.0)  # 1: high frequencies stay; 0: low ones are divided
     return ((1 - smooth) * freq / s.factor + smooth * freq).astype(np.float32)
 
 
 def paired_order(base: int, width: int) -> np.ndarray:
-    """The order of a widened head's dims in which RoPE can rotate the whole head: [width] int, the
-    native dim at each place. base (the first dims) and width are even.
-
-    The base's pairs (i, i + base/2) become (i, i + width/2); the others are pairs of adapter dims,
-    which a frequency of 0 leaves as they are.
+    """The native dim at each place, [width] int, of a widened head that RoPE rotates as a whole:
+    the base's pairs (i, i + base/2) become (i, i + width/2), the other pairs are adapter dims, of
+    frequency 0. Both widths are even.
     """
     middle = base + (width - base) // 2
     halves = ((0, base // 2), (base, middle), (base // 2, base), (middle, width))
@@ -47,17 +41,12 @@ def paired_order(base: int, width: int) -> np.ndarray:
 
 
 def rope_tables(config: LlamaConfig, positions: Array, length: int) -> tuple[Array, Array]:
-    """The rotations of positions [B, T] int32 below `length`, as angles in float32: bfloat16 cannot
-    tell position 257 from 256.
-
-    Returns:
-      cos and sin, [B, T, 1, k/2] float32, equal to `plain_rope_tables`; for a packed model over all
-      dims of a head, which are in `paired_order` there.
+    """cos and sin of positions [B, T] int32 below `length`, [B, T, 1, k/2] float32, equal to
+    `plain_rope_tables`; for a packed model over all dims of a head, in `paired_order`.
     """
     if length > ROPE_ROWS:
         return plain_rope_tables(config, positions)
-    # Looked up in a constant: XLA's CPU compiler would compute them again in every layer, twice (by
-    # the compiled text; test_rotations).
+    # Looked up in a constant: XLA's CPU compiler would compute them again in every layer, twice.
     table = np.arange(length, dtype=np.float32)[:, None, None] * _frequencies(config)
     cos, sin = (
         jnp.take(jnp.asarray(of(table)), positions, axis=0, mode="clip") for of in (np.cos, np.sin)
@@ -80,9 +69,9 @@ def _frequencies(config: LlamaConfig) -> np.ndarray:
 
 
 def apply_rope(x: Array, cos: Array, sin: Array, turned: Array | None = None) -> Array:
-    """Rotates the first k dims of heads x [B, T, heads, k or more] by `rope_tables`, in pairs
-    (i, i + k/2). Other dims carry no position and pass through, as all do if `turned`, bool, is
-    False (a layer without RoPE).
+    """Rotates the first k dims of heads x [B, T, heads, k or more] by `rope_tables`, in pairs (i, i
+    + k/2). Other dims pass through, as all do where `turned`, bool, is False (a layer without
+    RoPE).
     """
     if turned is not None:
         cos, sin = jnp.where(turned, cos, 1.0), jnp.where(turned, sin, 0.0)

@@ -1,7 +1,5 @@
-"""Choosing tokens from logits, in the forms that compilers run best: the likeliest token, and the
-nucleus of top-p.
-
-Letters: B rows, V vocabulary.
+"""Choosing tokens from logits: the likeliest token, and the nucleus of top-p. Letters: B rows, V
+vocabulary.
 """
 
 from __future__ import annotations
@@ -20,9 +18,8 @@ def greedy(logits: Array) -> Array:
     """The first of the largest logits [B, V] of each row, int32 [B], as `plain_greedy`; NON_FINITE
     for a row with NaN or +infinity.
     """
-    # Two plain reductions, because XLA's CPU compiler makes a slow loop of argmax (0.28 ms against
-    # 0.15 ms for one row of 49152). They go down columns, in which
-    # `head.head_logits` computes float32 logits on a CPU.
+    # XLA's CPU compiler makes a slow loop of argmax (0.28 ms against 0.15 ms for one row of 49152).
+    # Columns, because `linear.head_logits` computes float32 logits in them on a CPU.
     columns = logits.T
     token = jnp.arange(columns.shape[0], dtype=jnp.int32)[:, None]
     top = jnp.max(columns, axis=0, keepdims=True)
@@ -45,14 +42,10 @@ def nucleus_of_sorted(logits: Array, top_p: float) -> Array:
 
 
 def nucleus(logits: Array, top_p: float) -> Array:
-    """The smallest set of likeliest tokens whose probabilities sum to at least top_p.
-
-    Returns:
-      The logits [B, V] float32, -inf outside the set. Tokens as likely as the set's last belong to
-      it.
+    """The logits [B, V] float32, -inf outside the smallest set of likeliest tokens whose
+    probabilities sum to at least top_p. Tokens as likely as the set's last belong to it.
     """
-    # The threshold is found by bisection, because XLA's CPU compiler sorts slowly (9.1 ms against
-    # 0.8 ms for one row of 49152).
+    # Bisection, because XLA's CPU compiler sorts slowly (9.1 against 0.8 ms for a row of 49152).
     probability = jax.nn.softmax(logits, axis=-1)
     return jnp.where(probability >= _nucleus_floor(probability, top_p), logits, -jnp.inf)
 
@@ -67,8 +60,7 @@ def plain_nucleus(logits: Array, top_p: float) -> Array:
 
 def _nucleus_floor(probability: Array, share: float) -> Array:
     """The largest number [B, 1] such that the probabilities [B, V] of at least that number sum to
-    `share` (0 where rounding keeps all from it). Bisection over the bits of a float32, which are
-    ordered as the numbers are where these are not negative.
+    `share`, or 0. Bisects the bits of a float32, which are ordered as non-negative numbers are.
     """
 
     def number(bits: Array) -> Array:
