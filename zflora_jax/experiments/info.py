@@ -30,7 +30,7 @@ from zflora_jax.hf.gguf.file import GGUFFile
 from zflora_jax.hf.hub import packaged
 from zflora_jax.hf.load import model_config
 from zflora_jax.hf.peft import CONFIG, WEIGHTS, refuse_pickled
-from zflora_jax.hf.restore import MANIFEST, read_manifest, stored_config
+from zflora_jax.hf.restore import MANIFEST, read_export, read_manifest
 from zflora_jax.hf.shards import FLOATS, Shards, read_json
 from zflora_jax.reporting.metrics import METRICS_FILE, read_metrics
 from zflora_jax.training.workdir import STARTS_FILE, read_config, saved_steps
@@ -161,7 +161,8 @@ def _export(directory: Path) -> Facts:
     if (quant := manifest.get("quant")) is None:
         return facts | _weights(directory)
     held = _weights(directory, dtypes=(*FLOATS, *CODES))
-    return facts | held | {"kernels": quant, "parameters": count_base(stored_config(directory))}
+    stock = read_export(directory, quantised=True).form.config
+    return facts | held | {"kernels": quant, "parameters": count_base(stock)}
 
 
 def _peft(directory: Path) -> Facts:

@@ -238,6 +238,12 @@ def _shared_scales(form: CompressedForm, model: Model, eps_z: float | None) -> C
     coarsely, so a power is judged by the whole error of its rows. eps_z has the smallest relative
     error of a layer's products: of the rows times their inputs, plus the state's part in the norms.
     """
+
+    def error_of(rows: np.ndarray, scales: np.ndarray) -> np.ndarray:
+        """Squared errors [R, e] of rows [R, e, outputs] stored with these scales."""
+        stored = np.clip(np.rint(rows / scales), -MOST, MOST) * scales
+        return np.sum((stored - rows) ** 2, axis=-1)
+
     units: dict[str, list[np.ndarray]] = {}
     error, energy, counts = np.zeros(len(CHOICES)), 0.0, np.zeros(2)
     for name, place in hf_table(form.native).items():
@@ -248,7 +254,7 @@ def _shared_scales(form: CompressedForm, model: Model, eps_z: float | None) -> C
         state = KERNELS[kernel][0] == "residual"
         shared = parts.shared
         rows, scales = parts.rows[..., shared], parts.scales[0, 0][shared]
-        found = np.stack([_error(rows, p * scales) for p in (CHOICES if state else _UNITS)])
+        found = np.stack([error_of(rows, p * scales) for p in (CHOICES if state else _UNITS)])
         if state:
             base = parts.codes[..., shared] * scales
             error += found.reshape(len(found), -1).sum(axis=1)
@@ -264,12 +270,6 @@ def _shared_scales(form: CompressedForm, model: Model, eps_z: float | None) -> C
         effect = np.sqrt(share * each) + share * np.square(CHOICES) / 2
         stock = replace(stock, eps_z=CHOICES[int(effect.argmin())])
     return replace(form, stock=stock, units=units)
-
-
-def _error(rows: np.ndarray, scales: np.ndarray) -> np.ndarray:
-    """Squared errors [R, e] of rows [R, e, outputs] stored with these scales."""
-    stored = np.clip(np.rint(rows / scales), -MOST, MOST) * scales
-    return np.sum((stored - rows) ** 2, axis=-1)
 
 
 def compressed(model: Model, quant: str, dtype: str, eps_z: float | None) -> Stored:

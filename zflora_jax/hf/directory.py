@@ -180,13 +180,6 @@ def folder_beside(target: Path) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def put_in_place(made: Path, target: Path) -> None:
-    """Gives a finished file its final name, on the same file system."""
-    fsync(made)
-    os.replace(made, target)
-    fsync(target.parent)
-
-
 def fsync(path: Path) -> None:
     """Flush a file or directory to disk."""
     handle = os.open(path, os.O_RDONLY)

@@ -105,11 +105,6 @@ def _check_config(directory: Path, hf: Mapping[str, Any], form: StockForm) -> No
         )
 
 
-def stored_config(directory: Path) -> LlamaConfig:
-    """The config of the stock model in an export, with quantised kernels or without."""
-    return read_export(directory, quantised=True).form.config
-
-
 def load_export(directory: Path, dtype: str, scan_layers: bool, mesh: Any = None) -> Model:
     """Loads the native fused model that an export was made from; see `load_model`.
 

@@ -19,7 +19,6 @@ import numpy as np
 
 from zflora_jax.core.errors import CheckpointError
 from zflora_jax.core.families import FAMILIES
-from zflora_jax.core.fields import nearest, require
 from zflora_jax.hf.keys import as_finite
 from zflora_jax.ops.quantized import KINDS, QuantizedArray
 
@@ -218,16 +217,6 @@ QUANTS = {
     "q4_1": Quant("Q4_1", "Q8_0", "MOSTLY_Q4_1"),
 }
 KEEP = "keep"  # `gguf.keep` chooses the type of each tensor
-
-
-def check_quant(quant: str) -> None:
-    """ConfigError for a name that is neither in `QUANTS` nor "keep"."""
-    require(
-        quant in (*QUANTS, KEEP),
-        f"quant={quant!r}: {nearest(quant, (*QUANTS, KEEP))}. For other types, such as q4_k_m,"
-        " write an f16 file (--quant f16) and quantise it with llama.cpp: `llama-quantize FILE.gguf"
-        " OUT.gguf Q4_K_M`.",
-    )
 
 
 @dataclass(frozen=True)

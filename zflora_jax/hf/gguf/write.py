@@ -30,10 +30,10 @@ from zflora_jax.core import trees
 from zflora_jax.core.architecture import KERNELS, count_base
 from zflora_jax.core.errors import CheckpointError
 from zflora_jax.core.families import FAMILIES, require_format
-from zflora_jax.core.fields import require
+from zflora_jax.core.fields import nearest, require
 from zflora_jax.core.model import Model
 from zflora_jax.core.model_config import LlamaConfig
-from zflora_jax.hf.directory import folder_beside, put_in_place
+from zflora_jax.hf.directory import folder_beside, fsync
 from zflora_jax.hf.gguf.file import (
     ATTENTION_FACTOR,
     KEEP,
@@ -45,7 +45,6 @@ from zflora_jax.hf.gguf.file import (
     GGUFFile,
     Planned,
     Quant,
-    check_quant,
     gguf_name,
     has_pairs,
     interleave,
@@ -433,7 +432,12 @@ def check_target(out: str | os.PathLike[str], quant: str) -> Path:
     """The absolute path of the file, after checks of the arguments of `save_gguf` that need no
     model.
     """
-    check_quant(quant)
+    require(
+        quant in (*QUANTS, KEEP),
+        f"quant={quant!r}: {nearest(quant, (*QUANTS, KEEP))}. For other types, such as q4_k_m,"
+        " write an f16 file (--quant f16) and quantise it with llama.cpp: `llama-quantize FILE.gguf"
+        " OUT.gguf Q4_K_M`.",
+    )
     target = local_path(out, "out").expanduser().absolute()
     require(
         target.suffix == ".gguf",
@@ -518,7 +522,9 @@ def _whole_file(target: Path) -> Iterator[Path]:
     with folder_beside(target) as folder:
         yield folder / target.name
         _refuse_foreign(target)
-        put_in_place(folder / target.name, target)
+        fsync(folder / target.name)
+        os.replace(folder / target.name, target)
+        fsync(target.parent)
 
 
 def _refuse_foreign(target: Path) -> None:
