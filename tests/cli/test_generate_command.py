@@ -22,7 +22,7 @@ def test_an_error_loses_no_answer(done, base_dir, tmp_path, monkeypatch, capsys)
     assert main(asks) == 0
     want = capsys.readouterr().out.splitlines()
     assert [json.loads(line)["prompt"] for line in want] == lines
-    answered = decode.answered
+    answered = decode.answer_batches
 
     def stopping(*given):
         batches = answered(*given)
@@ -30,7 +30,7 @@ def test_an_error_loses_no_answer(done, base_dir, tmp_path, monkeypatch, capsys)
             yield next(batches)
         raise NonFiniteError("the logits are NaN")
 
-    monkeypatch.setattr(decode, "answered", stopping)
+    monkeypatch.setattr(decode, "answer_batches", stopping)
     assert main(asks) == 3
     said = capsys.readouterr()
     assert len(said.out.splitlines()) == done and set(said.out.splitlines()) < set(want)
@@ -40,14 +40,14 @@ def test_an_error_loses_no_answer(done, base_dir, tmp_path, monkeypatch, capsys)
 def test_sigterm_loses_no_answer(base_dir, tmp_path, monkeypatch, capsys):
     """As a scheduler ends a job: the answer that waits behind a missing one is printed."""
     (tmp_path / "lines.txt").write_text("a longer prompt\nhi")
-    answered = decode.answered
+    answered = decode.answer_batches
 
     def stopped(*given):
         yield next(answered(*given))
         os.kill(os.getpid(), signal.SIGTERM)
         raise AssertionError("SIGTERM had no effect")
 
-    monkeypatch.setattr(decode, "answered", stopped)
+    monkeypatch.setattr(decode, "answer_batches", stopped)
     asks = ["generate", "--model", base_dir, "--file", str(tmp_path / "lines.txt")]
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(SystemExit) as ended:
@@ -61,14 +61,14 @@ def test_an_answer_is_printed_once_those_before_it_are_there(
     base_dir, tmp_path, monkeypatch, capsys
 ):
     (tmp_path / "lines.txt").write_text("ab\ncd\n")
-    answered, said = decode.answered, []
+    answered, said = decode.answer_batches, []
 
     def watched(*given):
         for batch in answered(*given):
             yield batch
             said.append(capsys.readouterr().out)
 
-    monkeypatch.setattr(decode, "answered", watched)
+    monkeypatch.setattr(decode, "answer_batches", watched)
     asks = ["generate", "--model", base_dir, "--file", str(tmp_path / "lines.txt")]
     assert main([*asks, "--max-new-tokens", "4", "--batch-size", "1"]) == 0
     assert [json.loads(line)["prompt"] for line in said] == ["ab", "cd"]
