@@ -60,9 +60,9 @@ def run_of(adapter: zf.AdapterConfig) -> RunConfig:
 
 def trained(run: RunConfig, base: zf.Model) -> trees.Tree:
     """Adapters after the run's steps on the training split, in its order."""
+    from zflora_jax.data.encoding import tokenize_examples
     from zflora_jax.data.mixture import load_mixture
     from zflora_jax.data.pipeline import eval_batches, one_sequence_a_row
-    from zflora_jax.data.tokenization import tokenize_examples
 
     examples = load_mixture(run.data, "train", 8 * run.train.steps)
     encoded = tokenize_examples(examples, base.tokenizer, run.data, base.config.vocab_size)

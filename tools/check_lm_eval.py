@@ -171,7 +171,7 @@ def main() -> None:
 
     import zflora_jax as zf
     from zflora_jax.config import DataConfig, EvalConfig
-    from zflora_jax.data.cloze import CLOZE, listed_options
+    from zflora_jax.data.task import CLOZE, listed_options
     from zflora_jax.data.tasks import TASKS, load_examples
     from zflora_jax.evaluation.records import likelihood_records
     from zflora_jax.reporting.files import write_result

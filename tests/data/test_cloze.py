@@ -6,8 +6,8 @@ from support.tasks import write_questions
 from zflora_jax.core.fields import ConfigError
 from zflora_jax.core.run_config import DataConfig, EvalConfig
 from zflora_jax.data.builders.published import FORMATS, answers
-from zflora_jax.data.cloze import as_cloze, listed_options
 from zflora_jax.data.encoding import encode_examples, encode_options
+from zflora_jax.data.task import as_cloze, listed_options
 from zflora_jax.data.tasks import TASKS, Example, load_examples
 from zflora_jax.evaluation.contamination import contaminated, questions
 from zflora_jax.evaluation.records import _chosen, likelihood_records

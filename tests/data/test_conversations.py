@@ -27,9 +27,8 @@ from support.tasks import load, write
 from zflora_jax.core.fields import ConfigError
 from zflora_jax.core.run_config import DataConfig
 from zflora_jax.data import encoding
-from zflora_jax.data.encoding import cut_to_fit, encode_examples, encode_prompts
+from zflora_jax.data.encoding import cut_to_fit, encode_examples, encode_prompts, tokenize_examples
 from zflora_jax.data.tasks import Example
-from zflora_jax.data.tokenization import tokenize_examples
 from zflora_jax.evaluation.contamination import contaminated, question, questions
 
 
@@ -129,21 +128,23 @@ def test_one_of_several_templates(tmp_path):
         assert ("functions: " in tokenizer.decode(encoded.rows[0].tokens)) == said
 
 
-def test_answers_that_do_not_end_are_said(tmp_path, caplog):
-    encoding._warn.cache_clear()
-    endless = "{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}"
-    endless += "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
-    rows_of(tmp_path, *messages(SHORT, LONG), template=endless)
-    assert caplog.text.count("ends with no token of its own") == 1
+ENDLESS = "{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}"
+ENDLESS += "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+LATE = CHATML.replace("assistant\n' -}}{%- endif", "assistant\n<think>' -}}{%- endif")
 
 
-def test_marks_behind_other_tokens_than_generation_starts_from_are_said(tmp_path, caplog):
+@pytest.mark.parametrize(
+    ("template", "warned"),
+    [
+        (CHATML, ""),
+        (ENDLESS, "ends with no token of its own"),
+        (LATE, "marked behind other tokens than generation starts from"),
+    ],
+)
+def test_warnings_of_a_template_are_given_once(template, warned, tmp_path, caplog):
     encoding._warn.cache_clear()
-    rows_of(tmp_path, *messages(SHORT))
-    assert "chat template" not in caplog.text
-    late = CHATML.replace("assistant\n' -}}{%- endif", "assistant\n<think>' -}}{%- endif")
-    rows_of(tmp_path, *messages(SHORT), template=late)
-    assert "marked behind other tokens than generation starts from" in caplog.text
+    rows_of(tmp_path, *messages(SHORT, LONG), template=template)
+    assert caplog.text.count("chat template") == bool(warned) and warned in caplog.text
 
 
 def test_a_question_is_all_that_was_said_before_its_answer(tmp_path):

@@ -16,9 +16,9 @@ from zflora_jax.cli.main import main
 from zflora_jax.core.adapter_config import AdapterConfig
 from zflora_jax.core.fields import ConfigError
 from zflora_jax.core.run_config import DataConfig, RunConfig
+from zflora_jax.data.encoding import tokenize_examples
 from zflora_jax.data.mixture import load_mixture
 from zflora_jax.data.pipeline import pack_sequences, train_batches
-from zflora_jax.data.tokenization import tokenize_examples
 from zflora_jax.experiments.data_view import data_view
 from zflora_jax.hf.load import model_tokenizer
 from zflora_jax.hf.save import save_hf

@@ -96,6 +96,8 @@ def test_the_end_of_turn_may_be_in_added_tokens_alone(special):
     assert end_token(tokenizer, "chat") == EOT and end_token(tokenizer, "alpaca") == EOS
     [(tokens, _)] = encode_examples([Example("q", "a")], tokenizer, TASK_DATA)
     assert tokens[-1] == EOT
+    tokenizer.chat_template = TEMPLATE.replace("'<|eot_id|>'", "' <|eot_id|>'")
+    assert end_token(tokenizer, "chat") == EOT
     tokenizer.chat_template = (  # ordinary text ends its turns
         "{% for m in messages %}{{ m['content'] }}\n{% endfor %}"
     )
@@ -182,45 +184,30 @@ def test_files_that_need_no_change_stay_byte_for_byte(directory, tmp_path):
     (base / "generation_config.json").unlink()
     save_hf(out, model)
     assert transformers.GenerationConfig.from_pretrained(out).eos_token_id == [EOS, EOT]
-
-
-def test_an_export_whose_stop_tokens_were_edited_stops_as_stock_software_does(directory, tmp_path):
-    save_hf(tmp_path / "out", load_model(directory))
-    (tmp_path / "out" / "generation_config.json").write_text('{"eos_token_id": [257, 260]}')
-    assert load_model(tmp_path / "out").config.eos_token_ids == (EOS, EOT)
+    # An edited file is read as stock software reads it.
+    (out / "generation_config.json").write_text('{"eos_token_id": [257, 9]}')
+    assert load_model(out).config.eos_token_ids == (EOS, 9)
 
 
 # --- a tokenizer that was changed after loading ---------------------------------------------------
 
 
-def change_template(tokenizer: Any) -> None:
-    tokenizer.chat_template = "{% for m in messages %}<u>{{ m['content'] }}<|eot_id|>{% endfor %}"
-
-
-def change_eos(tokenizer: Any) -> None:
-    tokenizer.eos_token = "<|eot_id|>"
-
-
 def add_tokens(tokenizer: Any) -> None:
     tokenizer.add_special_tokens({"pad_token": "<pad>", "additional_special_tokens": ["<tool>"]})
     tokenizer.add_tokens(["<note>"])
-
-
-def change_sides(tokenizer: Any) -> None:
     tokenizer.padding_side, tokenizer.model_max_length = "left", 77
 
 
 def drop_bos(tokenizer: Any) -> None:
     from tokenizers import processors
 
-    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
-        single="$A", special_tokens=[]
-    )
+    empty = processors.TemplateProcessing(single="$A", special_tokens=[])
+    tokenizer.backend_tokenizer.post_processor = empty
+    tokenizer.eos_token = "<|eot_id|>"
+    tokenizer.chat_template = "{% for m in messages %}<u>{{ m['content'] }}<|eot_id|>{% endfor %}"
 
 
-@pytest.mark.parametrize(
-    "change", [change_template, change_eos, add_tokens, change_sides, drop_bos]
-)
+@pytest.mark.parametrize("change", [add_tokens, drop_bos])
 def test_a_changed_tokenizer_is_written_and_read_back(change, directory, tmp_path):
     model = load_model(directory)
     change(model.tokenizer)

@@ -4,14 +4,13 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from support.byte_tokenizer import BOS, EOS, PAD, byte_tokenizer
+from support.byte_tokenizer import BOS, EOS, byte_tokenizer
 
 from zflora_jax.core.fields import ConfigError
 from zflora_jax.core.run_config import DataConfig
 from zflora_jax.data import prompts
-from zflora_jax.data.encoding import encode_prompts
+from zflora_jax.data.encoding import encode_prompts, tokenize_examples
 from zflora_jax.data.tasks import Example
-from zflora_jax.data.tokenization import tokenize_examples
 
 
 def test_alpaca_text_byte_for_byte():
@@ -44,18 +43,6 @@ def test_wrong_styles_are_refused():
         prompts.render(byte_tokenizer(chat_template=None), "chat", "Hi")
     with pytest.raises(ConfigError, match="did you mean 'alpaca'"):
         prompts.render(None, "alpacas", "Hi")
-
-
-def test_the_end_token_is_the_one_the_template_puts_after_an_answer():
-    template = "{% for m in messages %}<bos>{{ m['role'] + m['content'] + ' <pad>' }}{% endfor %}"
-    bare = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
-    # Here <pad> plays <|eot_id|>.
-    for text, style, token in (
-        (template, "chat", PAD),
-        (template, "alpaca", EOS),
-        (bare, "chat", EOS),
-    ):
-        assert prompts.end_token(byte_tokenizer(chat_template=text), style) == token
     without_eos = byte_tokenizer(chat_template=None)
     without_eos.eos_token = None
     with pytest.raises(ConfigError, match="no EOS"):

@@ -96,27 +96,52 @@ def test_hellaswag(tmp_path):
     assert sizes == [18, 2] and load("hellaswag", "train", tmp_path)[0].answer == "ending4"
 
 
+UTTERANCES = ["Hi .", "Hello  you .", "Bye .", " Bye ."]
+SHORT = {"summary": "Short."}
+
+
+def summary(what, *texts):
+    prompt = f"Summarize the following {what}."
+    return Example(prompt, texts[0], "", "Long.", (), texts, document=True)
+
+
+def reply(before, text):
+    prompt = "Write the next reply of Speaker 2 in the following dialogue."
+    return Example(prompt, text, "", before, (), (text,))
+
+
+REPLIES = [
+    reply("Speaker 1: Hi .", "Hello you ."),
+    reply("Speaker 1: Hi .\nSpeaker 2: Hello you .\nSpeaker 1: Bye .", "Bye ."),
+]
+
+
 @pytest.mark.parametrize(
-    ("task", "name", "row", "what"),
+    ("file", "row", "wanted"),
     [
-        ("cnn_dailymail", "val.json", {"article": "Long.", "highlights": "Short. "}, "article"),
-        ("xsum", "val.json", {"document": "Long.", "summary": "Short."}, "article"),
-        ("samsum", "val.json", {"dialogue": "Long.", "summary": "Short."}, "dialogue"),
-        ("dialogsum", "dialogsum.dev.json", {"dialogue": "Long.", "summary": "Short."}, "dialogue"),
+        (
+            "cnn_dailymail/test.json",
+            {"article": "Long.", "highlights": "Short. "},
+            [summary("article", "Short.")],
+        ),
+        ("xsum/test.json", {"document": "Long."} | SHORT, [summary("article", "Short.")]),
+        ("samsum/test.json", {"dialogue": "Long."} | SHORT, [summary("dialogue", "Short.")]),
+        (
+            "dialogsum/dialogsum.test.jsonl",
+            {"dialogue": "Long."} | {f"summary{i}": f"{i}." for i in (1, 2, 3)},
+            [summary("dialogue", "1.", "2.", "3.")],
+        ),
+        ("dailydialog/test.jsonl", {"dialog": UTTERANCES, "act": [1, 1, 1, 1]}, REPLIES),
+        (
+            "multiwoz/test.jsonl",
+            {"turns": [{"speaker": "USER", "utterance": u} for u in UTTERANCES]},
+            REPLIES,
+        ),
     ],
 )
-def test_summaries(task, name, row, what, tmp_path):
-    write(tmp_path / task / name, row)
-    prompt = f"Summarize the following {what}."
-    wanted = Example(prompt, "Short.", "", "Long.", (), ("Short.",), document=True)
-    assert load(task, "validation", tmp_path) == [wanted]
-
-
-def test_several_summaries_are_the_references(tmp_path):
-    row = {"dialogue": "Long."} | {f"summary{i}": f"{i}." for i in (1, 2, 3)}
-    write(tmp_path / "dialogsum" / "dialogsum.test.jsonl", row)
-    (example,) = load("dialogsum", "test", tmp_path)
-    assert (example.target, example.references) == ("1.", ("1.", "2.", "3."))
+def test_summaries_and_replies(file, row, wanted, tmp_path):
+    write(tmp_path / file, row)
+    assert load(file.split("/")[0], "test", tmp_path) == wanted
 
 
 def test_woz_asks_for_the_state_after_each_user_turn(tmp_path):
@@ -130,25 +155,6 @@ def test_woz_asks_for_the_state_after_each_user_turn(tmp_path):
     assert not any(e.document for e in examples)
     told = task.parse("request: phone; Price Range: cheap; area: east")
     assert task.score(told, examples[1].answer)
-
-
-UTTERANCES = ["Hi .", "Hello  you .", "Bye .", " Bye ."]
-
-
-@pytest.mark.parametrize(
-    ("task", "row"),
-    [
-        ("dailydialog", {"dialog": UTTERANCES, "act": [1, 1, 1, 1]}),
-        ("multiwoz", {"turns": [{"speaker": "USER", "utterance": u} for u in UTTERANCES]}),
-    ],
-)
-def test_dialogues_ask_for_each_reply(tmp_path, task, row):
-    write(tmp_path / task / "test.jsonl", row)
-    first, second = load(task, "test", tmp_path)
-    assert (first.input, first.target, first.answer) == ("Speaker 1: Hi .", "Hello you .", "")
-    assert first.references == ("Hello you .",)
-    before = "Speaker 1: Hi .\nSpeaker 2: Hello you .\nSpeaker 1: Bye ."
-    assert (second.input, second.target) == (before, "Bye .")
 
 
 def test_mawps_equations_are_worked_solutions(tmp_path):
@@ -283,20 +289,15 @@ def test_the_wording_gives_llm_adapters_rows_byte_for_byte(name):
         found = re.fullmatch(PATTERNS[name], row["prompt"], re.DOTALL)
         question, *texts = [part for part in found.groups() if part is not None]
         gold = 0 if name == "boolq" else int(row["answer"][-1]) - 1
-        if name == "boolq":
-            made = FORMATS["boolq"].read({"question": question, "answer": row["answer"] == "true"})
-        elif name == "piqa":
-            raw = {"goal": question, "sol1": texts[0], "sol2": texts[1], "label": gold}
-            made = FORMATS["piqa"].read(raw)
-        elif name == "hellaswag":
-            activity, context = question.split(": ", 1)
-            raw = {"activity_label": activity, "ctx": context, "endings": texts, "label": gold}
-            made = FORMATS["hellaswag"].read(raw)
-        elif name == "winogrande":
-            raw = {"sentence": question, "option1": texts[0], "option2": texts[1], "label": gold}
-            made = FORMATS["winogrande"].read(raw)
-        else:
-            made = answers(question, texts, gold)
+        activity, _, context = question.partition(": ")
+        one, two = (*texts, "", "")[:2]
+        raw = {
+            "boolq": {"question": question, "answer": row["answer"] == "true"},
+            "piqa": {"goal": question, "sol1": one, "sol2": two},
+            "hellaswag": {"activity_label": activity, "ctx": context, "endings": texts},
+            "winogrande": {"sentence": question, "option1": one, "option2": two},
+        }.get(name)
+        made = FORMATS[name].read(raw | {"label": gold}) if raw else answers(question, texts, gold)
         assert made == [without(row, "input")] and not row["input"]
 
 

@@ -24,8 +24,8 @@ from zflora_jax.core.architecture import param_shapes
 from zflora_jax.core.fields import ConfigError, override
 from zflora_jax.core.model import Model
 from zflora_jax.core.run_config import DataConfig, MeshConfig
+from zflora_jax.data.encoding import tokenize_examples
 from zflora_jax.data.tasks import Example
-from zflora_jax.data.tokenization import tokenize_examples
 from zflora_jax.experiments.base import load_base
 from zflora_jax.experiments.train import train
 from zflora_jax.hf.load import load_model

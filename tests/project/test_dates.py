@@ -20,11 +20,10 @@ from zflora_jax.core.fields import ConfigError, override
 from zflora_jax.core.model import Model
 from zflora_jax.core.run_config import DataConfig, RunConfig
 from zflora_jax.data import dates
-from zflora_jax.data.encoding import encode_prompts
+from zflora_jax.data.encoding import encode_prompts, tokenize_examples
 from zflora_jax.data.mixture import load_mixture
 from zflora_jax.data.prompts import render
 from zflora_jax.data.tasks import Example
-from zflora_jax.data.tokenization import tokenize_examples
 from zflora_jax.evaluation import records
 from zflora_jax.evaluation.task import evaluate
 from zflora_jax.experiments.base import load_base

@@ -7,7 +7,7 @@ import re
 from support.byte_tokenizer import byte_tokenizer
 from support.tasks import load, write
 from zflora_jax.core.run_config import DataConfig
-from zflora_jax.data.tokenization import tokenize_examples
+from zflora_jax.data.encoding import tokenize_examples
 
 _MARKS = re.compile(r"\{%-? (end)?generation -?%\}")
 

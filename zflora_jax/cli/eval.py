@@ -120,8 +120,8 @@ def _settings(args: argparse.Namespace) -> tuple[RunConfig, RunConfig, dict[str,
 
 def _trained_on(args: argparse.Namespace, base: RunConfig, config: RunConfig) -> list[TrainedOn]:
     """The training data that test questions are looked up in: of --trained-on and of the run."""
+    from zflora_jax.data.builders.public import NAMED
     from zflora_jax.data.mixture import TrainedOn, source_splits
-    from zflora_jax.data.sources import NAMED
 
     found = []
     if args.trained_on:  # all rows of it

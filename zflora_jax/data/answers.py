@@ -1,4 +1,4 @@
-"""Answers: reading them from completions, and scoring them. Pure functions."""
+"""Answers: reading them from completions, and scoring them."""
 
 from __future__ import annotations
 
@@ -22,8 +22,6 @@ class Answers:
     score: Callable[[str, str], bool]
 
 
-# --- statements -----------------------------------------------------------------------------------
-
 _STATED = re.compile(r"answer(?: is\b:?|:)", re.IGNORECASE)
 
 
@@ -37,8 +35,6 @@ def _places(text: str) -> list[str]:
     after = text[found[-1].end() :]
     return [after.strip().partition("\n")[0].strip(), after, text]
 
-
-# --- numbers --------------------------------------------------------------------------------------
 
 _THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
 _FRAC = re.compile(r"\\[dt]?frac\{(-?\d+)\}\{(\d+)\}")
@@ -104,14 +100,9 @@ def same_number(prediction: str, answer: str) -> bool:
     return a is not None and b is not None and abs(a - b) <= TOLERANCE
 
 
-# --- words and letters ----------------------------------------------------------------------------
-
-
 def parse_word(text: str, words: Sequence[str]) -> str:
-    """Returns the first of `words` that is a whole word, in any case: in the last statement "answer
-    is ...", else after it, else anywhere.
-
-    A space before the number is allowed ("Answer 2" is answer2).
+    """Returns the first of `words` that is a whole word, in any case, with or without a space
+    before its number: in the last statement "answer is ...", else after it, else anywhere.
     """
     pattern = re.compile(
         rf"(?<!\w)(?:{'|'.join(re.sub(r'(?=[0-9])', ' ?', word) for word in words)})(?!\w)",
@@ -153,9 +144,6 @@ def parse_letter(text: str) -> str:
     return text.strip().upper() if re.fullmatch(r"\s*[a-e]\W*", text) else ""
 
 
-# --- texts ----------------------------------------------------------------------------------------
-
-
 def same_text(prediction: str, answer: str) -> bool:
     """Returns whether two texts are equal except for case and white space."""
     return prediction.casefold().split() == answer.casefold().split()
@@ -177,8 +165,8 @@ def belief_state(text: str) -> str:
 
 
 def same_goals(prediction: str, answer: str) -> bool:
-    """Returns whether two belief states agree in all that the user informs of: joint goal accuracy
-    (Mrksic et al. 2017, section 5). Details that are requested in a turn are not part of the goal.
+    """Returns whether two belief states agree in all that the user informs of, without requests:
+    joint goal accuracy (Mrksic et al. 2017, section 5).
     """
     return prediction != "" and _goals(prediction) == _goals(answer)
 
@@ -186,9 +174,6 @@ def same_goals(prediction: str, answer: str) -> bool:
 def _goals(state: str) -> list[str]:
     slots = [] if state == "none" else state.split("; ")
     return [slot for slot in slots if not slot.startswith("request: ")]
-
-
-# --- types of answers -----------------------------------------------------------------------------
 
 
 def _score_word(prediction: str, answer: str) -> bool:
@@ -215,9 +200,7 @@ BELIEF = Answers(belief_state, same_goals)
 
 
 def _score_any(text: str, answer: str) -> bool:
-    """Scores a completion. The types above read a text without its right answer; in a file of mixed
-    answers the right answer says which type it is.
-    """
+    """Scores a completion by the type of its right answer, for files of mixed answers."""
     if _as_float(answer) is not None:
         return same_number(parse_number(text), answer)
     if answer in tuple("ABCDE"):

@@ -1,6 +1,4 @@
-"""The date that a chat template is told. Templates such as Llama 3.2's write it into every prompt,
-so a run keeps one.
-"""
+"""The date that a chat template is told, one per run: some templates write it into every prompt."""
 
 from __future__ import annotations
 
@@ -22,30 +20,19 @@ def today() -> str:
 
 
 def dated(run: RunConfig, date: str | None = None) -> RunConfig:
-    """Sets data.date of a run that has none.
-
-    Args:
-      run: The settings.
-      date: The date; None for today.
-    """
+    """Sets data.date of a run that has none, to `date` or else today."""
     if run.data.date is not None:
         return run
     return dataclasses.replace(run, data=dataclasses.replace(run.data, date=date or today()))
 
 
 def pin_date(template: str, date: str) -> str:
-    """Makes a chat template see a fixed date, whatever the clock and the locale of this machine.
+    """Makes a Jinja chat template see midnight of a date such as "2026-11-26", whatever the clock
+    and the locale of this machine; a template that does not ask for the date is returned unchanged.
 
     transformers gives templates the function `strftime_now`. An argument of apply_chat_template
     cannot replace it (transformers 5.24 turns functions into text), but a macro of that name before
     the template takes precedence.
-
-    Args:
-      template: A Jinja chat template.
-      date: The date, such as "2026-11-26"; the time is midnight.
-
-    Returns:
-      The template with the macro; unchanged if it does not ask for the date.
     """
     if "strftime_now" not in template:
         return template

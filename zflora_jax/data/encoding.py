@@ -1,26 +1,28 @@
-"""Examples to token ids, one by one: what is learned of them, prompts to answer, what is cut.
+"""Examples to token ids: what is learned, prompts to answer, what is cut to fit.
 
-A conversation is written whole by the tokenizer's chat template, with loss on what the assistant
-says. The template marks these tokens ({% generation %}); without marks they are what the
-conversation up to and with an answer has more than the conversation before it. The tokens before an
-answer are compared with those that generation starts from.
+The tokenizer's chat template writes a conversation whole, with loss on the assistant's turns. The
+template marks their tokens ({% generation %}); without marks they are what each answer adds to the
+conversation before it. The tokens before an answer are compared with those that generation sees.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from zflora_jax.core.fields import ConfigError, require
 from zflora_jax.core.run_config import DataConfig
+from zflora_jax.core.token_ids import check_ids
 from zflora_jax.data import prompts
+from zflora_jax.data.mixture import Mixture
 from zflora_jax.data.prompts import encode_prompt_texts
 from zflora_jax.data.task import Example
 
@@ -38,12 +40,7 @@ _TAKEN_OUT = re.compile(r"/(?:no_)?think\b|<think>.*?</think>", re.DOTALL)
 
 
 def encode_examples(examples: Sequence[Example], tokenizer: Any, data: DataConfig) -> list[Pair]:
-    """Tokenises examples of any length.
-
-    Args:
-      examples: The examples.
-      tokenizer: A Hugging Face tokenizer.
-      data: prompt_style and date are read.
+    """Tokenises examples of any length; prompt_style and date of `data` are read.
 
     Returns:
       (tokens [n] int32, mask [n] bool, True at what is learned) of each: prompt, target and one
@@ -52,8 +49,7 @@ def encode_examples(examples: Sequence[Example], tokenizer: Any, data: DataConfi
 
     Raises:
       ConfigError: A conversation is in another style than chat; or the template refuses it, leaves
-        out a part of it, or, if it has no marks, writes the turns before an answer otherwise than
-        where the answer follows.
+        out a part, or, without marks, writes the turns before an answer in two ways.
     """
     rows = dict[int, Pair]()
     styles = [_style_of(e, data.prompt_style) for e in examples]
@@ -69,7 +65,7 @@ def encode_examples(examples: Sequence[Example], tokenizer: Any, data: DataConfi
 
 
 def _style_of(example: Example, style: str) -> str:
-    """Returns how an example is written; `style` is that of instructions."""
+    """Returns how an example is written, where instructions are in `style`."""
     if not example.turns:
         return "plain" if example.plain else style
     require(
@@ -83,15 +79,13 @@ def _style_of(example: Example, style: str) -> str:
 def _prompts_and_targets(
     tokenizer: Any, style: str, examples: Sequence[Example], date: str | None
 ) -> list[Pair]:
-    """Tokenises prompts and targets separately. With "plain" they are one text, because a tokenizer
-    may write a space before a text: what the target changes of the prompt's last tokens is learned,
-    as TRL has it.
+    """Tokenises prompts and targets separately. With "plain" they are one text, as in TRL, because
+    a tokenizer may write a space before a text; changed last tokens of the prompt are learned.
     """
     end = prompts.end_token(tokenizer, style)
     texts = [prompts.render(tokenizer, style, e.prompt, e.input, date) for e in examples]
     given = encode_prompt_texts(tokenizer, texts)
     if style == "plain":
-        # A target may end as the sequence will.
         targets = [e.target.removesuffix(tokenizer.eos_token) for e in examples]
         whole = [text + target for text, target in zip(texts, targets, strict=True)]
         rows = encode_prompt_texts(tokenizer, whole)
@@ -116,7 +110,7 @@ def _common(a: Sequence[int], b: Sequence[int]) -> int:
 
 def _conversation(tokenizer: Any, example: Example, date: str | None) -> Pair:
     def write(count: int, answered: bool) -> str:
-        """The first `count` turns; if they are not answered, with the header of an answer."""
+        """Writes the first `count` turns; if not answered, with the header of an answer."""
         return _write(tokenizer, replace(example, turns=example.turns[:count]), date, answered)
 
     try:
@@ -136,7 +130,7 @@ def _conversation(tokenizer: Any, example: Example, date: str | None) -> Pair:
 
 @cache
 def _warn(problem: str) -> None:
-    """Warns once in a process: examples come in thousands of batches."""
+    """Warns once in a process: there are thousands of batches."""
     log.warning("chat template: the last answer of some conversations %s", problem)
 
 
@@ -184,9 +178,8 @@ def _by_marks(tokenizer: Any, example: Example, write: _Write, date: str | None)
     options |= example.settings
     found = prompts.apply_template(tokenizer, example.turns, date, example.tools, **options)
     (tokens,) = prompts.with_bos(tokenizer, [found["input_ids"]])
-    mask = np.pad(
-        np.asarray(found["assistant_masks"], bool), (len(tokens) - len(found["input_ids"]), 0)
-    )
+    added = len(tokens) - len(found["input_ids"])
+    mask = np.pad(np.asarray(found["assistant_masks"], bool), (added, 0))
     if example.context:
         (given,) = encode_prompt_texts(tokenizer, [write(example.context, False)])
         mask[: _common(given, tokens)] = False
@@ -254,16 +247,13 @@ def _end(tokenizer: Any, example: Example, i: int, ids: list[int], start: int) -
 def encode_prompts(
     examples: Sequence[Example], tokenizer: Any, prompt_style: str, date: str | None = None
 ) -> list[list[int]]:
-    """Tokenises the prompts of examples: the same tokens as in training.
+    """Tokenises prompts, with the same tokens as in training.
 
     Args:
-      examples: The examples.
+      examples: The examples. The prompt of a conversation is what precedes its last answer.
       tokenizer: A Hugging Face tokenizer.
       prompt_style: One of `prompts.STYLES`.
-      date: The day that a chat template is told, "2026-11-26"; None for today.
-
-    Returns:
-      The token ids of each prompt; of a conversation, what is before its last answer.
+      date: The date that a chat template is told, "2026-11-26"; None for today.
 
     Raises:
       ConfigError: An example has no prompt.
@@ -290,15 +280,10 @@ def encode_options(
 ) -> tuple[list[int], list[list[int]]]:
     """Tokenises the options of an example as training tokenises its target.
 
-    Args:
-      example: An example with options.
-      prompt: Its token ids, of `encode_prompts`.
-      tokenizer: A Hugging Face tokenizer.
-
     Returns:
-      (The token ids that all options follow, those of each option after them.) Where the example is
-      plain, prompt and option are one text: what an option changes of the prompt's last tokens
-      belongs to the option, so the first may be shorter than `prompt`.
+      (The token ids that all options follow, those of each option after them.) A plain prompt and
+      its option are one text, and prompt tokens that an option changes belong to the option: the
+      first may be shorter than `prompt`, the ids of `encode_prompts`.
     """
     if not example.plain:
         ids = tokenizer(list(example.options), add_special_tokens=False)["input_ids"]
@@ -312,11 +297,11 @@ def encode_options(
 
 
 def cut_to_fit(example: Example, row: Pair, tokenizer: Any, data: DataConfig) -> Pair | None:
-    """Cuts the document of an example at its end, or a conversation behind the last answer that
-    fits data.bucket_lengths. `row` is of `encode_examples`.
+    """Cuts the end of a document, or a conversation behind the last answer that fits.
 
     Returns:
-      As `row`; None if it fits, has nothing that may be cut, or would have nothing left of it.
+      As `row`, a pair of `encode_examples`, in at most max(data.bucket_lengths) tokens; None if it
+      fits, has nothing that may be cut, or nothing would be left.
     """
     (tokens, mask), limit = row, data.bucket_lengths[-1]
     if len(tokens) <= limit:
@@ -328,8 +313,8 @@ def cut_to_fit(example: Example, row: Pair, tokenizer: Any, data: DataConfig) ->
     if not example.document:
         return None
 
-    def encoded(example: Example) -> Pair:
-        return encode_examples([example], tokenizer, data)[0]
+    def encoded(e: Example) -> Pair:
+        return encode_examples([e], tokenizer, data)[0]
 
     short = _shorten(example, tokenizer, limit, lambda e: len(encoded(e)[0]))
     return encoded(short) if short.input.strip() else None
@@ -342,17 +327,8 @@ def fit_documents(
     limit: int,
     date: str | None = None,
 ) -> list[Example]:
-    """Cuts documents at their end so that each prompt has at most `limit` tokens.
-
-    Args:
-      examples: The examples.
-      tokenizer: A Hugging Face tokenizer.
-      prompt_style: One of `prompts.STYLES`.
-      limit: The largest number of tokens.
-      date: The day that a chat template is told; None for today.
-
-    Returns:
-      The examples; one that fits is the same object.
+    """Cuts documents at their end so that each prompt has at most `limit` tokens; the other
+    arguments are those of `encode_prompts`. An example that fits is returned as the same object.
     """
 
     def length(example: Example) -> int:
@@ -364,10 +340,139 @@ def fit_documents(
 def _shorten(
     example: Example, tokenizer: Any, limit: int, length: Callable[[Example], int]
 ) -> Example:
-    """Cuts the document until the example's `length` is at most `limit`, or nothing is left."""
+    """Cuts the document until `length` is at most `limit`, or nothing is left."""
     while (excess := length(example) - limit) > 0 and example.input:
         ids = tokenizer(example.input, add_special_tokens=False)["input_ids"]
         kept = tokenizer.decode(ids[: max(0, len(ids) - excess)], skip_special_tokens=False)
         # A cut may fall inside a character, which decodes to U+FFFD.
         example = replace(example, input=kept.rstrip("\ufffd"))
     return example
+
+
+# --- a dataset ------------------------------------------------------------------------------------
+
+_CHUNK = 1000  # examples per tokenizer call
+_SLOW = 5000  # examples; fewer are tokenised in about a second
+
+
+class TokenizedExample(NamedTuple):
+    """One training sequence, of one example or several packed ones: token ids [n] int32, loss mask
+    [n] bool, True where the token at that position is learned, and the number of each token's
+    example, from 1, [n] int32.
+    """
+
+    tokens: np.ndarray
+    loss_mask: np.ndarray
+    segments: np.ndarray
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Tokenised examples, in the order of their source.
+
+    Attributes:
+      rows: The sequences.
+      dropped: The number of examples that were too long.
+      pad_id: The token id that fills short rows of a batch.
+      truncated: The number of documents and conversations that were cut to fit.
+      parts: The number of sequences of each task of a mixture, whose rows follow each other.
+      weights: How often a training step draws from each task; None: by number of sequences.
+    """
+
+    rows: tuple[TokenizedExample, ...]
+    dropped: int
+    pad_id: int
+    truncated: int = 0
+    parts: tuple[int, ...] = ()
+    weights: tuple[float, ...] | None = None
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def fingerprint(self) -> str:
+        """Returns the sha256 (hex) of all sequences, which a resumed run compares."""
+        digest = hashlib.sha256(repr((self.parts, self.weights)).encode())
+        for row in self.rows:
+            size = len(row.tokens).to_bytes(8, "little")
+            digest.update(size + b"".join(part.tobytes() for part in row))
+        return digest.hexdigest()
+
+
+def tokenize_examples(
+    examples: Sequence[Example],
+    tokenizer: Any,
+    data: DataConfig,
+    vocab_size: int | None = None,
+) -> Encoded:
+    """Tokenises examples of one task or a Mixture, prompt and target.
+
+    A sequence longer than the longest of `data.bucket_lengths` is dropped. Its target is never cut,
+    which would teach the model to stop in the middle, nor is a question; but a document is cut at
+    its end, and a conversation behind its last answer that fits. Both numbers are logged.
+
+    Args:
+      examples: The examples.
+      tokenizer: A Hugging Face tokenizer.
+      data: bucket_lengths, prompt_style, train_on_prompt and date are read.
+      vocab_size: Rows of the model's embedding; None: token ids are not checked.
+
+    Raises:
+      ConfigError: There are no examples, all are too long, or a token id (or the padding's) has no
+        embedding.
+    """
+    require(
+        len(examples) > 0,
+        "the dataset is empty: there is nothing to tokenise. Check data.task and data.data_dir.",
+    )
+    rows, truncated, limit = list[TokenizedExample](), 0, data.bucket_lengths[-1]
+    if len(examples) > _SLOW:
+        log.info("tokenising %d examples", len(examples))
+    for start in range(0, len(examples), _CHUNK):
+        chunk = list(examples[start : start + _CHUNK])
+        for example, whole in zip(chunk, encode_examples(chunk, tokenizer, data), strict=True):
+            cut = cut_to_fit(example, whole, tokenizer, data)
+            tokens, mask = cut or whole
+            segments = np.ones(len(tokens), np.int32)
+            rows.append(TokenizedExample(tokens, mask | data.train_on_prompt, segments))
+            truncated += cut is not None
+    kept = [i for i, row in enumerate(rows) if len(row.tokens) <= limit]
+    _report_lengths([len(row.tokens) for row in rows], len(kept), truncated, data)
+    pad_id, eos_id = tokenizer.pad_token_id, tokenizer.eos_token_id
+    pad_id = int((eos_id if pad_id is None else pad_id) or 0)
+    if vocab_size is not None:
+        found = np.unique(np.concatenate([rows[i].tokens for i in kept]))
+        check_ids(np.append(found, pad_id), vocab_size, "the tokenised data", tokenizer)
+    sizes, weights = [len(rows)], None
+    if isinstance(examples, Mixture):
+        sizes, weights = list(map(len, examples.parts)), examples.weights
+    ends = np.searchsorted(kept, np.cumsum(sizes))
+    parts = tuple(int(n) for n in np.diff(ends, prepend=0))
+    require(
+        weights is None or min(parts) > 0,
+        "a task of the mixture has no example left that fits data.bucket_lengths; add a length or"
+        " leave it out.",
+    )
+    fitting = tuple(rows[i] for i in kept)
+    return Encoded(fitting, len(rows) - len(kept), pad_id, truncated, parts, weights)
+
+
+def _report_lengths(lengths: Sequence[int], kept: int, truncated: int, data: DataConfig) -> None:
+    """Logs how many examples were dropped and cut; ConfigError if none is left."""
+    limit, longest, count = data.bucket_lengths[-1], max(lengths), len(lengths)
+    require(
+        kept > 0,
+        f"all {count} examples are longer than the longest of"
+        f" data.bucket_lengths={list(data.bucket_lengths)}: they have {min(lengths)} to {longest}"
+        " tokens. Add a length, e.g."
+        f" data.bucket_lengths={[*data.bucket_lengths, -(-longest // 64) * 64]}.",
+    )
+    if kept < count:
+        log.warning(
+            f"dropped {count - kept} of {count} examples longer than {limit} tokens (the longest"
+            f" has {longest}); see data.bucket_lengths"
+        )
+    if truncated:
+        log.warning(
+            f"cut {truncated} of {count} documents or conversations so that they fit {limit}"
+            " tokens, answers whole; see data.bucket_lengths"
+        )

@@ -10,21 +10,15 @@ from pathlib import Path
 from zflora_jax.core.fields import ConfigError, require
 from zflora_jax.core.run_config import DataConfig
 from zflora_jax.data.lazy import Joined
-from zflora_jax.data.sources import files_digest, find_files
-from zflora_jax.data.splits import open_split
+from zflora_jax.data.splits import files_digest, find_files, open_split
 from zflora_jax.data.tasks import SPLITS, Example, get_task, load_examples
 
 _PART = re.compile(r"\s*(?P<name>[^*+]+?)\s*(?:\*(?P<weight>[^*+]+))?")
 
 
 def parse_mixture(text: str) -> tuple[tuple[str, ...], tuple[float, ...] | None]:
-    """Parses the text of `data.task`.
-
-    Args:
-      text: "boolq+arc_easy", or with weights "boolq*1+arc_easy*3".
-
-    Returns:
-      (Task names, their weights or None.)
+    """Parses `data.task`, "boolq+arc_easy", or with weights "boolq*1+arc_easy*3", to (task names,
+    their weights or None).
 
     Raises:
       ConfigError: A task is unknown or named twice, a weight is not a positive number, or only some
@@ -63,14 +57,14 @@ def _weight(written: str, text: str) -> float:
 
 
 def has_own_rows(names: Iterable[str]) -> bool:
-    """Returns whether a task of these names has rows of the user's own."""
+    """Returns whether one of these tasks has rows of the user's own."""
     return any(get_task(name).own for name in names)
 
 
 def own_rows_digest(data: DataConfig, names: Iterable[str]) -> str | None:
     """Returns a hash of the files, of all splits, that tasks of these names read as the user's own
-    rows; None if there are no such tasks, or data.data_dir is no place here (a named dataset, or
-    gone). ConfigError if files are there, and it is not clear which are meant.
+    rows; None without such tasks, or if data.data_dir is no place here. ConfigError if it is not
+    clear which files are meant.
     """
     here = data.data_dir is not None and Path(data.data_dir).expanduser().exists()
     if not here or not has_own_rows(names):
@@ -102,8 +96,8 @@ def load_mixture(data: DataConfig, split: str, limit: int | None = None) -> Mixt
     """Loads a split of `data.task`, a task or a mixture of tasks.
 
     Args:
-      data: task, data_dir, row_format and train_limit are read; train_limit holds for each task,
-        row_format for the user's own rows.
+      data: task, data_dir, row_format (for the user's own rows) and train_limit (for each task) are
+        read.
       split: "train", "validation" or "test".
       limit: The number of examples in all: the first of each task, the same number from each as far
         as it has them. None: all.
@@ -143,14 +137,9 @@ class TrainedOn:
 
 
 def source_splits(data: DataConfig) -> list[tuple[str, str, Sequence[Example]]]:
-    """Opens every split that comes from the same files or datasets as the train split of
-    `data.task`. With the rows held out of those files, these are all rows in them.
-
-    Args:
-      data: task and data_dir are read.
-
-    Returns:
-      (task, split, examples) of each, a task's train split first.
+    """Opens (task, split, examples) of every split that comes from the same files or datasets as
+    the train split of `data.task`, each task's train split first. With the rows held out of those
+    files, these are all rows in them.
     """
     found = []
     for name in parse_mixture(data.task)[0]:

@@ -1,6 +1,6 @@
 """Sequences to batches: packed, shuffled by grain, padded to a few fixed lengths.
 
-The order is a function of (seed, step). Shapes below: B rows of a batch, T tokens of a row.
+Shapes below: B rows of a batch, T tokens of a row.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy as np
 
 from zflora_jax.core.fields import require
 from zflora_jax.core.run_config import DataConfig
-from zflora_jax.data.tokenization import Encoded, TokenizedExample
+from zflora_jax.data.encoding import Encoded, TokenizedExample
 
 Batch = dict[str, np.ndarray]
 """tokens [B, T] int32, right-padded; loss_mask [B, T] bool, True where the token at that position
@@ -23,22 +23,16 @@ is learned (the loss shifts by one); segments [B, T] int32, the number of the ex
 0 at padding.
 """
 
-# Endless in practice; the length of grain's own endless repeat() overflows in a batch of one row.
+# Endless in practice; grain's endless repeat() overflows in a batch of one row.
 _EPOCHS = 2**30
 
 
 def pack_sequences(encoded: Encoded, capacity: int) -> Encoded:
-    """Joins sequences into rows, best fit by decreasing length, within each task.
+    """Joins sequences into rows of at most `capacity` tokens, best fit by decreasing length, within
+    each task; `segments` number the examples of a row.
 
     The loss is that of the separate sequences. Nothing predicts the first token of a sequence; in a
     packed row a token of another example precedes it, so it is masked.
-
-    Args:
-      encoded: Unpacked sequences of at most `capacity` tokens.
-      capacity: The largest number of tokens of a row.
-
-    Returns:
-      The same tokens in fewer rows, whose `segments` number the examples.
     """
     packed: list[TokenizedExample] = []
     parts, start = [], 0
@@ -81,11 +75,8 @@ def train_batches(
       encoded: The sequences.
       data: batch_size, bucket_lengths and seed are read.
       start_step: The step of the first batch, from 0.
-      own: The rows of each batch to return, for a process of several; None: all. They are padded to
-        the length of the whole batch.
-
-    Yields:
-      Batches of `data.batch_size` rows, or of those in `own`.
+      own: The rows of each batch to yield, for one process of several; None: all. They are padded
+        to the length of the whole batch.
 
     Raises:
       ConfigError: There is no sequence, or start_step is negative.
@@ -109,32 +100,22 @@ def train_batches(
     batches = examples.batch(
         data.batch_size, batch_fn=lambda x: pad(x, data.bucket_lengths, encoded.pad_id, own)
     )
-    # One thread is plenty (a batch is a few copies) and keeps the other cores for the step; its
-    # buffer hides the copies behind the step.
+    # One thread is plenty for a few copies; its buffer hides them behind the step.
     options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)
     return iter(batches.slice(slice(start_step, None)).to_iter_dataset(options))
 
 
 def one_sequence_a_row(batch: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns a batch of rows that were not packed without its segments. A row is then one
-    sequence, padded on the right, and causal attention is enough, which flash kernels do fastest.
+    """Returns a batch of rows that were not packed without its segments. Causal attention is then
+    enough, which flash kernels do fastest.
     """
     return {name: x for name, x in batch.items() if name != "segments"}
 
 
 def eval_batches(encoded: Encoded, batch_size: int, lengths: Sequence[int]) -> Iterator[Batch]:
-    """Iterates over all sequences once, in order.
-
-    The last batch is filled up with copies of its last row whose loss_mask is False: a row of
-    padding alone would have undefined attention.
-
-    Args:
-      encoded: The sequences.
-      batch_size: Rows of each batch.
-      lengths: Allowed values of T.
-
-    Yields:
-      Batches of `batch_size` rows.
+    """Iterates over all sequences once, in order, in batches of `batch_size` rows padded to one of
+    `lengths`. Copies of the last row fill the last batch up, with a loss_mask of False: attention
+    to padding alone would be undefined.
 
     Raises:
       ConfigError: There is no sequence, batch_size is below 1, or a sequence is longer than
@@ -157,8 +138,8 @@ def pad(
     pad_id: int,
     own: Sequence[int] | None = None,
 ) -> Batch:
-    """Makes one Batch of sequences, padded on the right to the smallest of `lengths` that holds the
-    longest one; of these, the rows in `own` (None: all). ConfigError if none holds it.
+    """Makes a Batch of sequences, padded on the right to the smallest of `lengths` that holds the
+    longest; of these, the rows in `own` (None: all). ConfigError if none holds it.
     """
     longest = max(len(row.tokens) for row in rows)
     fitting = [length for length in lengths if length >= longest]

@@ -1,8 +1,7 @@
 """Prompt text and its tokens. Training and generation build the same prompt, token for token.
 
-A prompt and its target are tokenised separately and joined, because generation sees only the
-prompt: in one string the last prompt token could merge with the first target token into a token
-that the model is trained on but never conditioned on.
+Prompt and target are tokenised separately and joined. In one string, the last prompt token could
+merge with the first target token into one that generation never starts from.
 """
 
 from __future__ import annotations
@@ -15,10 +14,9 @@ from jinja2 import TemplateError
 from zflora_jax.core.fields import ConfigError, nearest, require
 from zflora_jax.data.dates import pin_date
 
-# LLM-Adapters' text, byte for byte: the lines after the header are indented by 16. Its training
-# script (finetune.py) and its evaluation scripts (evaluate.py, commonsense_evaluate.py) differ in
-# three places: the spaces that end the header, without and with an input, and the line between two
-# sections.
+# LLM-Adapters' text, byte for byte. Its training script (finetune.py) and its evaluation scripts
+# (evaluate.py, commonsense_evaluate.py) differ in the spaces that end the header, without and with
+# an input, and in the line between two sections.
 _INDENT = " " * 16
 _ALPACA = (
     "Below is an instruction that describes a task. Write a response that appropriately completes"
@@ -45,8 +43,8 @@ def render(
     Args:
       tokenizer: A Hugging Face tokenizer; only "chat" reads it.
       prompt_style: One of STYLES.
-      instruction: The user's text, inserted as it is.
-      input: More of the user's text, inserted as it is.
+      instruction: The user's text.
+      input: More of the user's text.
       date: The date that a chat template is told (data.date of a run); None for today.
 
     Raises:
@@ -96,9 +94,7 @@ def render_turns(
 
 
 def chat_template(tokenizer: Any, tools: Sequence[Any] = ()) -> str:
-    """Returns the chat template for conversations with or without tools; ConfigError if the
-    tokenizer has none.
-    """
+    """Returns the chat template for `tools`, if any; ConfigError if there is none."""
     require(
         bool(getattr(tokenizer, "chat_template", None)),
         "prompt style 'chat' needs a tokenizer with a chat template and this one has none. Use an"
@@ -125,14 +121,13 @@ def apply_template(
         )
     except (TemplateError, TypeError, ValueError) as error:
         advice = "give the turns as the template expects them, or use another template"
-        if any(turn["role"] == "system" for turn in turns):
-            advice += (
-                "; a template without a system role takes that text at the start of the first user"
-                " turn"
-            )
+        roles = [str(turn["role"]) for turn in turns]
+        if "system" in roles:
+            advice += "; a template without a system role takes that text at the start of the first"
+            advice += " user turn"
         raise ConfigError(
-            "the tokenizer's chat template refuses turns of"
-            f" {', '.join(str(turn['role']) for turn in turns)}: {error}. Fix: {advice}."
+            f"the tokenizer's chat template refuses turns of {', '.join(roles)}: {error}. Fix:"
+            f" {advice}."
         ) from error
 
 
@@ -140,22 +135,12 @@ def end_token(tokenizer: Any, prompt_style: str) -> int:
     """Returns the id of the token that ends a target, at which generation stops.
 
     For "chat" it is the added token, special or not, that the template puts after an assistant turn
-    (`<|im_end|>`, `<|eot_id|>`, ...), which in some models is not the EOS; without such a token or
-    a template, and for the other styles, it is the tokenizer's EOS.
-
-    Args:
-      tokenizer: A Hugging Face tokenizer.
-      prompt_style: One of STYLES.
-
-    Raises:
-      ConfigError: The tokenizer has neither.
+    (`<|im_end|>`, `<|eot_id|>`, ...), which in some models is not the EOS. Without such a token or
+    a template, and for other styles, it is the tokenizer's EOS; ConfigError if there is none.
     """
     if prompt_style == "chat" and getattr(tokenizer, "chat_template", None):
-        marker = "zflora answer"
-        turns = [
-            {"role": "user", "content": "zflora question"},
-            {"role": "assistant", "content": marker},
-        ]
+        marker, question = "zflora answer", {"role": "user", "content": "zflora question"}
+        turns = [question, {"role": "assistant", "content": marker}]
         after = tokenizer.apply_chat_template(turns, tokenize=False).rpartition(marker)[2].lstrip()
         ids = tokenizer(after, add_special_tokens=False)["input_ids"]
         if ids and ids[0] in added_tokens(tokenizer):
@@ -169,17 +154,13 @@ def end_token(tokenizer: Any, prompt_style: str) -> int:
 
 
 def added_tokens(tokenizer: Any) -> set[int]:
-    """Returns the ids of added tokens. all_special_ids may lack those that only
-    added_tokens_decoder lists, as Llama 3's.
-    """
+    """Returns the ids of added tokens; all_special_ids may lack some, as Llama 3's."""
     return {*tokenizer.added_tokens_decoder, *tokenizer.all_special_ids}
 
 
 def encode_prompt_texts(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
-    """Tokenises texts of `render` or `render_turns` with a Hugging Face tokenizer.
-
-    If the tokenizer starts texts with BOS, each has exactly one, even if a chat template writes it
-    too.
+    """Tokenises texts of `render` or `render_turns`. Each has exactly one BOS if the tokenizer
+    starts texts with it, even if a chat template writes it too.
     """
     if not texts:
         return []

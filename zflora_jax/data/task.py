@@ -10,7 +10,6 @@ from typing import Any, Literal
 
 from zflora_jax.core.fields import ConfigError, require
 from zflora_jax.data.answers import ANY, Answers
-from zflora_jax.data.cloze import CLOZE, as_cloze
 
 SPLITS = ("train", "validation", "test")
 SPLIT_WORDS = {
@@ -29,11 +28,9 @@ class Example:
     Attributes:
       prompt: The user's text.
       target: The completion to learn, without EOS.
-      answer: The right answer, which a parsed completion is compared with; "" if there is no single
-        right one.
+      answer: The right answer, which a parsed completion is compared with; "" if there is none.
       input: More of the user's text, such as a document.
-      options: Completions to compare by likelihood, worded as the target ("the correct answer is
-        answer2"); the target is one of them.
+      options: Completions to compare by likelihood, worded as the target, which is one of them.
       references: Texts to compare a completion with by ROUGE; the target is the first.
       document: Whether `input` is a long text that may be cut at its end.
       turns: The turns of a conversation, as chat templates read them; prompt and target are then
@@ -44,7 +41,7 @@ class Example:
       plain: Whether prompt and target are texts as they are, in no template.
       form: The form of a row of the user's own, a key of `builders.own.FORMS`.
       asked: The text that identifies the question, where `prompt` is another form of it.
-      unit: What rows that belong together share, such as those of one dialogue; "" for others.
+      unit: Text that rows of one dialogue share; "" for others.
       where: The row's position, for messages.
     """
 
@@ -91,8 +88,8 @@ class Task:
       folder: The folder of its files.
       files: The formats of its files, tried in this order for each split.
       origin: Where people get the files.
-      source: "files": files, or the public dataset of the same name; "own": the user's own rows, in
-        files of any name and type or a dataset that data.data_dir names; "generated".
+      source: "files": files, or the public dataset of the same name; "own": the user's own rows,
+        in any files or dataset that data.data_dir names; "generated".
       document: Whether the input of its examples is a text that may be cut.
       cloze: The prompt of a task in cloze form, with {} in place of the question; "" for others.
     """
@@ -109,12 +106,12 @@ class Task:
 
     @property
     def dataset(self) -> str:
-        """The task whose rows it has, which is also the name of their public dataset."""
+        """The name of the public dataset of its rows."""
         return self.name.removesuffix(CLOZE)
 
     @property
     def own(self) -> bool:
-        """Whether its rows are the user's own, so that data.data_dir says which they are."""
+        """Whether its rows are the user's own."""
         return self.source == "own"
 
     def parse(self, text: str) -> str:
@@ -126,8 +123,8 @@ class Task:
         return self.answers.score(prediction, answer)
 
     def example(self, row: Mapping[str, Any], where: str = "") -> Example:
-        """Returns the example of a row, a mapping of some of its fields; ConfigError where the row
-        does not fit the task.
+        """Returns the example of a row, some of its fields; ConfigError where it does not fit the
+        task.
         """
         fields: dict[str, Any] = {
             name: tuple(x) if isinstance(x, list) else x for name, x in row.items()
@@ -147,8 +144,8 @@ class Task:
 
 
 def _options_of(prompt: str, target: str, answer: str) -> tuple[str, ...]:
-    """Returns the completions that a question allows: the target with each answer of the line
-    "Answer format: answer1/answer2" in place of the right one; none without such a line.
+    """Returns the completions that a question allows: the target with each answer of its last line
+    "Answer format: answer1/answer2"; none without such a line.
     """
     found = _FORMAT.search(prompt)
     if not found or not answer:
@@ -162,3 +159,65 @@ def _options_of(prompt: str, target: str, answer: str) -> tuple[str, ...]:
     before, stated_answer, after = target.rpartition(answer)
     require(bool(stated_answer), f"the output {target!r} does not state the answer {answer!r}.")
     return tuple(f"{before}{option}{after}" for option in allowed)
+
+
+# --- cloze form -----------------------------------------------------------------------------------
+
+_HEAD = re.compile(
+    r"Please choose the correct \w+ to (?:the question|(?:fill in the blank to )?complete the given"
+    r" sentence): "
+)
+_ENDING = re.compile(r"\s+Answer format: *(\S+/\S+)\s*\Z")
+BLANK = "_"  # of WinoGrande
+CLOZE = "_cloze"  # ends the name of a task in cloze form
+
+
+def as_cloze(example: Example, form: str) -> Example:
+    """Returns the cloze form of a multiple-choice example in LLM-Adapters' words, where the text of
+    an option completes the question; ConfigError if it is in other words.
+
+    A row lists its options and asks for a label ("answer2"), which a small model answers by habit.
+    In cloze form the model sees only the question, and each option is scored by its likelihood. The
+    prompts are those of lm-evaluation-harness, which also tidies HellaSwag's text. A question with
+    a blank ("_", of WinoGrande) ends before it, and its options go on with what follows.
+
+    Args:
+      example: An example with its options listed.
+      form: The prompt, with {} in place of the question.
+    """
+    question, texts = listed_options(example.prompt)
+    before, blank, after = question.partition(BLANK)
+    if blank and example.answer.startswith("option"):
+        question, texts = before.rstrip(), [f"{text}{after}" for text in texts]
+    options = tuple(f" {text}" for text in texts)
+    target = options[example.options.index(example.target)]
+    return replace(
+        example,
+        prompt=form.format(question),
+        target=target,
+        answer=target.strip(),
+        options=options,
+        plain=True,
+        asked=example.prompt,
+    )
+
+
+def listed_options(prompt: str) -> tuple[str, list[str]]:
+    """Splits a prompt in LLM-Adapters' words into its question and the texts of its options;
+    ConfigError if it is in other words.
+    """
+    head, ending = _HEAD.match(prompt), _ENDING.search(prompt)
+    expected = (
+        "cloze form reads rows in LLM-Adapters' words, 'Please choose the correct answer to the"
+        " question: ... Answer1: ... Answer2: ... Answer format: answer1/answer2'"
+    )
+    require(bool(head and ending), f"{expected}; this row is {prompt[:80]!r}.")
+    assert head and ending
+    rest, parts = prompt[head.end() : ending.start()], []
+    # From the last label to the first: a question may contain the words "Answer1:".
+    for label in reversed([label.title() for label in ending.group(1).split("/")]):
+        rest, found, text = rest.rpartition(f"{label}:")
+        require(bool(found), f"{expected}; this row lists no {label!r}.")
+        parts.append(text.strip())
+    require(all(parts), f"an option of {prompt[:80]!r} is empty, so it has no likelihood.")
+    return rest.strip(), parts[::-1]

@@ -1,10 +1,9 @@
 """The tasks, and the examples of their splits. A new task is one more row of `TASKS`.
 
 `GROUPS` are the tasks of the paper. Its abstract counts 18 in three categories: the 8 commonsense
-and 6 math tasks are LLM-Adapters'. The abstract does not name the four of "summary-dialogue"; the
-four here are this project's choice: news (CNN/DailyMail, XSum) and dialogue (DailyDialog and
-MultiWOZ, where the answer is the next reply). DialogSum, SAMSum and WOZ 2.0 are in `TASKS` too, and
-so are the multiple-choice tasks in cloze form (`data.cloze`).
+and 6 math tasks are LLM-Adapters'. It does not name the four of "summary-dialogue"; this project
+chose news (CNN/DailyMail, XSum) and dialogue (DailyDialog and MultiWOZ, where the answer is the
+next reply).
 """
 
 from __future__ import annotations
@@ -12,88 +11,80 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 from zflora_jax.core.fields import ConfigError, nearest, require
 from zflora_jax.core.run_config import DataConfig
 from zflora_jax.data import answers
-from zflora_jax.data.cloze import CLOZE
 from zflora_jax.data.lazy import Lazy
 from zflora_jax.data.splits import HOLD_OUT, open_split
-from zflora_jax.data.task import LLM_ADAPTERS, SPLITS, Example, Files, Task, named
+from zflora_jax.data.task import CLOZE, LLM_ADAPTERS, SPLITS, Example, Files, Task, named
 
 __all__ = ["GROUPS", "HOLD_OUT", "SPLITS", "TASKS", "Example", "Task", "get_task", "load_examples"]
 
 _GITHUB = "https://github.com/"
-_TRAINING_SETS = LLM_ADAPTERS.replace("dataset/", "ft-training_set/")
-_DIALOGSUM = _GITHUB + "cylnlp/dialogsum"
+_WOZ = _GITHUB + "nmrksic/neural-belief-tracker"
 # The published test rows have no labels.
 _HELLASWAG = Files("hellaswag", {"train": ("hellaswag_train",), "test": ("hellaswag_val",)})
 # Trained on the 500 rows of dev, where the 12,460 of train are too many or not there.
 _DEV = Files("summary", {"train": ("dialogsum.dev",), "test": ("dialogsum.test",)})
 
-_commonsense = functools.partial(Task, group="commonsense")
-_math = functools.partial(Task, group="math", answers=answers.NUMBER)
-_generated = functools.partial(Task, group="other", answers=answers.NUMBER, source="generated")
-_summary = functools.partial(
-    Task, group="summary", answers=answers.TEXT, files=(named("summary"),), document=True
+_ADAPTERS, _SUMMARY, _DIALOGUE = map(named, ("llm_adapters", "summary", "dialogue"))
+
+
+def _task(
+    group: str, name: str, scored: answers.Answers, *files: Files, folder: str = "", **fields: Any
+) -> Task:
+    return Task(name, group, scored, folder or name, files or (_ADAPTERS,), **fields)
+
+
+_commonsense, _math, _summary = (
+    functools.partial(_task, group) for group in ("commonsense", "math", "summary")
 )
-_dialogue = functools.partial(
-    Task, group="summary", answers=answers.TEXT, files=(named("dialogue"),)
-)
+
+
+def _news(name: str, origin: str) -> Task:
+    return _summary(name, answers.TEXT, _SUMMARY, origin=origin, document=True)
+
+
+def _dialogsum(name: str, *files: Files) -> Task:
+    origin = _GITHUB + "cylnlp/dialogsum"
+    return _summary(name, answers.TEXT, *files, folder="dialogsum", origin=origin, document=True)
 
 
 def _training_set(name: str) -> Task:
-    files = (Files("llm_adapters", {"train": (name,)}),)
-    return Task(name, "other", answers.ANY, "ft-training_set", files, _TRAINING_SETS)
+    files = Files("llm_adapters", {"train": (name,)})
+    folder, origin = "ft-training_set", LLM_ADAPTERS.replace("dataset/", "ft-training_set/")
+    return _task("other", name, answers.ANY, files, folder=folder, origin=origin)
 
 
 _ROWS: tuple[Task, ...] = (
-    _generated("arithmetic"),
-    _generated("arithmetic_steps"),
+    Task("arithmetic", "other", answers.NUMBER, source="generated"),
+    Task("arithmetic_steps", "other", answers.NUMBER, source="generated"),
     Task("rows", "other", answers.ANY, files=(named("own"),), source="own"),
-    _commonsense("boolq", answers=answers.TRUE_FALSE, folder="boolq"),
-    _commonsense("piqa", answers=answers.SOLUTIONS, folder="piqa"),
-    _commonsense("social_i_qa", answers=answers.ANSWERS, folder="social_i_qa"),
-    _commonsense(
-        "hellaswag",
-        answers=answers.ENDINGS,
-        folder="hellaswag",
-        files=(named("llm_adapters"), _HELLASWAG),
-    ),
-    _commonsense("winogrande", answers=answers.OPTIONS, folder="winogrande"),
-    _commonsense("arc_easy", answers=answers.ANSWERS, folder="ARC-Easy"),
-    _commonsense("arc_challenge", answers=answers.ANSWERS, folder="ARC-Challenge"),
-    _commonsense("openbookqa", answers=answers.ANSWERS, folder="openbookqa"),
-    _math("addsub", folder="AddSub"),
-    _math("aqua", folder="AQuA", answers=answers.LETTER),
-    _math("multiarith", folder="MultiArith"),
-    _math("gsm8k", folder="gsm8k", origin=_GITHUB + "openai/grade-school-math"),
-    _math("singleeq", folder="SingleEq"),
-    _math("svamp", folder="SVAMP"),
-    _math(
-        "mawps",
-        folder="mawps",
-        files=(named("llm_adapters"), Files("mawps", {"train": ("trainset",)})),
-    ),
-    _summary("cnn_dailymail", folder="cnn_dailymail", origin=_GITHUB + "abisee/cnn-dailymail"),
-    _summary("xsum", folder="xsum", origin=_GITHUB + "EdinburghNLP/XSum"),
-    _summary("samsum", folder="samsum", origin="https://arxiv.org/src/1911.12237v2/anc/corpus.7z"),
-    _summary(
-        "dialogsum",
-        folder="dialogsum",
-        files=(named("summary", "dialogsum.{}"), named("summary")),
-        origin=_DIALOGSUM,
-    ),
-    _summary("dialogsum_dev", folder="dialogsum", files=(_DEV,), origin=_DIALOGSUM),
-    _dialogue("dailydialog", folder="dailydialog", origin="http://yanran.li/dailydialog"),
-    _dialogue("multiwoz", folder="multiwoz", origin=_GITHUB + "budzianowski/multiwoz"),
-    _dialogue(
-        "woz",
-        answers=answers.BELIEF,
-        folder="woz",
-        files=(named("woz", "woz_{}_en"), named("woz")),
-        origin=_GITHUB + "nmrksic/neural-belief-tracker",
-    ),
+    _commonsense("boolq", answers.TRUE_FALSE),
+    _commonsense("piqa", answers.SOLUTIONS),
+    _commonsense("social_i_qa", answers.ANSWERS),
+    _commonsense("hellaswag", answers.ENDINGS, _ADAPTERS, _HELLASWAG),
+    _commonsense("winogrande", answers.OPTIONS),
+    _commonsense("arc_easy", answers.ANSWERS, folder="ARC-Easy"),
+    _commonsense("arc_challenge", answers.ANSWERS, folder="ARC-Challenge"),
+    _commonsense("openbookqa", answers.ANSWERS),
+    _math("addsub", answers.NUMBER, folder="AddSub"),
+    _math("aqua", answers.LETTER, folder="AQuA"),
+    _math("multiarith", answers.NUMBER, folder="MultiArith"),
+    _math("gsm8k", answers.NUMBER, origin=_GITHUB + "openai/grade-school-math"),
+    _math("singleeq", answers.NUMBER, folder="SingleEq"),
+    _math("svamp", answers.NUMBER, folder="SVAMP"),
+    _math("mawps", answers.NUMBER, _ADAPTERS, Files("mawps", {"train": ("trainset",)})),
+    _news("cnn_dailymail", origin=_GITHUB + "abisee/cnn-dailymail"),
+    _news("xsum", origin=_GITHUB + "EdinburghNLP/XSum"),
+    _news("samsum", origin="https://arxiv.org/src/1911.12237v2/anc/corpus.7z"),
+    _dialogsum("dialogsum", named("summary", "dialogsum.{}"), _SUMMARY),
+    _dialogsum("dialogsum_dev", _DEV),
+    _summary("dailydialog", answers.TEXT, _DIALOGUE, origin="http://yanran.li/dailydialog"),
+    _summary("multiwoz", answers.TEXT, _DIALOGUE, origin=_GITHUB + "budzianowski/multiwoz"),
+    _summary("woz", answers.BELIEF, named("woz", "woz_{}_en"), named("woz"), origin=_WOZ),
     *map(_training_set, ("math_data", "math_7k", "math_10k", "math_14k", "math_50k")),
     *map(_training_set, ("commonsense_15k", "commonsense_170k")),
 )
@@ -128,7 +119,7 @@ def get_task(name: str) -> Task:
 
 
 def load_examples(task_name: str, split: str, data_config: DataConfig) -> Sequence[Example]:
-    """Opens the examples of one split; each is read when it is indexed.
+    """Opens the examples of one split of a task as a sequence; each is read when it is indexed.
 
     Args:
       task_name: A key of `TASKS`.
@@ -136,13 +127,9 @@ def load_examples(task_name: str, split: str, data_config: DataConfig) -> Sequen
       data_config: data_dir, row_format and train_limit are read. The last keeps the first rows of
         the train split; other splits are not limited.
 
-    Returns:
-      A sequence. Indexing raises ConfigError for a row that does not fit the task and names its
-      file and number.
-
     Raises:
       ConfigError: The task or the split is unknown, a directory or file is missing, a row is
-        malformed, or there is no example.
+        malformed, or there is no example. Indexing raises it for a row that does not fit the task.
     """
     task = get_task(task_name)
     require(split in SPLITS, f"unknown split {split!r}: {nearest(split, SPLITS)}.")

@@ -10,8 +10,8 @@ from zflora_jax.core.errors import NonFiniteError
 from zflora_jax.core.model import Model
 from zflora_jax.core.run_config import RunConfig
 from zflora_jax.core.trees import Tree
+from zflora_jax.data.encoding import Encoded
 from zflora_jax.data.pipeline import eval_batches, one_sequence_a_row
-from zflora_jax.data.tokenization import Encoded
 from zflora_jax.parallel.mesh import fill_rows, mesh_in_use
 from zflora_jax.parallel.sharding import BATCH
 from zflora_jax.training.objective import objective_of

@@ -12,8 +12,8 @@ from zflora_jax.core.fields import require, to_dict
 from zflora_jax.core.model import Model, fingerprint
 from zflora_jax.core.run_config import EvalConfig, RunConfig
 from zflora_jax.core.storage import as_path
+from zflora_jax.data.builders.public import NAMED
 from zflora_jax.data.mixture import TrainedOn, has_own_rows, load_mixture, source_splits
-from zflora_jax.data.sources import NAMED
 from zflora_jax.data.tasks import GROUPS, get_task
 from zflora_jax.evaluation.contamination import questions
 from zflora_jax.evaluation.statistics import (

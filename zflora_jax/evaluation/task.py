@@ -17,9 +17,9 @@ from zflora_jax.core.model import Model, require_fit
 from zflora_jax.core.run_config import EvalConfig, RunConfig
 from zflora_jax.core.storage import as_path
 from zflora_jax.data.dates import dated
+from zflora_jax.data.encoding import tokenize_examples
 from zflora_jax.data.mixture import load_mixture
 from zflora_jax.data.tasks import Example
-from zflora_jax.data.tokenization import tokenize_examples
 from zflora_jax.evaluation.contamination import contaminated, questions
 from zflora_jax.evaluation.loss import held_out_loss
 from zflora_jax.evaluation.records import Record, generation_records, likelihood_records

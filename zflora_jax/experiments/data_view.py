@@ -10,9 +10,9 @@ import numpy as np
 
 from zflora_jax.core.fields import require
 from zflora_jax.core.run_config import RunConfig
+from zflora_jax.data.encoding import Encoded, TokenizedExample, tokenize_examples
 from zflora_jax.data.mixture import load_mixture
 from zflora_jax.data.pipeline import pack_sequences, train_batches
-from zflora_jax.data.tokenization import Encoded, TokenizedExample, tokenize_examples
 
 SAMPLE = 200  # batches in which padding is counted
 

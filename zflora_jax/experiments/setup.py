@@ -12,9 +12,9 @@ from zflora_jax.adapters.init import split_base
 from zflora_jax.core.model import Model, fingerprint, require_fit
 from zflora_jax.core.run_config import RunConfig
 from zflora_jax.core.trees import Tree
+from zflora_jax.data.encoding import Encoded, tokenize_examples
 from zflora_jax.data.mixture import load_mixture
 from zflora_jax.data.pipeline import pack_sequences
-from zflora_jax.data.tokenization import Encoded, tokenize_examples
 from zflora_jax.evaluation.loss import held_out_loss
 from zflora_jax.experiments.base import given_base, load_base
 from zflora_jax.experiments.plan import step_attention

@@ -16,12 +16,9 @@ Raw = Mapping[str, Any]
 
 
 def table_rows(path: Path) -> Iterator[tuple[str, Raw]]:
-    """Reads a file by its suffix: .csv (values are strings, empty cells are left out), .parquet, or
-    else a JSON list or JSONL.
-
-    Yields:
-      (position, row) of each row. The position is "FILE, row N", counted from 1 (in JSONL by line,
-      blank lines included).
+    """Yields (position, row) of each row of a file, read by its suffix: .csv (values are strings,
+    empty cells are left out), .parquet, or else a JSON list or JSONL. The position is "FILE, row
+    N", counted from 1 (in JSONL by line, blank lines included).
 
     Raises:
       ConfigError: The file is malformed or has no row, or pyarrow is missing, which reads Parquet.
@@ -96,8 +93,8 @@ def _parquet_rows(path: Path) -> Iterator[tuple[int, Raw]]:
 
 
 def plain(value: Any) -> Any:
-    """Returns a value of a table as JSON has it: str for bytes, lists for arrays, and no nulls,
-    with which Arrow fills up the fields that an object lacks.
+    """Returns a value of a table as JSON has it: str for bytes, lists for arrays, and without the
+    nulls that Arrow fills up absent fields with.
     """
     if isinstance(value, bytes):
         return value.decode()

@@ -1,7 +1,7 @@
 """Generated word problems with worked answers: the same rows on every machine, no question twice.
 
-`arithmetic` has one or two steps. `arithmetic_steps` has one to five, so that a table of scores has
-neither a floor nor a ceiling.
+`arithmetic` has one or two steps, `arithmetic_steps` one to five, so that its scores have neither a
+floor nor a ceiling.
 """
 
 from __future__ import annotations
@@ -20,9 +20,6 @@ LARGEST = 999  # and the largest number in its steps
 
 Problem = dict[str, str]  # prompt, target (ends "The answer is N."), answer (N)
 Change = tuple[str, int, str]  # (what happens, the number after it, the worked step)
-
-# --- arithmetic -----------------------------------------------------------------------------------
-
 
 # Each template: "operations: question => worked answer", over names and numbers.
 _TEMPLATES = """
@@ -72,8 +69,8 @@ spend: {name} has {a} dollars and buys {b} tickets for {c} dollars each. How man
 
 
 class Template(NamedTuple):
-    """A word problem: its first operation, a second one or "", and the format strings of question
-    and worked answer. The operations' results are x and y.
+    """A word problem: two operations, the second may be "", with results x and y, and the format
+    strings of question and worked answer.
     """
 
     first: str
@@ -92,40 +89,42 @@ TEMPLATES = [_template(entry) for entry in re.split(r"\n(?=\w)", _TEMPLATES.stri
 
 
 def _numbers(template: Template, draw: Callable[[int, int], int]) -> dict[str, int]:
-    """Draws the numbers of a problem; draw(low, high) gives an integer, both ends included."""
+    """Draws the numbers of a problem; draw(low, high) includes both ends."""
+    c, y = 0, 0
     if template.first == "add":
         a, b = draw(3, 40), draw(2, 30)
-        found = {"a": a, "b": b, "x": a + b}
+        x = a + b
     elif template.first == "subtract":
         b, x = draw(2, 30), draw(2, 30)
-        found = {"a": b + x, "b": b, "x": x}
+        a = b + x
     elif template.first == "multiply":
         a, b = draw(2, 12), draw(2, 10)
-        found = {"a": a, "b": b, "x": a * b}
+        x = a * b
     elif template.first == "divide":
         b, x = draw(2, 10), draw(2, 12)
-        found = {"a": b * x, "b": b, "x": x}
+        a = b * x
     else:  # spend
         b, c, y = draw(2, 6), draw(2, 9), draw(1, 20)
-        found = {"a": b * c + y, "b": b, "c": c, "x": b * c, "y": y}
+        x = b * c
+        a = x + y
     if template.then == "add":
-        found["c"] = draw(2, 20)
-        found["y"] = found["x"] + found["c"]
+        c = draw(2, 20)
+        y = x + c
     elif template.then == "subtract":
-        found["c"] = draw(1, found["x"] - 1)  # the answer stays positive; x is at least 2
-        found["y"] = found["x"] - found["c"]
+        c = draw(1, x - 1)  # a positive answer
+        y = x - c
     elif template.then == "sum":
-        found["y"] = found["a"] + found["x"]
-    return found
+        y = a + x
+    return {"a": a, "b": b, "c": c, "x": x, "y": y or x}
 
 
 def _arithmetic(rng: random.Random, index: int) -> Problem:
-    """Draws a problem. Templates take turns, so that all are about equally frequent."""
+    """Draws a problem; templates take turns."""
     template = TEMPLATES[index % len(TEMPLATES)]
     name, other = rng.sample(NAMES, 2)
     numbers = _numbers(template, rng.randint)
     words = {"name": name, "other": other, "things": rng.choice(THINGS)} | numbers
-    answer = str(numbers.get("y", numbers["x"]))
+    answer = str(numbers["y"])
     return {
         "prompt": template.question.format(**words),
         "target": f"{template.rationale.format(**words)} The answer is {answer}.",
@@ -133,13 +132,8 @@ def _arithmetic(rng: random.Random, index: int) -> Problem:
     }
 
 
-# --- arithmetic_steps -----------------------------------------------------------------------------
-
-
 def _changes(rng: random.Random, name: str, other: str, have: int) -> list[Change]:
-    """Lists what may happen to `have` things of `name`: each operation that keeps the number
-    within 2..LARGEST.
-    """
+    """Lists each operation that keeps the things that `name` has within 2..LARGEST."""
     more, times = rng.randint(3, 99), rng.randint(2, 9)
     found = []
     if have + more <= LARGEST:
@@ -173,9 +167,6 @@ def _arithmetic_steps(rng: random.Random, index: int) -> Problem:
     return {"prompt": " ".join(told), "target": " ".join(worked), "answer": str(have)}
 
 
-# --- rows -----------------------------------------------------------------------------------------
-
-
 class Generator(NamedTuple):
     """Generated rows: draw(rng, index of the row in its split), sizes of the splits, the seed."""
 
@@ -195,14 +186,8 @@ GENERATORS = {
 
 
 def generate(name: str, sizes: dict[str, int] | None = None) -> dict[str, list[Problem]]:
-    """Generates the rows of a task. No question occurs twice, within a split or across.
-
-    Args:
-      name: A key of GENERATORS.
-      sizes: The number of rows of each split; None for the task's own.
-
-    Returns:
-      The rows of each split.
+    """Generates the rows of each split of a task, a key of GENERATORS, in its own or the given
+    sizes. No question occurs twice, within a split or across.
     """
     draw, usual, seed = GENERATORS[name]
     rng, seen = random.Random(seed), set[str]()

@@ -1,6 +1,6 @@
 """The user's own rows: instructions, questions, conversations, prompts with completions, or texts.
 
-The form of a file is recognised by the columns of its first row, or given (data.row_format). A new
+The columns of its first row tell the form of a file, if it is not given (data.row_format). A new
 form is a reader and a line of FORMS.
 """
 
@@ -33,8 +33,8 @@ _MORE = (*_SYSTEM, "history", "context")  # columns that may hold a part of the 
 
 
 class Form(NamedTuple):
-    """A form of rows: the columns by which it is recognised (the first is decisive), its reader,
-    and the columns that a row has, for messages.
+    """A form of rows: the columns that tell it (the first is decisive), its reader, and the columns
+    of a row for messages.
     """
 
     columns: tuple[str, ...]
@@ -81,9 +81,6 @@ def form_of(row: Raw, where: str) -> str:
     return (whole or found)[0]
 
 
-# --- texts ----------------------------------------------------------------------------------------
-
-
 def _text(row: Raw) -> list[Row]:
     _require_all_read(row)
     return _as_they_are("", field(row, "text"))
@@ -118,9 +115,6 @@ def _require_all_read(row: Raw) -> None:
         f"this form would leave out {', '.join(map(repr, more))}. Put it into the prompt (of an"
         " instruction: 'input'), give the row as 'messages', or remove the column.",
     )
-
-
-# --- conversations --------------------------------------------------------------------------------
 
 
 def _messages(column: str, row: Raw) -> list[Row]:
@@ -160,8 +154,8 @@ def _conversation(turns: list[Turn], row: Raw, context: int = 0) -> list[Row]:
 
 
 def _turns(value: Any, column: str, *, answered: bool = True) -> list[Turn]:
-    """Returns turns as chat templates read them: role, content, and what else each has
-    (tool_calls, reasoning_content, name, ...). If `answered`, the assistant must have one.
+    """Returns turns as chat templates read them: role, content, and other fields (tool_calls, ...).
+    If `answered`, the assistant must have one.
     """
     require(
         isinstance(value, list),
@@ -222,9 +216,6 @@ def _part(part: Any, where: str) -> str:
     return part["text"]
 
 
-# --- cells that hold objects ----------------------------------------------------------------------
-
-
 def _is_object(value: Any) -> bool:
     return isinstance(value, Mapping)
 
@@ -237,8 +228,8 @@ def _from_json(value: Any) -> Any:
 
 
 def _list(value: Any) -> Any:
-    """Returns a list of objects, which CSV files hold as JSON, and TFDS as a table of columns; one
-    object as a list of it, and other values as they are.
+    """Returns a list of objects, which CSV files hold as JSON and TFDS as a table of columns, or of
+    one object; other values as they are.
     """
     if isinstance(value, str) and value.lstrip().startswith(("[", "{")):
         found = _from_json(value)

@@ -35,8 +35,7 @@ class Rows(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ig
     """Rows in their order, each as JSON in the feature `row`."""
 
     VERSION = tfds.core.Version("1.0.0")
-    # No downloads, so no checksums. TFDS would look for their file through a package that it does
-    # not install.
+    # No checksums: TFDS would look for their file through a package that it does not install.
     url_infos: ClassVar[dict[str, Any]] = {}
 
     def _info(self) -> tfds.core.DatasetInfo:
@@ -56,19 +55,13 @@ class Rows(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ig
 
 
 def open_rows(
-    name: str,
-    read: Callable[[], Splits],
-    split: str,
-    file: Path | None = None,
+    name: str, read: Callable[[], Splits], split: str, file: Path | None = None
 ) -> Sequence[Row]:
     """Opens the rows of one split of `read`, prepared on first use.
 
     Prepared rows are named by the format or generator (`name`), and a hash of `file` and of the
     code that makes rows. They are found again if the file moves, and never reused after either
-    changes.
-
-    Raises:
-      ConfigError: The directory cannot be written, or `read` refuses its source.
+    changes. ConfigError if the directory cannot be written, or `read` refuses its source.
     """
     digest = _code().copy()
     if file is not None:
@@ -82,7 +75,7 @@ def open_rows(
 
 @functools.cache
 def _code() -> hashlib._Hash:
-    """The hash of the code that makes rows."""
+    """Returns the hash of the code that makes rows."""
     digest = hashlib.sha256()
     for source in sorted(Path(__file__).parent.glob("*.py")):
         digest.update(source.read_bytes())
@@ -95,14 +88,11 @@ def cache_dir() -> Path:
 
 
 def prepared(make: Callable[..., Any]) -> Any:
-    """Makes a TFDS builder, called with `data_dir` and `file_format`, and prepares its data in
-    `cache_dir()`.
+    """Prepares a TFDS builder, `make` called with `data_dir` and `file_format`, in `cache_dir()`.
 
     Two processes may prepare the same data at once: each writes into its own directory and renames
     it at the end. The second finds the name in use and reads the equal rows of the first.
-
-    Raises:
-      ConfigError: The directory cannot be written, or the builder refuses its source.
+    ConfigError if the directory cannot be written, or the builder refuses its source.
     """
     directory = cache_dir()
     with _quiet():
@@ -121,15 +111,12 @@ def prepared(make: Callable[..., Any]) -> Any:
         return builder
 
 
-# All threads of a process share stdout, and a sweep may load several runs at once.
-_QUIET = threading.RLock()
+_QUIET = threading.RLock()  # all threads share stdout, and a sweep may load several runs at once
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Silences TFDS, which prints to stdout, draws a bar per split and warns about custom configs.
-    Commands print their results to stdout.
-    """
+    """Silences TFDS, which prints to stdout, where commands print results."""
     with _QUIET:
         absl = logging.getLogger("absl")
         level = absl.level

@@ -1,10 +1,9 @@
 """Public datasets of TFDS and the Hugging Face hub: those of tasks, and any that data.data_dir
 names.
 
-A task's dataset comes from TFDS where its builder runs without TensorFlow (4.9.10). The builders of
-cnn_dailymail, xsum and samsum need `tf.io.gfile`, so these come from the hub, through `datasets`.
-Splits follow LLM-Adapters' files, whose test rows are the published validation rows wherever the
-published test rows have no labels.
+A task's dataset comes from TFDS where its builder runs without TensorFlow (4.9.10), else from the
+hub, through `datasets`. Splits follow LLM-Adapters' files, whose test rows are the published
+validation rows wherever the published test rows have no labels.
 """
 
 from __future__ import annotations
@@ -23,7 +22,6 @@ from zflora_jax.data.builders.files import Raw, plain
 from zflora_jax.data.builders.own import form_of, read_own
 from zflora_jax.data.builders.published import FORMATS, Row
 from zflora_jax.data.lazy import Lazy
-from zflora_jax.data.sources import HOW
 
 
 @dataclass(frozen=True)
@@ -32,8 +30,8 @@ class Tfds:
 
     Attributes:
       name: Its name, with its config if it has several: "glue/cola".
-      host: The host of its files, probed before a download: without a network TFDS would try for
-        minutes. "" if it is unknown.
+      host: The host of its files, probed before a download, because TFDS would try for minutes
+        without a network; "" if it is unknown.
       module: The module that registers it, where TFDS itself does so only with TensorFlow.
     """
 
@@ -55,8 +53,7 @@ class Tfds:
 
         from zflora_jax.data.builders.prepared import cache_dir, prepared
 
-        # TFDS reads its checksums through this backport, which it does not install; the standard
-        # library's has the same interface.
+        # TFDS reads its checksums through this backport of the standard library's module.
         sys.modules.setdefault("importlib_resources", importlib.resources)
         if self.module:
             importlib.import_module(f"tensorflow_datasets.text.{self.module}")
@@ -90,8 +87,8 @@ def _require_network(host: str, missing: str) -> None:
 
 @dataclass(frozen=True)
 class Hub:
-    """A dataset of the Hugging Face hub: its repository, its config if it has several, and the
-    revision (None for main).
+    """A dataset of the Hugging Face hub: repository, config if it has several, revision (None:
+    main).
     """
 
     name: str
@@ -120,12 +117,9 @@ class Hub:
             ) from error
 
 
-# --- datasets of tasks ----------------------------------------------------------------------------
-
-
 class Public(NamedTuple):
-    """The public dataset of a task: its source, the format of its rows, and the names of the task's
-    splits there.
+    """The public dataset of a task: source, format of the rows, and names of the task's splits
+    there.
     """
 
     source: Tfds | Hub
@@ -152,7 +146,7 @@ _ARC_HOST, _OPENBOOKQA_HOST = (
 )
 _GOOGLE, _GITHUB = "storage.googleapis.com", "raw.githubusercontent.com"
 _WINOGRANDE = {"train": "train_xl", "test": "validation"}
-# The hub's conversion of datasets whose loading scripts `datasets` no longer runs.
+# Converted by the hub: `datasets` no longer runs their loading scripts.
 _XSUM, _DAILYDIALOG, _MULTIWOZ = (
     Hub(name, revision="refs/convert/parquet")
     for name in ("EdinburghNLP/xsum", "li2017dailydialog/daily_dialog", "pfb30/multi_woz_v22")
@@ -179,15 +173,17 @@ PUBLIC: dict[str, Public] = {
     "multiwoz": Public(_MULTIWOZ, "dialogue", _ALL),
 }
 
-
-# --- datasets that data.data_dir names ------------------------------------------------------------
-
+NAMED = ("hub:", "tfds:")  # the beginnings of a data.data_dir that names a dataset
+HOW = (
+    "hub:OWNER/NAME or tfds:NAME, with :CONFIG where it has several, and after it @ and a pattern"
+    " where its splits have other names than train, validation and test, such as @{}_sft"
+)
 _NAME = re.compile(r"(hub|tfds):([^:@]+)(?::([^@]+))?(?:@(.*\{\}.*))?")
 
 
 class Named(NamedTuple):
-    """A dataset of the user's own rows: its source, the names of its splits with {} for train,
-    validation or test, and its name for messages.
+    """A dataset of the user's own rows: source, name pattern of its splits with {} for train,
+    validation or test, and name for messages.
     """
 
     source: Tfds | Hub
@@ -195,8 +191,8 @@ class Named(NamedTuple):
     name: str
 
     def open(self, split: str, form: str = "") -> Sequence[Row]:
-        """Opens the rows of a split of the dataset, of a form of `own.FORMS` or that of the first
-        row; ConfigError if it cannot be read.
+        """Opens the rows of a split, of a form of `own.FORMS` or that of the first row; ConfigError
+        if it cannot be read.
         """
         raw = self.source.open(split)
         require(len(raw) > 0, f"{self.name}: the split {split!r} is empty.")

@@ -49,8 +49,6 @@ def field(row: Raw, name: str, kind: type = str) -> Any:
     return row[name]
 
 
-# --- questions with a worked answer ---------------------------------------------------------------
-
 _ANNOTATION = re.compile(r"<<[^<>]*>>")  # GSM8K's calculator marks: 48/2 = <<48/2=24>>24
 _MARKER = re.compile(r"\s*(?:A:\s*)?")  # LLM-Adapters outputs start "\nA: "
 
@@ -103,9 +101,6 @@ def _question(prompt: str, target: str, answer: str, input: str = "") -> list[Ro
     return [{"prompt": prompt, "input": input, "target": target, "answer": answer}]
 
 
-# --- multiple choice ------------------------------------------------------------------------------
-
-
 def _choice(
     question: str,
     word: str,
@@ -135,9 +130,8 @@ def answers(question: str, texts: Sequence[str], gold: int) -> list[Row]:
 def _boolq(row: Raw) -> list[Row]:
     """BoolQ without the passage, as LLM-Adapters has it."""
     prompt = f"Please answer the following question with true or false, question: {row['question']}"
-    return _labelled(
-        f"{prompt}?\n\nAnswer format: true/false", "true" if row["answer"] else "false"
-    )
+    answer = "true" if row["answer"] else "false"
+    return _labelled(f"{prompt}?\n\nAnswer format: true/false", answer)
 
 
 def _piqa(row: Raw) -> list[Row]:
@@ -183,8 +177,6 @@ def _winogrande(row: Raw) -> list[Row]:
     return _choice(question, "option", texts, int(row["label"]), before_format=" ")
 
 
-# --- summaries and dialogues ----------------------------------------------------------------------
-
 _SUMMARIES = ("summary", "highlights", "summary1", "summary2", "summary3")
 
 
@@ -210,12 +202,9 @@ def _dialogue(row: Raw) -> list[Row]:
     require(all(isinstance(turn, str) for turn in turns), "every turn must be a string.")
     spoken = [" ".join(turn.split()) for turn in turns]
     lines = [f"Speaker {i % 2 + 1}: {text}" for i, text in enumerate(spoken)]
-    prompt, unit = (
-        "Write the next reply of Speaker 2 in the following dialogue.",
-        " ".join(turns[:2]),
-    )
+    prompt = "Write the next reply of Speaker 2 in the following dialogue."
     return [
-        row | {"unit": unit}
+        row | {"unit": " ".join(turns[:2])}
         for i in range(1, len(turns), 2)
         if spoken[i]
         for row in _reply(prompt, "\n".join(lines[:i]), [spoken[i]])
@@ -231,8 +220,8 @@ _WOZ_PROMPT = (
 
 
 def _woz(row: Raw) -> list[Row]:
-    """A row for each turn of the user, from the dialogue so far to the belief state, "area: east;
-    food: dontcare; request: phone" or "none".
+    """Returns a row for each turn of the user: the dialogue so far and its belief state, "area:
+    east; food: dontcare; request: phone" or "none".
     """
     unit, lines, rows = str(row["dialogue_idx"]), list[str](), list[Row]()
     for turn in field(row, "dialogue", list):
