@@ -176,7 +176,8 @@ def test_a_description_reads_no_weights(url, model, tmp_path, fetched):
     put(as_path(url) / "zflora.json", b"[]")
     with pytest.raises(CheckpointError, match=r"zflora\.json is damaged"):
         describe(url)
-    assert files_at(url) == set(save_hf(url, model)["files"])  # the shards are removed
+    report = save_hf(url, model)
+    assert files_at(url) == set(report["files"])  # the shards are removed
 
 
 def test_the_commands_on_a_run_in_a_bucket(bucket, config_file, capsys, tmp_path, monkeypatch):
