@@ -163,20 +163,14 @@ def _dotted(section: str, name: Any) -> Any:
 
 
 _hints: Callable[[Any], dict[str, Any]] = functools.cache(typing.get_type_hints)
-
-
-def _init_fields(cls: Any) -> dict[str, dataclasses.Field[Any]]:
-    return {f.name: f for f in dataclasses.fields(cls) if f.init}
-
-
-_fields: Callable[[Any], dict[str, dataclasses.Field[Any]]] = functools.cache(_init_fields)
+_fields: Callable[[Any], dict[str, dataclasses.Field[Any]]] = functools.cache(
+    lambda cls: {f.name: f for f in dataclasses.fields(cls) if f.init}
+)
 _UNIONS = (typing.Union, types.UnionType)
 
 
 def _coerce(value: Any, hint: Any, name: str) -> Any:
-    """`value` as the type `hint` declares, or ConfigError. Lists become tuples, ints become floats;
-    nothing else changes.
-    """
+    """`value` as the type `hint` declares: lists become tuples, ints floats; or ConfigError."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if hint is Any or (value is None and type(None) in args):
         return value

@@ -14,8 +14,7 @@ from zflora_jax.core.fields import ConfigError
 
 
 def check_ids(ids: Any, vocab_size: int, what: str, tokenizer: Any = None) -> None:
-    """ConfigError where `ids` (of any shape) are no integers, or naming those outside
-    0..vocab_size - 1, with their text.
+    """Refuses ids that are no integers or outside 0..vocab_size - 1, by name.
 
     Args:
       ids: a sequence or array of token ids.

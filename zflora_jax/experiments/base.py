@@ -142,8 +142,6 @@ def _on_disk(source: str) -> tuple[LlamaConfig, Any] | None:
 
 
 def _same_source(a: str, b: str) -> bool:
-    """Whether two names of models mean one: a preset and the hub id that it is fetched by, or two
-    paths of one place.
-    """
+    """Whether two names mean one model: a preset and its hub id, or two paths of one place."""
     hub = [name if packaged(name) else HUB_IDS.get(name, name) for name in (a, b)]
     return hub[0] == hub[1] or Path(a).expanduser().resolve() == Path(b).expanduser().resolve()

@@ -98,9 +98,7 @@ def contender(
 
 
 def turns(labels: Sequence[str], repeats: int) -> Iterator[str]:
-    """Yields every label once per turn. Every other turn goes backwards, so that no label always
-    follows the same one.
-    """
+    """Yields every label once per turn; every other turn goes backwards."""
     for turn in range(repeats):
         yield from labels[:: 1 if turn % 2 == 0 else -1]
 

@@ -1,9 +1,7 @@
-"""Several processes as one run, with JAX's distributed runtime; stopping all of them after the same
-step.
+"""Several processes as one run, with JAX's distributed runtime; stopping all after the same step.
 
 Every process runs the same program on the same global arrays; only process 0 writes logs, metrics
-and reports. A run that is asked to stop (SIGTERM, SIGINT) finishes its step, saves, and raises
-`Preempted`.
+and reports. A run that gets SIGTERM or SIGINT finishes its step, saves, and raises `Preempted`.
 """
 
 from __future__ import annotations

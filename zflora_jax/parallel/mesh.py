@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -57,15 +57,10 @@ def mesh_of(tree: Mapping[str, Any]) -> Mesh | None:
 
 @contextmanager
 def mesh_in_use(tree: Mapping[str, Any]) -> Iterator[None]:
-    """Computes on the mesh of the arrays of `tree` (`jax.set_mesh`), where there is one. The code
-    that runs a model enters this.
-    """
+    """Computes on the mesh of the arrays of `tree` (`jax.set_mesh`), where there is one."""
     mesh = mesh_of(tree)
-    if mesh is None:
+    with nullcontext() if mesh is None else jax.set_mesh(mesh):
         yield
-    else:
-        with jax.set_mesh(mesh):
-            yield
 
 
 def place_like(params: Mapping[str, Any], adapters: Mapping[str, Any]) -> Tree:
@@ -98,9 +93,7 @@ def batch_axes(rows: int) -> tuple[str, ...] | None:
 
 
 def has_values_here(array: Any) -> bool:
-    """Whether this process can read the values now: not of a traced array, nor of one that several
-    processes share.
-    """
+    """Whether this process can read the values: not if they are traced, or in other processes."""
     return not isinstance(array, jax.core.Tracer) and getattr(array, "is_fully_addressable", True)
 
 

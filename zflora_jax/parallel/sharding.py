@@ -387,9 +387,7 @@ def batch_shards() -> int:
 
 
 def gather_fsdp(name: str, leaf: jax.Array) -> jax.Array:
-    """Gathers the leaf `name` along fsdp, in a compiled function; without a mesh it stays. For
-    leaves that a loop reads: XLA would gather them in each iteration.
-    """
+    """Gathers a leaf along fsdp, in a compiled function, ahead of a loop that reads it."""
     if (mesh := own_mesh()) is None:
         return leaf
 
@@ -422,8 +420,7 @@ def divide_rows(x: jax.Array) -> jax.Array:
 
 
 def divide(x: jax.Array, *axes: str | tuple[str, ...] | None) -> jax.Array:
-    """Divides the first dimensions of an array over axes of the mesh in use, if the axes divide
-    their sizes.
+    """Divides the first dimensions of an array over axes of the mesh in use that divide them.
 
     Args:
       x: An array in a compiled function.

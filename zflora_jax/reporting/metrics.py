@@ -127,9 +127,7 @@ class MetricWriter:
         self._mirror.close()
 
     def _show(self, call: Callable[[Tracker], None]) -> None:
-        """Calls every tracker. Drops one that raises: a full disk or a lost connection there must
-        not end the training.
-        """
+        """Calls every tracker. Drops one that raises: its full disk must not end the training."""
         for tracker in tuple(self._trackers):
             try:
                 call(tracker)
@@ -155,9 +153,7 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
 
 
 def _parse(path: Path) -> list[dict[str, Any]]:
-    """All records. A broken last line is a killed run's and is left out; a broken line elsewhere is
-    damage and raises.
-    """
+    """All records, without a broken last line, as a killed run leaves; others raise."""
     records = []
     lines = lines_of(path.read_bytes().decode("utf-8", errors="replace"))
     for number, line in enumerate(lines, start=1):

@@ -73,9 +73,7 @@ def command_line() -> str:
 
 
 def relative_paths(text: str) -> str:
-    """Makes absolute paths in a text relative to the working directory, or cuts those outside it to
-    their last part.
-    """
+    """Makes absolute paths in a text relative, or cuts those from elsewhere to their last part."""
     here = Path.cwd()
 
     def shorten(match: re.Match[str]) -> str:

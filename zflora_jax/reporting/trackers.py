@@ -63,8 +63,7 @@ class TensorBoard:
 
 class Trackio:
     """trackio, and the interface that it shares with wandb. A resumed run goes on in the same
-    place. Keys, entities, spaces and offline mode are set by the package's own environment
-    variables (WANDB_MODE=offline, TRACKIO_SPACE_ID, ...).
+    place. The package's own environment variables set the rest (WANDB_MODE, TRACKIO_SPACE_ID).
     """
 
     package: ClassVar[str] = "trackio"
