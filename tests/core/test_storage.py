@@ -17,7 +17,7 @@ from botocore.exceptions import EndpointConnectionError
 from zflora_jax.cli.main import main
 from zflora_jax.core import storage
 from zflora_jax.core.fields import ConfigError
-from zflora_jax.core.storage import Mirror, as_path, file_system, local_file, objects, put, remove
+from zflora_jax.core.storage import Mirror, as_path, file_system, local_copy, objects, put, remove
 from zflora_jax.evaluation import records
 from zflora_jax.reporting import metrics
 from zflora_jax.reporting.files import atomic_write, plain
@@ -55,7 +55,7 @@ def test_paths_of_objects_are_those_of_files(folder):
     assert file.read_text(encoding="utf-8") == "ä" and file.read_bytes() == "ä".encode()
     assert file.is_file() and file.parent.is_dir() and not (file.parent / "other").exists()
     assert [path.name for path in file.parent.glob("*.txt")] == ["file.txt"]
-    with local_file(file) as copy:
+    with local_copy(file) as copy:
         assert copy.read_bytes() == "ä".encode() and isinstance(copy, Path)
     assert plain({"where": file}) == {"where": str(file)}
     with pytest.raises(FileNotFoundError):

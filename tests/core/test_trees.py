@@ -7,13 +7,10 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from jax.sharding import NamedSharding, PartitionSpec as P
-from support.checks import assert_trees_equal, compiled
+from support.checks import assert_trees_equal
 from support.models import tiny_model
 
 from zflora_jax.core import trees
-from zflora_jax.core.run_config import MeshConfig
-from zflora_jax.parallel.sharding import make_mesh
 
 
 def small() -> trees.Tree:
@@ -141,53 +138,6 @@ SPEC = trees.map_with_names(lambda _, x: jax.ShapeDtypeStruct(x.shape, x.dtype),
 def test_check_like_names_the_leaf(given, message):
     with pytest.raises(ValueError, match=message):
         trees.check_like(given, SPEC, "the tree")
-
-
-def values(dtype=jnp.float32):
-    draw = np.random.default_rng(0)
-    return {
-        "a": jnp.asarray(draw.standard_normal((4, 6)), dtype),
-        "b": jnp.asarray(draw.standard_normal((4, 6)), dtype),
-        "n": jnp.int32(3),
-    }
-
-
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.int32, jnp.uint8])
-def test_checksum_sees_a_flipped_bit_and_what_changes_places(dtype):
-    tree = values()
-    tree["a"], tree["b"] = ((100 * tree[name]).astype(dtype) for name in "ab")
-    whole = trees.checksum(tree)
-    assert whole == trees.checksum(jax.device_get(tree)) and len(whole) == 16
-    found = {whole}
-    raw = np.asarray(tree["a"]).copy()
-    for bit in range(8 * raw.itemsize):
-        flipped = raw.copy()
-        flipped.view(np.uint8).reshape(-1)[5 * raw.itemsize + bit // 8] ^= 1 << bit % 8
-        found.add(trees.checksum(tree | {"a": jnp.asarray(flipped)}))
-    swapped = raw.copy()
-    swapped[1, 2], swapped[3, 5] = raw[3, 5], raw[1, 2]
-    others = {"a": jnp.asarray(swapped)}, {"a": tree["b"], "b": tree["a"]}, {"n": jnp.int32(4)}
-    zero = {"a": jnp.zeros_like(tree["a"])}
-    found |= {trees.checksum(tree | other) for other in (*others, zero)}
-    assert len(found) == 1 + 8 * raw.itemsize + 4
-
-
-def test_checksum_does_not_depend_on_where_the_numbers_lie():
-    tree, mesh = values(), make_mesh(MeshConfig(2, 2, 2))
-    where = {"a": P("fsdp", "tensor"), "b": P(None, "data"), "n": P()}
-    divided = {
-        name: jax.device_put(leaf, NamedSharding(mesh, where[name])) for name, leaf in tree.items()
-    }
-    assert trees.checksum(divided) == trees.checksum(tree)
-
-
-def test_a_checksum_takes_no_room():
-    """It is taken at every save, beside a state that may just fit."""
-    shapes = ((256, 1024), jnp.float32), ((512,), jnp.int32)
-    state = [jax.ShapeDtypeStruct(*of) for of in shapes]
-    with jax.default_device(jax.devices()[0]):
-        memory = compiled(trees._checksum.lower(state)).memory_analysis()
-    assert memory.temp_size_in_bytes < 2**16 < memory.argument_size_in_bytes
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int4"])

@@ -35,8 +35,9 @@ def kill_at(name: str, nth: int, when: str) -> None:
 
         return placed
 
-    # `whole_file` and `Mirror` place every file by one of these.
+    # `whole_file` and `Mirror` place every file by one of these, orbax its directories by rename.
     storage.os.replace = killing(os.replace)
+    storage.os.rename = killing(os.rename)
     storage.put_file = killing(storage.put_file)
 
 

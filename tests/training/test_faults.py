@@ -126,7 +126,7 @@ def test_a_workdir_that_cannot_be_made(run, cli, tmp_path):
 def test_a_damaged_checkpoint_is_refused_until_it_is_removed(run, whole, cli, tmp_path):
     shutil.copytree(whole, tmp_path / "run")
     newest = tmp_path / "run" / "checkpoints" / str(STEPS)
-    (newest / "0.safetensors").write_bytes(b"")
+    (newest / "state" / "manifest.ocdbt").write_bytes(b"")
     code, output = cli(run, tmp_path / "run")
     assert code == 2 and f"Remove that folder to go on from step {STEPS - 2}." in output
     shutil.rmtree(newest)

@@ -68,7 +68,7 @@ def same_outcome(run: RunConfig, workdir: Any, whole: Path) -> None:
 POINTS = [
     ("disk", "4/meta.json", 1, "before"),
     ("s3", "4/meta.json", 1, "before"),
-    ("disk", "6/0.safetensors", 1, "before"),
+    ("disk", "6/state", 1, "before"),
     ("disk", "6/meta.json", 1, "after"),
     ("s3", "6/meta.json", 1, "after"),
     ("s3", "metrics.jsonl", 3, "after"),
@@ -93,7 +93,7 @@ def test_a_killed_run_goes_on_bit_for_bit(run, url, whole, tmp_path, point):
     at_four = name == "4/meta.json"
     if at_four:
         assert saved_steps(workdir) == [2]
-        assert (workdir / "checkpoints/4/0.safetensors").exists()
+        assert (workdir / "checkpoints/4/state/manifest.ocdbt").exists()
         assert max(r["step"] for r in records(workdir)) >= 4  # there before the state
     quiet_train(run, workdir)
     same_outcome(run, workdir, whole)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import hashlib
 import importlib.util
 import os
 import re
@@ -242,14 +243,32 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def local_file(path: Path) -> Iterator[Path]:
-    """The file itself, or a temporary copy of the object at a URL."""
+def local_copy(path: Path) -> Iterator[Path]:
+    """The file or directory itself, or a temporary copy of the objects at a URL."""
     if not is_url(path):
         yield path
         return
     with scratch() as folder:
-        file_system(path).get_file(os.fspath(path), os.fspath(folder / path.name))
+        file_system(path).get(os.fspath(path), os.fspath(folder / path.name), recursive=True)
         yield folder / path.name
+
+
+def checksums(folder: Path) -> dict[str, str]:
+    """Name of each file below a local directory -> SHA-256 of its content."""
+    found = {}
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with open(path, "rb") as file:
+                name = path.relative_to(folder).as_posix()
+                found[name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return found
+
+
+def require_room(folder: Path, size: int) -> None:
+    """Raises OSError if a local directory has no room for `size` bytes and some small files."""
+    with tempfile.TemporaryFile(dir=folder) as file:
+        if hasattr(os, "posix_fallocate"):  # not on macOS
+            os.posix_fallocate(file.fileno(), 0, size + 2**20)
 
 
 def local_folder(path: Path) -> Path:

@@ -209,47 +209,6 @@ def _bytes(value: np.ndarray) -> memoryview:
     return np.ascontiguousarray(value).view(np.uint8).data
 
 
-def checksum(tree: Any) -> str:
-    """64 bits (hex) over the values of all leaves, computed where they lie by one compiled program;
-    all processes that share arrays call it.
-
-    A sum, so that it does not depend on how leaves are divided. Each number is mixed with its place
-    and its leaf's: one flipped bit always changes the sum, two that change places do but for one
-    case in 2^64.
-
-    Args:
-      tree: Any pytree of arrays of at most 32 bits a number.
-    """
-    low, high = gathered(_checksum(jax.tree.leaves(tree))).tolist()
-    return f"{high:08x}{low:08x}"
-
-
-@jax.jit
-def _checksum(leaves: list[jax.Array]) -> jax.Array:
-    def mix(x: jax.Array) -> jax.Array:
-        """MurmurHash3's last step: a bijection in which every bit depends on every other."""
-        x = (x ^ (x >> np.uint32(16))) * np.uint32(0x85EBCA6B)
-        x = (x ^ (x >> np.uint32(13))) * np.uint32(0xC2B2AE35)
-        return x ^ (x >> np.uint32(16))
-
-    total = jnp.zeros(2, jnp.uint32)
-    for number, leaf in enumerate(leaves):
-        kind = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[leaf.dtype.itemsize]
-        same = leaf.astype(kind) if leaf.dtype == bool else jax.lax.bitcast_convert_type(leaf, kind)
-        place = jnp.full(leaf.shape, number + 1, jnp.uint32)
-        for axis, size in enumerate(leaf.shape):
-            place = place * np.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, axis)
-        place = place * np.uint32(0x9E3779B1) + mix(jnp.asarray(number, jnp.uint32))
-        mixed = mix(same.astype(jnp.uint32) ^ place)
-        # Both lanes in one reduction: two would have XLA keep `mixed`, as large as the leaf.
-        lanes, none = (mixed, mixed * (place | np.uint32(1))), (np.uint32(0), np.uint32(0))
-        sums = jax.lax.reduce(
-            lanes, none, lambda x, y: (x[0] + y[0], x[1] + y[1]), tuple(range(leaf.ndim))
-        )
-        total = total + jnp.stack(sums)
-    return total
-
-
 def on_host(array: Any, row: int | None = None) -> np.ndarray:
     """`array`, or one row of its first axis, whole on the host, without a copy if a CPU device has
     it. All processes that it is divided over call this.

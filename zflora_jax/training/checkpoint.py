@@ -1,10 +1,9 @@
-"""Checkpoints of a run: adapters, optimizer, step and data position, verified by a checksum.
+"""Checkpoints of a run: adapters, optimizer, step and data position, verified by checksums.
 
-Layout, on disk and in a bucket: checkpoints/<step>/<process>.safetensors holds the slices of the
-state that lay on that process's devices, named "LEAF@START,..." after their first index in the
-leaf. checkpoints/<step>/meta.json is written last: a step without it does not count. The frozen
-base is not saved; its fingerprint is in meta.json. Which settings may go on from a checkpoint is in
-`workdir`.
+Layout, on disk and in a bucket: checkpoints/<step>/state/ is written by orbax, each slice of the
+state by one of the processes that hold it. checkpoints/<step>/meta.json has the checksums of those
+files and is written last: a step without it does not count. The frozen base is not saved; its
+fingerprint is in meta.json. Which settings may go on from a checkpoint is in `workdir`.
 """
 
 from __future__ import annotations
@@ -13,18 +12,25 @@ import contextlib
 import json
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 
 from zflora_jax.core.fields import ConfigError
-from zflora_jax.core.storage import as_path, is_store_error, local_file, remove, whole_file
-from zflora_jax.core.trees import checksum
-from zflora_jax.parallel.distributed import from_process_0, gather_bytes, on_main
+from zflora_jax.core.storage import (
+    Mirror,
+    as_path,
+    checksums,
+    is_store_error,
+    is_url,
+    local_copy,
+    remove,
+    require_room,
+)
+from zflora_jax.parallel.distributed import from_process_0, gather_bytes, is_main, on_main
 from zflora_jax.reporting.files import write_json
 from zflora_jax.training.trainer import TrainState
 from zflora_jax.training.workdir import CHECKPOINTS, META, saved_steps
@@ -32,6 +38,7 @@ from zflora_jax.training.workdir import CHECKPOINTS, META, saved_steps
 log = logging.getLogger(__name__)
 
 Meta = dict[str, Any]
+STATE = "state"  # in the folder of a step
 
 
 class SaveError(OSError):
@@ -64,7 +71,8 @@ class Checkpoints:
     `save` copies the state to the host; one process writes the copy while training goes on. A save
     waits for the one before it, and leaving the context waits for the last. A failed write is
     raised there, as SaveError. All processes of a run call every method, with a workdir that they
-    share; they write before `save` returns.
+    share; they write before `save` returns. For a bucket, orbax writes to a local directory, which
+    is then uploaded.
 
     Args:
       workdir: The run's directory or URL; checkpoints are in <workdir>/checkpoints.
@@ -86,6 +94,7 @@ class Checkpoints:
         self._workdir = as_path(workdir, "workdir")
         self._max_to_keep, self._keep_best = max_to_keep, keep_best
         self._before_commit = before_commit
+        self._orbax = _checkpointer(self._workdir)
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._writing: Future[None] | None = None
         self._last_saved: int | None = None
@@ -130,25 +139,24 @@ class Checkpoints:
         """
         if step == self._last_saved:
             return
-        leaves = _named(state)
-        meta = {
-            **({} if loss is None else {"loss": loss}),
-            **meta,
-            "state_checksum": checksum(state),
-            "state": _shapes(leaves),
-            "processes": jax.process_count(),
-        }
+        import orbax.checkpoint as ocp
+
         self._finish()
-        slices = _slices(leaves)
-        if jax.process_count() == 1:
-
-            def write_all() -> None:
-                self._write(step, slices)
-                self._commit(step, meta)
-
-            self._writing = self._thread.submit(write_all)
-        else:
-            self._write_together(step, slices, meta)
+        meta = {**({} if loss is None else {"loss": loss}), **meta, "state": _shapes(state)}
+        with self._save_errors():
+            files = Mirror(self.folder / str(step))
+            try:
+                # First: after a failed write, tensorstore calls back into closed event loops.
+                require_room(files.path, _own_bytes(state))
+                to = files.path.absolute() / STATE
+                self._orbax.save(to, ocp.args.PyTreeSave(state), force=True)
+            except BaseException:
+                files.close()
+                raise
+            if jax.process_count() > 1:
+                self._complete(step, meta, files)
+            else:
+                self._writing = self._thread.submit(self._complete, step, meta, files)
         self._last_saved = step
 
     def restore(self, like: Any, step: int | None = None) -> tuple[TrainState, Meta]:
@@ -176,9 +184,6 @@ class Checkpoints:
         try:
             meta = self._read_meta(step)
             state = self._read(step, like, meta)
-            # Not every damaged byte makes a file unreadable.
-            if checksum(state) != meta["state_checksum"]:
-                raise ValueError("its values are not those that were saved")
         except Exception as error:  # of many types, whose messages name neither run nor remedy
             raise ConfigError(self._unreadable(step, steps, error)) from error
         return state, meta
@@ -205,42 +210,40 @@ class Checkpoints:
         return meta
 
     def _read(self, step: int, like: Any, meta: Meta) -> TrainState:
-        from safetensors import safe_open
+        import orbax.checkpoint as ocp
 
-        leaves, arrays = _named(like), []
-        if meta["state"] != _shapes(leaves):
+        if meta["state"] != _shapes(like):
             raise ValueError("its state has other names, shapes or dtypes")
         first = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-        with contextlib.ExitStack() as stack:
-            stored: dict[str, list[tuple[Any, str]]] = {name: [] for name in leaves}
-            for process in range(meta["processes"]):
-                path = self.folder / str(step) / f"{process}.safetensors"
-                file = stack.enter_context(
-                    safe_open(stack.enter_context(local_file(path)), framework="numpy")
-                )
-                for key in file.keys():  # noqa: SIM118  # it is no dict
-                    stored[key.partition("@")[0]].append((file, key))
-            for name, leaf in leaves.items():
-                whole = np.zeros(leaf.shape, leaf.dtype)
-                for file, key in stored[name]:
-                    value = file.get_tensor(key).view(leaf.dtype)
-                    starts = [int(start) for start in key.partition("@")[2].split(",") if start]
-                    ends = [a + b for a, b in zip(starts, value.shape, strict=True)]
-                    whole[tuple(map(slice, starts, ends))] = value
-                where = getattr(leaf, "sharding", None) or first
-                arrays.append(jax.make_array_from_callback(leaf.shape, where, whole.__getitem__))
-        state: TrainState = jax.tree.unflatten(jax.tree.structure(like), arrays)
+        like = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(
+                x.shape, x.dtype, sharding=getattr(x, "sharding", None) or first
+            ),
+            like,
+        )
+        args = ocp.args.PyTreeRestore(like, ocp.checkpoint_utils.construct_restore_args(like))
+        with local_copy(self.folder / str(step) / STATE) as files:
+            if checksums(files) != meta["files"]:
+                raise ValueError("its files are not those that were saved")
+            state: TrainState = self._orbax.restore(files.absolute(), args)
         return state
 
-    def _write(self, step: int, slices: Mapping[str, np.ndarray]) -> None:
-        from safetensors.numpy import save_file
+    def _complete(self, step: int, meta: Meta, files: Mirror) -> None:
+        """Waits until all processes have written `files`, and makes the checkpoint count."""
+        try:
+            self._orbax.wait_until_finished()
+            if not is_main():
+                files.sync()
+            parts = gather_bytes(json.dumps(checksums(files.path / STATE)).encode())
+            # A file that several processes have is that of process 0, which uploads last.
+            found = {name: x for part in parts[::-1] for name, x in json.loads(part).items()}
+            on_main(lambda: self._commit(step, {**meta, "files": found}, files))
+        finally:
+            files.close()
 
-        name = f"{jax.process_index()}.safetensors"
-        with whole_file(self.folder / str(step) / name) as file:
-            save_file(dict(slices), file)
-
-    def _commit(self, step: int, meta: Meta) -> None:
+    def _commit(self, step: int, meta: Meta, files: Mirror) -> None:
         """Makes a checkpoint count, and removes those that it replaces."""
+        files.sync()
         self._before_commit()
         write_json(self.folder / str(step) / META, meta)
         steps = saved_steps(self._workdir)
@@ -253,21 +256,6 @@ class Checkpoints:
                 if not isinstance(error, OSError) and not is_store_error(error):
                     raise
                 log.warning("the old checkpoint %s could not be removed: %s", folder, error)
-
-    def _write_together(self, step: int, slices: Mapping[str, np.ndarray], meta: Meta) -> None:
-        """Writes the slices of all processes; the checkpoint counts once all of them are there."""
-        failed: Exception | None = None
-        try:
-            self._write(step, slices)
-        except Exception as error:  # whatever it is, the others must not wait
-            failed = error
-        said = gather_bytes(
-            b"" if failed is None else f"{type(failed).__name__}: {failed}".encode()
-        )
-        with self._save_errors():
-            if any(said):
-                raise OSError(next(text.decode() for text in said if text)) from failed
-            on_main(lambda: self._commit(step, meta))
 
     def _finish(self) -> None:
         """Waits for the write that goes on."""
@@ -308,28 +296,36 @@ class Checkpoints:
             log.error("%s", error)  # next to the error that is on its way
         finally:
             self._thread.shutdown()
+            self._orbax.close()
 
 
-def _named(state: Any) -> dict[str, Any]:
-    """The leaves of a state by name: "adapters/layers/attn/q/forward"."""
-    flat, _ = jax.tree.flatten_with_path(state)
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in flat}
-
-
-def _shapes(leaves: Mapping[str, Any]) -> dict[str, list[Any]]:
-    return {name: [list(leaf.shape), str(leaf.dtype)] for name, leaf in leaves.items()}
-
-
-def _slices(leaves: Mapping[str, jax.Array]) -> dict[str, np.ndarray]:
-    """Copies of the slices that this process saves: of those that devices share, one holds the
-    first replica. Types that numpy does not know are stored as unsigned integers of their width.
+def _checkpointer(workdir: Path) -> Any:
+    """orbax's writer and reader. Processes that share a bucket write to a directory each, and only
+    files that no other process has.
     """
-    found = {}
-    for name, leaf in leaves.items():
-        for shard in leaf.addressable_shards:
-            if shard.replica_id == 0:
-                value = np.array(shard.data)  # a copy: training overwrites the buffers
-                known = value.dtype.kind in "biuf"
-                starts = ",".join(str(at.start or 0) for at in shard.index)
-                found[f"{name}@{starts}"] = value if known else value.view(f"u{value.itemsize}")
-    return found
+    import orbax.checkpoint as ocp
+
+    separate = is_url(workdir) and jax.process_count() > 1
+    processes = ocp.options.MultiprocessingOptions(primary_host=None if separate else 0)
+    handler = ocp.PyTreeCheckpointHandler(use_ocdbt=not separate, multiprocessing_options=processes)
+    return ocp.AsyncCheckpointer(
+        handler,
+        multiprocessing_options=processes,
+        # Otherwise runs in two threads would take each other's signals.
+        async_options=ocp.options.AsyncOptions(create_directories_asynchronously=False),
+    )
+
+
+def _own_bytes(state: Any) -> int:
+    """Size of the slices that this process writes: of those that devices share, the first."""
+    slices = [x for leaf in jax.tree.leaves(state) for x in leaf.addressable_shards]
+    return sum(x.data.nbytes for x in slices if x.replica_id == 0)
+
+
+def _shapes(state: Any) -> dict[str, list[Any]]:
+    """Name of each leaf ("adapters/layers/attn/q/forward") -> its shape and dtype."""
+    flat, _ = jax.tree.flatten_with_path(state)
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): [list(leaf.shape), str(leaf.dtype)]
+        for path, leaf in flat
+    }
