@@ -71,7 +71,7 @@ def place(tmp_path, base_dir, monkeypatch):
     (tmp_path / "tiny.py").write_text(CONFIG.format(model=base_dir))
     (tmp_path / "chat.py").write_text(CONFIG.format(model=base_dir).replace("quickstart", "chat"))
     write(
-        tmp_path / "CHATS" / "a.jsonl",
+        tmp_path / "CHATS" / "train.jsonl",
         *({"messages": [turn("user", f"{i}"), SHORT[1]]} for i in range(30)),
     )
     for folder, count in (("DATA/ARC-Easy", 30), ("MY_DATA", 12)):

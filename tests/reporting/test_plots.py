@@ -82,3 +82,15 @@ def test_the_names_of_several_runs_and_of_many_below(tmp_path, figures, count):
     assert [text.get_text() for text in legend.get_texts()] == [f"run {i}" for i in range(count)]
     assert not any(axes.get_legend() for axes in figures[0].axes)
     assert drawn == [handle.get_color() for handle in legend.legend_handles]
+
+
+def test_grouped_bars_stand_next_to_each_other(tmp_path, figures):
+    values = {"lora": {"a": 1.0, "b": 2.0}, "ffa": {"b": 3.0}}
+    plots.grouped_bars(values, tmp_path / "g", "scores", "points")
+    assert _is_png(tmp_path / "g.png")
+    [axes] = figures[0].axes
+    assert [bar.get_height() for bar in axes.patches] == [1.0, 2.0, 3.0]
+    middles = [bar.get_x() + bar.get_width() / 2 for bar in axes.patches]
+    assert middles == pytest.approx([-1 / 6, 5 / 6, 7 / 6])
+    assert [t.get_text() for t in axes.get_xticklabels()] == ["a", "b"]
+    assert axes.get_ylabel() == "points" and axes.get_title() == "scores"

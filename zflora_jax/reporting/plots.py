@@ -87,6 +87,39 @@ def _by_split(rows: Sequence[Mapping[str, Any]], key: str) -> list[tuple[str, di
     return sorted(splits.items(), key=lambda item: (item[0] != "train", item[0]))
 
 
+def grouped_bars(
+    values: Mapping[str, Mapping[str, float]], out: str | Path, title: str, label: str = ""
+) -> None:
+    """Draws groups of vertical bars, one colour per series, with a number on each.
+
+    Args:
+      values: values[series][group].
+      out: Path without a suffix.
+      title: Title of the figure.
+      label: Label of the axis.
+    """
+    from matplotlib.figure import Figure
+
+    groups = list(dict.fromkeys(group for series in values.values() for group in series))
+    size = (max(7.0, 0.8 + 0.28 * len(groups) * (len(values) + 1)), 4.6)
+    figure = Figure(figsize=size, layout="constrained")
+    axes, width = figure.subplots(), 1 / (len(values) + 1)
+    axes.set_title(title)
+    axes.spines[["top", "right"]].set_visible(False)
+    for i, (series, heights) in enumerate(values.items()):
+        places = [groups.index(group) + (i - (len(values) - 1) / 2) * width for group in heights]
+        drawn = axes.bar(places, list(heights.values()), width, label=series)
+        axes.bar_label(drawn, fmt="%.0f", fontsize=6)
+    axes.set_xticks(range(len(groups)), groups)
+    if sum(map(len, groups)) > 60:  # next to each other they would overlap
+        axes.tick_params(axis="x", rotation=25)
+    axes.set_ylabel(label)
+    figure.legend(frameon=False, fontsize=8, ncols=3, loc="outside lower center")
+    axes.grid(axis="y", alpha=0.3)
+    axes.set_axisbelow(True)
+    _save(figure, out)
+
+
 def _save(figure: Figure, out: str | Path) -> None:
     import matplotlib
 
