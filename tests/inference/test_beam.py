@@ -182,7 +182,7 @@ def test_one_call_runs_each_prompt_once(model: Model) -> None:
         ),
         (
             {"num_beams": 258, "stop_token_ids": (1, 2)},
-            "num_beams=258: must be at most 257, the vocabulary's tokens that do not stop",
+            "num_beams=258: must be at most 257, the number of tokens that do not stop",
         ),
     ],
     ids=["no beams", "a sampler", "more beams than tokens"],

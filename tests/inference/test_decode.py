@@ -85,7 +85,7 @@ def test_lora_beside_a_fused_model_answers_as_merged_into_it(method):
         got = generate_tokens(model, prompts, max_new_tokens=8, adapter=lora, adapters=adapters)
         assert got == want
     tokens, apart = np.asarray([[1, 2]], np.int32), trees.unstack_layers(adapters, 2)
-    with pytest.raises(ValueError, match="adapters run beside a fused model as it was before"):
+    with pytest.raises(ValueError, match="Adapters need the unpacked fused model"):
         forward(pack_for_decode(fused), tokens, lora, apart)
 
 

@@ -20,7 +20,7 @@ from support.runs import quiet_train, saved_state, small_run
 from zflora_jax.core.fields import override
 from zflora_jax.core.run_config import RunConfig
 from zflora_jax.core.storage import as_path
-from zflora_jax.experiments import export
+from zflora_jax.experiments import export, restore
 from zflora_jax.experiments.run_report import read_report
 from zflora_jax.parallel import distributed
 from zflora_jax.reporting.metrics import read_metrics
@@ -121,7 +121,7 @@ def test_processes_find_each_other_in_a_bucket(bucket, tmp_path, monkeypatch):
     monkeypatch.setattr(distributed, "from_process_0", lambda value: value)
     gathered = lambda own: np.stack([own] * 2)  # noqa: E731
     monkeypatch.setattr(distributed.multihost_utils, "process_allgather", gathered)
-    monkeypatch.setattr(export, "load_run", lambda *_, **__: 1 / 0)  # the checks are passed
+    monkeypatch.setattr(restore, "load_run", lambda *_, **__: 1 / 0)  # the checks are passed
     for out in (f"{bucket}/export", tmp_path / "export"):
         with pytest.raises(ZeroDivisionError):
             export.export_run("run", out)

@@ -62,7 +62,7 @@ def test_dropout_keeps_a_share_of_the_inputs_and_divides_by_it():
     A saw.
     """
     n = 64
-    dense = Dense((n,), (n,), LowRank((n,), (n,), 1.0, n, 0.3))
+    dense = Dense((n,), (n,), LowRank((n,), (n,), 1.0, n, dropout=0.3))
     x = jnp.asarray(np.random.default_rng(0).uniform(1, 2, (4, 32, n)), jnp.float32)
     variables = {
         "params": {"kernel": jnp.zeros((n, n))},
