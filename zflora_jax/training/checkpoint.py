@@ -12,7 +12,7 @@ import contextlib
 import json
 import logging
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -222,9 +222,7 @@ class Checkpoints:
             like,
         )
         args = ocp.args.PyTreeRestore(like, ocp.checkpoint_utils.construct_restore_args(like))
-        with local_copy(self.folder / str(step) / STATE) as files:
-            if checksums(files) != meta["files"]:
-                raise ValueError("its files are not those that were saved")
+        with _whole_copy(self.folder / str(step) / STATE, meta["files"]) as files:
             state: TrainState = self._orbax.restore(files.absolute(), args)
         return state
 
@@ -314,6 +312,23 @@ def _checkpointer(workdir: Path) -> Any:
         # Otherwise runs in two threads would take each other's signals.
         async_options=ocp.options.AsyncOptions(create_directories_asynchronously=False),
     )
+
+
+@contextlib.contextmanager
+def _whole_copy(folder: Path, wanted: Mapping[str, str]) -> Iterator[Path]:
+    """The directory of a state, or a temporary copy of it from a bucket, whose files are `wanted`:
+    name -> SHA-256. A copy that is not whole is made again, once.
+    """
+    with contextlib.ExitStack() as stack:
+        wrong: list[str] = []
+        for _ in range(2 if is_url(folder) else 1):
+            files = stack.enter_context(local_copy(folder))
+            found = checksums(files)
+            wrong = sorted(name for name, _ in found.items() ^ wanted.items())
+            if not wrong:
+                yield files
+                return
+        raise ValueError(f"its files are not those that were saved: {', '.join(wrong[:4])}")
 
 
 def _own_bytes(state: Any) -> int:
