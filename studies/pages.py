@@ -122,7 +122,7 @@ def difference_blocks(table: Table) -> list[str]:
 
 
 def said(table: Table, label: str, gap: Difference) -> str:
-    """What a difference says by the margin; "" of the base."""
+    """Verdict on a difference, by the margin; "" for the base."""
     return verdict(gap, table.study.margin) if table.study.margin and label != BASE else ""
 
 

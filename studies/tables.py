@@ -1,4 +1,4 @@
-"""What the records of a study show: chosen rates, losses, scores, differences."""
+"""Tables of a study from its records: chosen rates, losses, scores, differences."""
 
 from __future__ import annotations
 
