@@ -81,10 +81,6 @@ def test_latency_next_to_transformers_and_peft(
     assert Path(f"{out}-ratio.png").is_file()
 
 
-def test_the_read_bandwidth_is_positive() -> None:
-    assert harness.bandwidth_meter(size=2**22, repeats=1)() > 1e6
-
-
 @pytest.mark.parametrize("tied", [True, False])
 def test_bytes_read_are_those_of_all_weights_but_the_lookup(tied: bool) -> None:
     model = pack_for_decode(tiny_model(tie_word_embeddings=tied))
@@ -141,14 +137,6 @@ def test_a_process_that_fails_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: failed)
     with pytest.raises(RuntimeError, match=r"lora, Case.*ended with 1: RESOURCE_EXHAUSTED"):
         training.in_a_process(training.Case("tiny"), "lora", "folder")
-
-
-@pytest.mark.parametrize(
-    ("masked", "predicted"), [(0.0, 99), (0.5, 50), (0.8, 20), (0.999, 1)], ids=str
-)
-def test_masks_leave_the_share_that_was_asked_for(masked: float, predicted: int) -> None:
-    mask = training.Case("tiny", length=100, batch=2, masked=masked).batch_arrays(50)["loss_mask"]
-    assert mask.sum(axis=1).tolist() == [predicted] * 2
 
 
 @pytest.mark.parametrize(

@@ -121,26 +121,14 @@ def test_a_mistyped_setting_is_refused_without_jax(command):
 # --- size and names -------------------------------------------------------------------------------
 
 
-FUNCTION_LINES = 60
-
-
-def long_functions(path: Path) -> list[str]:
-    """The functions and methods of a file that take more than FUNCTION_LINES, decorators left out,
-    each with its line and length.
-    """
-    return [
-        f"{path}:{node.lineno}: {node.name} has {lines} lines, more than {FUNCTION_LINES}"
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
-        and (lines := (node.end_lineno or 0) - node.lineno + 1) > FUNCTION_LINES
-    ]
-
-
 @pytest.mark.parametrize("module", ["__init__", *sorted(MODULES)])
 def test_functions_are_short_and_files_say_what_they_are_for(module):
     path = MODULES.get(module, PACKAGE / "__init__.py")
-    assert not (found := long_functions(path)), "\n".join(found)
     tree = ast.parse(path.read_text(encoding="utf-8"))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            lines = node.end_lineno - node.lineno + 1
+            assert lines <= 60, f"{path}:{node.lineno}: {node.name} has {lines} lines"
     assert not tree.body or ast.get_docstring(tree), f"{path}:1: no docstring at the top"
 
 
@@ -155,17 +143,8 @@ def test_public_names_resolve_and_are_documented():
             # Dataclasses get their signature as one.
             assert doc and not doc.startswith(f"{name}("), f"{name} has no docstring"
             assert value.__module__.startswith("zflora_jax."), name
-
-
-def test_public_functions_document_their_arguments():
-    lacking = {
-        name
-        for name in zflora_jax.__all__
-        if inspect.isfunction(value := getattr(zflora_jax, name))
-        and inspect.signature(value).parameters
-        and "Args:" not in (inspect.getdoc(value) or "")
-    }
-    assert not lacking
+        if inspect.isfunction(value) and inspect.signature(value).parameters:
+            assert "Args:" in doc, name
 
 
 def test_every_name_of_the_stub_is_where_it_says():

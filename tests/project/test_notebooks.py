@@ -12,7 +12,6 @@ from operator import attrgetter
 import jax
 import nbformat
 import pytest
-from nbclient import NotebookClient
 from support.grids import always
 from support.paths import ROOT
 
@@ -51,35 +50,6 @@ def with_tiny_settings(path, base_dir):
     return notebook
 
 
-def assert_said(path, written, folder):
-    if path.stem == "01_finetune":
-        assert "bit-identical" in written and "LlamaForCausalLM" in written
-        assert (folder / "runs" / "notebook-export" / "model.safetensors").is_file()
-
-
-@pytest.mark.soak
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=stem)
-def test_a_notebook_runs(path, base_dir, tmp_path, monkeypatch):
-    notebook = with_tiny_settings(path, base_dir)
-    for name, value in {
-        "PYTHONPATH": str(ROOT),
-        "JAX_PLATFORMS": "cpu",
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-    }.items():
-        monkeypatch.setenv(name, value)
-    NotebookClient(
-        notebook,
-        timeout=240,
-        kernel_name="python3",
-        resources={"metadata": {"path": str(tmp_path)}},
-    ).execute()
-    shown = [
-        output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs
-    ]
-    assert sum("image/png" in output.get("data", {}) for output in shown) >= 1
-    assert_said(path, "".join(output.get("text", "") for output in shown), tmp_path)
-
-
 def code_of(path):
     cells = nbformat.read(path, as_version=4).cells
     return "\n".join(cell.source for cell in cells if cell.cell_type == "code")
@@ -108,10 +78,7 @@ def test_what_a_notebook_uses_is_there(path):
 
 @pytest.mark.parametrize("path", always(NOTEBOOKS, lambda path: path.stem == "04_inside"), ids=stem)
 def test_the_cells_of_a_notebook_run(path, base_dir, tmp_path, monkeypatch, capsys):
-    """Within this process, which has the package and its programs already; `make soak` runs all of
-    them, and in a kernel too. What the others call runs in test_docs.py, test_grid.py and
-    test_latency.py.
-    """
+    """Within this process, which has the package and its programs already; `make soak` runs all."""
     monkeypatch.chdir(tmp_path)
     names, pictures = {"__name__": "notebook"}, 0
     with (
@@ -131,7 +98,10 @@ def test_the_cells_of_a_notebook_run(path, base_dir, tmp_path, monkeypatch, caps
                 pictures += bool(getattr(value, "_repr_png_", lambda: None)())
     # A kernel shows the figures that a cell leaves open; here the files that it saves count.
     assert pictures or any(tmp_path.rglob("*.png"))
-    assert_said(path, capsys.readouterr().out, tmp_path)
+    if path.stem == "01_finetune":
+        written = capsys.readouterr().out
+        assert "bit-identical" in written and "LlamaForCausalLM" in written
+        assert (tmp_path / "runs" / "notebook-export" / "model.safetensors").is_file()
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=stem)
@@ -148,12 +118,3 @@ def test_what_is_committed_was_run_in_order(path):
     assert (
         str(ROOT) not in path.read_text() and os.path.expanduser("~") + "/" not in path.read_text()
     )
-
-
-def test_there_are_notebooks():
-    assert [path.stem for path in NOTEBOOKS] == [
-        "01_finetune",
-        "02_ablation",
-        "03_latency",
-        "04_inside",
-    ]

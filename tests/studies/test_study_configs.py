@@ -4,7 +4,6 @@ docs/experiments.md announces, wrong fields.
 
 import ast
 import re
-from dataclasses import replace
 
 import pytest
 from support.paths import ROOT
@@ -46,35 +45,6 @@ def test_methods_have_the_same_number_of_parameters(known):
         for label, adapter in study.methods.items():
             share = zf.count_params(config, adapter) / budgets.get(name, 4_884_480)
             assert label == "ffa" or abs(share - 1) < within or "rate" in name, (name, label)
-
-
-def test_accuracy_is_as_the_page_announces(known):
-    found = {n.removeprefix("accuracy_"): s for n, s in known.items() if n.startswith("accuracy_")}
-    page = (ROOT / "docs" / "experiments.md").read_text()
-    assert all(re.search(rf"\b{name}\b", page) for name in found) and len(found) == 7
-    assert all(s.margin == (1.5 if s.measure == "rougeL" else 3.0) for s in found.values())
-    rates = {name: study.learning_rates for name, study in found.items()}
-    assert rates.pop("rank4") == (1.5e-3, 4.5e-3) and rates.pop("rank64") == (5e-4, 1.5e-3)
-    assert set(rates.values()) == {(5e-4, 1.5e-3, 4.5e-3)}
-    seeds = {name: len(study.seeds_of("zflora-minimal")) for name, study in found.items()}
-    assert [n for n, count in seeds.items() if count == 6] == ["cloze", "arithmetic", "woz"]
-    assert set(seeds.values()) == {3, 6}
-    data = [study.base.data for study in found.values()]
-    assert {of.batch_size * of.bucket_lengths[-1] for of in data} == {1024}
-    assert {study.base.train.steps for study in found.values()} == {240}
-
-
-def test_other_studies_share_the_runs_of_cloze(known):
-    cloze, letters = known["accuracy_cloze"], known["letter_form"]
-    assert tuple(f"{task}_cloze" for task in letters.tasks) == cloze.tasks
-    same = replace(letters.base, data=replace(letters.base.data, task=cloze.base.data.task))
-    assert same == cloze.base and letters.methods == cloze.methods
-    for name in ("minimal_cloze", "minimal_cloze_rate", "minimal_cloze_plus"):
-        assert known[name].base == cloze.base and not known[name].tasks
-    ratio = {"optim.loraplus_ratio": 16.0}
-    plus = known["accuracy_arithmetic"].settings
-    assert plus == {"loraplus": ratio, "zflora-minimal-plus": ratio}
-    assert known["minimal_cloze_plus"].settings == {"zflora-minimal-plus": ratio}
 
 
 def test_the_papers_tables_have_llm_adapters_settings(known):
