@@ -6,11 +6,6 @@ from .adapters.init import (
     split_base as split_base,
 )
 from .adapters.packing import pack_for_decode as pack_for_decode
-from .adapters.tasks import (
-    pad_adapters as pad_adapters,
-    rows_of as rows_of,
-    stack_tasks as stack_tasks,
-)
 from .adapters.widths import (
     count_params as count_params,
     rank_for_budget as rank_for_budget,
@@ -52,7 +47,6 @@ from .hf.save import save_hf as save_hf
 from .inference.decode import generate_tokens as generate_tokens, stream_tokens as stream_tokens
 from .inference.generation_config import GenerationConfig as GenerationConfig, Sampler as Sampler
 from .inference.likelihood import option_log_likelihoods as option_log_likelihoods
-from .inference.serving import serve as serve
 from .inference.text import generate as generate, stream as stream
 from .nn.kv_cache import KVCache as KVCache, init_cache as init_cache
 from .nn.llama import Llama as Llama, forward as forward, random_model as random_model

@@ -23,7 +23,6 @@ from support.models import perturb, tiny_model
 from zflora_jax.adapters.fuse import fuse
 from zflora_jax.adapters.init import init_adapters
 from zflora_jax.adapters.methods import resolve_adapter
-from zflora_jax.adapters.tasks import pad_adapters
 from zflora_jax.adapters.widths import count_params
 from zflora_jax.core import trees
 from zflora_jax.core.adapter_config import AdapterConfig
@@ -199,10 +198,3 @@ def test_decode_beside_the_base_is_decode_of_the_fused(adapter: AdapterConfig) -
 def test_settings_that_do_not_go_together_or_with_the_model(changes: Any, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         resolve_adapter(preset("tiny"), AdapterConfig(**{"method": "lora", "alpha": 6.0} | changes))
-
-
-def test_variants_are_not_padded_for_several_tasks() -> None:
-    model = tiny_model()
-    adapters = init_adapters(jax.random.key(0), model, DORA)
-    with pytest.raises(ConfigError, match=r"use_dora, rank_pattern or alpha_pattern cannot be"):
-        pad_adapters(model.config, DORA, adapters, DORA.replace(rank=8))

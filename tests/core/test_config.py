@@ -181,7 +181,7 @@ def test_impossible_adapters(method, changes, message):
             for section, names in {
                 "data": ("batch_size", "grad_accum_steps"),
                 "train": ("steps", "loss_chunk", "log_every", "max_to_keep"),
-                "eval": ("batch_size", "max_new_tokens", "num_beams"),
+                "eval": ("batch_size", "max_new_tokens"),
                 "mesh": ("data", "fsdp", "tensor", "slices"),
             }.items()
             for name in names

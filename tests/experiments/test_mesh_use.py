@@ -30,12 +30,10 @@ from zflora_jax.core.run_config import (
     MeshConfig,
 )
 from zflora_jax.experiments.latency import decode_latency
-from zflora_jax.inference.beam import BeamProgram
 from zflora_jax.inference.decode import generate_tokens, stream_tokens
 from zflora_jax.inference.generation_config import GREEDY, Sampler
 from zflora_jax.inference.likelihood import option_log_likelihoods
 from zflora_jax.inference.program import DecodeProgram, packed
-from zflora_jax.inference.serving import serve
 from zflora_jax.nn.llama import forward
 from zflora_jax.parallel.mesh import mesh_if_there
 from zflora_jax.parallel.sharding import make_mesh, shardings
@@ -113,9 +111,7 @@ def test_a_model_on_a_mesh_computes_what_one_device_does(method):
     ids=str,
 )
 def test_every_way_to_run_a_model_follows_its_mesh(mesh_config):
-    """Loss, likelihoods, sampling, beams, a stream, adapters beside the base and of each row,
-    requests of several tasks.
-    """
+    """Likelihoods, sampling, a stream, adapters beside the base, a packed model."""
     adapter, (model, adapters), (divided, beside) = both(
         "zflora-minimal", mesh_config, num_layers=1
     )
@@ -130,21 +126,13 @@ def test_every_way_to_run_a_model_follows_its_mesh(mesh_config):
     settings = {"max_new_tokens": 6, "stop_token_ids": [263]}
     drawn = settings | {"sampler": Sampler(0.8, top_p=0.9), "batch_size": 2}
     assert generate_tokens(fused, PROMPTS, **drawn) == generate_tokens(whole, PROMPTS, **drawn)
-    assert generate_tokens(fused, PROMPTS, num_beams=2, **settings) == generate_tokens(
-        whole, PROMPTS, num_beams=2, **settings
-    )
     assert (
         list(stream_tokens(fused, PROMPTS[0], **settings))
         == generate_tokens(whole, PROMPTS[:1], **settings)[0]
     )
     wanted = generate_tokens(model, PROMPTS, adapter=adapter, adapters=adapters, **settings)
     assert generate_tokens(divided, PROMPTS, adapter=adapter, adapters=beside, **settings) == wanted
-    tasks = {"a": adapters, "b": perturb(adapters, seed=5)}
-    requests = [("a", PROMPTS[0]), ("b", PROMPTS[1]), ("a", PROMPTS[2])]
     apart = dataclasses.replace(fused, params=packed(fused).params, config=packed(fused).config)
-    assert dict(serve(fused, tasks, requests, **settings)) == dict(
-        serve(whole, tasks, requests, **settings)
-    )
     assert generate_tokens(apart, PROMPTS, **drawn) == generate_tokens(whole, PROMPTS, **drawn)
 
 
@@ -199,14 +187,10 @@ def test_no_program_holds_a_whole_kernel():
             "decode": DecodeProgram.decode.lower(
                 DecodeProgram(run.config, None, GREEDY, (1,)), *given, keys, 8
             ),
-            "beams": BeamProgram.search.lower(BeamProgram(run.config, None, 2, (1,)), *given, 8),
         }
     for name, program in programs.items():
         text = compiled(program).as_text()
-        assert "all-gather" not in text or name in (
-            "unfuse",
-            "beams",
-        ), name  # these gather blocks, and scores
+        assert "all-gather" not in text or name == "unfuse", name  # which gathers blocks
         assert_no_whole_kernel(text, fused.config)
 
 

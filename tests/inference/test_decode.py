@@ -60,11 +60,6 @@ def test_adapters_beside_the_base_answer_as_fused(adapter):
             generate_tokens(model, prompts, max_new_tokens=12, adapter=adapter, adapters=tree)
             == want
         )
-    if adapter.method == "zflora-uniform":  # beams do not know the method
-        beams = generate_tokens(
-            model, prompts, max_new_tokens=5, num_beams=3, adapter=adapter, adapters=adapters
-        )
-        assert beams == generate_tokens(fused, prompts, max_new_tokens=5, num_beams=3)
 
 
 @pytest.mark.parametrize(
@@ -262,7 +257,7 @@ def test_nothing_is_computed_or_written_after_the_last_row_has_ended() -> None:
 
 @pytest.mark.parametrize(
     "settings",
-    always([{}, {"sampler": Sampler(1.0)}, {"num_beams": 3}], lambda case: "sampler" not in case),
+    always([{}, {"sampler": Sampler(1.0)}], lambda case: not case),
     ids=str,
 )
 def test_logits_that_are_not_numbers_raise(settings: dict[str, Any]) -> None:
@@ -275,9 +270,5 @@ def test_logits_that_are_not_numbers_raise(settings: dict[str, Any]) -> None:
     assert [len(answer) for answer in whole] == [5, 5]
     with pytest.raises(NonFiniteError, match="logits of prompt 1 are NaN or infinite"):
         generate_tokens(damaged, [[1, 2], [3, 9, 4], [3]], **settings)
-    if "num_beams" not in settings:  # which have no ids
-        with pytest.raises(NonFiniteError, match="logits of request 8 are NaN or infinite"):
-            generate_tokens(damaged, [[1, 2], [3, 9, 4]], request_ids=[7, 8], **settings)
-    if "num_beams" not in settings:
-        with pytest.raises(NonFiniteError, match="NaN or infinite"):
-            list(stream_tokens(damaged, [9], **settings))
+    with pytest.raises(NonFiniteError, match="NaN or infinite"):
+        list(stream_tokens(damaged, [9], **settings))

@@ -25,7 +25,6 @@ from zflora_jax.evaluation import suite
 from zflora_jax.experiments.base import as_base
 from zflora_jax.hf.load import load_model
 from zflora_jax.hf.save import save_hf
-from zflora_jax.inference.beam import BeamProgram
 from zflora_jax.inference.likelihood import feed_pieces, token_log_p
 from zflora_jax.inference.program import DecodeProgram
 from zflora_jax.nn.llama import _forward, forward
@@ -66,7 +65,6 @@ def programs(precision: str) -> dict[str, Any]:
         "decode until": DecodeProgram.decode_until.lower(
             program, variables, prefilled, keys, np.int32(4)
         ),
-        "beams": BeamProgram.search.lower(BeamProgram(c, None, 2), *given, 4),
         "likelihood": feed_pieces.lower(c, ready.params, None, counts, *given[1:], True),
         "likelihood, head": token_log_p.lower(c, ready.params, hidden, counts, counts, counts),
     }

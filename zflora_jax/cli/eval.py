@@ -64,7 +64,7 @@ def add_options(parser: CommandParser) -> None:
         parser,
         ("data.", "eval.", "mesh.", *OF_MODEL),
         "change settings of data, eval and mesh, and those of train and quantize that are listed"
-        " below for a --model, e.g. --set eval.num_beams=4 data.prompt_style=alpaca. A .gguf file"
+        " below for a --model, e.g. --set eval.limit=50 data.prompt_style=alpaca. A .gguf file"
         " is scored as numbers, or with quantize.kernels=keep as its own blocks",
     )
     add_processes(parser)

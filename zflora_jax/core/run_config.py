@@ -217,8 +217,6 @@ class EvalConfig:
     """Examples per batch."""
     max_new_tokens: int = 128
     """Most tokens of a generated answer."""
-    num_beams: int = 1
-    """Beams of beam search; 1 decodes greedily."""
     prompt_style: PromptStyle | None = None
     """Form of the prompts of generation and likelihood; None means data.prompt_style."""
     clean_only: bool = False
@@ -238,7 +236,7 @@ class EvalConfig:
     def __post_init__(self) -> None:
         check_types(self, "eval")
         require_at_least(1, self, "limit", section="eval", none="all examples")
-        require_at_least(1, self, "batch_size", "max_new_tokens", "num_beams", section="eval")
+        require_at_least(1, self, "batch_size", "max_new_tokens", section="eval")
         rest = "the context less max_new_tokens"
         require_at_least(1, self, "max_prompt_tokens", section="eval", none=rest)
         _require_seed(self.seed, "eval.seed")

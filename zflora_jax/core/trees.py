@@ -138,16 +138,15 @@ def size(tree: Mapping[str, Any]) -> int:
 # --- layers: stacked on a leading axis ("layers/...") or one subtree each ("layers_0/...") --------
 
 
-def unstack_layers(tree: Mapping[str, Any], num_layers: int, axis: int = 0) -> Tree:
+def unstack_layers(tree: Mapping[str, Any], num_layers: int) -> Tree:
     """{"layers": leaves [L, ...]} -> {"layers_0": leaves [...], ...}; another tree is returned as
-    it is. axis: that of the layers.
+    it is.
     """
     if "layers" not in tree:
         return dict(tree)
     rest = {k: v for k, v in tree.items() if k != "layers"}
-    at = (slice(None),) * axis
     return rest | {
-        f"layers_{i}": jax.tree.map(lambda leaf, i=i: leaf[(*at, i)], tree["layers"])
+        f"layers_{i}": jax.tree.map(lambda leaf, i=i: leaf[i], tree["layers"])
         for i in range(num_layers)
     }
 

@@ -54,7 +54,7 @@ def generation_records(
       task_name: The task whose rules parse and compare the answers.
       examples: Examples of that task.
       data: Prompt style and date, where `evaluation` names none.
-      evaluation: num_beams (1: greedy), max_new_tokens, batch_size, prompt style.
+      evaluation: max_new_tokens, batch_size, prompt style.
       partial: A file that finished batches are added to; a call with the same model, prompts and
         settings resumes from it.
       on_batch: Called with the number of rows of each finished batch.
@@ -75,11 +75,10 @@ def generation_records(
             max_new_tokens=evaluation.max_new_tokens,
             batch_size=evaluation.batch_size,
             stop_token_ids=stop,
-            num_beams=evaluation.num_beams,
         )
         return [_answer(model, ids, stop) for ids in outputs]
 
-    key = ("generation, cut", stop, evaluation.max_new_tokens, evaluation.num_beams)
+    key = ("generation, cut", stop, evaluation.max_new_tokens)
     records = _in_batches(answer, model, prompts, key, evaluation.batch_size, partial, on_batch)
     for record, example, is_cut in zip(records, examples, cut, strict=True):
         if example.document:

@@ -29,16 +29,6 @@ def score_legend(scores: Collection[str]) -> str:
     return " ".join([*known, "clean: rows whose question is not in the training data."])
 
 
-def decoding(evaluation: Mapping[str, Any]) -> str:
-    """How answers are generated, in words, from the settings of EvalConfig."""
-    how = (
-        "greedy"
-        if evaluation["num_beams"] == 1
-        else f"beam search with {evaluation['num_beams']} beams"
-    )
-    return f"{how}, at most {evaluation['max_new_tokens']} new tokens"
-
-
 def summary_page(summary: Mapping[str, Any]) -> str:
     """Markdown: a line per task and kind of rows (all, clean), then per group of tasks, each score
     with its 95% interval.
@@ -62,8 +52,8 @@ def summary_page(summary: Mapping[str, Any]) -> str:
     ]
     head = (
         f"Split {evaluation['split']}; prompt style {summary['tasks'][0]['prompt_style']};"
-        f" {decoding(evaluation)}. Scores with their 95% interval (bootstrap over"
-        " rows; those of one dialogue are drawn together)."
+        f" greedy, at most {evaluation['max_new_tokens']} new tokens. Scores with their 95%"
+        " interval (bootstrap over rows; those of one dialogue are drawn together)."
         f" {score_legend({score for line in lines for score in line})}"
     )
     table = markdown_table(lines, list(dict.fromkeys(key for line in lines for key in line)))

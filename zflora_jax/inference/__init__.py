@@ -1,5 +1,4 @@
-"""Tokens and text out of a model: sampling, the token loop, beams, likelihoods, requests of several
-tasks.
+"""Tokens and text out of a model: sampling, the token loop, likelihoods.
 
 No training state and no files.
 """

@@ -25,7 +25,7 @@ from zflora_jax.core.model_config import LlamaConfig
 from zflora_jax.core.trees import Tree
 from zflora_jax.inference.generation_config import GREEDY, Sampler
 from zflora_jax.nn.kv_cache import KVCache, cache_slots, init_cache
-from zflora_jax.nn.llama import Llama, hidden_states
+from zflora_jax.nn.llama import Llama
 from zflora_jax.ops.precision import at_config_precision
 from zflora_jax.ops.sampling import ENDED
 
@@ -65,8 +65,7 @@ def next_logits(
     Args:
       config: The model's config.
       adapter: The unmerged adapter; None without one.
-      variables: {"params": ...}, with an adapter also {"adapters": ...} or {"row_adapters": ...}
-        (see `row_adapters.hidden_states`).
+      variables: {"params": ...}, with an adapter also {"adapters": ...}.
       tokens: Token ids, int32 [B, T], left-padded where `valid` is False.
       valid: Real tokens, bool [B, T]; None where all are real.
       cache: Keys and values of the tokens before.
@@ -74,9 +73,9 @@ def next_logits(
     Returns:
       (Logits of the token that follows each row, float32 [B, V]; the updated cache).
     """
-    llama = Llama(config, adapter)
-    hidden, cache = hidden_states(llama, variables, tokens, valid, cache)
-    logits: Any = llama.apply(variables, hidden[:, -1:], method="logits")
+    llama: Any = Llama(config, adapter)
+    hidden, cache = llama.apply(variables, tokens, valid, cache, method="hidden")
+    logits = llama.apply(variables, hidden[:, -1:], method="logits")
     return logits[:, 0], cache
 
 

@@ -4,19 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Unpack
+from typing import Any
 
 from zflora_jax.core.adapter_config import AdapterConfig
-from zflora_jax.core.fields import require
+from zflora_jax.core.fields import override, require
 from zflora_jax.core.model import Model
 from zflora_jax.core.trees import Tree
 from zflora_jax.data.prompts import encode_prompt_texts, end_token, render, render_turns
 from zflora_jax.inference.decode import generate_tokens, stream_tokens
-from zflora_jax.inference.generation_config import (
-    GenerationConfig,
-    GenerationSettings,
-    generation_config,
-)
+from zflora_jax.inference.generation_config import GenerationConfig
 
 Turn = Mapping[str, str]  # {"role": "system", "user" or "assistant", "content": text}
 # Of streams and conversations, where nothing is given
@@ -84,7 +80,7 @@ def generate(
     adapter: AdapterConfig | None = None,
     adapters: Tree | None = None,
     on_answer: Callable[[int, str], None] | None = None,
-    **settings: Unpack[GenerationSettings],
+    **settings: Any,
 ) -> list[str]:
     """Generate texts for text prompts. Greedy, unless `config` or `settings` say otherwise.
 
@@ -108,7 +104,7 @@ def generate(
         `generate_tokens` refuses.
     """
     tokens = encode_prompts(model, prompts, chat=chat, date=date)
-    config = generation_config(config, settings).stopping_at(_ends(model, chat))
+    config = override(config or GenerationConfig(), settings).stopping_at(_ends(model, chat))
 
     def text(answer: Sequence[int]) -> str:
         return answer_text(model.tokenizer, answer, config.stop_token_ids or ())
@@ -144,7 +140,7 @@ def stream(
     config: GenerationConfig | None = None,
     *,
     date: str | None = None,
-    **settings: Unpack[GenerationSettings],
+    **settings: Any,
 ) -> Iterator[str]:
     """Generate the answer to one prompt, piece by piece as it comes.
 
@@ -172,7 +168,7 @@ def stream(
         " text goes without a list.",
     )
     text = render_turns(tokenizer, prompt, date) if not isinstance(prompt, str) else prompt
-    config = generation_config(config or LONG_ANSWER, settings).stopping_at(_ends(model, chat))
+    config = override(config or LONG_ANSWER, settings).stopping_at(_ends(model, chat))
     given: list[int] = []
     said = ""
     for token in stream_tokens(model, _encoded(model, [text])[0], config):
@@ -200,7 +196,7 @@ def converse(
     *,
     system: str | None = None,
     date: str | None = None,
-    **settings: Unpack[GenerationSettings],
+    **settings: Any,
 ) -> None:
     """Hold a conversation: each line is a user's turn; "/reset" forgets the turns, "/quit" ends.
 
@@ -220,7 +216,7 @@ def converse(
       ConfigError: as for `generate`.
     """
     _tokenizer(model)
-    config = generation_config(config or LONG_ANSWER, settings)
+    config = override(config or LONG_ANSWER, settings)
     opening = [{"role": "system", "content": system}] if system else []
     turns: list[dict[str, str]] = []
     for number, line in enumerate(map(str.strip, lines)):

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import flax.struct
@@ -91,11 +90,6 @@ class KVCache:
         """Whether the layers are one LayerCache with a leading axis L."""
         return isinstance(self.layers, LayerCache)
 
-    @property
-    def row_axis(self) -> int:
-        """The axis of rows, B, in the arrays of `layers`."""
-        return int(self.stacked)
-
     def map_layers(self, change: Callable[[Array, int], Array]) -> Any:
         """`layers` with change(x, axis of the slots) for each of its arrays x."""
         if self.stacked:
@@ -116,23 +110,6 @@ class KVCache:
         """The inverse of `without_single_axes`, which made this of `whole`."""
         layers = jax.tree.map(lambda x, like: x.reshape(like.shape), self.layers, whole.layers)
         return replace(self, layers=layers)
-
-    def repeat_rows(self, count: int) -> KVCache:
-        """Each row `count` times, one after the other: [B * count, ...]."""
-        layers = self.map_layers(lambda x, _: jnp.repeat(x, count, axis=self.row_axis))
-        return KVCache(layers, jnp.repeat(self.valid, count, axis=0), self.index)
-
-    def reorder_rows(self, rows: Array, start: int) -> KVCache:
-        """The slots from `start` on come from row rows[i] for row i; rows [B] int32. Before `start`
-        both rows agree.
-        """
-        take = partial(jnp.take, axis=self.row_axis, mode="clip")
-
-        def moved(x: Array, slots: int) -> Array:
-            after = copy_bits(take, (jax.lax.slice_in_dim(x, start, None, axis=slots),), (rows,))
-            return write_slice(x, after, start, slots)
-
-        return replace(self, layers=self.map_layers(moved))
 
     def continue_rows(self, rows: Array, slots: int) -> KVCache:
         """Rows `rows` [N] int32 of a full cache of unstacked layers, each with `slots` more."""

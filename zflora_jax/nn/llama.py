@@ -1,5 +1,5 @@
 """The forward of all families: one for base, adapted, fused and packed trees, with or without a
-key/value cache, and with adapters of one task or of each row's.
+key/value cache.
 
 Shapes in names: B batch, T tokens, S cache slots, d residual width, V vocabulary; r the channels
 that an adapter adds to d.
@@ -159,7 +159,6 @@ def forward(
     adapter: AdapterConfig | None = None,
     adapters: Tree | None = None,
     padding_mask: ArrayLike | None = None,
-    row_adapters: Tree | None = None,
     segment_ids: ArrayLike | None = None,
 ) -> Array:
     """Logits [B, T, V] float32 of a model, with adapters if given; compiled once per shape and
@@ -171,10 +170,9 @@ def forward(
     Args:
       model: Base, fused or packed model.
       tokens: Token ids [B, T] int32.
-      adapter: Config of adapters or row_adapters.
-      adapters: Adapters of all rows.
+      adapter: Config of `adapters`.
+      adapters: Parameters of an unmerged adapter.
       padding_mask: [B, T] bool, True at real tokens; as in `Llama.__call__`, as is segment_ids.
-      row_adapters: Adapters of each row, leaves [B, ...] (`adapters.tasks.rows_of`).
 
     Raises:
       ConfigError: tokens of another shape, or ids that the embedding has no row for (not of traced
@@ -191,15 +189,9 @@ def forward(
     )
     if has_values_here(ids):
         check_ids(ids, model.config.vocab_size, "tokens", model.tokenizer)
-    require(
-        adapters is None or row_adapters is None,
-        "adapters are of all rows, row_adapters of each: give one of them.",
-    )
-    given = {"adapters": adapters, "row_adapters": row_adapters}
-    variables = {
-        name: place_like(model.params, tree) for name, tree in given.items() if tree is not None
-    }
-    variables["params"] = model.params
+    variables = {"params": model.params}
+    if adapters is not None:
+        variables["adapters"] = place_like(model.params, adapters)
     with mesh_in_use(model.params), jax.default_matmul_precision("highest"):
         return _forward(model.config, adapter, variables, ids, padding_mask, segment_ids)
 
@@ -213,64 +205,5 @@ def _forward(
     padding_mask: Array | None,
     segment_ids: Array | None,
 ) -> Array:
-    llama = Llama(config, adapter)
-    if "row_adapters" not in variables:
-        return llama.apply(variables, tokens, padding_mask, None, segment_ids)  # type: ignore[return-value]
-    hidden, _ = hidden_states(llama, variables, tokens, padding_mask, None, segment_ids)
-    return llama.apply(variables, hidden, method="logits")  # type: ignore[return-value]
-
-
-def hidden_states(
-    llama: nn.Module,
-    variables: Tree,
-    tokens: Array,
-    padding_mask: Array | None = None,
-    cache: KVCache | None = None,
-    segment_ids: Array | None = None,
-) -> tuple[Array, Any]:
-    """`Llama.hidden` of `variables`, whose adapters may differ between rows; products with base
-    kernels are still one for the whole batch.
-
-    Args:
-      llama: A Llama.
-      variables: {"params": ...} and, for a model with an adapter, {"adapters": ...}, or
-        {"row_adapters": leaves [B, ...]} of `adapters.tasks.rows_of`.
-      tokens: Token ids [B, T] int32.
-      padding_mask: As in `Llama.__call__`, as are cache and segment_ids.
-
-    Raises:
-      ConfigError: row_adapters of another number of rows than tokens.
-    """
-    given = (tokens, padding_mask, cache, segment_ids)
-    if "row_adapters" not in variables:
-        return llama.apply(variables, *given, method="hidden")  # type: ignore[return-value]
-    params, row_adapters = variables["params"], variables["row_adapters"]
-    count = len(jax.tree.leaves(row_adapters)[0])
-    require(
-        count == len(tokens),
-        f"row_adapters of {count} rows and tokens of {len(tokens)}: give one for each row, as"
-        " `adapters.tasks.rows_of` does.",
-    )
-
-    def run(adapters: Tree, *given: Any) -> Any:
-        return llama.apply({"params": params, "adapters": adapters}, *given, method="hidden")
-
-    if count == 1:
-        return run(jax.tree.map(lambda leaf: jnp.squeeze(leaf, 0), row_adapters), *given)
-
-    def of_row(adapters: Tree, inputs: Any, layers: Any, valid: Array | None) -> Any:
-        """A batch of one row; `layers` have no axis for it."""
-        tokens, padding_mask, segment_ids = jax.tree.map(lambda x: x[None], inputs)
-        past = None
-        if cache is not None and valid is not None:
-            past = KVCache(layers, valid[None], cache.index, cache.empty)
-        x, past = run(adapters, tokens, padding_mask, past, segment_ids)
-        return (x[0], None, None) if past is None else (x[0], past.layers, past.valid[0])
-
-    inputs = tokens, padding_mask, segment_ids
-    if cache is None:
-        return jax.vmap(of_row)(row_adapters, inputs, None, None)[0], None
-    x, layers, valid = jax.vmap(of_row, (0, 0, cache.row_axis, 0), (0, cache.row_axis, 0))(
-        row_adapters, inputs, cache.layers, cache.valid
-    )
-    return x, KVCache(layers, valid, cache.index + tokens.shape[1])
+    logits: Any = Llama(config, adapter).apply(variables, tokens, padding_mask, None, segment_ids)
+    return logits
