@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -86,13 +87,24 @@ def train_rows(args: argparse.Namespace) -> Iterator[Row]:
                 run = train_run(model, method, remat, where)
                 found, step = compile_step(run, preset(model), where)
                 row = {"model": model, "method": method, "remat": remat} | found
-                if step is not None:
+                if step is None:
+                    row["needs"] = needed(row.pop("refused"))
+                else:
                     program = Program(step.as_text())
                     sent = program.collectives()
                     link = sum(sent.values()) - sent.get(BETWEEN_SLICES, 0)
                     row["kernels"] = sum(n for op, n in program.runs() if kernels([op]))
                     row |= {"collectives": sent, "roofline": roofline(run, where, link)}
                 yield row
+
+
+def needed(refused: str) -> int:
+    """The bytes that a TPU's compiler names where a program does not fit: "Used 20.11G of 15.75G
+    hbm", or "HLO temporaries (46.96G) exceeds available HBM".
+    """
+    found = re.search(r"(?:Used |\()([\d.]+)([KMGT])(?: of|\) exceeds)", refused)
+    assert found, refused
+    return int(float(found[1]) * 1024 ** (1 + "KMGT".index(found[2])))
 
 
 def roofline(run: RunConfig, where: Target, link_bytes: int) -> dict[str, Any]:
@@ -118,10 +130,11 @@ def roofline(run: RunConfig, where: Target, link_bytes: int) -> dict[str, Any]:
     from zflora_jax.adapters.widths import count_params
     from zflora_jax.core import trees
     from zflora_jax.core.architecture import kernel_shapes
-    from zflora_jax.experiments.plan import abstract_arguments, shaped_config, stored_bytes
+    from zflora_jax.experiments.plan import step_arguments, stored_bytes
     from zflora_jax.ops.quantized import bytes_of
+    from zflora_jax.parallel.sharding import make_mesh
 
-    config, chip, mesh = shaped_config(run, preset(run.model)), where.chip, run.mesh
+    config, chip, mesh = preset(run.model), where.chip, run.mesh
     length = run.data.bucket_lengths[-1]
     tokens, passes = run.data.batch_size * length, 2 + int(run.train.remat == "block")
     layer = sum(math.prod(a + b) for a, b in kernel_shapes(config).values())
@@ -134,7 +147,7 @@ def roofline(run: RunConfig, where: Target, link_bytes: int) -> dict[str, Any]:
     width = config.num_heads * config.head_dim
     attention = config.num_layers * 4 * keys * width * (passes - 1 + 2.5)
     stored = stored_bytes(run, config)
-    read = trees.flatten(abstract_arguments(run, config, 1)[0])
+    read = trees.flatten(step_arguments(run, config, make_mesh(mesh, where.devices()))[0])
     if not config.tie_word_embeddings:
         del read["embed/embedding"]  # only one row per token is read
     kernels = sum(map(bytes_of, jax.tree.leaves(read))) / mesh.tensor

@@ -22,7 +22,7 @@ from harness import ROOT, arguments, at_least, origins, perturbed, write_part
 
 import zflora_jax as zf
 from zflora_jax.adapters.packing import pack_for_decode
-from zflora_jax.cli.inputs import load_config
+from zflora_jax.cli.options import load_config
 from zflora_jax.core import trees
 from zflora_jax.core.presets import preset
 from zflora_jax.core.quantize_config import QuantizeConfig

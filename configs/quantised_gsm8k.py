@@ -9,7 +9,8 @@ Question: is the held-out loss on a quantised base within the seeds' spread of t
 base? The packaged model has 4 bits itself (Q4_1), so its weights are rounded a second time.
 """
 
-from zflora_jax import Grid
+from typing import Any
+
 from zflora_jax.config import (
     AdapterConfig,
     DataConfig,
@@ -28,7 +29,7 @@ STORED = (
 )
 
 
-def get_sweep() -> Grid:
+def get_sweep() -> tuple[RunConfig, list[dict[str, Any]]]:
     base = RunConfig(
         model="smollm2-135m",
         adapter=AdapterConfig("zflora-minimal", rank=16),
@@ -42,4 +43,4 @@ def get_sweep() -> Grid:
         for seed in (0, 1, 2)
         for kernels, dtype in STORED
     ]
-    return Grid(base, settings)
+    return base, settings

@@ -35,7 +35,7 @@ from .evaluation.suite import evaluate_tasks as evaluate_tasks
 from .evaluation.task import evaluate as evaluate
 from .experiments.base import load_base as load_base
 from .experiments.export import export_run as export_run
-from .experiments.grid import Grid as Grid, run_grid as run_grid, sweep as sweep
+from .experiments.grid import sweep as sweep
 from .experiments.info import describe as describe
 from .experiments.restore import fuse_trained as fuse_trained, load_run as load_run
 from .experiments.setup import split_loss as split_loss

@@ -8,31 +8,21 @@ import shutil
 import signal
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
-from support.models import perturb
-from support.tasks import write
 
-from zflora_jax.adapters.fuse import fuse
-from zflora_jax.adapters.init import init_adapters
 from zflora_jax.cli import train
 from zflora_jax.cli.eval import _model, _trained_on
 from zflora_jax.cli.main import _parser, main
-from zflora_jax.core.adapter_config import AdapterConfig
 from zflora_jax.core.errors import Preempted
 from zflora_jax.core.fields import override
 from zflora_jax.core.run_config import DataConfig, RunConfig
 from zflora_jax.data import mixture
-from zflora_jax.hf.load import load_model
-from zflora_jax.hf.peft import save_peft
-from zflora_jax.hf.save import save_hf
-from zflora_jax.inference import text
 from zflora_jax.training.workdir import read_starts
 
 
 @pytest.mark.parametrize("argv", [("eval",), ("export", "--out", "out")], ids=lambda v: v[0])
-def test_workdir_without_a_run(argv, refused, tmp_path):
+def test_workdir_without_a_run(argv, refused, trained_dir, tmp_path):
     for path in (tmp_path / "none", tmp_path):
         message = refused(*argv, "--workdir", path)
         assert (
@@ -43,52 +33,26 @@ def test_workdir_without_a_run(argv, refused, tmp_path):
     assert "is not valid JSON" in refused(*argv, "--workdir", tmp_path)
     (tmp_path / "config.json").write_text("[]")
     assert "expected a table of RunConfig fields" in refused(*argv, "--workdir", tmp_path)
-
-
-def test_workdir_of_a_run_that_saved_nothing_yet(refused, trained_dir, tmp_path):
     shutil.copy(Path(trained_dir) / "config.json", tmp_path / "config.json")
-    assert "has no checkpoint yet; train it first." in refused("eval", "--workdir", tmp_path)
-    (tmp_path / "checkpoints").mkdir()
-    assert "has no complete checkpoint yet; train it first." in refused(
-        "eval", "--workdir", tmp_path
-    )
+    assert "has no checkpoint yet; train it first." in refused(*argv, "--workdir", tmp_path)
 
 
 def test_workdir_of_another_config(refused, config_file, trained_dir):
     before = (Path(trained_dir) / "config.json").read_text()
-    message = refused(
-        "train",
-        "--config",
-        config_file,
-        "--workdir",
-        trained_dir,
-        "--set",
-        "adapter.rank=5",
-        "optim.learning_rate=0.5",
-    )
+    given = ("--config", config_file, "--workdir", trained_dir)
+    message = refused("train", *given, "--set", "adapter.rank=5", "optim.learning_rate=0.5")
     assert f"{trained_dir} holds a run with another config:" in message
-    assert (
-        "adapter.rank: 4 there, 5 now" in message
-        and "optim.learning_rate: 0.001 there, 0.5 now" in message
-    )
+    assert "adapter.rank: 4 there, 5 now" in message
+    assert "optim.learning_rate: 0.001 there, 0.5 now" in message
     assert "Use another --workdir, or the same settings to resume it." in message
     assert (Path(trained_dir) / "config.json").read_text() == before
-
-
-def test_peft_export_of_another_method(refused, trained_dir, tmp_path):
-    message = refused(
-        "export", "--workdir", trained_dir, "--out", tmp_path / "out", "--format", "peft"
-    )
-    assert "method 'zflora-minimal' has no PEFT form" in message and "use save_hf" in message
-    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
     ("extra", "words"),
     [
         (["--eps", "0.1"], "power of two"),
-        (["--eps", "0.25", "--format", "peft"], "--eps goes with --format hf"),
-        (["--dtype", "float16", "--format", "peft"], "--dtype goes with --format hf"),
+        (["--format", "peft"], "method 'zflora-minimal' has no PEFT form"),
     ],
 )
 def test_settings_of_an_export_that_cannot_be_used(refused, trained_dir, tmp_path, extra, words):
@@ -99,101 +63,56 @@ def test_settings_of_an_export_that_cannot_be_used(refused, trained_dir, tmp_pat
 def test_export_into_a_directory_of_somebody_else(refused, trained_dir, tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     message = refused("export", "--workdir", trained_dir, "--out", tmp_path)
-    assert (
-        "was not written by this project. It is left as it is: choose another path, or move it"
-        " away." in message
-    )
+    assert "was not written by this project. It is left as it is: choose another path" in message
     assert (tmp_path / "notes.txt").read_text() == "mine"
 
 
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (("--tasks", "arithmetik"), "unknown task 'arithmetik': did you mean 'arithmetic'?"),
-        (("--limit", "0"), "eval.limit=0: must be at least 1, or None for all examples"),
-        (("--set", "eval.split=train"), "split='train': "),
-        (
-            ("--set", "adapter.rank=5"),
-            (
-                "--set adapter.rank: what a run has trained cannot be changed when it is evaluated;"
-                " eval.*, data.* and"
-            ),
-        ),
-        (("--set", "eval.splt=test"), "unknown key 'splt' of EvalConfig: did you mean 'split'?"),
+        ("--tasks arithmetik", "unknown task 'arithmetik': did you mean 'arithmetic'?"),
+        ("--limit 0", "eval.limit=0: must be at least 1, or None for all examples"),
+        ("--set eval.split=train", "split='train': "),
+        ("--set adapter.rank=5", "--set adapter.rank: what a run has trained cannot be changed"),
+        ("--set eval.splt=test", "unknown key 'splt' of EvalConfig: did you mean 'split'?"),
     ],
-    ids=lambda v: " ".join(v) if isinstance(v, tuple) else "",
 )
 def test_wrong_evaluations(argv, message, refused, trained_dir):
-    assert message in refused("eval", "--workdir", trained_dir, *argv)
+    assert message in refused("eval", "--workdir", trained_dir, *argv.split())
 
 
-def test_a_missing_task_file_is_named_with_where_to_get_it(refused, model_dir, tmp_path):
+def test_evaluations_of_models_that_are_wrong(refused, model_dir, tmp_path):
     message = refused("eval", "--model", model_dir, "--tasks", "arc_easy", "--data-dir", tmp_path)
-    assert (
-        "ARC-Easy" in message
-        and "test.json" in message
-        and "AGI-Edgerunners/LLM-Adapters" in message
-        and "--data-dir" in message
-    )
+    for words in ("ARC-Easy", "test.json", "AGI-Edgerunners/LLM-Adapters", "--data-dir"):
+        assert words in message
     # Said before a model is looked for.
-    assert "did you mean 'arc_easy'?" in refused(
-        "eval", "--model", tmp_path / "none", "--tasks", "arc_eazy"
-    )
+    message = refused("eval", "--model", tmp_path / "none", "--tasks", "arc_eazy")
+    assert "did you mean 'arc_easy'?" in message
+    message = refused("eval", "--model", model_dir, "--checkpoint", "8")
+    assert "--checkpoint is of a run: give its --workdir." in message
 
 
 # --- what works says so ---------------------------------------------------------------------------
 
 
+def run(*argv: object) -> None:
+    assert main([str(word) for word in argv]) == 0
+
+
 def test_eval_and_export_print_a_table_and_write_files(trained_dir, tmp_path, capsys):
-    assert (
-        main(["eval", "--workdir", trained_dir, "--limit", "1", "--out", str(tmp_path / "eval")])
-        == 0
-    )
+    run("eval", "--workdir", trained_dir, "--limit", 1, "--out", tmp_path / "eval")
     out = capsys.readouterr().out
     assert "accuracy" in out and "loss" in out
     result = json.loads((tmp_path / "eval" / "arithmetic-test-step2.json").read_text())
-    assert (
-        result["rows"] == 1
-        and np.isfinite(result["loss"])
-        and result["config"]["eval"]["limit"] == 1
-    )
-
-    assert (
-        main(
-            [
-                "export",
-                "--workdir",
-                trained_dir,
-                "--out",
-                str(tmp_path / "out"),
-                "--dtype",
-                "float32",
-                "--eps",
-                "0.125",
-            ]
-        )
-        == 0
-    )
+    assert result["rows"] == result["config"]["eval"]["limit"] == 1
+    export = ("export", "--workdir", trained_dir, "--out", tmp_path / "out")
+    run(*export, "--dtype", "float32", "--eps", 0.125)
     assert json.loads((tmp_path / "out" / "zflora.json").read_text())["eps_z"] == 0.125
     assert "top1_agreement" in capsys.readouterr().out
     assert json.loads((tmp_path / "out" / "config.json").read_text())["torch_dtype"] == "float32"
-    changes = ["data.bucket_lengths=[320]", "data.batch_size=2", "eval.generate=False"]
-    assert (
-        main(
-            [
-                "eval",
-                "--model",
-                str(tmp_path / "out"),
-                "--limit",
-                "1",
-                "--out",
-                str(tmp_path / "e"),
-                "--set",
-                *changes,
-            ]
-        )
-        == 0
-    )
+    changes = ("--set", "data.bucket_lengths=[320]", "eval.generate=False")
+    again = ("--limit", 1, "--out", tmp_path / "e", *changes)
+    run("eval", "--model", tmp_path / "out", *again)
     again = json.loads((tmp_path / "e" / "arithmetic-test-out.json").read_text())
     np.testing.assert_allclose(again["loss"], result["loss"], rtol=1e-5)
 
@@ -211,30 +130,14 @@ def test_eval_of_tasks_marks_what_was_trained_on(model_dir, tmp_path, capsys):
     (tmp_path / "ARC-Easy").mkdir()
     for name, some in (("train", rows[:30]), ("test", rows[:32])):
         (tmp_path / "ARC-Easy" / f"{name}.json").write_text(json.dumps(some))
-    changes = [
-        "data.bucket_lengths=[320]",
-        "data.batch_size=2",
-        "eval.generate=False",
-        "eval.loss=False",
-    ]
-    argv = [
-        "eval",
-        "--model",
-        str(model_dir),
-        "--tasks",
-        "arc_easy",
-        "--data-dir",
-        str(tmp_path),
-        "--out",
-        str(tmp_path / "e"),
-        "--set",
-        *changes,
-    ]
+    argv = ["eval", "--model", model_dir, "--tasks", "arc_easy", "--data-dir", tmp_path]
+    argv += ["--out", tmp_path / "e", "--trained-on", "arc_easy"]
+    argv += ["--set", "data.bucket_lengths=[320]", "eval.generate=False", "eval.loss=False"]
     # Also the rows that this project would hold out of the file.
-    assert main([*argv, "--trained-on", "arc_easy"]) == 0
+    run(*argv)
     assert "likelihood_sum_clean" in capsys.readouterr().out
     # A limit of training rows is the run's, not that of the file.
-    assert main([*argv, "data.train_limit=5", "--trained-on", "arc_easy"]) == 0
+    run(*argv, "data.train_limit=5")
     result = json.loads((tmp_path / "e" / "arc_easy-test-model.json").read_text())
     assert (result["rows"], result["clean_rows"]) == (32, 2)
     assert "| arc_easy | clean | 2 |" in (tmp_path / "e" / "summary-test-model.md").read_text()
@@ -301,41 +204,7 @@ def test_a_run_on_a_named_dataset_is_compared_with_that(monkeypatch):
     assert found.data.data_dir == "hub:owner/name" and looked == [found.data]
 
 
-def test_a_run_on_texts_is_asked_with_texts(config_file, refused, tmp_path, monkeypatch):
-    """No chat template goes around a prompt where none was in training."""
-    write(tmp_path / "train.jsonl", *({"prompt": f"{i}: ", "completion": "x"} for i in range(30)))
-    run = tmp_path / "run"
-    own = ["--set", "data.task=rows", f"data.data_dir={tmp_path}"]
-    assert main(["train", "--config", config_file, "--workdir", str(run), *own]) == 0
-    assert read_starts(run)[-1]["plain_texts"]
-    asked = []
-    monkeypatch.setattr(
-        text, "generate", lambda model, prompts, **given: asked.append(given["chat"]) or prompts
-    )
-    asks = ("generate", "--workdir", str(run), "--max-new-tokens", "2")
-    assert "this run was trained on plain texts" in refused(*asks, "--system", "a", "--prompt", "b")
-    assert "trained on plain texts holds no conversation" in refused(*asks)
-    (tmp_path / "asked.txt").write_text("7: ")
-    assert main([*asks, "--file", str(tmp_path / "asked.txt")]) == 0
-    assert asked == [False]
-
-
 def test_a_model_in_the_directory_of_the_caller_has_its_name(model_dir, monkeypatch):
     monkeypatch.chdir(model_dir)
     args = _parser().parse_args(["eval", "--model", "."])
     assert _model(args, RunConfig(), None)[1] == Path(model_dir).name
-
-
-def test_a_lora_goes_beside_a_model_that_another_was_merged_into(model_dir, tmp_path, refused):
-    """An adapter merged by addition left an ordinary model; one that is widened has none beside."""
-    model, adapter = load_model(model_dir), AdapterConfig("lora", rank=2)
-    adapters = perturb(init_adapters(jax.random.key(0), model, adapter))
-    save_peft(tmp_path / "peft", model, adapter, adapters)
-    for method in ("lora", "zflora-minimal"):
-        of = AdapterConfig(method, rank=2)
-        start = init_adapters(jax.random.key(1), model, of)
-        save_hf(tmp_path / method, fuse(model, of, perturb(start)))
-    asks = ["generate", "--adapter", str(tmp_path / "peft"), "--prompt", "a", "--plain"]
-    asks += ["--max-new-tokens", "2", "--model"]
-    assert main([*asks, str(tmp_path / "lora")]) == 0
-    assert "has an adapter fused in already" in refused(*asks, tmp_path / "zflora-minimal")

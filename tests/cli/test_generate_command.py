@@ -1,86 +1,308 @@
-"""`zflora generate`: answers of a file that an error stops, its messages, the memory it takes."""
+"""`zflora generate`: one prompt, a file, a conversation; what an error or a signal leaves; its
+messages.
+"""
 
+from __future__ import annotations
+
+import io
+import itertools
 import json
 import os
+import shutil
 import signal
+from typing import Any
 
+import jax
 import pytest
+from support.byte_tokenizer import byte_tokenizer
+from support.models import perturb, untied
+from support.tasks import write
 
-from zflora_jax.cli import generate
+from zflora_jax.adapters.fuse import fuse
+from zflora_jax.adapters.init import init_adapters
+from zflora_jax.cli import generate as command
 from zflora_jax.cli.main import _parser, main
+from zflora_jax.core.adapter_config import AdapterConfig
 from zflora_jax.core.errors import NonFiniteError
-from zflora_jax.inference import decode
+from zflora_jax.data.prompts import render, render_turns
+from zflora_jax.experiments.restore import load_fused
+from zflora_jax.hf.load import load_model
+from zflora_jax.hf.peft import save_peft
+from zflora_jax.hf.save import save_hf
+from zflora_jax.inference import decode, text
+from zflora_jax.inference.generation_config import GenerationConfig, Sampler
+from zflora_jax.inference.text import generate
+from zflora_jax.training.workdir import read_config, read_starts
+
+
+@pytest.fixture
+def said(capsys: pytest.CaptureFixture[str]) -> Any:
+    """Runs `zflora generate` with short answers; returns what it prints."""
+
+    def run(*argv: object) -> str:
+        capsys.readouterr()
+        assert main(["generate", *map(str, argv), "--max-new-tokens", "8"]) == 0
+        return capsys.readouterr().out
+
+    return run
+
+
+def test_one_prompt_a_file_and_a_conversation(trained_dir, said, tmp_path, monkeypatch):
+    run = ("--workdir", trained_dir)
+    one = said(*run, "--prompt", "2 + 2?")
+    (tmp_path / "prompts.txt").write_text("2 + 2?\n\n3 + 3?\n")
+    lines = said(*run, "--file", tmp_path / "prompts.txt").splitlines()
+    assert [json.loads(line)["prompt"] for line in lines] == ["2 + 2?", "3 + 3?"]
+    assert json.loads(lines[0])["output"] + "\n" == one
+    monkeypatch.setattr("sys.stdin", io.StringIO("2 + 2?\n\n3 + 3?\n"))
+    assert said(*run).startswith(one)
+    assert said(*run, "--prompt", "2 + 2?", "--plain") != one
+
+
+def test_the_model_is_packed_as_it_is_loaded(base_dir, trained_dir):
+    """So that one copy of it is in memory."""
+    for source in (["--model", base_dir], ["--workdir", trained_dir]):
+        args = _parser().parse_args(["generate", *source])
+        run = read_config(args.workdir) if args.workdir else None
+        assert command._model_of(args, run).config.execution.packed
+
+
+def test_every_line_of_a_file_is_one_prompt_whole_and_without_a_byte_order_mark(
+    base_dir, said, refused, tmp_path, monkeypatch
+):
+    """The prompts are read as data files are, from a file and from stdin alike."""
+    prompts, path = ["2 + 2?", "a\u2028b\x0bc"], tmp_path / "prompts.txt"
+    path.write_bytes(("\ufeff" + "\r\n".join(prompts) + "\r\n").encode())
+    for file, stdin in ((path, b""), ("-", path.read_bytes())):
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(stdin), encoding="utf-8"))
+        lines = said("--model", base_dir, "--file", file).split("\n")[:-1]
+        assert [json.loads(line)["prompt"] for line in lines] == prompts
+    path.write_bytes(b"caf\xe9")
+    assert "not UTF-8 text" in refused("generate", "--model", base_dir, "--file", path)
+
+
+def test_a_lora_is_fused_unless_the_model_is_widened_already(base_dir, said, refused, tmp_path):
+    """An adapter merged by addition left an ordinary model."""
+    model, lora = load_model(base_dir), AdapterConfig("lora", rank=4)
+    adapters = perturb(init_adapters(jax.random.key(0), model, lora), std=0.5)
+    save_peft(tmp_path / "peft", model, lora, adapters)
+    want = generate(fuse(model, lora, adapters), ["2 + 2?"], max_new_tokens=8, chat=True)[0]
+    asks = ("--prompt", "2 + 2?", "--adapter", tmp_path / "peft", "--model")
+    assert said(*asks, base_dir) == want + "\n" != said("--model", base_dir, *asks[:2])
+    for method in ("lora", "zflora-minimal"):
+        of = AdapterConfig(method, rank=2)
+        start = init_adapters(jax.random.key(1), model, of)
+        save_hf(tmp_path / method, fuse(model, of, perturb(start)))
+    said(*asks, tmp_path / "lora")
+    assert "has an adapter fused in" in refused("generate", *asks, tmp_path / "zflora-minimal")
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--file", "nowhere.txt"], "--file nowhere.txt does not exist"),
+        (["--prompt", "a", "--top-k", "5"], "need a temperature above 0"),
+        (["--prompt", "a", "--plain", "--system", "b"], "need the style 'chat'"),
+        (["--plain"], "need the style 'chat'"),
+        (["--prompt", "a", "--checkpoint", "best"], "--checkpoint is of a run"),
+        (["--prompt", "a", "--adapter", "nowhere"], "no PEFT directory"),
+        (["--prompt", "a", "--max-new-tokens", "0"], "max_new_tokens=0"),
+        (["--prompt", "x" * 600], "exceeds the model's context"),
+    ],
+    ids=lambda value: " ".join(value)[:40] if isinstance(value, list) else "",
+)
+def test_what_is_wrong_is_said(argv, message, base_dir, refused):
+    assert message in refused("generate", "--model", base_dir, *argv)
+
+
+def test_a_run_is_asked_as_it_was_trained(trained_dir, said, refused, tmp_path):
+    """A run of alpaca prompts is asked in that form, with --prompt and --file alike; it holds no
+    conversation.
+    """
+    shutil.copytree(trained_dir, tmp_path / "run")
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    config["data"]["prompt_style"] = "alpaca"
+    (tmp_path / "run" / "config.json").write_text(json.dumps(config))
+    model, _ = load_fused(tmp_path / "run")
+    [want] = generate(model, [render(model.tokenizer, "alpaca", "2 + 2?")], max_new_tokens=8)
+    run = ("--workdir", tmp_path / "run")
+    assert said(*run, "--prompt", "2 + 2?") == want + "\n"
+    (tmp_path / "lines.txt").write_text("2 + 2?\n")
+    lines = said(*run, "--file", tmp_path / "lines.txt")
+    assert json.loads(lines) == {"prompt": "2 + 2?", "output": want}
+    for wrong in ([], ["--prompt", "a", "--system", "b"]):
+        assert "the style 'alpaca' (that of the run)" in refused("generate", *run, *wrong)
+
+
+def test_a_run_on_texts_is_asked_with_texts(config_file, refused, tmp_path, monkeypatch):
+    """No chat template goes around a prompt where none was in training."""
+    write(tmp_path / "train.jsonl", *({"prompt": f"{i}: ", "completion": "x"} for i in range(30)))
+    run, own = tmp_path / "run", ["--set", "data.task=rows", f"data.data_dir={tmp_path}"]
+    assert main(["train", "--config", config_file, "--workdir", str(run), *own]) == 0
+    assert read_starts(run)[-1]["plain_texts"]
+    asked = []
+    monkeypatch.setattr(
+        text, "generate", lambda model, prompts, *_, chat, **__: asked.append(chat) or prompts
+    )
+    assert "the style 'plain' (that of the run)" in refused("generate", "--workdir", run)
+    (tmp_path / "asked.txt").write_text("7: ")
+    asks = ["generate", "--workdir", str(run), "--file", str(tmp_path / "asked.txt")]
+    assert main(asks) == 0 and asked == [False]
+
+
+# --- errors and signals ---------------------------------------------------------------------------
+
+
+@pytest.fixture
+def asks(base_dir, tmp_path):
+    """A command over three lines, a batch each. Batches go by length: a line that is not answered
+    may stand before one that is.
+    """
+    (tmp_path / "lines.txt").write_text("a longer prompt\nhi\nmedium one")
+    given = ["generate", "--model", base_dir, "--file", str(tmp_path / "lines.txt")]
+    return [*given, "--max-new-tokens", "4", "--batch-size", "1"]
+
+
+def after(monkeypatch, done, action):
+    """Lets `action` run after `done` batches."""
+    batches = decode.batches
+
+    def stopping(*given):
+        yield from itertools.islice(batches(*given), done)
+        action()
+
+    monkeypatch.setattr(decode, "batches", stopping)
 
 
 @pytest.mark.parametrize("done", [1, 2])
-def test_an_error_loses_no_answer(done, base_dir, tmp_path, monkeypatch, capsys):
-    """Batches go by length: the line that fails may stand before one that is answered."""
-    lines = ["a longer prompt", "hi", "medium one"]
-    (tmp_path / "lines.txt").write_text("\n".join(lines))
-    asks = ["generate", "--model", base_dir, "--file", str(tmp_path / "lines.txt")]
-    asks += ["--max-new-tokens", "4", "--batch-size", "1"]
+def test_an_error_loses_no_answer(done, asks, monkeypatch, capsys):
     assert main(asks) == 0
     want = capsys.readouterr().out.splitlines()
-    assert [json.loads(line)["prompt"] for line in want] == lines
-    answered = decode.answer_batches
+    prompts = [json.loads(line)["prompt"] for line in want]
+    assert prompts == ["a longer prompt", "hi", "medium one"]
 
-    def stopping(*given):
-        batches = answered(*given)
-        for _ in range(done):
-            yield next(batches)
+    def fail():
         raise NonFiniteError("the logits are NaN")
 
-    monkeypatch.setattr(decode, "answer_batches", stopping)
+    after(monkeypatch, done, fail)
     assert main(asks) == 3
-    said = capsys.readouterr()
-    assert len(said.out.splitlines()) == done and set(said.out.splitlines()) < set(want)
-    assert "the logits are NaN" in said.err
+    found = capsys.readouterr()
+    assert len(found.out.splitlines()) == done and set(found.out.splitlines()) < set(want)
+    assert "the logits are NaN" in found.err
 
 
-def test_sigterm_loses_no_answer(base_dir, tmp_path, monkeypatch, capsys):
+def test_sigterm_loses_no_answer(asks, monkeypatch, capsys):
     """As a scheduler ends a job: the answer that waits behind a missing one is printed."""
-    (tmp_path / "lines.txt").write_text("a longer prompt\nhi")
-    answered = decode.answer_batches
 
-    def stopped(*given):
-        yield next(answered(*given))
+    def ended():
         os.kill(os.getpid(), signal.SIGTERM)
         raise AssertionError("SIGTERM had no effect")
 
-    monkeypatch.setattr(decode, "answer_batches", stopped)
-    asks = ["generate", "--model", base_dir, "--file", str(tmp_path / "lines.txt")]
+    after(monkeypatch, 1, ended)
     before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(SystemExit) as ended:
-        main([*asks, "--max-new-tokens", "4", "--batch-size", "1"])
-    assert ended.value.code == 128 + signal.SIGTERM
+    with pytest.raises(SystemExit) as end:
+        main(asks)
+    assert end.value.code == 128 + signal.SIGTERM
     assert signal.getsignal(signal.SIGTERM) is before
     assert [json.loads(line)["prompt"] for line in capsys.readouterr().out.splitlines()] == ["hi"]
 
 
-def test_an_answer_is_printed_once_those_before_it_are_there(
-    base_dir, tmp_path, monkeypatch, capsys
-):
+def test_an_answer_is_printed_once_those_before_it_are_there(asks, tmp_path, monkeypatch, capsys):
     (tmp_path / "lines.txt").write_text("ab\ncd\n")
-    answered, said = decode.answer_batches, []
+    batches, found = decode.batches, []
 
     def watched(*given):
-        for batch in answered(*given):
+        for batch in batches(*given):
             yield batch
-            said.append(capsys.readouterr().out)
+            found.append(capsys.readouterr().out)
 
-    monkeypatch.setattr(decode, "answer_batches", watched)
-    asks = ["generate", "--model", base_dir, "--file", str(tmp_path / "lines.txt")]
-    assert main([*asks, "--max-new-tokens", "4", "--batch-size", "1"]) == 0
-    assert [json.loads(line)["prompt"] for line in said] == ["ab", "cd"]
-
-
-def test_a_line_that_does_not_fit_is_named(base_dir, tmp_path, refused):
-    (tmp_path / "lines.txt").write_text("ok\n\n\n" + "x" * 600)
-    said = refused("generate", "--model", base_dir, "--file", tmp_path / "lines.txt")
-    assert "lines.txt, line 4 has " in said and "with --max-new-tokens=256 that" in said
+    monkeypatch.setattr(decode, "batches", watched)
+    assert main(asks) == 0
+    assert [json.loads(line)["prompt"] for line in found] == ["ab", "cd"]
 
 
-def test_the_model_is_packed_as_it_is_loaded(base_dir):
-    """So that one copy of it is in memory."""
-    args = _parser().parse_args(["generate", "--model", base_dir])
-    assert generate._model_of(args).config.execution.packed
+# --- conversations --------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def talker() -> Any:
+    model = untied(max_position_embeddings=128)
+    model.tokenizer = byte_tokenizer()
+    return model
+
+
+@pytest.fixture
+def talk(talker, capsys):
+    """Returns what a conversation of some lines prints."""
+
+    def run(*lines: str, opening: Any = (), sampler: Sampler | None = None, tokens: int = 30):
+        capsys.readouterr()
+        config = GenerationConfig(tokens, sampler)
+        command._converse(talker, lines, list(opening), config, "2026-11-26")
+        return capsys.readouterr().out
+
+    return run
+
+
+LONG = "word " * 8
+
+
+def test_a_conversation_gives_the_turns_before(talker, talk):
+    turns = [{"role": "system", "content": "be brief"}]
+    found = talk("hi", "", "and?", opening=turns, tokens=10)
+    for line in ("hi", "and?"):
+        turns.append({"role": "user", "content": line})
+        prompt = render_turns(talker.tokenizer, turns, "2026-11-26")
+        answer = generate(talker, [prompt], max_new_tokens=10)[0]
+        turns.append({"role": "assistant", "content": answer})
+    assert found == "".join(f"{t['content']}\n" for t in turns if t["role"] == "assistant")
+
+
+def test_reset_and_quit(talk):
+    first = talk("hi", tokens=6)
+    found = talk("one", "/reset", "hi", "/quit", "never", tokens=6)
+    assert found == talk("one", tokens=6) + first
+
+
+def test_turns_that_no_longer_fit_are_left_out_and_said(talk):
+    """And a turn that does not fit alone leaves the conversation as it is."""
+    found = talk(LONG, LONG, LONG)
+    assert "(the context is full: 2 old turns are left out)\n" in found
+    assert found.endswith(talk(LONG))  # only the last turn was left
+    note = "(that is too long: --max-new-tokens leaves 118 tokens)\n"
+    found = talk("hi", "word " * 40, "hi", tokens=10)
+    assert note in found and found.replace(note, "") == talk("hi", "hi", tokens=10)
+
+
+def test_a_turn_asked_again_is_drawn_anew_where_no_other_is_left(talk):
+    found = talk(LONG, LONG, LONG, sampler=Sampler(1.0))
+    answers = [part.rpartition("left out)\n")[2] for part in found.rstrip("\n").split("\n(")]
+    assert len(answers) == len(set(answers)) == 3
+    assert found == talk(LONG, LONG, LONG, sampler=Sampler(1.0))
+
+
+def test_a_stopped_answer_ends_and_the_conversation_goes_on(talk, monkeypatch):
+    heard: list[Any] = []
+
+    def interrupted(model: Any, turns: Any, *_: Any, **__: Any) -> Any:
+        heard.append([turn["content"] for turn in turns])
+        yield "half"
+        if len(heard) == 1:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(text, "stream", interrupted)
+    assert talk("a", "b") == "half (stopped)\nhalf\n"
+    assert heard[1] == ["a", "half", "b"]
+
+
+def test_typed_lines_end_with_the_input(monkeypatch):
+    answers: list[Any] = ["\ufeffa", KeyboardInterrupt(), "b", EOFError()]
+
+    def typed(_: str) -> str:
+        answer = answers.pop(0)
+        if isinstance(answer, BaseException):
+            raise answer
+        return answer
+
+    monkeypatch.setattr("builtins.input", typed)
+    assert list(command._typed()) == ["a", "b"]

@@ -83,92 +83,41 @@ def test_commands_use_the_mesh_of_the_run_or_the_one_given(trained, tmp_path, ca
     """eval, generate and export: the same answers, losses and files from four devices (the run's)
     and from the mesh that --set names.
     """
-    used = []
-    real = mesh_of
+    used, asks = [], ["--prompt", "2+3=", "--max-new-tokens", "5"]
     for module in ("inference.decode", "evaluation.loss", "adapters.fuse"):
         monkeypatch.setattr(
             f"zflora_jax.{module}.mesh_in_use",
-            lambda tree: used.append(real(tree)) or mesh_in_use(tree),
+            lambda tree: used.append(mesh_of(tree)) or mesh_in_use(tree),
         )
+
+    def said(*argv: object) -> str:
+        assert main([str(word) for word in argv]) == 0
+        return capsys.readouterr().out
+
     found = {}
-    for name, settings, parts in (
-        ("run", [], 4),
-        ("one", ["--set", "mesh.fsdp=1", "mesh.tensor=1"], 1),
-    ):
+    for name, parts in (("run", 4), ("one", 1)):
         used.clear()
-        assert (
-            main(
-                [
-                    "eval",
-                    "--workdir",
-                    str(trained),
-                    "--out",
-                    str(tmp_path / name / "eval"),
-                    *settings,
-                ]
-            )
-            == 0
-        )
-        assert (
-            main(
-                [
-                    "generate",
-                    "--workdir",
-                    str(trained),
-                    "--prompt",
-                    "2+3=",
-                    "--max-new-tokens",
-                    "5",
-                    *settings,
-                ]
-            )
-            == 0
-        )
+        mesh = [] if name == "run" else ["--set", "mesh.fsdp=1", "mesh.tensor=1"]
+        run, out = ("--workdir", trained, *mesh), tmp_path / name
+        said("eval", *run, "--out", out / "eval")
+        answer = said("generate", *run, *asks)
         assert {1 if mesh is None else mesh.size for mesh in used} == {parts}
-        printed = capsys.readouterr().out.splitlines()[-1]
-        assert (
-            main(
-                [
-                    "export",
-                    "--workdir",
-                    str(trained),
-                    "--out",
-                    str(tmp_path / name / "out"),
-                    *settings,
-                ]
-            )
-            == 0
-        )
-        assert "top1_agreement" in capsys.readouterr().out
-        [summary] = (tmp_path / name / "eval").glob("summary-*.json")
-        [rows] = (tmp_path / name / "eval").glob("arithmetic*.jsonl")
+        assert "top1_agreement" in said("export", *run, "--out", out / "out")
+        [summary] = (out / "eval").glob("summary-*.json")
+        [rows] = (out / "eval").glob("arithmetic*.jsonl")
         answers = [json.loads(line)["output"] for line in rows.read_text().splitlines()]
-        found[name] = json.loads(summary.read_text())["tasks"][0]["loss"], answers, printed
+        files = ("model.safetensors", "zflora/restore.safetensors")
+        written = [(out / "out" / file).read_bytes() for file in files]
+        base = json.loads((out / "out" / "zflora.json").read_text())["base"]["fingerprint"]
+        loss = json.loads(summary.read_text())["tasks"][0]["loss"]
+        found[name] = loss, answer.splitlines()[-1], answers, written, base
     np.testing.assert_allclose(found["run"][0], found["one"][0], rtol=2e-5)
     assert found["run"][1:] == found["one"][1:]
-    for file in ("model.safetensors", "zflora/restore.safetensors"):
-        assert (tmp_path / "run" / "out" / file).read_bytes() == (
-            tmp_path / "one" / "out" / file
-        ).read_bytes()
-    there, here = (
-        json.loads((tmp_path / name / "out" / "zflora.json").read_text()) for name in found
-    )
-    assert there["base"]["fingerprint"] == here["base"]["fingerprint"]
     # The export is itself used on a mesh.
-    divided = load_model(str(tmp_path / "run" / "out"), mesh=make_mesh(MESH))
-    assert_divided(divided.params)
-    argv = [
-        "generate",
-        "--model",
-        str(tmp_path / "run" / "out"),
-        "--prompt",
-        "2+3=",
-        "--max-new-tokens",
-        "5",
-    ]
-    assert main(argv) == 0 and main([*argv, "--set", "mesh.fsdp=2", "mesh.tensor=2"]) == 0
-    [once, again] = capsys.readouterr().out.splitlines()
-    assert once == again
+    export = tmp_path / "run" / "out"
+    assert_divided(load_model(str(export), mesh=make_mesh(MESH)).params)
+    given = ("generate", "--model", export, *asks)
+    assert said(*given) == said(*given, "--set", "mesh.fsdp=2", "mesh.tensor=2")
 
 
 def test_an_export_does_not_gather_the_model(trained, tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from unittest.mock import Mock
 
 import jax
 import pytest
@@ -12,12 +13,12 @@ from zflora_jax.adapters.fuse import fuse
 from zflora_jax.adapters.init import init_adapters
 from zflora_jax.adapters.packing import pack_for_decode
 from zflora_jax.core.adapter_config import METHODS, AdapterConfig
+from zflora_jax.core.errors import CheckpointError
 from zflora_jax.core.fields import ConfigError, override
 from zflora_jax.core.model import Model
 from zflora_jax.core.run_config import RunConfig, TrainConfig
 from zflora_jax.experiments import base
 from zflora_jax.experiments.base import as_base, given_base
-from zflora_jax.experiments.restore import load_run
 from zflora_jax.experiments.train import train
 from zflora_jax.hf.load import load_model
 from zflora_jax.hf.save import save_hf
@@ -34,7 +35,7 @@ def test_a_fused_model_is_refused_by_name(run, base_dir, tmp_path, method):
     model = fused(load_model(base_dir), method)
     message = rf"has {method} fused in; an adapter on top of it could not be fused"
     with pytest.raises(ConfigError, match=message):
-        train(run, tmp_path / "run", model=model, console=False)
+        as_base(run, model)
     save_hf(tmp_path / "out", model)
     with pytest.raises(ConfigError, match=message):
         train(override(run, {"model": str(tmp_path / "out")}), tmp_path / "run", console=False)
@@ -60,7 +61,7 @@ def test_a_model_that_was_changed_in_memory_is_refused(run, base_dir):
     with pytest.raises(ConfigError, match=message):
         given_base(run, resize_vocab(model, 300))
     model.tokenizer.chat_template = "{{ messages[0]['content'] }}"
-    with pytest.raises(ConfigError, match=r"tokenizer is not that of .*Save it with zf\.save_hf"):
+    with pytest.raises(ConfigError, match=r"chat template or tokens were changed.*zf\.save_hf"):
         given_base(run, model)
 
 
@@ -69,60 +70,56 @@ def test_rows_for_new_tokens_are_trained_on_by_way_of_a_directory(run, base_dir,
     model = load_model(base_dir)
     model.tokenizer.add_tokens(["<|new|>"])
     save_hf(tmp_path / "wide", resize_vocab(model, model.tokenizer))
-    run = override(run, {"model": str(tmp_path / "wide"), "train.steps": 3})
-    trained = train(run, tmp_path / "run", console=False)
-    loaded = load_run(tmp_path / "run")[1]
-    sizes = {loaded.config.vocab_size, trained.model.config.vocab_size, len(model.tokenizer)}
-    assert sizes == {260}
+    run = override(run, {"model": str(tmp_path / "wide")})
+    loaded = given_base(run, load_model(run.model))
+    assert loaded.config.vocab_size == len(model.tokenizer) == 260
     assert loaded.tokenizer.convert_tokens_to_ids("<|new|>") == 259
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("settings", "change", "message"),
     [
-        (pack_for_decode, "packed for decoding"),
+        ({}, pack_for_decode, "packed for decoding"),
         (
+            {},
             lambda model: load_model(model.source, scan_layers=False),
             r"a tree per layer.*without scan_layers=False",
         ),
-        (lambda model: dataclasses.replace(model, tokenizer=None), "without a tokenizer"),
+        ({}, lambda model: dataclasses.replace(model, tokenizer=None), "without a tokenizer"),
         (
+            {},
             lambda model: load_model(model.source, dtype="bfloat16"),
             r"params are bfloat16, and train\.dtype is float32: load it with load_model\(...,"
             r" dtype='float32'\)",
         ),
         (
+            {},
             lambda model: dataclasses.replace(model, config=model.config.replace(dtype="bfloat16")),
             r"activations are bfloat16, and train\.dtype is float32",
         ),
+        (
+            {"train.dtype": "bfloat16"},
+            lambda model: model,
+            r"params are float32, and train\.dtype is bfloat16",
+        ),
+        (
+            {"data.bucket_lengths": [1024]},
+            lambda model: model,
+            "beyond the model's context",
+        ),
     ],
 )
-def test_models_that_the_run_cannot_train_are_refused(run, base_dir, change, message):
+def test_models_that_the_run_cannot_train_are_refused(run, base_dir, settings, change, message):
     with pytest.raises(ConfigError, match=message):
-        as_base(run, change(load_model(base_dir)))
+        as_base(override(run, settings), change(load_model(base_dir)))
 
 
-def test_settings_that_the_model_does_not_admit_are_refused(run, base_dir):
-    model = load_model(base_dir)
-    with pytest.raises(ConfigError, match="beyond the model's context"):
-        as_base(override(run, {"data.bucket_lengths": [1024]}), model)
-    with pytest.raises(ConfigError, match=r"params are float32, and train\.dtype is bfloat16"):
-        as_base(override(run, {"train.dtype": "bfloat16"}), model)
-
-
-def test_settings_of_the_run_reach_the_step(run, base_dir, tmp_path, monkeypatch):
-    """The step is made for them, not for what the model was loaded with."""
-
-    def made(run, config, *_):
-        execution = config.execution
-        raise LookupError(execution.remat, execution.matmul_precision, execution.dtype)
-
-    monkeypatch.setattr("zflora_jax.experiments.train.step_of", made)
+def test_a_model_computes_as_the_run_says(run, base_dir):
+    """Not as it was loaded."""
     changes = {"remat": "block", "matmul_precision": "highest", "dtype": "bfloat16"}
     run = override(run, {f"train.{name}": value for name, value in changes.items()})
-    with pytest.raises(LookupError, match=r"'block', 'highest', 'bfloat16'"):
-        model = load_model(base_dir, dtype="bfloat16")
-        train(run, tmp_path / "run", model=model, console=False)
+    execution = as_base(run, load_model(base_dir, dtype="bfloat16")).config.execution
+    assert changes.items() <= vars(execution).items()
 
 
 def test_a_model_from_elsewhere_is_warned_of(run, base_dir, tmp_path, caplog, monkeypatch):
@@ -131,7 +128,8 @@ def test_a_model_from_elsewhere_is_warned_of(run, base_dir, tmp_path, caplog, mo
     given_base(override(run, {"model": "link"}), load_model(base_dir))
     model = load_model(base_dir)
     model.source = "HuggingFaceTB/SmolLM2-360M-Instruct"
-    monkeypatch.setattr(base, "_on_disk", lambda source: None)  # as where the hub cannot be reached
+    gone = Mock(side_effect=CheckpointError)  # as where the hub cannot be reached
+    monkeypatch.setattr(base, "model_config", gone)
     given_base(override(run, {"model": "smollm2-360m"}), model)
     assert caplog.text == ""
     given_base(run, model)
@@ -146,5 +144,5 @@ def test_a_model_of_a_gguf_file_may_be_handed_in_as_it_is_loaded():
     model, run = load_model("smollm2-135m"), RunConfig(train=TrainConfig(remat="block"))
     assert given_base(run, model).config.execution.remat == "block"
     model.tokenizer.chat_template = "{{ messages[0]['content'] }}"
-    with pytest.raises(ConfigError, match=r"tokenizer is not that of 'smollm2-135m'"):
+    with pytest.raises(ConfigError, match="chat template or tokens were changed"):
         given_base(run, model)

@@ -1,6 +1,4 @@
-"""Sweeps over a grid: a row per run, failures too; not run again; side by side on several devices
-with the numbers of one; `zflora sweep`.
-"""
+"""Sweeps over a grid: a row per run, failures too; not run again; `zflora sweep`."""
 
 from __future__ import annotations
 
@@ -9,14 +7,9 @@ import json
 import logging
 import os
 import signal
-import sys
-import threading
-import time
 from contextlib import ExitStack
 from types import SimpleNamespace
-from typing import Any
 
-import jax
 import numpy as np
 import pandas
 import pytest
@@ -29,6 +22,7 @@ from zflora_jax.core.fields import ConfigError, override, to_dict
 from zflora_jax.core.run_config import RunConfig
 from zflora_jax.experiments import grid
 from zflora_jax.experiments.grid import combinations, run_grid, sweep
+from zflora_jax.nn.quantize_model import is_quantized
 from zflora_jax.parallel import distributed
 from zflora_jax.training.lock import locked
 
@@ -46,57 +40,36 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> FakeTrain:
     """Runs are not trained, and their base is not loaded."""
     fake = FakeTrain()
     monkeypatch.setattr(grid, "train", fake)
-    monkeypatch.setattr(grid._Bases, "of", lambda *_: None)
+    monkeypatch.setattr(grid, "load_model", lambda *_, **__: None)
     return fake
 
 
-def numbers(rows: list[dict[str, Any]]) -> list[tuple[Any, ...]]:
-    return [(row["run"], row["status"], row["params_trainable"], row["test_loss"]) for row in rows]
+def test_a_signal_saves_the_run_and_the_sweep_goes_on(base, tmp_path, monkeypatch):
+    """Real training: a frame, a page and curves at the end, and nothing is run again."""
+    original = distributed.StopSignals.requested
 
-
-def test_runs_side_by_side_are_stopped_and_go_on_to_the_numbers_of_one_after_the_other(
-    base, tmp_path, monkeypatch
-):
-    """Real training. SIGTERM to a sweep of two threads: each run is saved after its step, and the
-    sweep goes on from there; a frame, a page and curves at the end, and nothing is run again.
-    """
-    base, two = override(base, {"train.steps": 8, "train.log_every": 1}), {"train.seed": [0, 1]}
-    original, begun, stdout = distributed.StopSignals.requested, [], sys.stdout
-
-    def slowly(self, step):
-        begun.append(step)
-        if step >= 3:
-            time.sleep(0.5)  # else the runs might be over before the signal comes
+    def signalled(self, step):
+        if step == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
         return original(self, step)
 
-    def signal_later():
-        while not [step for step in begun if step >= 3]:
-            time.sleep(0.01)
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    monkeypatch.setattr(distributed.StopSignals, "requested", slowly)
-    threading.Thread(target=signal_later, daemon=True).start()
-    with pytest.raises(Preempted, match="saved"):
-        run_grid(base, two, tmp_path / "s", parallel=2, console=False)
-    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL and sys.stdout is stdout
-    assert list((tmp_path / "s").glob("*/checkpoints/*"))
-    assert not list((tmp_path / "s").glob("*/report.json"))
-    monkeypatch.setattr(distributed.StopSignals, "requested", original)
-    frame = sweep(base, two, tmp_path / "s", parallel=2)
+    base, two = override(base, {"train.log_every": 1}), {"train.seed": [0, 1]}
+    with monkeypatch.context() as patch:
+        patch.setattr(distributed.StopSignals, "requested", signalled)
+        with pytest.raises(Preempted, match="saved"):
+            run_grid(base, two, tmp_path, console=False)
+    assert len(list(tmp_path.glob("*/checkpoints/1"))) == 1
+    frame = sweep(base, two, tmp_path)
     assert isinstance(frame, pandas.DataFrame) and list(frame["train.seed"]) == [0, 1]
     assert set(frame["status"]) == {"finished"} and frame["test_loss"].nunique() == 2
-    assert (frame["seconds"] > 0).all() and sys.stdout is stdout
-    assert (tmp_path / "s" / "curves.png").is_file() and (tmp_path / "s" / "curves.svg").is_file()
+    assert (tmp_path / "curves.png").is_file() and (tmp_path / "curves.svg").is_file()
     monkeypatch.setattr(grid, "training_curves", lambda *_: None)
-    rows = frame.to_dict("records")
-    alone = run_grid(base, two, tmp_path / "alone", parallel=1, console=False)
-    assert numbers(rows) == numbers(alone)
     monkeypatch.setattr(grid, "train", lambda *_, **__: pytest.fail("trained again"))
-    assert run_grid(base, two, tmp_path / "s", parallel=1, console=False) == rows
+    assert run_grid(base, two, tmp_path, console=False) == frame.to_dict("records")
 
 
 def test_every_combination_is_a_row_and_is_not_run_again(base, tmp_path, fake):
-    frame = sweep(base, GRID, tmp_path / "s", parallel=1)
+    frame = sweep(base, GRID, tmp_path / "s")
     assert list(frame["adapter.method"]) == ["lora"] * 2 + ["zflora-minimal"] * 2
     assert list(frame["adapter.rank"]) == [2, 4, 2, 4] and set(frame["status"]) == {"finished"}
     assert list(frame["test_loss"]) == [loss_of(run) for run in fake.runs]
@@ -122,8 +95,8 @@ def test_every_combination_is_a_row_and_is_not_run_again(base, tmp_path, fake):
 
 
 def test_failures_are_rows(base, tmp_path, fake, caplog):
-    """Settings that cannot be used, a loss that is not finite, too little memory, a model that is
-    not there; the others run. The log says how each run ended, and failures are tried again.
+    """Settings that cannot be used, a loss that is not finite, too little memory; the others run.
+    The log says how each run ended, and failures are tried again.
     """
     caplog.set_level(logging.INFO, "zflora_jax")
 
@@ -141,7 +114,7 @@ def test_failures_are_rows(base, tmp_path, fake, caplog):
         {"adapter.rank": np.int64(3), "optim.learning_rate": np.float64(1e-3)},
         {"adapter.rank": 5},
     ]
-    rows = run_grid(base, settings, tmp_path / "s", parallel=1, console=False)
+    rows = run_grid(base, settings, tmp_path / "s", console=False)
     said = ("warmup_steps=99", "the loss is nan", "finished", "failed: MemoryError")
     for row, why in zip(rows, said, strict=True):
         assert why in row["status"] and f"{row['run']}: {row['status']}" in caplog.messages
@@ -149,67 +122,28 @@ def test_failures_are_rows(base, tmp_path, fake, caplog):
     assert type(rows[2]["adapter.rank"]) is int  # numpy's numbers are numbers
     assert "failed" in (tmp_path / "s" / "rows.md").read_text()
     fake.runs.clear()
-    run_grid(base, settings, tmp_path / "s", parallel=1, console=False)
-    assert [(run.adapter.rank, run.optim.learning_rate) for run in fake.runs] == [
-        (base.adapter.rank, 1e30),
-        (5, base.optim.learning_rate),
-    ]
+    run_grid(base, settings, tmp_path / "s", console=False)
+    assert [run.adapter.rank for run in fake.runs] == [base.adapter.rank, 5]
 
 
 def test_models_and_targets_that_cannot_be_used_are_rows(base, tmp_path):
     settings = [{"model": str(tmp_path / "none")}, {"adapter.targets": "nothing"}]
-    rows = run_grid(base, settings, tmp_path / "s", parallel=1, console=False)
+    rows = run_grid(base, settings, tmp_path / "s", console=False)
     assert [row["status"].partition(":")[0] for row in rows] == ["failed", "failed"]
     assert "matches no kernel" in rows[1]["status"]
 
 
-@pytest.mark.soak  # twins: test_failures_are_rows, and test_run's non-finite loss of a real run
-def test_a_loss_that_is_not_finite_is_a_row_of_a_real_run(base, tmp_path):
-    [row] = run_grid(base, [{"optim.learning_rate": 1e30}], tmp_path / "s", console=False)
-    assert "failed" in row["status"] and "nan" in row["status"].lower()
-
-
-def test_a_stopped_sweep_goes_on(base, tmp_path, monkeypatch, fake):
-    def stopped(run, *args, **settings):
-        if len(fake.runs) == 1:
-            raise Preempted("stopped by a signal")
-        return fake(run, *args, **settings)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(grid, "train", stopped)
-        with pytest.raises(Preempted):
-            run_grid(base, GRID, tmp_path / "s", parallel=1, console=False)
-    assert len(json.loads((tmp_path / "s" / "rows.json").read_text())["rows"]) == 1
-    rows = run_grid(base, GRID, tmp_path / "s", parallel=1, console=False)
-    assert [row["status"] for row in rows] == ["finished"] * 4
-    assert len(fake.runs) == 4  # the first one was not run again
-    # A signal after the last step of a run stops the others, too.
+def test_a_signal_after_the_last_step_and_a_fault_of_ours_end_a_sweep(
+    base, tmp_path, monkeypatch, fake
+):
     late = lambda *a, **k: dataclasses.replace(fake(*a, **k), signalled=True)  # noqa: E731
     monkeypatch.setattr(grid, "train", late)
     with pytest.raises(Preempted, match="is saved, the same command goes on there"):
-        run_grid(base, {"train.seed": [5, 6]}, tmp_path / "s", parallel=1, console=False)
-    assert len(fake.runs) == 5
-
-
-def test_each_run_at_one_time_has_its_own_devices(base, tmp_path, monkeypatch, fake):
-    together = threading.Barrier(4, timeout=60)
-
-    def waits(*args, **settings):
-        together.wait()  # four are in here at one time
-        return fake(*args, **settings)
-
-    monkeypatch.setattr(grid, "train", waits)
-    rows = run_grid(base, GRID, tmp_path / "a", parallel=4, console=False)
-    assert len({devices[0] for devices in fake.devices}) == 4
-    monkeypatch.setattr(grid, "train", fake)
-    assert numbers(rows) == numbers(run_grid(base, GRID, tmp_path / "b", parallel=1, console=False))
-
-
-def test_an_error_that_is_a_fault_of_ours_is_not_a_row(base, tmp_path, monkeypatch, fake):
+        run_grid(base, GRID, tmp_path / "s", console=False)
+    assert len(fake.runs) == 1
     monkeypatch.setattr(grid, "train", lambda *_, **__: 1 // 0)
-    for parallel in (1, 2):
-        with pytest.raises(ZeroDivisionError):
-            run_grid(base, GRID, tmp_path / "s", parallel=parallel, console=False)
+    with pytest.raises(ZeroDivisionError):
+        run_grid(base, GRID, tmp_path / "s", console=False)
 
 
 def test_a_run_that_another_process_trains_is_left_to_it(base, tmp_path, monkeypatch, fake):
@@ -225,7 +159,7 @@ def test_a_run_that_another_process_trains_is_left_to_it(base, tmp_path, monkeyp
             stack.close()  # the other process ends
 
         monkeypatch.setattr(grid, "time", SimpleNamespace(sleep=sleep))
-        rows = run_grid(base, GRID, tmp_path / "s", parallel=1, console=False)
+        rows = run_grid(base, GRID, tmp_path / "s", console=False)
     assert [row["run"] for row in rows] == names and len(fake.runs) == 4
     assert fake.runs[-1].adapter.rank == rows[0]["adapter.rank"]
 
@@ -254,19 +188,16 @@ def test_names_are_directories(base):
     assert len(set(names)) == 3 and all("/" not in name and len(name) <= 120 for name in names)
 
 
-@pytest.mark.parametrize(("mesh", "parallel", "most"), [({}, 9, 8), ({"mesh.fsdp": 4}, 3, 2)])
-def test_more_at_one_time_than_devices_is_refused(mesh, parallel, most, base, tmp_path):
-    base = override(base, mesh | {"data.batch_size": 8})
-    with pytest.raises(ConfigError, match=rf"must be within 1\.\.{most}"):
-        run_grid(base, GRID, tmp_path, parallel=parallel)
-
-
-def test_a_base_is_loaded_once_for_each_device(base: RunConfig) -> None:
-    bases, [first, second] = grid._Bases(), jax.devices()[:2]
-    model = bases.of(base, [first])
-    assert model is bases.of(override(base, {"train.seed": 1}), [first])
-    assert bases.of(base, [second]) is not model
-    assert bases.of(base, [first, second]) is None  # each run loads its slices
+def test_runs_share_a_base_that_is_stored_alike(base, tmp_path, monkeypatch):
+    models, fake = [], FakeTrain()
+    monkeypatch.setattr(grid, "train", lambda *a, model, **k: models.append(model) or fake(*a, **k))
+    settings = {"quantize.kernels": ["none", "int8"], "train.seed": [0, 1]}
+    run_grid(base, settings, tmp_path, console=False)
+    assert models[0] is models[1] and models[2] is models[3]
+    assert not is_quantized(models[0]) and is_quantized(models[2])
+    mesh = override(base, {"mesh.fsdp": 2, "data.batch_size": 8})  # each run loads its slices
+    run_grid(mesh, [{"train.seed": 0}], tmp_path / "mesh", console=False)
+    assert models[-1] is None
 
 
 # --- the command ----------------------------------------------------------------------------------
@@ -277,25 +208,18 @@ import zflora_jax as zf
 from zflora_jax.core.fields import from_dict
 
 def get_sweep():
-    return zf.Grid(from_dict(zf.RunConfig, json.loads({base!r})), {{"adapter.rank": [2, 3]}})
+    return from_dict(zf.RunConfig, json.loads({base!r})), {{"adapter.rank": [2, 3]}}
 """
 
 
-@pytest.fixture
-def command(base, tmp_path):
+def test_the_command_runs_a_grid_with_changed_settings(base, tmp_path, capsys, fake):
     (tmp_path / "s.py").write_text(CONFIG.format(base=json.dumps(to_dict(base))))
-    return ["sweep", "--config", str(tmp_path / "s.py"), "--workdir", str(tmp_path / "w")]
-
-
-def test_the_command_runs_a_grid_with_changed_settings(command, tmp_path, capsys, fake):
+    command = ["sweep", "--config", str(tmp_path / "s.py"), "--workdir", str(tmp_path / "w")]
+    assert main([*command, "--set", "optim.warmup_steps=99"]) == 2 and not fake.runs
+    assert "optim.warmup_steps=99" in capsys.readouterr().err  # no run has finished
     assert main([*command, "--set", "train.steps=3"]) == 0
     rows = json.loads((tmp_path / "w" / "rows.json").read_text())["rows"]
     assert [(row["adapter.rank"], row["steps"]) for row in rows] == [(2, 3), (3, 3)]
     assert "adapter.rank=3" in capsys.readouterr().out
     assert main([*command, "--set", "adapter.rank=9"]) == 2
     assert "--set adapter.rank: the grid gives it to each of its runs" in capsys.readouterr().err
-
-
-def test_a_command_without_a_finished_run_fails(command, tmp_path, capsys, fake):
-    assert main([*command, "--set", "optim.warmup_steps=99"]) == 2 and not fake.runs
-    assert "optim.warmup_steps=99" in capsys.readouterr().err

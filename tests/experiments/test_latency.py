@@ -16,7 +16,6 @@ from zflora_jax.core.fields import ConfigError
 from zflora_jax.experiments.latency import (
     Contender,
     contenders,
-    decode_latency,
     decode_turns,
     method_latency,
     random_base,
@@ -85,21 +84,10 @@ def test_contenders_decode_what_they_are_called() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"rank": 0}, r"rank=0: must be at least 1"),
+        ({"batch": 0}, r"batch=0: must be at least 1"),
         ({"new_tokens": 1}, r"new_tokens=1: TPOT needs at least 2"),
-        ({"repeats": 0}, r"repeats=0: must be at least 1"),
-        ({"methods": ("full",)}, r"methods \['full'\] cannot be .*choose from lora"),
-        (
-            {"prompt_length": 500},
-            r"prompts of 500 and 32 new tokens exceed the model's context of 512",
-        ),
     ],
 )
 def test_wrong_settings(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         method_latency(tiny_model(), **settings)
-
-
-def test_latency_of_models_needs_a_second_token() -> None:
-    with pytest.raises(ConfigError, match="new_tokens=1: TPOT needs at least 2"):
-        decode_latency({"base": tiny_model()}, new_tokens=1)

@@ -20,15 +20,13 @@ from support.models import perturb, tiny_model
 from zflora_jax.adapters import fuse as fuse_module
 from zflora_jax.adapters.fuse import _fuse, _swap, _unfuse, fuse, swap, unfuse
 from zflora_jax.adapters.packing import split_layers
-from zflora_jax.cli.inputs import mesh_asked
+from zflora_jax.cli.options import mesh_asked
 from zflora_jax.core import trees
 from zflora_jax.core.adapter_config import METHODS
 from zflora_jax.core.architecture import param_shapes
 from zflora_jax.core.fields import ConfigError
 from zflora_jax.core.presets import preset
-from zflora_jax.core.run_config import (
-    MeshConfig,
-)
+from zflora_jax.core.run_config import MeshConfig
 from zflora_jax.experiments.latency import decode_latency
 from zflora_jax.inference.decode import generate_tokens, stream_tokens
 from zflora_jax.inference.generation_config import GREEDY, Sampler
@@ -57,22 +55,17 @@ def assert_no_whole_kernel(text, config):
     """No array that a compiled program stores (so not those inside a fusion) is as large as the
     smallest whole kernel, but for a device's part of a table.
     """
-    text = "\n\n".join(
-        part
-        for part in text.split("\n\n")
-        if not part.lstrip().startswith(("%fused_", "%wrapped_"))
-    )
+    inside = ("%fused_", "%wrapped_")
+    parts = [part for part in text.split("\n\n") if not part.lstrip().startswith(inside)]
     kernels = [
-        int(np.prod(shape))
+        math.prod(shape)
         for name, shape in param_shapes(config).items()
         if "layers" in name and "kernel" in name
     ]
-    for dims in re.findall(r"\w+\[([\d,]+)\]", text):
+    table = [config.vocab_size // 2, config.hidden_size // 2]
+    for dims in re.findall(r"\w+\[([\d,]+)\]", "\n\n".join(parts)):
         shape = [int(n) for n in dims.split(",")]
-        assert np.prod(shape) < min(kernels) or shape == [
-            config.vocab_size // 2,
-            config.hidden_size // 2,
-        ], dims
+        assert math.prod(shape) < min(kernels) or shape == table, dims
 
 
 @pytest.mark.parametrize(
@@ -81,15 +74,13 @@ def assert_no_whole_kernel(text, config):
 def test_a_model_on_a_mesh_computes_what_one_device_does(method):
     adapter, (model, adapters), (divided, beside) = both(method)
     tokens = np.asarray([PROMPTS[0]])
-    assert_logits_close(
-        forward(divided, tokens, adapter, beside), forward(model, tokens, adapter, adapters)
-    )
+    wanted = forward(model, tokens, adapter, adapters)
+    assert_logits_close(forward(divided, tokens, adapter, beside), wanted)
     whole, fused = fuse(model, adapter, adapters), fuse(divided, adapter, beside)
     assert_divided(fused.params)
     assert_same(fused.params, whole.params, exact=METHODS[method].in_place != "lora")
-    assert generate_tokens(fused, PROMPTS, max_new_tokens=8) == generate_tokens(
-        whole, PROMPTS, max_new_tokens=8
-    )
+    found, wanted = (generate_tokens(m, PROMPTS, max_new_tokens=8) for m in (fused, whole))
+    assert found == wanted
     assert_divided(packed(fused).params)
     assert packed(fused) is packed(fused)
     if METHODS[method].widens:
@@ -117,23 +108,19 @@ def test_every_way_to_run_a_model_follows_its_mesh(mesh_config):
     )
     whole, fused = fuse(model, adapter, adapters), fuse(divided, adapter, beside)
     options = [[[4, 9], [7], [4, 8, 200]], [[11, 12], [13, 14]], [[1], [2]]]
-    for have, want in zip(
-        option_log_likelihoods(fused, PROMPTS, options),
-        option_log_likelihoods(whole, PROMPTS, options),
-        strict=True,
-    ):
+    scores = (option_log_likelihoods(m, PROMPTS, options) for m in (fused, whole))
+    for have, want in zip(*scores, strict=True):
         np.testing.assert_allclose(have, want, rtol=2e-5)
     settings = {"max_new_tokens": 6, "stop_token_ids": [263]}
-    drawn = settings | {"sampler": Sampler(0.8, top_p=0.9), "batch_size": 2}
-    assert generate_tokens(fused, PROMPTS, **drawn) == generate_tokens(whole, PROMPTS, **drawn)
-    assert (
-        list(stream_tokens(fused, PROMPTS[0], **settings))
-        == generate_tokens(whole, PROMPTS[:1], **settings)[0]
-    )
+    [want] = generate_tokens(whole, PROMPTS[:1], **settings)
+    assert list(stream_tokens(fused, PROMPTS[0], **settings)) == want
     wanted = generate_tokens(model, PROMPTS, adapter=adapter, adapters=adapters, **settings)
     assert generate_tokens(divided, PROMPTS, adapter=adapter, adapters=beside, **settings) == wanted
+    drawn = settings | {"sampler": Sampler(0.8, top_p=0.9), "batch_size": 2}
+    wanted = generate_tokens(whole, PROMPTS, **drawn)
     apart = dataclasses.replace(fused, params=packed(fused).params, config=packed(fused).config)
-    assert generate_tokens(apart, PROMPTS, **drawn) == generate_tokens(whole, PROMPTS, **drawn)
+    for one in (fused, apart):
+        assert generate_tokens(one, PROMPTS, **drawn) == wanted
 
 
 def test_a_mesh_of_other_axes_changes_nothing():

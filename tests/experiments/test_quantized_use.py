@@ -18,7 +18,6 @@ from zflora_jax.core.fields import ConfigError, override
 from zflora_jax.core.model import Model
 from zflora_jax.core.presets import preset
 from zflora_jax.core.run_config import QuantizeConfig, RunConfig
-from zflora_jax.experiments import grid
 from zflora_jax.experiments.base import as_base
 from zflora_jax.experiments.export import export_run
 from zflora_jax.experiments.plan import stored_bytes
@@ -103,13 +102,6 @@ def test_lora_beside_codes_is_merged_into_their_numbers_for_commands(run, tmp_pa
     np.testing.assert_allclose(np.asarray(forward(load_model(out), tokens)), beside, atol=1e-4)
     with pytest.raises(ConfigError, match=r"'lora' changes them: .*convert_lora"):
         export_run(workdir, tmp_path / "x.gguf", format="gguf", quant="keep")
-
-
-def test_runs_of_a_sweep_share_a_base_that_is_stored_alike(run):
-    bases, here = grid._Bases(), [jax.devices()[0]]
-    numbers = bases.of(run, here)
-    codes = bases.of(override(run, {"quantize.kernels": "int8"}), here)
-    assert not is_quantized(numbers) and is_quantized(codes)
 
 
 def test_the_plan_counts_each_devices_part_of_the_codes():

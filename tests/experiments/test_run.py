@@ -8,8 +8,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import jax
@@ -17,7 +15,6 @@ import numpy as np
 import pytest
 from support.checks import assert_logits_close, assert_trees_equal
 from support.grids import always
-from support.paths import ROOT
 from support.runs import quiet_train, small_run
 
 from zflora_jax.adapters.fuse import fuse
@@ -35,6 +32,7 @@ from zflora_jax.hf.save import save_hf
 from zflora_jax.nn.llama import forward
 from zflora_jax.reporting.metrics import read_metrics
 from zflora_jax.training.checkpoint import Checkpoints
+from zflora_jax.training.lock import locked
 from zflora_jax.training.trainer import step_of
 from zflora_jax.training.workdir import read_config
 
@@ -72,10 +70,8 @@ def test_every_method_learns_and_exports(method, run, tmp_path):
     assert report["top1_agreement"] == 1.0
     assert report["max_abs_dlogit"] <= 1e-5 * report["logit_scale"]
     tokens = np.asarray([[5, 6, 7, 8]], np.int32)
-    assert_logits_close(
-        forward(load_model(str(tmp_path / "out")), tokens),
-        forward(trained.model, tokens, run.adapter, trained.adapters),
-    )
+    adapted = forward(trained.model, tokens, run.adapter, trained.adapters)
+    assert_logits_close(forward(load_model(str(tmp_path / "out")), tokens), adapted)
     result = evaluate(run, load_fused(tmp_path / "run")[0], out=tmp_path / "eval", console=False)
     rows = [json.loads(line) for line in (tmp_path / "eval.jsonl").read_text().splitlines()]
     assert len(rows) == result["rows"] == 4 and 0 <= result["accuracy"] <= 1
@@ -85,10 +81,10 @@ def test_every_method_learns_and_exports(method, run, tmp_path):
 def test_the_loss_does_not_depend_on_accumulation(run, tmp_path):
     """Micro-batches hold different numbers of target tokens; a mean of means would differ."""
     run, found = override(run, {"train.steps": 4}), []
-    for count in (1, 2, 4):
+    for count in (1, 4):
         quiet_train(override(run, {"data.grad_accum_steps": count}), tmp_path / str(count))
         found.append(losses(tmp_path / str(count)))
-    np.testing.assert_allclose(found[1:], [found[0]] * 2, rtol=1e-4)
+    np.testing.assert_allclose(*found, rtol=1e-4)
 
 
 @pytest.fixture(scope="module")
@@ -116,14 +112,11 @@ def test_a_finished_run_is_loaded_not_trained(run, finished, caplog):
 
 
 @pytest.mark.usefixtures("own_programs")
-def test_a_run_keeps_its_compiled_step_and_says_where_time_went(run, tmp_path):
-    """The step alone takes longer to compile than what is not kept."""
+def test_a_run_keeps_its_compiled_step(run, tmp_path):
     report = quiet_train(run, tmp_path / "run").report
     assert report == json.loads((tmp_path / "run" / "report.json").read_text())
-    kept = [path.name for path in (tmp_path / "run" / "compile_cache").glob("jit_train_step*")]
-    assert kept and all(name.startswith("jit_train_step-") for name in kept)
-    prepared = report["load_seconds"] + report["data_seconds"]
-    assert 0 < prepared < report["first_step_seconds"] < report["seconds"]
+    assert list((tmp_path / "run" / "compile_cache").glob("jit_train_step-*"))
+    assert 0 < report["first_step_seconds"] < report["seconds"]
 
 
 def test_another_config_is_refused_and_nothing_is_lost(run, finished):
@@ -147,17 +140,13 @@ def test_another_base_is_refused(finished, base_dir, tmp_path):
 
 def test_other_data_is_refused(run, tmp_path):
     """A run on a JSON file that has changed since does not go on with it in silence."""
-    rows = [
-        {"instruction": f"Say {i}.", "input": "", "output": f"{i}", "answer": f"{i}"}
-        for i in range(40)
-    ]
-    data = tmp_path / "data"
-    data.mkdir()
-    (data / "train.json").write_text(json.dumps(rows))
-    run = override(run, {"data.task": "rows", "data.data_dir": str(data), "train.steps": 4})
+    rows, file = [{"instruction": f"Say {i}.", "output": f"{i}"} for i in range(40)], "rows.json"
+    (tmp_path / file).write_text(json.dumps(rows))
+    own = {"data.task": "rows", "data.data_dir": str(tmp_path / file), "train.steps": 4}
+    run = override(run, own)
     quiet_train(run, tmp_path / "run")
     rows[3]["output"] = "something else"
-    (data / "train.json").write_text(json.dumps(rows))
+    (tmp_path / file).write_text(json.dumps(rows))
     with pytest.raises(ConfigError, match="was trained on another data"):
         quiet_train(run, tmp_path / "run")
 
@@ -202,27 +191,12 @@ def test_bfloat16_run_trains_float32_adapters(run, tmp_path):
     assert found[-1] < found[0]
 
 
-def test_bad_targets_claim_no_workdir(run, tmp_path):
-    with pytest.raises(ConfigError, match="matches no kernel"):
-        quiet_train(override(run, {"adapter.targets": "zzz"}), tmp_path / "run")
-    assert not (tmp_path / "run").exists()
-
-
-def test_two_processes_on_one_workdir(run, tmp_path):
-    program = (
-        "import sys; from zflora_jax.training.lock import locked\n"
-        "with locked(sys.argv[1]): print('held', flush=True); sys.stdin.read()"
-    )
-    with subprocess.Popen(
-        [sys.executable, "-c", program, str(tmp_path)],
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-    ) as other:
-        assert other.stdin and other.stdout and other.stdout.readline() == b"held\n"
-        with pytest.raises(ConfigError, match="is being trained by another process"):
-            quiet_train(run, tmp_path)
-        other.stdin.close()
+def test_a_workdir_that_another_process_trains_in(run, tmp_path):
+    with (
+        locked(tmp_path),
+        pytest.raises(ConfigError, match="is being trained by another process"),
+    ):
+        quiet_train(run, tmp_path)
     assert not (tmp_path / "config.json").exists()  # what the other process wrote stays
 
 
@@ -245,9 +219,7 @@ def test_a_signal_stops_after_the_step_and_the_handlers_are_put_back(
 
 
 def test_signals_wait_until_the_last_checkpoint_is_written(run, tmp_path, monkeypatch):
-    """SIGTERM when the last save may still be being written: it is finished, and the run is not
-    ended half-way.
-    """
+    """The run is not ended half-way."""
     real = Checkpoints.__exit__
 
     def signalled(self, *error):

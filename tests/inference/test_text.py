@@ -1,4 +1,4 @@
-"""Streams and conversations say what batch generation says, a character at a time at the least."""
+"""Streams say what batch generation says, a character at a time at the least."""
 
 from __future__ import annotations
 
@@ -15,11 +15,10 @@ from zflora_jax.adapters.init import init_adapters
 from zflora_jax.core.adapter_config import AdapterConfig
 from zflora_jax.core.fields import ConfigError
 from zflora_jax.core.model import Model
-from zflora_jax.data.prompts import render_turns
 from zflora_jax.inference.decode import generate_tokens, stream_tokens
 from zflora_jax.inference.generation_config import Sampler
 from zflora_jax.inference.program import DecodeProgram
-from zflora_jax.inference.text import converse, generate, stream
+from zflora_jax.inference.text import generate, stream
 
 PROMPT = "Once upon"
 SAMPLERS = [None, Sampler(0.9), Sampler(1.5, 20, 0.9)]
@@ -119,44 +118,6 @@ def test_a_stream_goes_on_where_bytes_change_what_is_before_them(talker, monkeyp
     assert list(stream(talker, PROMPT)) == ["a", "\n", "��b", " c"]
 
 
-def talk(model: Any, lines: list[str], **settings: Any) -> str:
-    said: list[str] = []
-    converse(model, lines, said.append, **settings)
-    return "".join(said)
-
-
-def test_a_conversation_gives_the_turns_before(talker):
-    said = talk(talker, ["hi", "", "and?"], system="be brief", max_new_tokens=10)
-    turns = [{"role": "system", "content": "be brief"}]
-    for line in ("hi", "and?"):
-        turns.append({"role": "user", "content": line})
-        answer = generate(talker, [render_turns(talker.tokenizer, turns)], max_new_tokens=10)[0]
-        turns.append({"role": "assistant", "content": answer})
-    assert said == "".join(f"{turn['content']}\n" for turn in turns if turn["role"] == "assistant")
-
-
-def test_reset_and_quit(talker):
-    first = talk(talker, ["hi"], max_new_tokens=6)
-    assert talk(talker, ["one", "/reset", "hi", "/quit", "never"], max_new_tokens=6).endswith(
-        f"(the conversation starts anew)\n{first}"
-    )
-
-
-def test_turns_that_no_longer_fit_are_left_out_and_said(talker):
-    long = "word " * 8
-    said = talk(talker, [long, long, long], max_new_tokens=30)
-    assert "the context of 128 tokens is full" in said
-    assert said.endswith(talk(talker, [long], max_new_tokens=30))  # only the last turn was left
-
-
-def test_a_turn_asked_again_is_drawn_anew_where_no_other_is_left(talker):
-    long = "word " * 8
-    said = talk(talker, [long, long, long], max_new_tokens=30, sampler=Sampler(1.0))
-    answers = [part.rpartition("left out)\n")[2] for part in said.rstrip("\n").split("\n(")]
-    assert len(answers) == len(set(answers)) == 3
-    assert said == talk(talker, [long, long, long], max_new_tokens=30, sampler=Sampler(1.0))
-
-
 def test_an_adapter_beside_the_base_answers_as_fused(talker):
     adapter = AdapterConfig("zflora-minimal", rank=4)
     adapters = perturb(init_adapters(jax.random.key(0), talker, adapter), std=0.5)
@@ -174,20 +135,6 @@ def test_an_adapter_beside_the_base_answers_as_fused(talker):
     assert told == dict(enumerate(found))
 
 
-def test_a_stopped_answer_ends_and_the_conversation_goes_on(talker, monkeypatch):
-    heard: list[Any] = []
-
-    def interrupted(model: Any, turns: Any, **_: Any) -> Any:
-        heard.append([dict(turn) for turn in turns])
-        yield "half"
-        if len(heard) == 1:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr("zflora_jax.inference.text.stream", interrupted)
-    assert talk(talker, ["a", "b"], max_new_tokens=8) == "half (stopped)\nhalf\n"
-    assert [turn["content"] for turn in heard[1]] == ["a", "half", "b"]
-
-
 def test_what_cannot_be_said_is_refused(talker):
     without = untied()
     with pytest.raises(ConfigError, match="has no tokenizer"):
@@ -198,13 +145,5 @@ def test_what_cannot_be_said_is_refused(talker):
         generate(talker, [5])  # type: ignore[list-item]
     without.tokenizer = byte_tokenizer(chat_template=None)
     with pytest.raises(ConfigError, match="chat template"):
-        talk(without, ["hi"])
+        next(stream(without, [{"role": "user", "content": "hi"}]))
     assert jax.device_count()  # nothing above has left the process in a state that cannot go on
-
-
-def test_a_turn_that_does_not_fit_is_said_and_the_conversation_goes_on(talker):
-    said = talk(talker, ["hi", "word " * 40, "hi"], max_new_tokens=10)
-    assert "(that is too long: 10 new tokens leave 118 of the context's 128)\n" in said
-    assert said.replace(
-        "(that is too long: 10 new tokens leave 118 of the context's 128)\n", ""
-    ) == talk(talker, ["hi", "hi"], max_new_tokens=10)

@@ -17,8 +17,6 @@ from support.quantized import WIDENED, quantized_tiny
 from zflora_jax import load_model, save_gguf, save_hf
 from zflora_jax.cli.main import main
 from zflora_jax.core import trees
-from zflora_jax.core.fields import to_dict
-from zflora_jax.core.run_config import QuantizeConfig, RunConfig
 from zflora_jax.experiments.info import describe
 from zflora_jax.hf.save import model_card
 from zflora_jax.nn.quantize_model import dequantize_model
@@ -84,21 +82,7 @@ def test_an_export_as_numbers_says_that_the_base_comes_back_as_numbers(tmp_path:
     codes = trees.fingerprint(base.params)
     assert found["fingerprint"] is None and found["codes_fingerprint"] == codes
     facts = describe(tmp_path / "x")
-    assert facts["fingerprint of the base's codes"] == codes and "base fingerprint" not in facts
+    assert facts["codes_fingerprint"] == codes and "base_fingerprint" not in facts
     back = trees.flatten(load_model(tmp_path / "x", "bfloat16").params)
     for name, leaf in trees.flatten(dequantize_model(base).params).items():
         np.testing.assert_array_equal(back[name], leaf.astype("bfloat16"), err_msg=name)
-
-
-@pytest.mark.parametrize(
-    ("quantize", "words"),
-    [
-        (QuantizeConfig(), "numbers"),
-        (QuantizeConfig("keep", embedding="keep"), "kernels keep, embedding keep, head none"),
-        (QuantizeConfig("nf4", 32), "kernels nf4, embedding none, head none, 32 inputs a scale"),
-    ],
-)
-def test_info_says_how_the_base_of_a_run_is_stored(quantize, words, tmp_path: Path) -> None:
-    run = RunConfig(model="tiny", quantize=quantize)
-    (tmp_path / "config.json").write_text(json.dumps(to_dict(run)))
-    assert describe(tmp_path)["base stored as"] == words

@@ -29,28 +29,18 @@ def loss_of(run: RunConfig) -> float:
 
 
 class FakeTrain:
-    """Reports `loss` of the settings at once, and leaves the files of a finished run.
-
-    Attributes:
-      runs, devices: of each call.
+    """Reports `loss` of the settings at once, and leaves the files of a finished run. Each call's
+    settings are in `runs`.
     """
 
     def __init__(self, loss: Callable[[RunConfig], float] = loss_of) -> None:
         self.loss = loss
         self.runs: list[RunConfig] = []
-        self.devices: list[Any] = []
 
     def __call__(
-        self,
-        run: RunConfig,
-        workdir: Path,
-        *,
-        model: Any = None,
-        devices: Any = None,
-        console: bool = True,
+        self, run: RunConfig, workdir: Path, *, model: Any = None, console: bool = True
     ) -> Trained:
         self.runs.append(run)
-        self.devices.append(devices)
         report = {
             "params_trainable": 7,
             f"{run.eval.split}_loss": self.loss(run),

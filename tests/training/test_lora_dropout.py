@@ -198,7 +198,7 @@ def test_peft_directories_carry_the_dropout(tmp_path):
     save_peft(tmp_path, model, adapter, adapters)
     assert peft.PeftConfig.from_pretrained(str(tmp_path)).lora_dropout == 0.3
     assert load_peft(tmp_path, model)[0] == adapter
-    assert describe(tmp_path)["lora_dropout"] == "0.3"
+    assert describe(tmp_path)["lora_dropout"] == 0.3
     file = tmp_path / "adapter_config.json"
     settings = json.loads(file.read_text())
     for value in (None, 0):

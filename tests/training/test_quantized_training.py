@@ -123,7 +123,8 @@ def test_a_compiled_step_keeps_no_dequantised_base(kind):
         run = RunConfig(
             data=DataConfig(batch_size=1, bucket_lengths=(32,)), quantize=QuantizeConfig(**quantize)
         )
-        step = lowered_step(run, wide.replace(num_layers=layers)).compile()
+        config, mesh = wide.replace(num_layers=layers), sharding.make_mesh(run.mesh)
+        step = lowered_step(run, config, mesh).compile()
         return step.memory_analysis().temp_size_in_bytes
 
     float_base = tiny_model(**WIDE)

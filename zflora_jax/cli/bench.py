@@ -10,6 +10,13 @@ from zflora_jax.core.presets import PRESETS, preset
 
 SUMMARY = "Measure decode latency on this machine. benchmarks/ has more measurements."
 _LATENCY = "TTFT and TPOT of the base, unmerged LoRA and fused models, by turns."
+_COUNTS = (
+    ("--rank", 16, "R", "rank of every adapter"),
+    ("--batch", 1, "B", "number of prompts"),
+    ("--prompt", 32, "T", "tokens of a prompt"),
+    ("--new-tokens", 32, "N", "tokens generated after each prompt"),
+    ("--repeats", 7, "N", "turns"),
+)
 
 
 def add_options(parser: CommandParser) -> None:
@@ -17,30 +24,14 @@ def add_options(parser: CommandParser) -> None:
         dest="measurement", required=True, metavar="MEASUREMENT", help="it has its own --help"
     )
     latency = commands.add_parser("latency", help=_LATENCY, description=_LATENCY)
-    latency.add_argument(
-        "--model",
-        default="smollm2-135m",
-        metavar="MODEL",
-        help="a preset's shape with random weights, or a model directory (default: smollm2-135m)",
-    )
-    latency.add_argument(
-        "--dtype",
-        default="float32",
-        choices=["float32", "bfloat16"],
-        help="data type of weights and activations (default: float32)",
-    )
-    latency.add_argument("--methods", nargs="+", metavar="M", help="methods to fuse (default: all)")
-    for option, default, metavar, text in (
-        ("--rank", 16, "R", "rank of every adapter"),
-        ("--batch", 1, "B", "number of prompts"),
-        ("--prompt", 32, "T", "tokens of a prompt"),
-        ("--new-tokens", 32, "N", "tokens generated after each prompt"),
-        ("--repeats", 7, "N", "turns"),
-    ):
-        latency.add_argument(
-            option, type=int, default=default, metavar=metavar, help=f"{text} (default: {default})"
-        )
-    latency.add_argument("--out", metavar="FILE", help="write the rows as JSON too")
+    text = "a preset's shape with random weights, or a model directory"
+    latency.option("--model", "MODEL", text, default="smollm2-135m")
+    text, dtypes = "data type of weights and activations", ["float32", "bfloat16"]
+    latency.option("--dtype", None, text, default="float32", choices=dtypes)
+    latency.option("--methods", "M", "methods to fuse (default: all)", nargs="+")
+    for name, default, metavar, text in _COUNTS:
+        latency.option(name, metavar, text, int, default=default)
+    latency.option("--out", "FILE", "write the rows as JSON too")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -62,8 +53,7 @@ def run(args: argparse.Namespace) -> None:
         new_tokens=args.new_tokens,
         repeats=args.repeats,
     )
-    shown = [{key: row[key] for key in row if not key.endswith(("_min", "_max"))} for row in rows]
-    print(markdown_table(shown, list(shown[0])))
+    print(markdown_table(rows, [key for key in rows[0] if not key.endswith(("_min", "_max"))]))
     if args.out:
         names = ("model", "dtype", "rank", "batch", "prompt", "new_tokens", "repeats")
         settings = {name: getattr(args, name) for name in names}

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from zflora_jax.cli.inputs import run_config
-from zflora_jax.cli.options import CommandParser, add_config, add_settings
+from zflora_jax.cli.options import CommandParser, add_config, add_settings, run_config
 from zflora_jax.cli.output import print_table
 
 SUMMARY = (
@@ -16,10 +15,8 @@ SUMMARY = (
 
 def add_options(parser: CommandParser) -> None:
     add_config(parser)
-    parser.add_argument(
-        "--rows", type=int, default=3, metavar="N", help="rows to show (default: 3)"
-    )
-    parser.add_argument("--out", metavar="PATH", help="also write the counts to PATH.json")
+    parser.option("--rows", "N", "rows to show", int, default=3)
+    parser.option("--out", "PATH", "also write the counts to PATH.json")
     add_settings(parser)
 
 
@@ -38,16 +35,10 @@ def run(args: argparse.Namespace) -> None:
     print_table(view.facts, f"{args.config}: training rows")
     print_table(view.histogram, "sequences by length in tokens")
     console = Console(soft_wrap=True, highlight=False, markup=False)
-    begin, end = ("", "") if console.is_terminal else ("[[", "]]")
-    how = "bold and green" if console.is_terminal else "in [[ ]]"
     for number, row in enumerate(view.rows, 1):
-        text = Text()
-        for part, trained in row:
-            text.append(
-                f"{begin}{part}{end}" if trained else part, "bold green" if trained else "dim"
-            )
-        console.print(f"row {number}, trained tokens {how}:", style="cyan")
-        console.print(text, end="\n\n")
+        console.print(f"row {number}, trained tokens in [[ ]]:", style="cyan")
+        parts = [(f"[[{part}]]", "bold green") if trained else part for part, trained in row]
+        console.print(Text.assemble(*parts, style="dim"), end="\n\n")
     if args.out:
         facts = {"facts": view.facts, "histogram": view.histogram}
         write_json(f"{args.out}.json", facts | {"config": to_dict(config)})

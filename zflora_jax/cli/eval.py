@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from zflora_jax.cli.inputs import changes, mesh_asked
-from zflora_jax.cli.options import CommandParser, add_processes, add_settings, add_source, join
+from zflora_jax.cli.options import (
+    CommandParser,
+    add_processes,
+    add_settings,
+    add_source,
+    changes,
+    join,
+    mesh_asked,
+)
 from zflora_jax.cli.output import print_table
 from zflora_jax.core.fields import ConfigError, override, require
 from zflora_jax.core.run_config import RunConfig
@@ -31,41 +38,29 @@ OF_MODEL = ("train.dtype", "train.matmul_precision", "quantize.")
 
 def add_options(parser: CommandParser) -> None:
     add_source(parser, "evaluate")
-    parser.add_argument(
+    parser.option(
         "--tasks",
-        metavar="A,B",
-        help=(
-            "tasks, or groups of tasks (commonsense, math, summary), to evaluate (default: the"
-            " run's own)"
-        ),
+        "A,B",
+        "tasks, or groups of tasks (commonsense, math, summary), to evaluate (default: the run's"
+        " own)",
     )
-    parser.add_argument(
-        "--data-dir",
-        metavar="DIR",
-        help="where the tasks' files are (the same as --set data.data_dir=DIR)",
-    )
-    parser.add_argument(
+    text = "where the tasks' files are (the same as --set data.data_dir=DIR)"
+    parser.option("--data-dir", "DIR", text)
+    parser.option(
         "--trained-on",
-        metavar="TASK",
-        help=(
-            "training data of the model, to mark test questions found in it (what a --workdir"
-            " trained on is looked at anyway)"
-        ),
+        "TASK",
+        "training data of the model, to mark test questions found in it (what a --workdir trained"
+        " on is looked at anyway)",
     )
-    parser.add_argument(
-        "--limit", type=int, metavar="N", help="examples per task (default: the run's eval.limit)"
-    )
-    parser.add_argument(
-        "--out",
-        metavar="DIR",
-        help="where to write results (default: WORKDIR/eval, or runs/eval with --model)",
-    )
+    parser.option("--limit", "N", "examples per task (default: the run's eval.limit)", int)
+    text = "where to write results (default: WORKDIR/eval, or runs/eval with --model)"
+    parser.option("--out", "DIR", text)
     add_settings(
         parser,
         ("data.", "eval.", "mesh.", *OF_MODEL),
         "change settings of data, eval and mesh, and those of train and quantize that are listed"
-        " below for a --model, e.g. --set eval.limit=50 data.prompt_style=alpaca. A .gguf file"
-        " is scored as numbers, or with quantize.kernels=keep as its own blocks",
+        " below for a --model, e.g. --set data.prompt_style=alpaca. A .gguf file is scored as"
+        " numbers, or with quantize.kernels=keep as its own blocks",
     )
     add_processes(parser)
 
@@ -76,9 +71,11 @@ def run(args: argparse.Namespace) -> None:
     from zflora_jax.evaluation.suite import check_tasks, evaluate_tasks
     from zflora_jax.evaluation.summary import summary_page
     from zflora_jax.parallel.compile_cache import compile_cache
+    from zflora_jax.training.workdir import read_config
 
     main = join(args)
-    base, config, meshed = _settings(args)
+    base = read_config(args.workdir) if args.workdir else RunConfig(model=args.model)
+    config, meshed = _settings(args, base)
     named = args.tasks.split(",") if args.tasks else parse_mixture(config.data.task)[0]
     tasks = list(dict.fromkeys(task for name in named for task in GROUPS.get(name, (name,))))
     check_tasks(config, tasks)
@@ -99,23 +96,19 @@ def run(args: argparse.Namespace) -> None:
     )
 
 
-def _settings(args: argparse.Namespace) -> tuple[RunConfig, RunConfig, dict[str, str]]:
-    """The run as it was trained, as it is evaluated, and the settings of the mesh."""
-    from zflora_jax.training.workdir import read_config
-
-    given = {"eval.limit": args.limit, "data.data_dir": args.data_dir}
-    asked: dict[str, Any] = changes(args) | {
-        key: value for key, value in given.items() if value is not None
-    }
+def _settings(args: argparse.Namespace, base: RunConfig) -> tuple[RunConfig, dict[str, Any]]:
+    """The run as it is evaluated, and the settings of the mesh."""
+    asked: dict[str, Any] = changes(args)
+    asked |= {"eval.limit": args.limit} if args.limit is not None else {}
+    asked |= {"data.data_dir": args.data_dir} if args.data_dir else {}
     meshed = {key: asked.pop(key) for key in list(asked) if key.startswith("mesh.")}
-    trained = [key for key in asked if not key.startswith(("eval.", "data."))]
-    if args.workdir and trained:
-        raise ConfigError(
-            f"--set {trained[0]}: what a run has trained cannot be changed when it is evaluated;"
-            " eval.*, data.* and mesh.* can."
+    for key in asked:
+        require(
+            not args.workdir or key.startswith(("eval.", "data.")),
+            f"--set {key}: what a run has trained cannot be changed when it is evaluated; eval.*,"
+            " data.* and mesh.* can.",
         )
-    base = read_config(args.workdir) if args.workdir else RunConfig(model=args.model)
-    return base, override(base, asked), meshed
+    return override(base, asked), meshed
 
 
 def _trained_on(args: argparse.Namespace, base: RunConfig, config: RunConfig) -> list[TrainedOn]:
@@ -126,28 +119,18 @@ def _trained_on(args: argparse.Namespace, base: RunConfig, config: RunConfig) ->
     found = []
     if args.trained_on:  # all rows of it
         of = override(config, {"data.task": args.trained_on, "data.train_limit": None})
-        elsewhere = TrainedOn(of.data, here=False)
-        source_splits(elsewhere.data)  # what is not there is said before anything slow
-        found.append(elsewhere)
-    if args.workdir:  # in its own data_dir, unless that has been moved
-        moved = (
-            config.data.data_dir
-            and base.data.data_dir
-            and not base.data.data_dir.startswith(NAMED)
-            and not Path(base.data.data_dir).expanduser().exists()
-        )
-        own = TrainedOn(
-            dataclasses.replace(base.data, data_dir=config.data.data_dir) if moved else base.data
-        )
+        source_splits(of.data)  # what is not there is said before anything slow
+        found.append(TrainedOn(of.data, here=False))
+    if args.workdir:
+        data, folder = base.data, base.data.data_dir
+        if folder and not folder.startswith(NAMED) and not Path(folder).expanduser().exists():
+            data = replace(data, data_dir=config.data.data_dir or folder)  # it has been moved
         try:
-            source_splits(own.data)
-            found.append(own)
+            source_splits(data)
+            found.append(TrainedOn(data))
         except ConfigError as error:
-            print(
-                "the run's training data is not there, so no test question is compared with it:"
-                f" {error}",
-                file=sys.stderr,
-            )
+            text = "the run's training data is not there, so no test question is compared with it"
+            print(f"{text}: {error}", file=sys.stderr)
     return found
 
 
@@ -160,13 +143,8 @@ def _model(args: argparse.Namespace, config: RunConfig, mesh: Mesh | None) -> tu
         return load_fused(args.workdir, args.checkpoint, mesh=mesh, decode=True)
     require(not args.checkpoint, "--checkpoint is of a run: give its --workdir.")
     # On a mesh as decoding needs it, so that there is no second copy.
-    model = load_model(
-        args.model,
-        config.train.dtype,
-        scan_layers=mesh is None,
-        mesh=mesh,
-        quantize=config.quantize,
-    )
+    dtype, how = config.train.dtype, config.quantize
+    model = load_model(args.model, dtype, scan_layers=mesh is None, mesh=mesh, quantize=how)
     if "train.matmul_precision" in changes(args):  # else the one that an export was trained with
         model.config = model.config.replace(matmul_precision=config.train.matmul_precision)
     return model, Path(args.model).name or Path(args.model).resolve().name  # "."

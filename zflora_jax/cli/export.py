@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import argparse
 
-from zflora_jax.cli.inputs import changes, mesh_asked
 from zflora_jax.cli.options import (
     CommandParser,
-    add_checkpoint,
     add_mesh,
     add_processes,
-    add_workdir,
+    changes,
     join,
+    mesh_asked,
 )
 from zflora_jax.cli.output import print_table
 from zflora_jax.cli.stopping import terminated
@@ -24,46 +23,34 @@ SUMMARY = (
 
 
 def add_options(parser: CommandParser) -> None:
-    add_workdir(parser, "the run to export")
-    parser.add_argument(
+    parser.option("--workdir", "DIR", "the run to export", required=True)
+    parser.option(
         "--out",
+        "PATH",
+        "a new directory or s3:// or gs:// URL (gguf: a new .gguf file), or an earlier export to"
+        " replace",
         required=True,
-        metavar="PATH",
-        help="a new directory or s3:// or gs:// URL (gguf: a new .gguf file), or an earlier export"
-        " to replace",
     )
-    add_checkpoint(parser)
-    parser.add_argument(
-        "--format",
-        choices=list(EXPORTERS),
-        default=DEFAULT,
-        help="; ".join(
-            f"{name}: {exporter.text}{' (default)' if name == DEFAULT else ''}"
-            for name, exporter in EXPORTERS.items()
-        ),
-    )
-    parser.add_argument(
-        "--dtype",
-        choices=["float32", "bfloat16", "float16"],
-        help="of the exported weights (default: as trained)",
-    )
-    parser.add_argument(
+    text = "a number of steps, or best (default: the newest)"
+    parser.option("--checkpoint", "STEP", text)
+    text = "; ".join(f"{name}: {exporter.text}" for name, exporter in EXPORTERS.items())
+    parser.option("--format", None, text, choices=list(EXPORTERS), default=DEFAULT)
+    text = "of the exported weights (default: as trained)"
+    parser.option("--dtype", None, text, choices=["float32", "bfloat16", "float16"])
+    parser.option(
         "--quant",
-        metavar="TYPE",
-        help="gguf: type of the weights, f32, f16, bf16, q8_0 (default), q4_0, q4_1, or"
+        "TYPE",
+        "gguf: type of the weights, f32, f16, bf16, q8_0 (default), q4_0, q4_1, or"
         " keep: the base's own blocks, of a run with quantize.kernels=keep; hf: kernels as codes"
         " for vLLM and transformers (compressed-tensors), int8 (W8A16), w8a8, int4 (W4A16, groups"
         " of 64), int4-g32, int4-g64 or int4-g128 (default: as numbers)",
     )
-    parser.add_argument(
+    parser.option(
         "--eps",
-        type=float,
-        metavar="E",
-        help=(
-            "scale of the residual state, a power of two in 2^-10..1 (default: chosen from the"
-            " weights for --dtype or --quant); 0.0625 for software that makes int8 of an export by"
-            " itself"
-        ),
+        "E",
+        "scale of the residual state, a power of two in 2^-10..1 (default: chosen from the weights"
+        " for --dtype or --quant); 0.0625 for software that makes int8 of an export by itself",
+        float,
     )
     add_mesh(parser)
     add_processes(parser)
@@ -75,16 +62,8 @@ def run(args: argparse.Namespace) -> None:
 
     main = join(args)
     mesh = mesh_asked(changes(args), read_config(args.workdir))
+    given = {"format": args.format, "dtype": args.dtype, "quant": args.quant, "eps_z": args.eps}
     with terminated():  # which leaves no half of a model beside --out
-        report = export_run(
-            args.workdir,
-            args.out,
-            format=args.format,
-            dtype=args.dtype,
-            quant=args.quant,
-            checkpoint=args.checkpoint,
-            eps_z=args.eps,
-            mesh=mesh,
-        )
+        report = export_run(args.workdir, args.out, checkpoint=args.checkpoint, mesh=mesh, **given)
     if main:
         print_table(report, f"exported to {args.out}")

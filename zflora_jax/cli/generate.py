@@ -4,203 +4,134 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from zflora_jax.cli.inputs import changes, mesh_asked
-from zflora_jax.cli.options import CommandParser, add_mesh, add_processes, add_source, join
+from zflora_jax.cli.options import (
+    CommandParser,
+    add_mesh,
+    add_processes,
+    add_source,
+    changes,
+    join,
+    mesh_asked,
+)
 from zflora_jax.cli.stopping import terminated
-from zflora_jax.core.fields import ConfigError, require
+from zflora_jax.core.fields import require
 from zflora_jax.core.quantize_config import STORED
 from zflora_jax.core.storage import as_path
 from zflora_jax.core.textfile import decode, lines_of
 
 if TYPE_CHECKING:
     from zflora_jax.core.model import Model
-    from zflora_jax.inference.generation_config import Sampler
+    from zflora_jax.core.run_config import RunConfig
+    from zflora_jax.inference.generation_config import GenerationConfig
 
 SUMMARY = (
     "Answer prompts: one, those of a file, or a conversation on the terminal; text is shown as it"
     " comes."
 )
+_SAMPLING = (
+    ("--max-new-tokens", int, 256, "N", "most tokens of an answer"),
+    ("--temperature", float, 0.0, "T", "0 takes the likeliest token each time, above 0 draws"),
+    ("--top-k", int, None, "K", "draw from the K likeliest tokens"),
+    ("--top-p", float, None, "P", "draw from the likeliest tokens of probability P together"),
+    ("--seed", int, 0, "N", "seed of what is drawn"),
+    ("--batch-size", int, 16, "B", "lines of --file at one time"),
+)
 
 
 def add_options(parser: CommandParser) -> None:
     add_source(parser, "use")
-    parser.add_argument(
-        "--adapter", metavar="DIR", help="a PEFT LoRA, a directory or hub id, to fuse into --model"
+    text = "a PEFT LoRA, a directory or hub id, to fuse into --model"
+    parser.option("--adapter", "DIR", text)
+    text = "data type of --model (default: float32; a run has its own)"
+    parser.option("--dtype", None, text, choices=["float32", "bfloat16"])
+    text = (
+        "how the kernels of --model are stored (default: keep, as they are, of a FILE.gguf with"
+        " blocks of Q8_0, Q4_0 or Q4_1, which a CPU decodes as floats; else none, as numbers, also"
+        " of smollm2-135m)"
     )
-    parser.add_argument(
-        "--dtype",
-        choices=["float32", "bfloat16"],
-        help="of --model (default: float32; a run has its own)",
-    )
-    parser.add_argument(
-        "--quantize",
-        choices=STORED,
-        help="how the kernels of --model are stored (default: keep, as they are, of a FILE.gguf"
-        " with blocks of Q8_0, Q4_0 or Q4_1, which a CPU decodes as floats; else none, as numbers,"
-        " also of smollm2-135m)",
-    )
+    parser.option("--quantize", None, text, choices=STORED)
     prompts = parser.add_mutually_exclusive_group()
     prompts.add_argument("--prompt", metavar="TEXT", help="answer this")
-    prompts.add_argument(
-        "--file",
-        metavar="FILE",
-        help="answer every line of FILE, in batches; one JSON line each on stdout (- reads stdin)",
-    )
-    parser.add_argument(
-        "--plain",
-        action="store_true",
-        help="continue the text as it is, without the tokenizer's chat template",
-    )
-    parser.add_argument("--system", metavar="TEXT", help="the system's turn of a conversation")
-    _add_sampling_options(parser)
+    text = "answer every line of FILE, in batches; one JSON line each on stdout (- reads stdin)"
+    prompts.add_argument("--file", metavar="FILE", help=text)
+    text = "continue the text as it is, without the tokenizer's chat template"
+    parser.add_argument("--plain", action="store_true", help=text)
+    parser.option("--system", "TEXT", "the system's turn of --prompt or a conversation")
+    for name, kind, default, metavar, text in _SAMPLING:
+        parser.option(name, metavar, text, kind, default=default)
     add_mesh(parser)
     add_processes(parser)
 
 
-def _add_sampling_options(parser: CommandParser) -> None:
-    parser.add_argument(
-        "--max-new-tokens",
-        type=int,
-        default=256,
-        metavar="N",
-        help="at most so many tokens an answer (default: 256)",
-    )
-    parser.add_argument(
-        "--temperature",
-        type=float,
-        default=0.0,
-        metavar="T",
-        help="0 takes the likeliest token each time (default), above 0 draws",
-    )
-    parser.add_argument("--top-k", type=int, metavar="K", help="draw from the K likeliest tokens")
-    parser.add_argument(
-        "--top-p",
-        type=float,
-        metavar="P",
-        help="draw from the likeliest tokens that together have probability P",
-    )
-    parser.add_argument(
-        "--seed", type=int, default=0, metavar="N", help="of what is drawn (default: 0)"
-    )
-    parser.add_argument(
-        "--batch-size",
-        type=int,
-        default=16,
-        metavar="B",
-        help="lines of --file at one time (default: 16)",
-    )
-
-
 def run(args: argparse.Namespace) -> None:
-    from jax import process_count
-
     from zflora_jax.data.dates import today
-    from zflora_jax.inference.generation_config import Sampler
+    from zflora_jax.inference.generation_config import GenerationConfig, Sampler
+    from zflora_jax.inference.text import stream
     from zflora_jax.parallel.compile_cache import compile_cache
     from zflora_jax.parallel.distributed import from_process_0, on_main
+    from zflora_jax.training.workdir import read_config
+
+    main = join(args)
+    style, run = _style(args), read_config(args.workdir) if args.workdir else None
+    sampler = Sampler(args.temperature, args.top_k, args.top_p)
+    config = GenerationConfig(args.max_new_tokens, sampler, args.seed, args.batch_size)
+    lines = from_process_0(on_main(lambda: _lines(args.file)))  # which may be its stdin
+    date = from_process_0(run.data.date if run and run.data.date else today())
+    opening = [{"role": "system", "content": args.system}] if args.system else []
+    with contextlib.ExitStack() as stack:
+        if run:
+            stack.enter_context(compile_cache(as_path(args.workdir) / "compile_cache"))
+        model = _model_of(args, run)
+        if lines is not None:
+            _answer_lines(model, lines, style, config, date, main)
+        elif args.prompt is None:
+            _converse(model, _typed(), opening, config, date)
+        else:
+            turns = [*opening, {"role": "user", "content": args.prompt}]
+            asked = turns if style == "chat" else _written(model, style, args.prompt)
+            for piece in itertools.chain(stream(model, asked, config, date=date), "\n"):
+                print(piece if main else "", end="", flush=True)
+
+
+def _style(args: argparse.Namespace) -> str:
+    """The style of the prompts. Refuses options that do not go with it or with each other."""
+    from jax import process_count
+
     from zflora_jax.training.workdir import read_config, read_starts
 
-    require(
-        not (args.plain and args.system),
-        "--system is a turn of a conversation; leave --plain out, or put the text into the prompt.",
-    )
+    talks, style = args.prompt is None and args.file is None, "plain" if args.plain else "chat"
     require(
         not (args.workdir and (args.adapter or args.dtype or args.quantize)),
         "--adapter, --dtype and --quantize go with --model; a run has its own.",
     )
+    of_run = "--checkpoint is of a run: give its --workdir."
+    require(not args.checkpoint or bool(args.workdir), of_run)
     require(
-        not (args.checkpoint and not args.workdir), "--checkpoint is of a run: give its --workdir."
-    )
-    require(
-        not (args.plain and args.prompt is None and args.file is None),
-        "--plain continues a text: give it by --prompt or --file.",
-    )
-    main = join(args)
-    sampler = Sampler(args.temperature, args.top_k, args.top_p)
-    lines = from_process_0(on_main(lambda: _lines(args.file)))  # which may be its stdin
-    # Prompts of a run are written as it was trained.
-    data = read_config(args.workdir).data if args.workdir else None
-    started = read_starts(args.workdir)[-1:] if args.workdir else []
-    texts = args.plain or any(start.get("plain_texts") for start in started)
-    style = "plain" if texts else data.prompt_style if data else "chat"
-    require(
-        style == "chat" or args.system is None,
-        f"--system is a turn of a conversation; this run was trained on {_of_style(style)}.",
-    )
-    talks = args.prompt is None and lines is None
-    require(
-        not talks or style == "chat",
-        f"a run trained on {_of_style(style)} holds no conversation: give --prompt or --file.",
+        not (args.system and args.file),
+        "--system goes with --prompt or a conversation, not with --file.",
     )
     require(
         not talks or process_count() == 1,
         "several processes hold no conversation: give --prompt or --file.",
     )
-    with (
-        compile_cache(as_path(args.workdir) / "compile_cache")
-        if args.workdir
-        else contextlib.nullcontext()
-    ):
-        day = from_process_0((data and data.date) or today())
-        _generate(args, _model_of(args), style, lines, sampler, day, main)
-
-
-def _of_style(style: str) -> str:
-    return "plain texts" if style == "plain" else f"prompts of data.prompt_style={style!r}"
-
-
-def _generate(
-    args: argparse.Namespace,
-    model: Model,
-    style: str,
-    lines: list[tuple[int, str]] | None,
-    sampler: Sampler,
-    date: str,
-    main: bool,
-) -> None:
-    """Answer --file (`lines`), --prompt or a conversation. date: what a template is told; main:
-    whether this process prints.
-    """
-    from zflora_jax.inference.text import converse, stream
-
-    settings: Any = {
-        "max_new_tokens": args.max_new_tokens,
-        "sampler": sampler,
-        "seed": args.seed,
-        "date": date,
-    }
-    if lines is not None:
-        require(
-            args.system is None, "--system goes with --prompt or a conversation, not with --file."
-        )
-        _answer_lines(args, model, style, lines, settings, main)
-        return
-
-    def say(text: str) -> None:
-        if main:
-            print(text, end="", flush=True)
-
-    opening = [{"role": "system", "content": args.system}] if args.system else []
-    if args.prompt is not None:
-        turns = [*opening, {"role": "user", "content": args.prompt}]
-        asked = turns if style == "chat" else _written(model, style, args.prompt)
-        for piece in stream(model, asked, **settings):
-            say(piece)
-        say("\n")
-        return
-    if sys.stdin.isatty():
-        print(
-            "A line is a turn. /reset forgets the conversation, /quit or the end of input ends it,"
-            " Ctrl-C stops an answer.",
-            file=sys.stderr,
-        )
-    converse(model, _typed(), say, system=args.system, **settings)
+    if args.workdir and not args.plain:
+        texts = any(start.get("plain_texts") for start in read_starts(args.workdir)[-1:])
+        style = "plain" if texts else read_config(args.workdir).data.prompt_style
+    require(
+        style == "chat" or not (talks or args.system),
+        "--system and conversations need the style 'chat', and prompts are written in the style"
+        f" {style!r} ({'--plain' if args.plain else 'that of the run'}): give --prompt or --file"
+        " alone.",
+    )
+    return style
 
 
 def _written(model: Model, style: str, prompt: str) -> str:
@@ -209,60 +140,123 @@ def _written(model: Model, style: str, prompt: str) -> str:
     return prompt if style in ("plain", "chat") else render(model.tokenizer, style, prompt)
 
 
+def _lines(file: str | None) -> list[str] | None:
+    """The prompts of --file, a line each."""
+    if file is None:
+        return None
+    require(
+        file == "-" or Path(file).is_file(),
+        f"--file {file} does not exist; give a text file with a prompt on every line, or - for"
+        " stdin.",
+    )
+    data = sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()
+    lines = [line for line in lines_of(decode(data, f"--file {file}")) if line.strip()]
+    require(bool(lines), f"--file {file} holds no prompt; put one on every line.")
+    return lines
+
+
 def _answer_lines(
-    args: argparse.Namespace,
-    model: Model,
-    style: str,
-    lines: list[tuple[int, str]],
-    settings: dict[str, Any],
-    main: bool,
+    model: Model, lines: list[str], style: str, config: GenerationConfig, date: str, main: bool
 ) -> None:
-    """Answer the lines of --file. Answers are printed in their order, each as soon as those before
-    it are there; when an error or a signal ends the work, also those behind one that is missing.
+    """Prints the answers of --file in order, each as soon as those before it are there; when an
+    error or a signal ends the work, also those behind one that is missing.
     """
-    from zflora_jax.inference.batching import check_prompts
-    from zflora_jax.inference.text import encode_prompts, generate as generate_texts
+    from zflora_jax.inference.text import generate
     from zflora_jax.reporting.progress import progress_bar
 
-    prompts = [_written(model, style, line) for _, line in lines]
-    form: Any = {"chat": style == "chat", "date": settings["date"]}
-    check_prompts(
-        model,
-        encode_prompts(model, prompts, **form),
-        args.max_new_tokens,
-        [f"--file {args.file}, line {number}" for number, _ in lines],
-        "--max-new-tokens",
-    )
-    answers: dict[int, str] = {}
-    waiting = 0
+    answers, following = dict[int, str](), 0
 
     def show(i: int) -> None:
         if main:
-            said = {"prompt": lines[i][1], "output": answers[i]}
+            said = {"prompt": lines[i], "output": answers[i]}
             print(json.dumps(said, ensure_ascii=False), flush=True)
         del answers[i]  # not before: a signal may come in between
 
-    with progress_bar(len(lines), "answering", main and not sys.stdout.isatty()) as advance:
+    def keep(i: int, answer: str) -> None:
+        nonlocal following
+        answers[i] = answer
+        advance(1)
+        while following in answers:
+            show(following)
+            following += 1
 
-        def keep(i: int, answer: str) -> None:
-            nonlocal waiting
-            answers[i] = answer
-            advance(1)
-            while waiting in answers:
-                show(waiting)
-                waiting += 1
-
-        with terminated():
-            try:
-                given = settings | form | {"batch_size": args.batch_size}
-                generate_texts(model, prompts, on_answer=keep, **given)
-            finally:
-                for i in sorted(answers):
-                    show(i)
+    prompts = [_written(model, style, line) for line in lines]
+    quiet = not main or sys.stdout.isatty()
+    with progress_bar(len(lines), "answering", not quiet) as advance, terminated():
+        try:
+            generate(model, prompts, config, chat=style == "chat", date=date, on_answer=keep)
+        finally:
+            for i in sorted(answers):
+                show(i)
 
 
-def _model_of(args: argparse.Namespace) -> Model:
-    """What --workdir or --model, with --adapter, name."""
+def _converse(
+    model: Model,
+    lines: Iterable[str],
+    opening: list[dict[str, str]],
+    config: GenerationConfig,
+    date: str,
+) -> None:
+    """Holds a conversation: each line is a turn; /reset forgets them, /quit ends. The oldest turns
+    that no longer fit the context are left out. Ctrl-C ends an answer, not the conversation.
+    """
+    from zflora_jax.data.prompts import encode_prompt_texts, render_turns
+    from zflora_jax.inference.text import stream
+
+    room = model.config.max_position_embeddings - config.max_new_tokens
+    turns: list[dict[str, str]] = []
+
+    def fit(turns: list[dict[str, str]]) -> bool:
+        text = render_turns(model.tokenizer, opening + turns, date)
+        return len(encode_prompt_texts(model.tokenizer, [text])[0]) <= room
+
+    for number, line in enumerate(map(str.strip, lines)):
+        if line == "/quit":
+            return
+        if line in ("", "/reset"):
+            turns = [] if line else turns
+            continue
+        kept = asked = [*turns, {"role": "user", "content": line}]
+        while kept and not fit(kept):
+            kept = kept[2:]
+        if not kept:
+            print(f"(that is too long: --max-new-tokens leaves {max(room, 0)} tokens)")
+            continue
+        if kept != asked:
+            print(f"(the context is full: {len(asked) - len(kept)} old turns are left out)")
+        # Each line has draws of its own: asked again, it may get another answer.
+        seeded, answer = replace(config, seed=(config.seed + number) % 2**32), ""
+        try:
+            for piece in stream(model, opening + kept, seeded, date=date):
+                answer += piece
+                print(piece, end="", flush=True)
+        except KeyboardInterrupt:
+            print(" (stopped)", end="")
+        print(flush=True)
+        turns = [*kept, {"role": "assistant", "content": answer}]
+
+
+def _typed() -> Iterator[str]:
+    """Lines from the terminal (with its editing keys) or a pipe, which may begin with a byte order
+    mark. Ctrl-C at an empty prompt is forgotten.
+    """
+    prompt = ""
+    if sys.stdin.isatty():
+        import readline  # noqa: F401 (input() then edits lines and remembers them)
+
+        prompt = "> "
+        print("/reset forgets the turns, /quit ends, Ctrl-C stops an answer.", file=sys.stderr)
+    while True:
+        try:
+            yield input(prompt).removeprefix("\ufeff")
+        except KeyboardInterrupt:
+            print(file=sys.stderr)
+        except EOFError:
+            return
+
+
+def _model_of(args: argparse.Namespace, run: RunConfig | None) -> Model:
+    """The model that --workdir or --model, with --adapter, name, packed as it is loaded."""
     from zflora_jax.adapters.fuse import fuse
     from zflora_jax.adapters.packing import pack_for_decode, split_layers
     from zflora_jax.core.adapter_config import METHODS
@@ -271,10 +265,9 @@ def _model_of(args: argparse.Namespace) -> Model:
     from zflora_jax.hf.load import load_model, locate
     from zflora_jax.hf.peft import load_peft
     from zflora_jax.nn.quantize_model import is_quantized, stored_text
-    from zflora_jax.training.workdir import read_config
 
-    mesh = mesh_asked(changes(args), read_config(args.workdir) if args.workdir else None)
-    if args.workdir:
+    mesh = mesh_asked(changes(args), run)
+    if run:
         model = load_fused(args.workdir, args.checkpoint, mesh=mesh, decode=True)[0]
         return pack_for_decode(split_layers(model), donate=True)
     # The file's own blocks where nothing is merged into them.
@@ -292,35 +285,3 @@ def _model_of(args: argparse.Namespace) -> Model:
         )
         model = fuse(model, *load_peft(args.adapter, model), donate=True)
     return pack_for_decode(model, donate=True)
-
-
-def _lines(file: str | None) -> list[tuple[int, str]] | None:
-    """The prompts of --file with the numbers of their lines."""
-    if file is None:
-        return None
-    if file != "-" and not Path(file).is_file():
-        raise ConfigError(
-            f"--file {file} does not exist; give a text file with a prompt on every line, or - for"
-            " stdin."
-        )
-    text = decode(
-        sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes(), f"--file {file}"
-    )
-    lines = [(number, line) for number, line in enumerate(lines_of(text), 1) if line.strip()]
-    require(bool(lines), f"--file {file} holds no prompt; put one on every line.")
-    return lines
-
-
-def _typed() -> Iterator[str]:
-    """Lines from the terminal (with its editing keys) or a pipe, which may begin with a byte order
-    mark. Ctrl-C at an empty prompt is forgotten.
-    """
-    if sys.stdin.isatty():
-        import readline  # noqa: F401 (input() then edits lines and remembers them)
-    while True:
-        try:
-            yield input("> " if sys.stdin.isatty() else "").removeprefix("\ufeff")
-        except KeyboardInterrupt:
-            print(file=sys.stderr)
-        except EOFError:
-            return

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 
-from zflora_jax.cli.inputs import damage_is_input
 from zflora_jax.cli.options import CommandParser
 from zflora_jax.cli.output import print_table
 
@@ -16,22 +15,15 @@ SUMMARY = (
 
 
 def add_options(parser: CommandParser) -> None:
-    parser.add_argument(
-        "path",
-        metavar="PATH",
-        help=(
-            "a workdir, a PEFT or export or Hugging Face directory, a .gguf file, or a preset's"
-            " name"
-        ),
-    )
+    text = "a workdir, a PEFT or export or Hugging Face directory, a .gguf file, or a preset's name"
+    parser.add_argument("path", metavar="PATH", help=text)
     parser.add_argument("--json", action="store_true", help="as JSON, for programs")
 
 
 def run(args: argparse.Namespace) -> None:
     from zflora_jax.experiments.info import describe
 
-    with damage_is_input():
-        facts = describe(args.path)
+    facts = describe(args.path)
     if args.json:
         print(json.dumps(facts, indent=2))
     else:

@@ -36,19 +36,17 @@ EXIT_INTERRUPTED = 128 + signal.SIGINT
 
 _SMALLER = (
     "What takes less: train.remat=block, a smaller train.loss_chunk, more data.grad_accum_steps for"
-    " the same batch, a smaller batch_size of eval or of a sweep's scoring, a smaller --batch-size"
-    " of generate, bfloat16, quantize.kernels, or a mesh over more devices; `zflora plan` estimates"
-    " each without a device."
+    " the same batch, a smaller batch_size of eval or generate, bfloat16, quantize.kernels, or a"
+    " mesh over more devices; `zflora plan` estimates each without a device."
 )
 
 
 def main(argv: Sequence[str] | None = None, command: str | None = None) -> int:
-    """Run a command.
+    """Runs a command.
 
     Args:
-      argv: its words; None means those of the process.
-      command: the one that a script of its name runs (`train.py`); None means that `argv` begins
-        with the name of a command.
+      argv: Its words; None for those of the process.
+      command: The one that a script of its name runs (`train.py`); None if `argv` begins with it.
 
     Returns:
       The exit code: 0; 2 for input that cannot be used, files that cannot be written or a device
@@ -56,9 +54,8 @@ def main(argv: Sequence[str] | None = None, command: str | None = None) -> int:
       training run that a signal stopped and that the same command resumes.
     """
     args = _parser(command).parse_args(argv)
-    handler = logging.StreamHandler()
+    handler, logger = logging.StreamHandler(), logging.getLogger("zflora_jax")
     handler.setFormatter(logging.Formatter("%(message)s"))
-    logger = logging.getLogger("zflora_jax")
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
     logger.propagate = False
@@ -86,8 +83,8 @@ def _without_interrupts(kind: type[BaseException], *of: Any) -> None:
 
 
 def _ended_by(error: Exception) -> int:
-    """Print an error of the input or of the run, and return its exit code. An error that is none of
-    these is a bug: it is raised again, because its traceback is needed.
+    """Prints an error of the input or of the run, and returns its exit code. Any other error is a
+    bug: it is raised again, because its traceback is needed.
     """
     if isinstance(error, Preempted):
         if threading.current_thread() is threading.main_thread():
@@ -110,7 +107,7 @@ def _ended_by(error: Exception) -> int:
 
 
 def _leave(code: int, error: Exception | None = None) -> None:
-    """End this process if others may wait for it, see `distributed.leave`."""
+    """Ends this process if others may wait for it, see `distributed.leave`."""
     if "zflora_jax.parallel.distributed" in sys.modules:
         from zflora_jax.parallel.distributed import leave
 
@@ -134,7 +131,6 @@ def _parser(alone: str | None = None) -> CommandParser:
 
 
 def _filled(parser: CommandParser, command: Any) -> CommandParser:
-    """`parser` with the options of the module `command`, and with what it runs."""
     command.add_options(parser)
     parser.set_defaults(run=command.run, as_path=local_path if command in LOCAL_ONLY else as_path)
     return parser

@@ -1,26 +1,107 @@
-"""Options that several commands take, and their help, which lists the settings for --set."""
+"""Options that several commands take, and what their values name: a run, a mesh, processes."""
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import shutil
 import textwrap
-from typing import Any
+import traceback
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from zflora_jax.core.fields import ConfigError, nearest, override, require
+from zflora_jax.core.run_config import MeshConfig, RunConfig
+
+if TYPE_CHECKING:
+    from jax.sharding import Mesh
 
 
 class CommandParser(argparse.ArgumentParser):
-    """The options of a command. Its help ends with the settings that --set changes.
+    """The options of a command. Its help ends with the settings that --set changes."""
 
-    Attributes:
-      settings: how the dotted names of those settings may begin, e.g. ("eval.", "mesh."); "" is
-        the beginning of all.
-    """
+    settings: tuple[str, ...] = ()  # how their dotted names may begin; "" is the beginning of all
 
-    settings: tuple[str, ...] = ()
+    def option(
+        self, name: str, metavar: str | None, text: str, type: Any = str, **more: Any
+    ) -> None:
+        """Adds an option with a value; the help ends with its default if there is one."""
+        if more.get("default") is not None:
+            text += f" (default: {more['default']})"
+        self.add_argument(name, metavar=metavar, help=text, type=type, **more)
 
     def format_help(self) -> str:
         text = super().format_help()
         return f"{text}\n{settings_help(self.settings)}" if self.settings else text
+
+
+# --- a run: --config, --set, --workdir ------------------------------------------------------------
+
+
+def add_config(parser: CommandParser, function: str = "get_config() -> RunConfig") -> None:
+    """Adds --config FILE, which has to be given."""
+    parser.option("--config", "FILE", f"a Python file with {function}", required=True)
+
+
+def load_config(path: str, function: str) -> Any:
+    """Calls `function` of the Python file at `path`.
+
+    Raises:
+      ConfigError: The file or the function is missing, or raises.
+    """
+    file = Path(path)
+    if not file.is_file():
+        found = sorted(map(str, file.parent.glob("*.py")))
+        advice = f"{nearest(path, found)}." if found else "Give the path of a Python file."
+        raise ConfigError(f"config file {path} does not exist. {advice}")
+    spec = importlib.util.spec_from_file_location(file.stem, file)
+    if spec is None or spec.loader is None:
+        raise ConfigError(
+            f"config file {path} is not a Python file; give a .py file with a function"
+            f" {function}()."
+        )
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+        require(hasattr(module, function), f"{path} has no function {function}().")
+        return getattr(module, function)()
+    except ConfigError:
+        raise
+    except Exception as error:  # the file is the user's: say where in it, as for any other input
+        frames = traceback.extract_tb(error.__traceback__)
+        lines = [f.lineno for f in frames if Path(f.filename).resolve() == file.resolve()]
+        where = f", line {lines[-1]}" if lines else ""
+        text = f"config file {path}{where}: {type(error).__name__}: {error}."
+        raise ConfigError(text) from error
+
+
+def run_config(args: argparse.Namespace) -> RunConfig:
+    """The run of --config, changed by --set."""
+    run = load_config(args.config, "get_config")
+    require(
+        isinstance(run, RunConfig),
+        f"get_config() of {args.config} returns {type(run).__name__}; it must return a"
+        " zflora_jax.RunConfig.",
+    )
+    return override(run, changes(args))
+
+
+def add_settings(
+    parser: CommandParser,
+    begin: tuple[str, ...] = ("",),
+    text: str = "change settings, e.g. --set train.steps=50 adapter.rank=16; all are listed below",
+    metavar: str = "KEY=VALUE",
+) -> None:
+    """Adds --set KEY=VALUE, for the settings whose dotted names begin as `begin` says."""
+    parser.settings = begin
+    parser.add_argument("--set", nargs="+", action="extend", default=[], metavar=metavar, help=text)
+
+
+def changes(args: argparse.Namespace) -> dict[str, str]:
+    """The values of --set, by dotted name."""
+    for pair in args.set:
+        require("=" in pair, f"--set {pair!r}: expected KEY=VALUE, e.g. train.steps=50.")
+    return dict(pair.split("=", 1) for pair in args.set)
 
 
 def settings_help(begin: tuple[str, ...]) -> str:
@@ -28,16 +109,13 @@ def settings_help(begin: tuple[str, ...]) -> str:
     from zflora_jax.core.settings import sections  # reads source code: only when help is asked for
 
     width = max(shutil.get_terminal_size().columns - 2, 40)
+    lines = ["settings, changed by --set KEY=VALUE:"]
 
     def add(text: str, indent: int, hanging: int = 0) -> None:
-        first, rest = " " * indent, " " * (indent + hanging)
-        lines.append(
-            textwrap.fill(
-                text, width, initial_indent=first, subsequent_indent=rest, break_on_hyphens=False
-            )
-        )
+        wrapper = textwrap.TextWrapper(width, " " * indent, " " * (indent + hanging))
+        wrapper.break_on_hyphens = False
+        lines.append(wrapper.fill(text))
 
-    lines = ["settings, changed by --set KEY=VALUE:"]
     for section in sections():
         listed = [s for s in section.settings if s.name.startswith(begin)]
         if listed:
@@ -49,19 +127,24 @@ def settings_help(begin: tuple[str, ...]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def add_settings(
-    parser: CommandParser,
-    begin: tuple[str, ...] = ("",),
-    text: str = "change settings, e.g. --set train.steps=50 adapter.rank=16; all are listed below",
-    metavar: str = "KEY=VALUE",
-) -> None:
-    """Add --set KEY=VALUE, for the settings whose dotted names begin as `begin` says."""
-    parser.settings = begin
-    parser.add_argument("--set", nargs="+", action="extend", default=[], metavar=metavar, help=text)
+def add_source(parser: CommandParser, verb: str) -> None:
+    """Adds --workdir with --checkpoint, and --model, of which one has to be given."""
+    either = parser.add_mutually_exclusive_group(required=True)
+    either.add_argument("--workdir", metavar="DIR", help=f"{verb} what this run has trained, fused")
+    text = (
+        f"{verb} a model: a Hugging Face directory, an export (or its s3:// or gs:// URL), hub id,"
+        " .gguf file or smollm2-135m"
+    )
+    either.add_argument("--model", metavar="MODEL", help=text)
+    text = "of a run: a number of steps, or best (default: the newest)"
+    parser.option("--checkpoint", "STEP", text)
+
+
+# --- devices and processes ------------------------------------------------------------------------
 
 
 def add_mesh(parser: CommandParser) -> None:
-    """Add --set for what has been trained, of which only the mesh can be changed."""
+    """Adds --set for what has been trained, of which only the mesh can be changed."""
     text = (
         "devices to divide the model over, e.g. --set mesh.fsdp=2 mesh.tensor=2 (default: as a run"
         " was trained)"
@@ -69,57 +152,46 @@ def add_mesh(parser: CommandParser) -> None:
     add_settings(parser, ("mesh.",), text, metavar="mesh.AXIS=N")
 
 
-def add_config(parser: CommandParser, function: str = "get_config() -> RunConfig") -> None:
-    """Add --config FILE, which has to be given."""
-    parser.add_argument(
-        "--config", required=True, metavar="FILE", help=f"a Python file with {function}"
-    )
+def mesh_asked(settings: dict[str, str], run: RunConfig | None) -> Mesh | None:
+    """The mesh that settings `mesh.*` ask for, in place of the run's; None where none is asked."""
+    from jax import device_count, process_count
 
+    from zflora_jax.parallel.sharding import make_mesh
 
-def add_workdir(parser: CommandParser, text: str, **settings: Any) -> None:
-    """Add --workdir DIR, which has to be given unless it has a default."""
-    settings = settings or {"required": True}
-    parser.add_argument("--workdir", metavar="DIR", help=text, **settings)
-
-
-def add_checkpoint(parser: CommandParser, of: str = "") -> None:
-    """Add --checkpoint STEP."""
-    parser.add_argument(
-        "--checkpoint",
-        metavar="STEP",
-        help=f"{of}a number of steps, or best (default: the newest)",
-    )
+    for key in settings:
+        require(
+            key.startswith("mesh."),
+            f"--set {key}: what has been trained cannot be changed here; mesh.* can, e.g."
+            " mesh.fsdp=2, the devices that the model is divided over.",
+        )
+    if not settings:
+        require(
+            run is not None or process_count() == 1,
+            f"{process_count()} processes divide a model over a mesh of all their devices: set it,"
+            f" e.g. --set mesh.fsdp={device_count()}.",
+        )
+        return None
+    asked = {key.removeprefix("mesh."): value for key, value in settings.items()}
+    return make_mesh(override(run.mesh if run else MeshConfig(), asked, "mesh"))
 
 
 def add_processes(parser: CommandParser) -> None:
-    """Add the options by which several processes find each other."""
-    processes = parser.add_argument_group(
+    """Adds the options by which several processes find each other."""
+    add = parser.add_argument_group(
         "several processes (every one runs this command, with directories that they share)"
-    )
-    processes.add_argument(
-        "--distributed",
-        action="store_true",
-        help="find the others by SLURM, Open MPI, Kubernetes or Cloud TPU",
-    )
-    processes.add_argument(
-        "--coordinator", metavar="HOST:PORT", help="address of process 0 (or ZFLORA_COORDINATOR)"
-    )
-    processes.add_argument(
-        "--num-processes",
-        type=int,
-        metavar="N",
-        help="how many there are (or ZFLORA_NUM_PROCESSES)",
-    )
-    processes.add_argument(
-        "--process-id",
-        type=int,
-        metavar="I",
-        help="which one this is, from 0 (or ZFLORA_PROCESS_ID)",
-    )
+    ).add_argument
+    text = "find the others by SLURM, Open MPI, Kubernetes or Cloud TPU"
+    add("--distributed", action="store_true", help=text)
+    text = "address of process 0 (or ZFLORA_COORDINATOR)"
+    add("--coordinator", metavar="HOST:PORT", help=text)
+    text = "how many there are (or ZFLORA_NUM_PROCESSES)"
+    add("--num-processes", type=int, metavar="N", help=text)
+    text = "which one this is, from 0 (or ZFLORA_PROCESS_ID)"
+    add("--process-id", type=int, metavar="I", help=text)
 
 
 def join(args: argparse.Namespace) -> bool:
-    """Join the processes that the options of `add_processes` name, before a device is touched.
+    """Joins the processes that the options of `add_processes` name, before a device is touched.
 
     Returns:
       Whether this process prints what the command found.
@@ -130,18 +202,3 @@ def join(args: argparse.Namespace) -> bool:
         args.coordinator, args.num_processes, args.process_id, detect=args.distributed
     )
     return distributed.is_main()
-
-
-def add_source(parser: CommandParser, verb: str) -> None:
-    """Add --workdir with --checkpoint, and --model, of which one has to be given."""
-    either = parser.add_mutually_exclusive_group(required=True)
-    either.add_argument("--workdir", metavar="DIR", help=f"{verb} what this run has trained, fused")
-    either.add_argument(
-        "--model",
-        metavar="MODEL",
-        help=(
-            f"{verb} a model: a Hugging Face directory, an export (or its s3:// or gs:// URL), hub"
-            " id, .gguf file or smollm2-135m"
-        ),
-    )
-    add_checkpoint(parser, of="of a run: ")

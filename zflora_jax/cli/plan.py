@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from zflora_jax.cli.inputs import run_config
-from zflora_jax.cli.options import CommandParser, add_config, add_settings
+from zflora_jax.cli.options import CommandParser, add_config, add_settings, run_config
 from zflora_jax.cli.output import print_table
 from zflora_jax.core.fields import require, to_dict
 
@@ -17,19 +16,15 @@ SUMMARY = (
 
 def add_options(parser: CommandParser) -> None:
     add_config(parser)
-    parser.add_argument(
-        "--memory",
-        type=float,
-        metavar="GIB",
-        help="memory of one device in GiB: reports whether the run fits and what to change",
-    )
-    parser.add_argument(
+    text = "memory of one device in GiB: reports whether the run fits and what to change"
+    parser.option("--memory", "GIB", text, float)
+    parser.option(
         "--target",
-        metavar="DEVICES",
-        help="compile the train step for devices that may be absent, such as tpu:v5e:2x4 or"
-        " cuda:h100:8 (default: this machine's CPU, as many virtual devices as the mesh has)",
+        "DEVICES",
+        "compile the train step for devices that may be absent, such as tpu:v5e:2x4 or cuda:h100:8"
+        " (default: this machine's CPU, as many virtual devices as the mesh has)",
     )
-    parser.add_argument("--out", metavar="FILE", help="write the plan as JSON too")
+    parser.option("--out", "FILE", "write the plan as JSON too")
     add_settings(parser)
 
 
@@ -44,7 +39,7 @@ def run(args: argparse.Namespace) -> None:
     jax.config.update("jax_platforms", "cpu")  # before anything touches a device
     if not args.target and config.mesh.devices > 1:
         jax.config.update("jax_num_cpu_devices", config.mesh.devices)
-    from zflora_jax.experiments.plan import memory_plan, plan_lines
+    from zflora_jax.experiments.plan import memory_plan, plan_table
     from zflora_jax.hf.load import model_config
     from zflora_jax.parallel.targets import target
     from zflora_jax.reporting.files import write_json
@@ -52,7 +47,6 @@ def run(args: argparse.Namespace) -> None:
 
     where = target(args.target) if args.target else None
     plan = memory_plan(config, model_config(config.model), where, args.memory)
-    print_table(plan, f"{args.config}: {config.model}, {config.adapter.method}")
-    print("\n".join(plan_lines(plan)))
+    print_table(plan_table(plan), f"{args.config}: {config.model}, {config.adapter.method}")
     if args.out:
         write_json(args.out, plan | {"config": to_dict(config), "environment": environment()})

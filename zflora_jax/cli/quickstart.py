@@ -5,25 +5,16 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from zflora_jax.cli.inputs import run_config
-from zflora_jax.cli.options import CommandParser, add_settings, add_workdir
+from zflora_jax.cli.options import CommandParser, add_settings, run_config
 from zflora_jax.cli.output import print_table
 
 SUMMARY = "The whole path on SmolLM2-135M: train, evaluate, fuse, check, decode, export, report."
 
 
 def add_options(parser: CommandParser) -> None:
-    add_workdir(
-        parser,
-        "where run, export and report go (default: runs/quickstart)",
-        default="runs/quickstart",
-    )
-    parser.add_argument(
-        "--config",
-        default="configs/quickstart.py",
-        metavar="FILE",
-        help="a file with get_config() (default: configs/quickstart.py)",
-    )
+    text = "where run, export and report go"
+    parser.option("--workdir", "DIR", text, default="runs/quickstart")
+    parser.option("--config", "FILE", "a file with get_config()", default="configs/quickstart.py")
     add_settings(parser)
 
 
@@ -33,7 +24,5 @@ def run(args: argparse.Namespace) -> None:
     from zflora_jax.parallel.compile_cache import compile_cache
 
     with compile_cache(Path(args.workdir) / "compile_cache"):
-        print_table(
-            quickstart(config, args.workdir),
-            f"quickstart, written to {args.workdir}/quickstart.json",
-        )
+        report = quickstart(config, args.workdir)
+    print_table(report, f"quickstart, written to {args.workdir}/quickstart.json")

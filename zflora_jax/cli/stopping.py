@@ -11,9 +11,8 @@ from typing import Any
 
 @contextlib.contextmanager
 def terminated() -> Iterator[None]:
-    """Within it SIGTERM raises SystemExit, as Ctrl-C raises KeyboardInterrupt, once the program
-    that runs has ended: what is half done is cleared away. Not outside the main thread, where
-    Python has no signals, nor among processes that JAX connects, which takes SIGTERM itself.
+    """Lets SIGTERM raise SystemExit, so that what is half done is cleared away. Outside the main
+    thread Python has no signals, and JAX takes those of processes that it connects.
     """
     from jax.distributed import is_initialized
 

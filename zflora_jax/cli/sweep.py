@@ -3,41 +3,40 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 
-from zflora_jax.cli.inputs import changes, load_config
-from zflora_jax.cli.options import CommandParser, add_config, add_settings, add_workdir
+from zflora_jax.cli.options import CommandParser, add_config, add_settings, changes, load_config
 from zflora_jax.cli.output import print_table
 from zflora_jax.core.fields import override, require
+from zflora_jax.core.run_config import RunConfig
 
 SUMMARY = "Train every combination of a grid of settings. Finished runs are not repeated."
 
 
 def add_options(parser: CommandParser) -> None:
-    add_config(parser, "get_sweep() -> Grid")
-    add_workdir(parser, "where the runs live, one directory each, and their table, rows.md")
+    add_config(parser, "get_sweep() -> (RunConfig, settings), as for zf.sweep")
+    text = "where the runs live, one directory each, and their table, rows.md"
+    parser.option("--workdir", "DIR", text, required=True)
     add_settings(parser)
 
 
 def run(args: argparse.Namespace) -> None:
-    from zflora_jax.experiments.grid import FINISHED, Grid, combinations, run_grid
+    from zflora_jax.experiments.grid import FINISHED, combinations, run_grid
 
-    grid = load_config(args.config, "get_sweep")
+    found = load_config(args.config, "get_sweep")
     require(
-        isinstance(grid, Grid),
-        f"get_sweep() of {args.config} returns {type(grid).__name__}; it must return a zf.Grid.",
+        isinstance(found, tuple) and len(found) == 2 and isinstance(found[0], RunConfig),
+        f"get_sweep() of {args.config} returns {type(found).__name__}; it must return (RunConfig,"
+        " settings), the first two arguments of zf.sweep.",
     )
-    runs, settings = combinations(grid.base, grid.settings), changes(args)
+    (base, grid), settings = found, changes(args)
     for key in settings:
         require(
-            not all(key in changed for _, changed in runs),
+            not all(key in changed for _, changed in combinations(base, grid)),
             f"--set {key}: the grid gives it to each of its runs, so this would change nothing."
             f" Change get_sweep() in {args.config}.",
         )
-    grid = dataclasses.replace(grid, base=override(grid.base, settings))
-    rows = run_grid(grid.base, grid.settings, args.workdir)
+    rows = run_grid(override(base, settings), grid, args.workdir)
     for row in rows:
         print_table(row, row["run"])
-    require(
-        any(row["status"] == FINISHED for row in rows), f"no run has finished: {rows[0]['status']}"
-    )
+    finished = any(row["status"] == FINISHED for row in rows)
+    require(finished, f"no run has finished: {rows[0]['status']}")

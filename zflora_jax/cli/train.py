@@ -4,31 +4,27 @@ from __future__ import annotations
 
 import argparse
 
-from zflora_jax.cli.inputs import changes, run_config
-from zflora_jax.cli.options import CommandParser, add_processes, add_settings, add_workdir, join
+from zflora_jax.cli.options import (
+    CommandParser,
+    add_processes,
+    add_settings,
+    changes,
+    join,
+    run_config,
+)
 from zflora_jax.cli.output import print_table
-from zflora_jax.core.fields import ConfigError, override
+from zflora_jax.core.fields import override, require
 
 SUMMARY = "Train an adapter, or resume the run that the workdir holds."
 
 
 def add_options(parser: CommandParser) -> None:
-    parser.add_argument(
-        "--config",
-        metavar="FILE",
-        help="a Python file with get_config() -> RunConfig, e.g. configs/quickstart.py",
-    )
-    add_workdir(
-        parser,
-        "directory, or s3:// or gs:// URL, of the run: config, checkpoints, metrics, report",
-    )
-    parser.add_argument(
-        "--resume",
-        action="store_true",
-        help=(
-            "go on with the run in the workdir, or fail if there is none; --config may be left out"
-        ),
-    )
+    text = "a Python file with get_config() -> RunConfig, e.g. configs/quickstart.py"
+    parser.option("--config", "FILE", text)
+    text = "directory, or s3:// or gs:// URL, of the run: config, checkpoints, metrics, report"
+    parser.option("--workdir", "DIR", text, required=True)
+    text = "go on with the run in the workdir, or fail if there is none; --config may be left out"
+    parser.add_argument("--resume", action="store_true", help=text)
     add_processes(parser)
     add_settings(parser)
 
@@ -38,14 +34,12 @@ def run(args: argparse.Namespace) -> None:
     from zflora_jax.training.workdir import read_config
 
     main = join(args)
-    if args.config:
-        config = run_config(args)
-    elif args.resume:
-        config = override(read_config(args.workdir), changes(args))
-    else:
-        raise ConfigError(
-            "train needs --config FILE, or --resume to go on with the run in --workdir."
-        )
+    require(
+        args.config or args.resume,
+        "train needs --config FILE, or --resume to go on with the run in --workdir.",
+    )
+    there = None if args.config else read_config(args.workdir)
+    config = run_config(args) if there is None else override(there, changes(args))
     report = train(config, args.workdir, resume=args.resume, console=main).report
     if main:
         print_table(report, f"trained in {args.workdir}")

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 from pathlib import Path
-from typing import Any
 
 from jax.sharding import Mesh
 
@@ -14,7 +12,6 @@ from zflora_jax.core.adapter_config import METHODS
 from zflora_jax.core.errors import CheckpointError
 from zflora_jax.core.fields import ConfigError, require
 from zflora_jax.core.model import Model, require_fit
-from zflora_jax.core.model_config import LlamaConfig
 from zflora_jax.core.run_config import RunConfig
 from zflora_jax.core.trees import flatten
 from zflora_jax.hf.hub import HUB_IDS, packaged
@@ -40,37 +37,29 @@ def load_base(run: RunConfig, mesh: Mesh | None = None) -> Model:
       mesh: Mesh that the model is sharded over, see `make_mesh`; None: one device.
 
     Raises:
-      ConfigError: as for `as_base`.
+      ConfigError: The model does not fit the settings, see `as_base`.
     """
-    model = load_model(run.model, run.train.dtype, mesh=mesh, quantize=run.quantize)
-    return as_base(run, model)
+    return as_base(run, load_model(run.model, run.train.dtype, mesh=mesh, quantize=run.quantize))
 
 
 def as_base(run: RunConfig, model: Model) -> Model:
-    """`model`, loaded here or given, as the base of `run`.
-
-    Its config is how the run computes (`TrainConfig.applied_to`), and it stops where the run trains
-    answers to end.
+    """Returns a model, loaded or given, as the base of a run: its config is how the run computes
+    (`TrainConfig.applied_to`), and it stops where the run trains answers to end.
 
     Raises:
-      ConfigError: A model that is packed or has a tree per layer, has an adapter fused in that
-        widens it, is of another dtype than train.dtype, or does not fit other settings of the run.
+      ConfigError: The model is packed or has a tree per layer, has an adapter fused in that widens
+        it, is of another dtype than train.dtype, or does not fit other settings of the run.
     """
     merged, execution = model.adapter, model.config.execution
     require(
         merged is None or not METHODS[merged.method].widens,
-        f"model {model.source or run.model!r} has {merged.method if merged else ''} fused in; an"
+        f"model {model.source or run.model!r} has {getattr(merged, 'method', '')} fused in; an"
         " adapter on top of it could not be fused. Train on its base.",
     )
     require(
-        not execution.packed,
-        "the model is packed for decoding, and that layout cannot be trained; give the one that it"
-        " was packed from.",
-    )
-    require(
-        execution.scan_layers,
-        "the model has a tree per layer, and checkpoints are of stacked ones; load it without"
-        " scan_layers=False.",
+        execution.scan_layers and not execution.packed,
+        "the model is packed for decoding or has a tree per layer, and neither can be trained: give"
+        " it as load_model(...) loads it, without scan_layers=False.",
     )
     config, leaves = run.train.applied_to(model.config), flatten(model.params).values()
     wanted = str(config.execution.dtype)
@@ -92,14 +81,13 @@ def as_base(run: RunConfig, model: Model) -> Model:
 
 
 def given_base(run: RunConfig, model: Model) -> Model:
-    """`as_base` of a model that the caller has in memory.
-
-    It must be the model that run.model names, because evaluation and export load that one later. A
-    model that was loaded from elsewhere, or made in memory, gets a warning.
+    """Returns `as_base` of a model that the caller has in memory, which must be the one that
+    run.model names: evaluation and export load that one. A model that was loaded from elsewhere, or
+    made in memory, gets a warning.
 
     Raises:
-      ConfigError: As for `as_base`; or the model is not the one that run.model names, since an
-        adapter is merged into it, it was resized, or its tokenizer was changed.
+      ConfigError: As for `as_base`; or an adapter was merged into the model, it was resized, or its
+        tokenizer was changed.
     """
     base = as_base(run, model)
     advice = "Save it with zf.save_hf(DIR, model), and train with run.model=DIR."
@@ -115,30 +103,18 @@ def given_base(run: RunConfig, model: Model) -> Model:
             "was made in memory" if model.source is None else f"was loaded from {model.source}",
             run.model,
         )
-    elif (there := _on_disk(model.source)) is not None:
-        config, tokenizer = there
-        widths = ((name, getattr(model.config, name), getattr(config, name)) for name in _WIDTHS)
-        wrong = [f"{name}={mine} here, {its} there" for name, mine, its in widths if mine != its]
-        require(
-            not wrong, f"the model is not what {run.model!r} holds: {', '.join(wrong)}. {advice}"
-        )
-        large = len(model.tokenizer) > model.config.vocab_size
-        more = ", more than the embedding has rows: see zf.resize_vocab" if large else ""
-        require(
-            tokenizer == tokenizer_state(model.tokenizer),
-            f"the model's tokenizer is not that of {run.model!r}: a chat template or tokens were"
-            f" set on it{more}. {advice}",
-        )
-    return base
-
-
-@functools.lru_cache(maxsize=4)  # a sweep hands one model to many runs
-def _on_disk(source: str) -> tuple[LlamaConfig, Any] | None:
-    """(config, tokenizer's state) of a model's files; None if they are gone."""
+        return base
     try:
-        return model_config(source), tokenizer_state(model_tokenizer(source))
-    except (ConfigError, CheckpointError):
-        return None
+        config, tokenizer = model_config(model.source), model_tokenizer(model.source)
+    except (ConfigError, CheckpointError):  # its files are gone
+        return base
+    widths = ((name, getattr(model.config, name), getattr(config, name)) for name in _WIDTHS)
+    wrong = [f"{name}={mine} here, {its} there" for name, mine, its in widths if mine != its]
+    if tokenizer_state(tokenizer) != tokenizer_state(model.tokenizer):
+        wrong.append("its chat template or tokens were changed (see zf.resize_vocab)")
+    found = f"the model is not what {run.model!r} holds: {', '.join(wrong)}"
+    require(not wrong, f"{found}. {advice}")
+    return base
 
 
 def _same_source(a: str, b: str) -> bool:

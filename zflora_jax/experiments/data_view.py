@@ -10,28 +10,20 @@ import numpy as np
 
 from zflora_jax.core.fields import require
 from zflora_jax.core.run_config import RunConfig
-from zflora_jax.data.encoding import Encoded, TokenizedExample, tokenize_examples
+from zflora_jax.data.encoding import TokenizedExample, tokenize_examples
 from zflora_jax.data.mixture import load_mixture
 from zflora_jax.data.pipeline import pack_sequences, train_batches
 
-SAMPLE = 200  # batches in which padding is counted
+SAMPLE = 200  # most batches in which padding is counted
 
 
 @dataclass(frozen=True)
 class DataView:
-    """The training rows of a run.
+    """The training rows of a run."""
 
-    Attributes:
-      facts: Counts, by name.
-      histogram: Lengths of the sequences in tokens, before packing, by the bucket that holds them:
-        label -> number of sequences.
-      rows: The first training rows: for each, (text, whether it is trained) of runs of tokens, with
-        special tokens written out.
-    """
-
-    facts: dict[str, Any]
-    histogram: dict[str, int]
-    rows: list[list[tuple[str, bool]]]
+    facts: dict[str, Any]  # counts, by name
+    histogram: dict[str, int]  # bucket of lengths in tokens -> sequences, before packing
+    rows: list[list[tuple[str, bool]]]  # of the first: (text, whether it is trained) of its parts
 
 
 def data_view(
@@ -40,7 +32,7 @@ def data_view(
     """Reads and tokenises the training rows of a run, as training does.
 
     Args:
-      run: Its settings; data is read.
+      run: Its settings.
       tokenizer: The tokenizer of the run's model.
       vocab_size: Rows of the model's embedding; None: token ids are not checked.
       rows: How many rows to show.
@@ -70,7 +62,9 @@ def data_view(
     }
     if run.data.packing:
         facts["packed rows"] = len(packed)
-    facts["padding, %"] = round(100 * _padding(run, packed), 1)
+    steps = min(SAMPLE, max(1, len(packed) // run.data.batch_size))
+    segments = [b["segments"].ravel() for b in islice(train_batches(packed, run.data), steps)]
+    facts["padding, %"] = round(100 * float(np.mean(np.concatenate(segments) == 0)), 1)
     if packed.weights is None:  # with weights, each task has its own epochs
         facts["steps of an epoch"] = -(-len(packed) // run.data.batch_size)
     histogram = {
@@ -78,14 +72,6 @@ def data_view(
         for low, high in pairwise([0, *buckets])
     }
     return DataView(facts, histogram, [_spans(row, tokenizer) for row in packed.rows[:rows]])
-
-
-def _padding(run: RunConfig, encoded: Encoded) -> float:
-    """Returns the share of padding in the batches of the first epoch, at most SAMPLE of them."""
-    steps = min(SAMPLE, max(1, len(encoded) // run.data.batch_size))
-    found = islice(train_batches(encoded, run.data), steps)
-    empty, positions = np.sum([(np.sum(b["segments"] == 0), b["segments"].size) for b in found], 0)
-    return float(empty / positions)
 
 
 def _spans(row: TokenizedExample, tokenizer: Any) -> list[tuple[str, bool]]:

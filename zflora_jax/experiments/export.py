@@ -24,38 +24,23 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TrainedRun:
-    """A run whose weights have been loaded.
-
-    Attributes:
-      workdir: Directory of the run.
-      config: Its settings.
-      model: The base; an exporter may free its arrays.
-      adapters: The trained adapters.
-      step: Training steps behind the adapters.
-    """
+    """A run whose weights have been loaded."""
 
     workdir: Path
     config: RunConfig
-    model: Model
+    model: Model  # the base; an exporter may free its arrays
     adapters: Tree
-    step: int
+    step: int  # training steps behind the adapters
 
 
 @dataclass(frozen=True)
 class Exporter:
-    """An export format.
+    """An export format."""
 
-    Attributes:
-      text: What it writes, for the help of the command line.
-      write: (out, run, **settings) -> report.
-      settings: The settings of `export_run` that it has.
-      check: (out, **settings); raises for what cannot be written, before the run is loaded.
-    """
-
-    text: str
-    write: Callable[..., dict[str, Any]]
-    settings: tuple[str, ...] = ()
-    check: Callable[..., None] = lambda out, **settings: None
+    text: str  # for the help of the command line
+    write: Callable[..., dict[str, Any]]  # (out, run, **settings) -> report
+    settings: tuple[str, ...]  # those of `export_run` that it has
+    check: Callable[..., None]  # (out, **settings), before the run is loaded; raises
 
 
 def export_run(
@@ -87,9 +72,8 @@ def export_run(
       mesh: Mesh of the model, as for `load_run`.
 
     Returns:
-      A report of what was written. For "hf" and "gguf" it holds the distance of the export's logits
-      from those of the fused model in float32: max and mean |dlogit|, and top-1 agreement, on
-      held-out prompts, or on built-in texts where the data is gone ("gap_prompts" names which).
+      A report of what was written; for "hf" and "gguf" also max and mean |dlogit|, and top-1
+      agreement, with the fused model in float32 on held-out or built-in texts ("gap_prompts").
 
     Raises:
       ConfigError: There is no such checkpoint, the run cannot be exported in this format, or the
@@ -100,8 +84,15 @@ def export_run(
 
     target = as_path(out, "out")
     require(format in EXPORTERS, f"format={format!r}: {nearest(format, EXPORTERS)}.")
-    exporter = EXPORTERS[format]
-    settings = _settings_of(format, {"dtype": dtype, "quant": quant, "eps_z": eps_z})
+    exporter, given = EXPORTERS[format], {"dtype": dtype, "quant": quant, "eps_z": eps_z}
+    for name, value in given.items():
+        formats = [other for other, row in EXPORTERS.items() if name in row.settings]
+        require(
+            value is None or format in formats,
+            f"--{name.removesuffix('_z')} goes with --format {' or '.join(formats)}: {format} does"
+            " not have it.",
+        )
+    settings = {name: given[name] for name in exporter.settings}
     exporter.check(target, **settings)
     require_shared(target.expanduser().absolute().parent, "the directory of out,")
     run = TrainedRun(as_path(workdir, "workdir"), *load_run(workdir, checkpoint, mesh=mesh))
@@ -114,68 +105,39 @@ def export_run(
     return exporter.write(out, run, **settings)
 
 
-def _settings_of(format: str, given: dict[str, Any]) -> dict[str, Any]:
-    """Returns the settings that a format has, and refuses others that are given."""
-    options = {"dtype": "--dtype", "quant": "--quant", "eps_z": "--eps"}
-    for name, option in options.items():
-        formats = [other for other, row in EXPORTERS.items() if name in row.settings]
-        require(
-            given[name] is None or format in formats,
-            f"{option} goes with --format {' or '.join(formats)}: {format} does not have it.",
-        )
-    return {name: given[name] for name in EXPORTERS[format].settings}
+def check_hf(out: Path, *, quant: str | None = None, dtype: str | None = None, **_: Any) -> None:
+    """Refuses a file name as `out`, and a `quant` that does not exist or contradicts `dtype`."""
+    from zflora_jax.hf.compressed import check_quant
+
+    require(
+        out.suffix != ".gguf",
+        f"out={str(out)!r} is the name of a file, and a directory is to be written: add --format"
+        " gguf (format='gguf'), or give the name of a directory.",
+    )
+    if quant is not None:
+        check_quant(quant, dtype)
 
 
 def write_hf(out: str | Path, run: TrainedRun, **settings: Any) -> dict[str, Any]:
     """Writes the fused model as a Hugging Face directory. Of base, fused model and export one is in
     memory at a time, so the base of `run` cannot be used afterwards.
     """
+    from zflora_jax.adapters.widths import count_params
     from zflora_jax.core.model import fingerprint
+    from zflora_jax.experiments.run_report import read_report
     from zflora_jax.hf.save import save_hf
 
-    base, card = fingerprint(run.model), _card(run)
-    return _write_and_compare(
-        out, run, lambda fused: save_hf(out, fused, base_fingerprint=base, card=card, **settings)
-    )
-
-
-def check_hf(out: Path, *, quant: str | None = None, dtype: str | None = None, **_: Any) -> None:
-    """Refuses a file name as `out`, and a `quant` that does not exist or contradicts `dtype`."""
-    from zflora_jax.hf.compressed import check_quant
-
-    check_directory(out)
-    if quant is not None:
-        check_quant(quant, dtype)
-
-
-def check_directory(out: Path) -> None:
-    """Refuses an `out` that is named as a file of another format."""
-    require(
-        out.suffix != ".gguf",
-        f"out={str(out)!r} is the name of a file, and a directory is to be written: add --format"
-        " gguf (format='gguf'), or give the name of a directory.",
-    )
-
-
-def write_gguf(
-    out: str | Path, run: TrainedRun, *, quant: str | None, eps_z: float | None
-) -> dict[str, Any]:
-    """Writes the fused model as a GGUF file. The base of `run` cannot be used afterwards."""
-    from zflora_jax.hf.gguf.file import KEEP
-    from zflora_jax.hf.gguf.write import require_blocks, save_gguf
-
-    if quant == KEEP:
-        method = run.config.adapter.method
-        require(
-            METHODS[method].widens,
-            f"quant 'keep' writes the base's blocks, and {method!r} changes them: export the"
-            " adapter (format 'peft') and convert it with llama.cpp's convert_lora_to_gguf.py, or"
-            " choose another quant, such as 'q8_0'.",
-        )
-        require_blocks(run.model)
-    return _write_and_compare(
-        out, run, lambda fused: save_gguf(out, fused, quant or "q8_0", eps_z=eps_z)
-    )
+    config, report = run.config, read_report(run.workdir) or {}
+    card = {
+        "task": config.data.task,
+        "steps": run.step,
+        "trainable parameters": count_params(run.model.config, config.adapter),
+    }
+    loss = report.get(f"{config.eval.split}_loss")
+    if report.get("steps") == run.step and loss is not None:
+        card[f"{config.eval.split} loss"] = loss
+    settings |= {"base_fingerprint": fingerprint(run.model), "card": card}
+    return _write_and_compare(out, run, lambda fused: save_hf(out, fused, **settings))
 
 
 def check_gguf(out: Path, *, quant: str | None = None, **_: Any) -> None:
@@ -183,6 +145,24 @@ def check_gguf(out: Path, *, quant: str | None = None, **_: Any) -> None:
     from zflora_jax.hf.gguf.write import check_target
 
     check_target(out, quant or "q8_0")
+
+
+def write_gguf(
+    out: str | Path, run: TrainedRun, *, quant: str | None, eps_z: float | None
+) -> dict[str, Any]:
+    """Writes the fused model as a GGUF file. The base of `run` cannot be used afterwards."""
+    from zflora_jax.hf.gguf.file import KEEP
+    from zflora_jax.hf.gguf.write import save_gguf
+
+    method = run.config.adapter.method
+    require(
+        quant != KEEP or METHODS[method].widens,
+        f"quant 'keep' writes the base's blocks, and {method!r} changes them: export the adapter"
+        " (format 'peft') and convert it with llama.cpp's convert_lora_to_gguf.py, or choose"
+        " another quant, such as 'q8_0'.",
+    )
+    quant = quant or "q8_0"
+    return _write_and_compare(out, run, lambda fused: save_gguf(out, fused, quant, eps_z=eps_z))
 
 
 def write_peft(out: str | Path, run: TrainedRun) -> dict[str, Any]:
@@ -216,29 +196,11 @@ def _write_and_compare(
     return report | {"gap_prompts": origin} | export_gap(fused, out, prompts, donate=True)
 
 
-def _card(run: TrainedRun) -> dict[str, Any]:
-    """Returns the figures for the model card of an export."""
-    from zflora_jax.adapters.widths import count_params
-    from zflora_jax.experiments.run_report import read_report
-
-    config = run.config
-    card = {
-        "task": config.data.task,
-        "steps": run.step,
-        "trainable parameters": count_params(run.model.config, config.adapter),
-    }
-    report = read_report(run.workdir) or {}
-    loss = report.get(f"{config.eval.split}_loss")
-    if report.get("steps") == run.step and loss is not None:
-        card[f"{config.eval.split} loss"] = loss
-    return card
-
-
 EXPORTERS = {
     "hf": Exporter("the fused model", write_hf, ("dtype", "quant", "eps_z"), check_hf),
     "gguf": Exporter(
-        "the fused model as a file for llama.cpp", write_gguf, ("quant", "eps_z"), check_gguf
+        "the same as a file for llama.cpp", write_gguf, ("quant", "eps_z"), check_gguf
     ),
-    "peft": Exporter("LoRA adapters without their base", write_peft, check=check_directory),
+    "peft": Exporter("LoRA adapters without their base", write_peft, (), check_hf),
 }
 DEFAULT = "hf"

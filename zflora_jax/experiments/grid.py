@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import hashlib
 import itertools
 import logging
 import re
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import jax
 from jax.errors import JaxRuntimeError
 
 from zflora_jax.core.errors import CheckpointError, NonFiniteError, Preempted
@@ -26,7 +23,6 @@ from zflora_jax.experiments.run_report import read_report
 from zflora_jax.experiments.train import train
 from zflora_jax.hf.load import load_model
 from zflora_jax.parallel.compile_cache import compile_cache
-from zflora_jax.parallel.distributed import StopSignals
 from zflora_jax.reporting.files import local_path, plain, write_result
 from zflora_jax.reporting.metrics import METRICS_FILE
 from zflora_jax.reporting.plots import training_curves
@@ -43,7 +39,6 @@ log = logging.getLogger(__name__)
 
 Row = dict[str, Any]
 Settings = Mapping[str, Sequence[Any]] | Sequence[Mapping[str, Any]]
-Devices = Sequence[jax.Device]
 FINISHED = "finished"
 POLL = 5.0  # seconds between looks at runs that other processes are training
 # Errors of one run that leave the others alone. XLA's, of memory too, are JaxRuntimeErrors.
@@ -52,58 +47,49 @@ _REPORTED = ("params_trainable", "steps", "seconds", "first_step_seconds")
 _ORIGIN = ("commit", "dirty", "date", "device", "cpu", "jax")
 
 
-@dataclasses.dataclass(frozen=True)
-class Grid:
-    """A grid that `zflora sweep` runs, returned by a config file's get_sweep().
-
-    Attributes:
-      base: Settings that every run shares.
-      settings: Settings that change, see `combinations`.
-    """
-
-    base: RunConfig
-    settings: Settings
-
-
 def sweep(
-    base: RunConfig,
-    grid: Settings,
-    workdir: str | Path,
-    *,
-    parallel: int | None = None,
-    console: bool = False,
+    base: RunConfig, grid: Settings, workdir: str | Path, *, console: bool = False
 ) -> DataFrame:
-    """`run_grid` as a pandas DataFrame, one row per run.
+    """Trains every combination of settings, each in <workdir>/<its name>.
+
+    Finished runs are not trained again, stopped ones go on, failed ones are tried again. A run that
+    another process trains is waited for, so several processes can share a workdir.
+    <workdir>/rows.json and rows.md are written after every run, <workdir>/curves at the end; the
+    runs share <workdir>/compile_cache.
 
     Args:
-      base: Settings that the runs share; the other arguments as for `run_grid`.
+      base: Settings that the runs share.
+      grid: A table of lists, of which every combination is a run, or a list of tables, each a run.
+        Settings are dotted: "adapter.rank".
+      workdir: Directory of the runs.
+      console: Whether a run shows its progress.
+
+    Returns:
+      A row per run, in the order of the grid: run (its name), the settings that the grid changes,
+      status ("finished", or "failed: why"), params_trainable, the held-out loss (validation_loss or
+      test_loss, as eval.split says), steps, seconds, and where it was trained (commit, device,
+      ...). Runs fail whose settings or model cannot be used, whose directory holds a run of other
+      settings, whose loss is not a number, and that need too much memory.
 
     Raises:
-      ConfigError: pandas is not installed; or as for `run_grid`.
+      ConfigError: pandas is not installed, or the grid is wrong.
+      Preempted: A signal came; the run that was training is saved after its step.
     """
     try:
         import pandas
     except ImportError:
         raise ConfigError(
-            "sweep returns a pandas DataFrame: pip install pandas, or call zf.run_grid for plain"
-            " rows."
+            "sweep returns a pandas DataFrame: pip install pandas, or use `zflora sweep`, which"
+            " writes rows.json."
         ) from None
-    return pandas.DataFrame(run_grid(base, grid, workdir, parallel=parallel, console=console))
+    return pandas.DataFrame(run_grid(base, grid, workdir, console=console))
 
 
 def combinations(base: RunConfig, grid: Settings) -> list[tuple[str, dict[str, Any]]]:
-    """The runs of a grid.
-
-    Args:
-      base: Settings that they share.
-      grid: A table of lists, of which every combination is a run, or a list of tables, each a run.
-        Settings are dotted: "adapter.rank".
-
-    Returns:
-      (name, changes) of every run.
+    """Returns (name, changes) of every run of a grid, see `sweep`.
 
     Raises:
-      ConfigError: a setting that does not exist, an empty list, or a combination given twice.
+      ConfigError: A setting that does not exist, an empty list, or a combination given twice.
     """
     if isinstance(grid, Mapping):
         for key, values in grid.items():
@@ -138,63 +124,30 @@ def _name(changes: Mapping[str, Any]) -> str:
 
 
 def run_grid(
-    base: RunConfig,
-    grid: Settings,
-    workdir: str | Path,
-    *,
-    parallel: int | None = None,
-    console: bool = True,
+    base: RunConfig, grid: Settings, workdir: str | Path, *, console: bool = True
 ) -> list[Row]:
-    """Trains every combination of `grid` in <workdir>/<its name>.
-
-    Finished runs are not trained again, stopped ones go on, failed ones are tried again. A run that
-    another process trains is waited for. <workdir>/rows.json and rows.md are written after every
-    run, <workdir>/curves at the end; the runs share <workdir>/compile_cache.
-
-    Args:
-      base: Settings that the runs share.
-      grid: Settings that change, see `combinations`.
-      workdir: Directory of the runs.
-      parallel: Number of runs at one time, each on the devices of its mesh; None: all that fit.
-      console: Whether a run shows its progress if it is the only one at a time.
-
-    Returns:
-      A row per run, in the order of `combinations`: run (its name), the settings that the grid
-      changes, status ("finished", or "failed: why"), params_trainable, the held-out loss
-      (validation_loss or test_loss, as eval.split says), steps, seconds, and where it was trained
-      (commit, device, ...). Runs fail whose settings or model cannot be used, whose directory holds
-      a run of other settings, whose loss is not a number, and that need too much memory.
-
-    Raises:
-      ConfigError: as for `combinations`, or more runs at one time than fit.
-      Preempted: a signal came; the runs that were training are saved after their step.
-    """
-    workdir, named = local_path(workdir, "workdir"), combinations(base, grid)
-    slots, env, bases = _slots(base, named, parallel), environment(), _Bases()
-    done: dict[str, Row] = {}
-
-    def attempt(name: str, changes: dict[str, Any], devices: Devices) -> Row | None:
-        try:
-            run, folder, alone = override(base, changes), workdir / name, len(slots) == 1
-            return _finished(run, folder) or _train(run, folder, bases, devices, console and alone)
-        except BusyError:
-            return None
-        except _FAILURES as error:
-            return {"status": f"failed: {str(error) or type(error).__name__}"}
-
+    """`sweep` as plain rows, without pandas."""
+    workdir, named, env = local_path(workdir, "workdir"), combinations(base, grid), environment()
+    done, bases = dict[str, Row](), dict[Any, Model]()  # the last run's, by what it depends on
     with compile_cache(workdir / "compile_cache"):
-        left = dict(named)
-        while left:
-            for name, found in _each(attempt, left.items(), slots):
-                if found is not None:
-                    done[name] = {"run": name, **left[name], **found}
-                    log.info("%s: %s", name, found["status"])
-                    rows = [done[name] for name, _ in named if name in done]
-                    _write(workdir, base, rows, len(named), env)
-            left = {name: changes for name, changes in named if name not in done}
-            if left:
+        while left := [(name, changes) for name, changes in named if name not in done]:
+            for name, changes in left:
+                try:
+                    run, folder = override(base, changes), workdir / name
+                    found = _finished(run, folder) or _train(run, folder, bases, console)
+                except BusyError:
+                    continue
+                except _FAILURES as error:
+                    found = {"status": f"failed: {str(error) or type(error).__name__}"}
+                done[name] = {"run": name, **changes, **found}
+                log.info("%s: %s", name, found["status"])
+                rows = [done[name] for name, _ in named if name in done]
+                _write(workdir, base, rows, len(named), env)
+            if len(done) < len(named):
                 time.sleep(POLL)
-    _draw(workdir, named)
+    curves = {n: path for n, _ in named if (path := workdir / n / METRICS_FILE).is_file()}
+    with contextlib.suppress(ValueError):  # no run came to its first number
+        training_curves(curves, workdir / "curves", f"{workdir.resolve().name}: {len(curves)} runs")
     return [done[name] for name, _ in named]
 
 
@@ -208,13 +161,19 @@ def _finished(run: RunConfig, folder: Path) -> Row | None:
     return _row(run, report) if same else None
 
 
-def _train(run: RunConfig, folder: Path, bases: _Bases, devices: Devices, console: bool) -> Row:
+def _train(run: RunConfig, folder: Path, bases: dict[Any, Model], console: bool) -> Row:
     """Trains a run, or goes on with it, and returns its row."""
     if folder.is_dir():
         with locked(folder):  # raises BusyError before anything slow
             require_no_jump(folder, run)
-    model = bases.of(run, devices)
-    trained = train(run, folder, model=model, devices=devices, console=console)
+    model = None  # on several devices each run loads its slices
+    if run.mesh.devices == 1:
+        key = run.model, run.train.dtype, run.quantize
+        if key not in bases:
+            bases.clear()  # before the next one needs its memory
+            bases[key] = load_model(run.model, run.train.dtype, quantize=run.quantize)
+        model = bases[key]
+    trained = train(run, folder, model=model, console=console)
     if trained.signalled:
         raise Preempted(f"stopped by a signal; {folder} is saved, the same command goes on there.")
     return _row(run, trained.report)
@@ -225,74 +184,6 @@ def _row(run: RunConfig, report: Mapping[str, Any]) -> Row:
     measured = {key: report[key] for key in (f"{run.eval.split}_loss", *_REPORTED) if key in report}
     origin = {key: report["environment"].get(key) for key in _ORIGIN}
     return {"status": FINISHED} | measured | origin
-
-
-def _each(
-    attempt: Callable[[str, dict[str, Any], Devices], Row | None],
-    runs: Iterable[tuple[str, dict[str, Any]]],
-    slots: Sequence[Devices],
-) -> Iterator[tuple[str, Row | None]]:
-    """Yields (name, row) of each attempt: in this thread, or with several slots in a pool."""
-    free = list(slots)  # list.pop and append are atomic
-
-    def one(name: str, changes: dict[str, Any]) -> tuple[str, Row | None]:
-        devices = free.pop()
-        try:
-            return name, attempt(name, changes, devices)
-        finally:
-            free.append(devices)
-
-    if len(slots) == 1:
-        yield from itertools.starmap(one, runs)
-        return
-    with StopSignals(), ThreadPoolExecutor(len(slots)) as pool:
-        try:
-            for done in as_completed([pool.submit(one, *run) for run in runs]):
-                yield done.result()
-        except BaseException:  # a signal, or an error that is no result: begin no more runs
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
-
-
-def _draw(workdir: Path, named: Sequence[tuple[str, Any]]) -> None:
-    curves = {n: path for n, _ in named if (path := workdir / n / METRICS_FILE).is_file()}
-    with contextlib.suppress(ValueError):  # no run came to its first number
-        training_curves(curves, workdir / "curves", f"{workdir.resolve().name}: {len(curves)} runs")
-
-
-def _slots(
-    base: RunConfig, named: Sequence[tuple[str, Mapping[str, Any]]], parallel: int | None
-) -> list[Devices]:
-    """The devices of each run that trains at one time."""
-    size, count = base.mesh.devices, jax.device_count()
-    if any(key.startswith("mesh.") for _, changes in named for key in changes):
-        size = count  # meshes that differ take turns
-    firsts = range(0, count - size + 1, size)
-    slots: list[Devices] = [jax.devices()[i : i + size] for i in firsts] or [jax.devices()]
-    require(
-        parallel is None or 1 <= parallel <= len(slots),
-        f"parallel={parallel}: must be within 1..{len(slots)}, for runs of {size} devices.",
-    )
-    return slots[: parallel or len(slots)]
-
-
-class _Bases:
-    """The base model on each device, loaded once for consecutive runs that share it."""
-
-    def __init__(self) -> None:
-        self._loaded: dict[jax.Device, tuple[Any, Model]] = {}
-
-    def of(self, run: RunConfig, devices: Devices) -> Model | None:
-        """The base of a run; None on several devices, where each run loads its slices."""
-        if len(devices) > 1:
-            return None
-        [device], key = devices, (run.model, run.train.dtype, run.quantize)
-        if self._loaded.get(device, (None,))[0] != key:
-            self._loaded.pop(device, None)  # before the next one needs its memory
-            with jax.default_device(device):
-                model = load_model(run.model, run.train.dtype, quantize=run.quantize)
-            self._loaded[device] = key, model
-        return self._loaded[device][1]
 
 
 def _write(

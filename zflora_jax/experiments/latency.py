@@ -36,20 +36,12 @@ Turns = dict[str, dict[str, list[float]]]
 
 @dataclass(frozen=True)
 class Contender:
-    """A compiled decode.
+    """A compiled decode."""
 
-    Attributes:
-      generate: n -> generates n tokens after its prompt and waits for them; n is one of the counts
-        that it was compiled for.
-      extra: More values to report.
-      model: The model that decodes.
-      adapters: Its unmerged adapters.
-    """
-
-    generate: Callable[[int], object]
-    extra: dict[str, float] = field(default_factory=dict)
+    generate: Callable[[int], object]  # n -> n tokens, waited for; of the n that are compiled
+    extra: dict[str, float] = field(default_factory=dict)  # more values to report
     model: Model | None = None
-    adapters: trees.Tree | None = None
+    adapters: trees.Tree | None = None  # unmerged
 
 
 def contender(
@@ -60,19 +52,16 @@ def contender(
     adapter: AdapterConfig | None = None,
     adapters: trees.Tree | None = None,
 ) -> Contender:
-    """Compiles the greedy decode of a model for 1 and for `new_tokens` tokens.
+    """Compiles the greedy decode of random prompts for 1 and for `new_tokens` tokens.
 
     Args:
       model: The model in the layout to measure, packed or not.
-      batch: Number of prompts; their tokens are random.
-      prompt_length: Tokens of a prompt.
+      batch, prompt_length: Number of prompts, and tokens of each.
       new_tokens: Tokens of the longer of the two programs.
-      adapter: Config of `adapters`.
-      adapters: Adapters that run unmerged; None: the model is a base or fused.
+      adapter, adapters: Adapters that run unmerged.
 
     Returns:
-      The contender. Its extra values are compile_s, seconds for both programs, and memory_mb, the
-      longer one's weights, cache and other allocations.
+      The contender, with compile_s of both programs, and memory_mb, all that the longer one holds.
     """
     vocab = model.config.vocab_size
     tokens = np.random.default_rng(0).integers(0, vocab, (batch, prompt_length)).astype(np.int32)
@@ -112,13 +101,8 @@ def decode_turns(
     """Times contenders by turns, after one call of each that is not counted.
 
     A turn times for each contender a call that makes 1 token (TTFT) and one that makes
-    `new_tokens`; TPOT is their difference over new_tokens - 1.
-
-    Args:
-      contenders: Label -> contender.
-      new_tokens: Tokens of the longer call, at least 2.
-      repeats: Number of turns.
-      before: Called with the label just before each contender is timed.
+    `new_tokens`; TPOT is their difference over new_tokens - 1. `before` is called with the label
+    just before each contender is timed.
 
     Returns:
       Label -> {"ttft_ms", "tpot_ms"}, one value per turn.
@@ -151,6 +135,23 @@ def ratio(values: Sequence[float], to: Sequence[float]) -> float:
     return statistics.median(a / b for a, b in zip(values, to, strict=True))
 
 
+def latency_rows(ready: Mapping[str, Contender], found: Turns) -> list[dict[str, Any]]:
+    """Summarises the turns of contenders, `BASE` among them.
+
+    Returns:
+      For each a row of "label"; ttft_ms and tpot_ms, medians over turns, with _min and _max;
+      ttft_ratio and tpot_ratio to the base's; the contender's extra values.
+    """
+    rows = []
+    for label, of in found.items():
+        row: dict[str, Any] = {"label": label}
+        for name in ("ttft", "tpot"):
+            row |= summary(of[f"{name}_ms"], f"{name}_ms")
+            row[f"{name}_ratio"] = ratio(of[f"{name}_ms"], found[BASE][f"{name}_ms"])
+        rows.append(row | ready[label].extra)
+    return rows
+
+
 def decode_latency(
     models: Mapping[str, Model],
     *,
@@ -158,35 +159,20 @@ def decode_latency(
     new_tokens: int = 32,
     batch: int = 1,
     repeats: int = 5,
-) -> dict[str, dict[str, float]]:
+) -> dict[str, dict[str, Any]]:
     """Times greedy decode of random prompts, without stop tokens, by turns.
 
     Args:
-      models: Label -> base or fused model; packed here if it is not.
-      prompt_length: Tokens of a prompt.
-      new_tokens: Generated tokens, at least 2.
-      batch: Number of prompts.
-      repeats: Number of turns.
+      models: Label -> base or fused model, `BASE` among them; packed here if it is not.
+      prompt_length, new_tokens, batch, repeats: As for `method_latency`.
 
     Returns:
-      Label -> {"ttft_ms", "tpot_ms", and each with _min and _max}: medians over the turns, in
-      milliseconds.
-
-    Raises:
-      ConfigError: new_tokens is below 2 or repeats below 1.
+      Label -> its row of `latency_rows`.
     """
-    _check_counts(new_tokens, repeats)
     shape = batch, prompt_length, new_tokens
     ready = {label: contender(packed(model), *shape) for label, model in models.items()}
-    return {
-        label: summary(found["ttft_ms"], "ttft_ms") | summary(found["tpot_ms"], "tpot_ms")
-        for label, found in decode_turns(ready, new_tokens, repeats).items()
-    }
-
-
-def _check_counts(new_tokens: int, repeats: int) -> None:
-    require(new_tokens >= 2, f"new_tokens={new_tokens}: TPOT needs at least 2.")
-    require(repeats >= 1, f"repeats={repeats}: must be at least 1.")
+    rows = latency_rows(ready, decode_turns(ready, new_tokens, repeats))
+    return {row["label"]: row for row in rows}
 
 
 def method_latency(
@@ -203,44 +189,27 @@ def method_latency(
 
     Args:
       base: The base model.
-      methods: Methods of `FUSED`, see `contenders`.
+      methods: Methods to fuse, see `contenders`.
       rank: Rank of every adapter.
-      batch: Number of prompts.
-      prompt_length: Tokens of a prompt.
+      batch, prompt_length: Number of prompts, and tokens of each.
       new_tokens: Generated tokens, at least 2.
       repeats: Number of turns.
 
     Returns:
       A row per contender, see `latency_rows`.
-
-    Raises:
-      ConfigError: a value is out of range, or a method cannot be fused.
     """
-    for name, value in (("rank", rank), ("batch", batch), ("prompt_length", prompt_length)):
+    counts = {"batch": batch, "prompt_length": prompt_length, "repeats": repeats}
+    for name, value in counts.items():
         require(value >= 1, f"{name}={value}: must be at least 1.")
-    _check_counts(new_tokens, repeats)
-    unknown = [method for method in methods if method not in FUSED]
-    require(not unknown, f"methods {unknown} cannot be fused; choose from {', '.join(FUSED)}.")
-    limit = base.config.max_position_embeddings
-    require(
-        prompt_length + new_tokens <= limit,
-        f"prompts of {prompt_length} and {new_tokens} new tokens exceed the model's context of"
-        f" {limit}.",
-    )
+    require(new_tokens >= 2, f"new_tokens={new_tokens}: TPOT needs at least 2.")
     ready = contenders(base, methods, rank, (batch, prompt_length, new_tokens))
     return latency_rows(ready, decode_turns(ready, new_tokens, repeats))
 
 
 def random_base(config: LlamaConfig, dtype: str) -> Model:
-    """Makes a base of random weights, which decodes as fast as a trained one.
-
-    Args:
-      config: The shape.
-      dtype: Data type of the weights.
-    """
+    """Makes a base of random weights, which decodes as fast as a trained one."""
     model = random_model(config.replace(dtype=dtype), jax.random.key(0))
-    params = jax.tree.map(lambda leaf: leaf.astype(dtype), model.params)
-    return Model(model.config, params)
+    return Model(model.config, jax.tree.map(lambda leaf: leaf.astype(dtype), model.params))
 
 
 def contenders(
@@ -249,13 +218,7 @@ def contenders(
     """Compiles the base, unmerged LoRA and fused models.
 
     A merge by addition keeps the base's shapes, so the base decodes again under its label, which
-    shows the noise.
-
-    Args:
-      base: The base model.
-      methods: Methods of `FUSED`.
-      rank: Rank of every adapter.
-      shape: (batch, prompt_length, new_tokens).
+    shows the noise. shape: (batch, prompt_length, new_tokens).
     """
     packed_base, lora = pack_for_decode(base), AdapterConfig("lora", rank=rank)
     adapters = init_adapters(jax.random.key(1), base, lora)
@@ -274,24 +237,3 @@ def contenders(
         else:
             found[f"{method} merged"] = found[BASE]
     return found
-
-
-def latency_rows(ready: Mapping[str, Contender], found: Turns) -> list[dict[str, Any]]:
-    """Summarises turns, a row per contender.
-
-    Args:
-      ready: Label -> contender.
-      found: The turns of `decode_turns`, those of `BASE` among them.
-
-    Returns:
-      Rows of "label"; ttft_ms and tpot_ms, medians over turns, with _min and _max; ttft_ratio and
-      tpot_ratio to the base's; compile_s and memory_mb.
-    """
-    rows = list[dict[str, Any]]()
-    for label, of in found.items():
-        row: dict[str, Any] = {"label": label}
-        for name in ("ttft", "tpot"):
-            row |= summary(of[f"{name}_ms"], f"{name}_ms")
-            row[f"{name}_ratio"] = ratio(of[f"{name}_ms"], found[BASE][f"{name}_ms"])
-        rows.append(row | ready[label].extra)
-    return rows

@@ -6,13 +6,13 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from zflora_jax.core.fields import ConfigError, require, to_dict
+from zflora_jax.core.fields import require, to_dict
 from zflora_jax.core.model import Model
 from zflora_jax.core.run_config import RunConfig
 from zflora_jax.core.textfile import lines_of
@@ -26,14 +26,12 @@ from zflora_jax.experiments.setup import held_out
 from zflora_jax.experiments.train import Trained, train
 from zflora_jax.nn.llama import forward
 from zflora_jax.parallel.mesh import mesh_if_there
-from zflora_jax.reporting.files import atomic_write, local_path, write_json
+from zflora_jax.reporting.files import local_path, write_json
 from zflora_jax.reporting.metrics import METRICS_FILE
 from zflora_jax.reporting.plots import training_curves
-from zflora_jax.reporting.provenance import environment, origin_line
-from zflora_jax.reporting.tables import markdown_table
+from zflora_jax.reporting.provenance import environment
 from zflora_jax.training.workdir import adopt
 
-SAMPLES = 3
 # Largest |dlogit| allowed between fused and adapted logits, relative to the logit scale
 # (CONTRIBUTING.md, "Tolerances"). There is no bound for bfloat16.
 FUSED_TOLERANCE = {"float32": 1e-5, "bfloat16": float("inf")}
@@ -48,66 +46,54 @@ def quickstart(run: RunConfig, workdir: str | Path, *, console: bool = True) -> 
       console: Whether progress and samples are printed.
 
     Returns:
-      The contents of <workdir>/quickstart.json (its keys are those of `report` below).
+      The contents of <workdir>/quickstart.json: `report` below.
 
     Raises:
       ConfigError: The settings give no accuracy or no loss, or the fused logits differ from the
         adapted ones.
     """
-    workdir, env, parts = local_path(workdir, "workdir"), environment(), dict[str, float]()
-    started, timed = time.perf_counter(), _timer(parts, console)
+    workdir, env, started = local_path(workdir, "workdir"), environment(), time.perf_counter()
     run, _ = adopt(workdir, run)
     base = load_base(run, mesh_if_there(run.mesh))
-    timed("load the model")
     before = evaluate(run, base, out=workdir / "eval" / "before", console=console)
     _require_figures(run, before)
-    timed("evaluate the base")
     trained = train(run, workdir, model=base, console=console)
-    timed("train")
     fused = fuse_trained(trained.model, run.adapter, trained.adapters, donate=False)
     gap, scale = _fused_gap(run, trained, fused)
-    timed("fuse and compare with adapted")
     after = evaluate(run, fused, out=workdir / "eval" / "after", console=console)
-    timed("evaluate the fused model")
     latency = decode_latency({"base": trained.model, "fused": fused})
-    timed("decode base and fused side by side")
     exported = export_run(workdir, workdir / "export")
-    timed("export")
     label = f"{run.adapter.method} on {run.data.task}"
     training_curves({label: workdir / METRICS_FILE}, workdir / "curves", label)
-
     report = {
-        **_figures(run, trained, before, after, latency),
+        "method": run.adapter.method,
+        "params_base": trained.report["params_base"],
+        "params_trainable": trained.report["params_trainable"],
+        "accuracy_before": before["accuracy"],
+        "accuracy_after": after["accuracy"],
+        "accuracy_rows": after["rows"],
+        "loss_before": before["loss"],
+        "loss_after": after["loss"],
+        "tpot_ms_base": latency["base"]["tpot_ms"],
+        "tpot_ms_fused": latency["fused"]["tpot_ms"],
+        "tpot_ratio": latency["fused"]["tpot_ms"] / latency["base"]["tpot_ms"],
         "fused_max_abs_dlogit": gap,
         "logit_scale": scale,
         "export_dir": str(workdir / "export"),
         "export_max_abs_dlogit": exported["max_abs_dlogit"],
         "export_top1_agreement": exported["top1_agreement"],
         "seconds": time.perf_counter() - started,
-        "seconds_by_part": parts,
         "latency": latency,
         "samples": _samples(workdir),
         "config": to_dict(run),
         "environment": env,
     }
     write_json(workdir / "quickstart.json", report)
-    atomic_write(workdir / "report.md", _page(report).encode())
-    if console:
-        print(_samples_text(report))
+    for sample in report["samples"] if console else ():
+        lines = {name: " ".join(text.split()) for name, text in sample.items()}
+        print("", *(f"{name}: {line}" for name, line in lines.items()), sep="\n")
     _require_equal(gap, scale, run.train.dtype, workdir)
     return report
-
-
-def _timer(parts: dict[str, float], console: bool) -> Callable[[str], None]:
-    """Returns a function that notes in `parts` the seconds since its last call, under a name."""
-    started = time.perf_counter()
-
-    def timed(name: str) -> None:
-        parts[name] = time.perf_counter() - started - sum(parts.values())
-        if console:
-            print(f"  {name}: {parts[name]:.0f} s", flush=True)
-
-    return timed
 
 
 def _require_figures(run: RunConfig, found: Mapping[str, Any]) -> None:
@@ -120,34 +106,14 @@ def _require_figures(run: RunConfig, found: Mapping[str, Any]) -> None:
     )
 
 
-def _figures(
-    run: RunConfig, trained: Trained, before: Any, after: Any, latency: Any
-) -> dict[str, Any]:
-    """Returns parameter counts, accuracy, loss and time per token."""
-    base, fused = latency["base"]["tpot_ms"], latency["fused"]["tpot_ms"]
-    return {
-        "method": run.adapter.method,
-        "params_base": trained.report["params_base"],
-        "params_trainable": trained.report["params_trainable"],
-        "accuracy_before": before["accuracy"],
-        "accuracy_after": after["accuracy"],
-        "accuracy_rows": after["rows"],
-        "loss_before": before["loss"],
-        "loss_after": after["loss"],
-        "tpot_ms_base": base,
-        "tpot_ms_fused": fused,
-        "tpot_ratio": fused / base,
-    }
-
-
 def _require_equal(gap: float, scale: float, dtype: str, workdir: Path) -> None:
     """Refuses fused logits that differ from the adapted ones by more than the tolerance, or NaN."""
     allowed = FUSED_TOLERANCE[dtype]
-    if not gap <= allowed * scale:
-        raise ConfigError(
-            f"fused and adapted logits differ by {gap:.3g} at a logit scale of {scale:.3g}, more"
-            f" than {allowed:g} x scale; the report is in {workdir}."
-        )
+    require(
+        gap <= allowed * scale,
+        f"fused and adapted logits differ by {gap:.3g} at a logit scale of {scale:.3g}, more than"
+        f" {allowed:g} x scale; the report is in {workdir}.",
+    )
 
 
 def _fused_gap(run: RunConfig, trained: Trained, fused: Model) -> tuple[float, float]:
@@ -168,50 +134,17 @@ def _fused_gap(run: RunConfig, trained: Trained, fused: Model) -> tuple[float, f
 
 
 def _samples(workdir: Path) -> list[dict[str, str]]:
-    """Returns the first questions of the test split, with the answers before and after training."""
+    """Returns three questions of the test split, with the answers before and after training."""
     before, after = (
-        [json.loads(line) for line in lines_of(path.read_text(encoding="utf-8"))[:SAMPLES]]
+        [json.loads(line) for line in lines_of(path.read_text(encoding="utf-8"))[:3]]
         for path in (workdir / "eval" / "before.jsonl", workdir / "eval" / "after.jsonl")
     )
     return [
         {
-            "prompt": base["prompt"],
-            "answer": base["answer"],
-            "base": base["output"],
-            "tuned": tuned["output"],
+            "prompt": old["prompt"],
+            "base": old["output"],
+            "tuned": new["output"],
+            "answer": old["answer"],
         }
-        for base, tuned in zip(before, after, strict=True)
+        for old, new in zip(before, after, strict=True)
     ]
-
-
-def _samples_text(report: dict[str, Any]) -> str:
-    return "\n".join(
-        f"\nQ: {s['prompt']}\n   base:  {' '.join(s['base'].split())}\n   tuned:"
-        f" {' '.join(s['tuned'].split())}\n   (answer: {s['answer']})"
-        for s in report["samples"]
-    )
-
-
-def _page(report: dict[str, Any]) -> str:
-    table = (
-        ("accuracy", "accuracy_before", "accuracy_after", ".3f"),
-        ("held-out loss (nats per target token)", "loss_before", "loss_after", ".4f"),
-        ("TPOT (ms)", "tpot_ms_base", "tpot_ms_fused", ".1f"),
-    )
-    rows = [
-        {"": name, "base": f"{report[base]:{digits}}", "tuned and fused": f"{report[now]:{digits}}"}
-        for name, base, now, digits in table
-    ]
-    facts = (
-        f"{report['method']}: {report['params_trainable']:,} trainable parameters,"
-        f" {report['params_base']:,} in the base; {report['accuracy_rows']} held-out problems."
-        f" Fused against adapted: max |dlogit| {report['fused_max_abs_dlogit']:.2e} at a logit"
-        f" scale of {report['logit_scale']:.1f}. Exported directory against the fused model: max"
-        f" |dlogit| {report['export_max_abs_dlogit']:.2e}, top-1 agreement"
-        f" {report['export_top1_agreement']:.4f}."
-    )
-    origin = origin_line(report["environment"])
-    last = f"{origin} Seed {report['config']['train']['seed']}, {report['seconds']:.0f} s."
-    parts = ["# Quickstart", markdown_table(rows, list(rows[0])), facts, last]
-    parts += ["![curves](curves.png)", f"```\n{_samples_text(report).strip()}\n```", ""]
-    return "\n\n".join(parts)

@@ -14,7 +14,6 @@ from zflora_jax.core.adapter_config import METHODS, AdapterConfig
 from zflora_jax.core.fields import require
 from zflora_jax.core.model import Model, fingerprint
 from zflora_jax.core.run_config import RunConfig
-from zflora_jax.core.storage import as_path
 from zflora_jax.core.trees import Tree
 from zflora_jax.experiments.base import load_base
 from zflora_jax.experiments.setup import state_like
@@ -22,7 +21,7 @@ from zflora_jax.nn.quantize_model import dequantize_model, is_quantized
 from zflora_jax.parallel.distributed import from_process_0
 from zflora_jax.parallel.mesh import mesh_if_there, mesh_of
 from zflora_jax.training.checkpoint import Checkpoints, require_same
-from zflora_jax.training.workdir import CHECKPOINTS, read_config
+from zflora_jax.training.workdir import read_config, saved_steps
 
 log = logging.getLogger(__name__)
 
@@ -48,41 +47,28 @@ def load_run(
       ConfigError: There is no such checkpoint, or it was trained on another base.
     """
     run = read_config(workdir)
-    require(
-        (as_path(workdir, "workdir") / CHECKPOINTS).is_dir(),
-        f"{workdir} has no checkpoint yet; train it first.",
-    )
+    require(bool(saved_steps(workdir)), f"{workdir} has no checkpoint yet; train it first.")
     mesh = mesh_if_there(run.mesh) if mesh is None else mesh
     model = load_base(run, mesh)
     with Checkpoints(workdir, create=False) as checkpoints:
         # Of process 0: where the run goes on meanwhile, each would find another newest one.
-        number = from_process_0(_number(run, workdir, checkpoints, step))
+        number = from_process_0(_number(workdir, checkpoints, step))
         base, start = split_base(model, run.adapter)
         state, saved = checkpoints.restore(state_like(run, base, start, mesh), number)
     require_same(saved, "base", fingerprint(model), workdir)
     return run, base, state.adapters, int(state.step)
 
 
-def _number(
-    run: RunConfig, workdir: str | Path, checkpoints: Checkpoints, step: int | str | None
-) -> int:
+def _number(workdir: str | Path, checkpoints: Checkpoints, step: int | str | None) -> int | None:
     """The number of the checkpoint that `step` names."""
-    latest = checkpoints.latest
-    require(latest is not None, f"{workdir} has no complete checkpoint yet; train it first.")
+    if step is None:
+        return checkpoints.latest
     if step == "best":
-        require(
-            run.train.keep_best,
-            f"{workdir} has no best checkpoint: train with train.keep_best=True, or name a step.",
-        )
-        step = checkpoints.best
-        require(
-            step is not None,
-            f"{workdir} has no checkpoint that was saved with its loss yet; name a step, or"
-            " train on.",
-        )
-    step = latest if step is None else step
+        best, advice = checkpoints.best, "train with train.keep_best=True, or name a step"
+        require(best is not None, f"{workdir} has no best checkpoint: {advice}.")
+        return best
     require(str(step).isdigit(), f"checkpoint {step!r}: expected a number of steps, or 'best'.")
-    return int(str(step))
+    return int(step)
 
 
 def fuse_trained(
@@ -93,16 +79,14 @@ def fuse_trained(
 
     Args:
       model: The base model.
-      adapter: The adapter's config.
-      adapters: The trained adapters.
+      adapter, adapters: The trained adapters and their config.
       donate: Whether the base's arrays are freed.
     """
     if is_quantized(model) and not METHODS[adapter.method].widens:
-        dtype = model.config.execution.dtype
         log.warning(
             "%s is added to the dequantised base, so the model takes the memory of %s weights",
             adapter.method,
-            dtype,
+            model.config.execution.dtype,
         )
         model = dequantize_model(model)
     return fuse(model, adapter, adapters, donate=donate)

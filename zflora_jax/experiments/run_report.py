@@ -40,19 +40,16 @@ def new_report(
     first: int,
     loss: Mapping[str, float],
     env: Report,
-    timings: Mapping[str, float | None],
-    processes: int | None = None,
+    more: Mapping[str, float | None],
 ) -> Report:
     """Writes the report of a run that was trained to its end.
 
     Args:
-      setup: Base and data of the run.
-      workdir: The directory of report.json.
+      setup, workdir: The run, and its directory.
       first: The step that the last start went on from.
       loss: The held-out loss after the last step, see `loss.held_out_loss`.
       env: The environment of the training, see `provenance.environment`.
-      timings: Seconds by name.
-      processes: Number of processes that trained; None: those of this run.
+      more: Further entries: seconds, and the number of processes where they were others.
     """
     run, config = setup.run, setup.model.config
     report = {
@@ -63,28 +60,23 @@ def new_report(
         "train_rows_dropped": setup.train_set.dropped,
         "train_documents_cut": setup.train_set.truncated,
         "train_rows_packed": len(setup.train_set) if run.data.packing else None,
-        "train_on_prompt": run.data.train_on_prompt,
         "attention": setup.attention[0],
         **setup.fingerprints,
         "config": to_dict(run),
         "steps": run.train.steps,
         "resumed_from": first,
         **_loss_fields(setup, loss),
-        **timings,
-        "processes": processes or jax.process_count(),
+        "processes": jax.process_count(),
         "environment": env,
+        **more,
     }
     return _write(workdir, report)
 
 
 def finished_report(
-    setup: Setup,
-    workdir: Path,
-    seconds: float,
-    env: Report,
-    adapters: Tree,
+    setup: Setup, workdir: Path, seconds: float, env: Report, adapters: Tree
 ) -> Report:
-    """The report of a finished run that is run again. Every process of the run calls this.
+    """Returns the report of a finished run that is run again. Every process calls this.
 
     The report that is there keeps its commit, device, date and timings. Its held-out loss is
     computed again if the rows have changed, by eval.split, eval.limit or themselves. A report that
@@ -92,27 +84,26 @@ def finished_report(
     of training recorded.
 
     Args:
-      setup: Base and data of the run.
-      workdir: The run's directory.
+      setup, workdir: The run, and its directory.
       seconds: Seconds of training, as the last checkpoint has them.
       env: The environment of this process, for a run that recorded no start.
-      adapters: The trained adapters, for the held-out loss.
+      adapters: The trained adapters.
     """
-    run, stored = setup.run, read_report(workdir)
+    run, stored = setup.run, read_report(workdir) or {}
     identity = {"steps": run.train.steps, **setup.fingerprints}
-    if stored is None or any(stored.get(key) != value for key, value in identity.items()):
+    if any(stored.get(key) != value for key, value in identity.items()):
         starts = [start for start in read_starts(workdir) if start["step"] < run.train.steps]
         start = starts[-1] if starts else env
         env = {key: value for key, value in start.items() if key not in _OF_START}
-        timings, processes = {"seconds": seconds}, start.get("processes", 1)
+        more = {"seconds": seconds, "processes": start.get("processes", 1)}
         loss = setup.held_out_loss(adapters)
-        return new_report(setup, workdir, run.train.steps, loss, env, timings, processes)
-    rows_there, loss_there = stored.get(_EVAL_ROWS), stored.get(f"{run.eval.split}_loss")
-    if rows_there == setup.eval_set.fingerprint() and loss_there is not None:
+        return new_report(setup, workdir, run.train.steps, loss, env, more)
+    same_rows = stored.get(_EVAL_ROWS) == setup.eval_set.fingerprint()
+    if same_rows and stored.get(f"{run.eval.split}_loss") is not None:
         return stored
     config = stored["config"] | {"eval": to_dict(run.eval)}
-    fields = _loss_fields(setup, setup.held_out_loss(adapters))
-    return _write(workdir, stored | fields | {"config": config})
+    loss = _loss_fields(setup, setup.held_out_loss(adapters))
+    return _write(workdir, stored | loss | {"config": config})
 
 
 _OF_START = ("step", "changed", "processes", "plain_texts")  # see `workdir.record_start`
@@ -121,15 +112,11 @@ _OF_START = ("step", "changed", "processes", "plain_texts")  # see `workdir.reco
 def _loss_fields(setup: Setup, loss: Mapping[str, float]) -> Report:
     """The held-out loss under its names in the report, and which rows it is of."""
     split = setup.run.eval.split
-    return {
-        f"{split}_loss": loss["loss"],
-        f"{split}_rows": int(loss["rows"]),
-        _EVAL_ROWS: setup.eval_set.fingerprint(),
-    }
+    rows = {f"{split}_rows": int(loss["rows"]), _EVAL_ROWS: setup.eval_set.fingerprint()}
+    return {f"{split}_loss": loss["loss"], **rows}
 
 
 def _write(workdir: Path, report: Report) -> Report:
-    """Writes `report`, in the process that writes. Returns it."""
     if distributed.is_main():
         write_json(workdir / REPORT_FILE, report)
     return report

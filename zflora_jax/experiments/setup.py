@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass, replace
 
 import jax
@@ -22,9 +21,70 @@ from zflora_jax.parallel.sharding import shard, state_shardings
 from zflora_jax.training.trainer import TrainState, fresh_state
 
 
+@dataclass(frozen=True)
+class Setup:
+    """A run before its first step."""
+
+    run: RunConfig
+    mesh: Mesh
+    model: Model  # the base, divided over the mesh, without `start`; with the run's execution
+    start: Tree | None  # the first adapters, taken out of the base; None where they are random
+    state_like: TrainState  # shapes, dtypes and shardings of the state
+    attention: tuple[str, str]  # the kernel of the step, and why it is no flash kernel, or ""
+    train_set: Encoded  # packed rows hold several examples
+    examples: int  # of training
+    plain: bool  # whether they are texts as they stand, whatever data.prompt_style says
+    eval_set: Encoded
+    fingerprints: dict[str, str]  # of base and data, by their names in checkpoints and reports
+
+    @property
+    def shardings(self) -> TrainState:
+        """Where the leaves of the state lie, a TrainState of NamedShardings."""
+        return jax.tree.map(lambda leaf: leaf.sharding, self.state_like)
+
+    def fresh_state(self) -> TrainState:
+        """Returns the state before the first step. Each device makes its own part."""
+        fresh = jax.jit(
+            lambda params, start: fresh_state(self.run, replace(self.model, params=params), start),
+            out_shardings=self.shardings,
+        )
+        return fresh(self.model.params, self.start)
+
+    def held_out_loss(self, adapters: Tree) -> dict[str, float]:
+        """Returns the loss of `adapters` on the evaluation rows; see `loss.held_out_loss`."""
+        return held_out_loss(self.run, self.model, self.eval_set, adapters)
+
+
+def prepare(run: RunConfig, mesh: Mesh, model: Model | None) -> Setup:
+    """Loads what a run trains on.
+
+    Args:
+      run: The run's settings.
+      mesh: The mesh that the base is divided over.
+      model: The run's base if it is loaded already, see `base.given_base`.
+
+    Raises:
+      ConfigError: Base, data and settings do not fit together. Nothing was written by then.
+    """
+    model = load_base(run, mesh) if model is None else given_base(run, model)
+    rows = load_mixture(run.data, "train")
+    train_set = tokenize_examples(rows, model.tokenizer, run.data, model.config.vocab_size)
+    examples = len(train_set)
+    if run.data.packing:
+        train_set = pack_sequences(train_set, run.data.bucket_lengths[-1])
+    eval_set, data = held_out(run, model), train_set.fingerprint()
+    fingerprints = {"base_fingerprint": fingerprint(model), "data_fingerprint": data}
+    model, start = split_base(replace(model, params=shard(model.params, mesh)), run.adapter)
+    like, attention = state_like(run, model, start, mesh), step_attention(run, model.config, mesh)
+    plain, made = all(part[0].plain for part in rows.parts), (run, mesh, model, start, like)
+    return Setup(*made, attention, train_set, examples, plain, eval_set, fingerprints)
+
+
 def state_like(run: RunConfig, model: Model, start: Tree | None, mesh: Mesh | None) -> TrainState:
-    """ShapeDtypeStructs of the state of `run`, placed on `mesh` if there is one; nothing is
-    computed. `model` and `start`: see `adapters.init`.
+    """Returns the state of a run as ShapeDtypeStructs, placed on `mesh` if there is one.
+
+    Args:
+      model, start: As `adapters.init.split_base` returns them.
     """
     shapes = jax.eval_shape(lambda: fresh_state(run, model, start))
     if mesh is None:
@@ -33,99 +93,8 @@ def state_like(run: RunConfig, model: Model, start: Tree | None, mesh: Mesh | No
     return jax.tree.map(lambda leaf, at: leaf.update(sharding=at), shapes, where)
 
 
-@dataclass(frozen=True)
-class Setup:
-    """A run before its first step.
-
-    Attributes:
-      run: Its settings.
-      mesh: The devices that it runs on.
-      model: Its base, divided over the mesh, without `start`; its config is how the run computes.
-      start: The first adapters, taken out of the base (`split_base`); None where they are random.
-      state_like: Shapes, dtypes and shardings of its state, a TrainState.
-      attention: The attention kernel of its step, and why it is no flash kernel ("" if it is).
-      train_set: The training rows; packed ones hold several examples.
-      examples: Number of training examples.
-      plain: Whether they are texts as they stand, whatever data.prompt_style says.
-      eval_set: The evaluation rows.
-      fingerprints: Those of base and data, by their names in checkpoints and reports.
-      seconds: Time to load the base and to prepare the data.
-    """
-
-    run: RunConfig
-    mesh: Mesh
-    model: Model
-    start: Tree | None
-    state_like: TrainState
-    attention: tuple[str, str]
-    train_set: Encoded
-    examples: int
-    plain: bool
-    eval_set: Encoded
-    fingerprints: dict[str, str]
-    seconds: dict[str, float]
-
-    @property
-    def shardings(self) -> TrainState:
-        """Where the leaves of the state lie, a TrainState of NamedShardings."""
-        return jax.tree.map(lambda leaf: leaf.sharding, self.state_like)
-
-    def fresh_state(self) -> TrainState:
-        """The state before the first step. Each device makes its own part."""
-        fresh = jax.jit(
-            lambda params, start: fresh_state(self.run, replace(self.model, params=params), start),
-            out_shardings=self.shardings,
-        )
-        return fresh(self.model.params, self.start)
-
-    def held_out_loss(self, adapters: Tree) -> dict[str, float]:
-        """The loss of `adapters` on the evaluation rows; see `loss.held_out_loss`."""
-        return held_out_loss(self.run, self.model, self.eval_set, adapters)
-
-
-def prepare(run: RunConfig, mesh: Mesh, model: Model | None, started: float) -> Setup:
-    """Loads what `run` trains on.
-
-    Args:
-      run: The run's settings.
-      mesh: The mesh that the base is divided over.
-      model: The run's base if it is loaded already, see `base.given_base`.
-      started: time.perf_counter() when the run began.
-
-    Raises:
-      ConfigError: Base, data and settings do not fit together. Nothing was written by then.
-    """
-    model = load_base(run, mesh) if model is None else given_base(run, model)
-    loaded = time.perf_counter()
-    rows = load_mixture(run.data, "train")
-    train_set = tokenize_examples(rows, model.tokenizer, run.data, model.config.vocab_size)
-    examples = len(train_set)
-    if run.data.packing:
-        train_set = pack_sequences(train_set, run.data.bucket_lengths[-1])
-    eval_set = held_out(run, model)
-    fingerprints = {
-        "base_fingerprint": fingerprint(model),
-        "data_fingerprint": train_set.fingerprint(),
-    }
-    model, start = split_base(replace(model, params=shard(model.params, mesh)), run.adapter)
-    return Setup(
-        run,
-        mesh,
-        model,
-        start,
-        state_like(run, model, start, mesh),
-        step_attention(run, model.config, mesh),
-        train_set,
-        examples,
-        all(part[0].plain for part in rows.parts),
-        eval_set,
-        fingerprints,
-        {"load_seconds": loaded - started, "data_seconds": time.perf_counter() - loaded},
-    )
-
-
 def held_out(run: RunConfig, model: Model, split: str | None = None) -> Encoded:
-    """The first eval.limit rows of `split` (None: eval.split), for the held-out loss of a run."""
+    """Returns the first eval.limit rows of `split` (None: eval.split), for the held-out loss."""
     require_fit(run, model)
     examples = load_mixture(run.data, split or run.eval.split, run.eval.limit)
     return tokenize_examples(examples, model.tokenizer, run.data, model.config.vocab_size)
@@ -134,7 +103,7 @@ def held_out(run: RunConfig, model: Model, split: str | None = None) -> Encoded:
 def split_loss(
     run: RunConfig, model: Model, split: str, adapters: Tree | None = None
 ) -> dict[str, float]:
-    """Mean cross-entropy on the held-out rows of a run's task, at most eval.limit of them.
+    """Returns the held-out loss of a run's task on at most eval.limit rows of a split.
 
     Args:
       run: The run's settings.
@@ -144,8 +113,5 @@ def split_loss(
 
     Returns:
       {"loss": nats per target token, "tokens": target tokens, "rows": rows}.
-
-    Raises:
-      NonFiniteError: the loss is not finite.
     """
     return held_out_loss(run, model, held_out(run, model, split), adapters)

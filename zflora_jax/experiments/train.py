@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,22 +55,13 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Trained:
-    """The outcome of a run.
+    """The outcome of a run."""
 
-    Attributes:
-      model: The base model.
-      adapters: The trained tree, unmerged.
-      report: As in <workdir>/report.json.
-      run: Its settings, with those that it took from the run that was there (`workdir.adopt`), and
-        the day that a chat template was told in training (data.date).
-      signalled: Whether a signal came too late to stop a step, after the last one.
-    """
-
-    model: Model
-    adapters: Tree
-    report: Report
-    run: RunConfig
-    signalled: bool = False
+    model: Model  # the base
+    adapters: Tree  # unmerged
+    report: Report  # as in <workdir>/report.json
+    run: RunConfig  # with what it took from the run that was there (`workdir.adopt`), and its day
+    signalled: bool = False  # whether a signal came after the last step, too late to stop one
 
 
 def train(
@@ -78,11 +69,10 @@ def train(
     workdir: str | Path | None = None,
     *,
     model: Model | None = None,
-    devices: Sequence[jax.Device] | None = None,
     resume: bool = False,
     console: bool = True,
 ) -> Trained:
-    """Trains `run` in `workdir`, or goes on with the run that is there.
+    """Trains a run in `workdir`, or goes on with the run that is there.
 
     A finished run is loaded, with its report. Every process of a run of several calls this, after
     `distributed.start`. Files in `workdir`: config.json, checkpoints/, metrics.jsonl, starts.jsonl,
@@ -92,7 +82,6 @@ def train(
       run: The settings.
       workdir: Directory or URL, shared by all processes; None for runs/<task>-<method>.
       model: The run's base if it is loaded already, see `base.given_base`.
-      devices: Devices of the mesh, None for all.
       resume: Refuse a `workdir` without a run.
       console: Show progress.
 
@@ -105,7 +94,7 @@ def train(
     # Before all else: the commit that runs, not the one checked out when it ends.
     started, env = time.perf_counter(), environment()
     workdir, run, changed = _admit(run, workdir, resume)
-    setup = prepare(run, make_mesh(run.mesh, devices), model, started)
+    setup = prepare(run, make_mesh(run.mesh), model)
     with ExitStack() as stack:
         signals, checkpoints, held = _open(stack, setup, workdir, changed)
         state, spent = _first_state(setup, checkpoints, workdir)
@@ -113,9 +102,9 @@ def train(
             log.info("%s is finished (%d steps): nothing to train", workdir, run.train.steps)
             report = finished_report(setup, workdir, spent, env, state.adapters)
             return Trained(setup.model, state.adapters, report, run, signals.asked)
-        writer = distributed.on_main(
-            lambda: _open_logs(stack, setup, workdir, console, first, env, held, changed)
-        )
+        start = {"processes": jax.process_count(), "changed": changed, "plain_texts": setup.plain}
+        writer = _open_logs(stack, run, workdir, console, first, env, held)
+        distributed.on_main(lambda: record_start(workdir, first, env, **start))
         metrics = LogMetrics(writer, run.train, objective_of(run).unit, started)
         loss = HeldOutLoss(setup.held_out_loss, writer, run.train)
         meta = setup.fingerprints | {"data_seed": run.data.seed}
@@ -129,8 +118,8 @@ def train(
             f"stopped by a signal after step {state.step} of {run.train.steps}, which is saved in"
             f" {workdir}; the same command goes on from there."
         )
-    timings: dict[str, float | None] = {"seconds": spent + time.perf_counter() - started}
-    timings |= {**setup.seconds, "first_step_seconds": metrics.first_step_seconds}
+    seconds = spent + time.perf_counter() - started
+    timings = {"seconds": seconds, "first_step_seconds": metrics.first_step_seconds}
     report = new_report(setup, workdir, first, loss.last, env, timings)
     return Trained(setup.model, state.adapters, report, run, signals.asked)
 
@@ -174,22 +163,17 @@ def _open(
 
 def _open_logs(
     stack: ExitStack,
-    setup: Setup,
+    run: RunConfig,
     workdir: Path,
     console: bool,
     first: int,
     env: Report,
     held: Callable[[], None],
-    changed: Changes,
-) -> MetricWriter:
-    """Opens metrics.jsonl and what train.report_to names, and records the start."""
-    train, shown = setup.run.train, to_dict(setup.run) | {"environment": env}
-    writer = stack.enter_context(
-        MetricWriter(workdir, train.steps, console, first, train.report_to, shown, held)
-    )
-    start = {"processes": jax.process_count(), "changed": changed, "plain_texts": setup.plain}
-    record_start(workdir, first, env, **start)
-    return writer
+) -> MetricWriter | None:
+    """Opens metrics.jsonl and what train.report_to names, in the process that writes."""
+    shown, trackers = to_dict(run) | {"environment": env}, run.train.report_to
+    made = (workdir, run.train.steps, console, first, trackers, shown, held)
+    return distributed.on_main(lambda: stack.enter_context(MetricWriter(*made)))
 
 
 def _first_state(setup: Setup, checkpoints: Checkpoints, workdir: Path) -> tuple[TrainState, float]:
@@ -201,9 +185,8 @@ def _first_state(setup: Setup, checkpoints: Checkpoints, workdir: Path) -> tuple
     state, saved = checkpoints.restore(setup.state_like, newest)
     for name in ("base", "data"):
         require_same(saved, name, setup.fingerprints[f"{name}_fingerprint"], workdir)
-    step, steps = int(state.step), setup.run.train.steps
-    if step < steps:
-        log.info("%s resumes from step %d of %d", workdir, step, steps)
+    if (step := int(state.step)) < setup.run.train.steps:
+        log.info("%s resumes from step %d of %d", workdir, step, setup.run.train.steps)
     return state, saved["seconds"]
 
 

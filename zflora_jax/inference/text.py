@@ -1,4 +1,4 @@
-"""Text in, text out: generation in batches, streamed generation, a conversation."""
+"""Text in, text out: generation in batches, streamed generation."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from zflora_jax.inference.decode import generate_tokens, stream_tokens
 from zflora_jax.inference.generation_config import GenerationConfig
 
 Turn = Mapping[str, str]  # {"role": "system", "user" or "assistant", "content": text}
-# Of streams and conversations, where nothing is given
+# Of streams, where nothing is given
 LONG_ANSWER = GenerationConfig(max_new_tokens=256)
 INCOMPLETE = "\ufffd"  # the replacement character: bytes of a character that is not whole yet
 
@@ -186,102 +186,3 @@ def _behind(said: str, whole: str) -> str:
     """`whole` from where it goes on, or otherwise, than `said`."""
     same = (i for i, (a, b) in enumerate(zip(said, whole, strict=False)) if a != b)
     return whole[next(same, len(said)) :]
-
-
-def converse(
-    model: Model,
-    lines: Iterable[str],
-    say: Callable[[str], None],
-    config: GenerationConfig | None = None,
-    *,
-    system: str | None = None,
-    date: str | None = None,
-    **settings: Any,
-) -> None:
-    """Hold a conversation: each line is a user's turn; "/reset" forgets the turns, "/quit" ends.
-
-    KeyboardInterrupt ends an answer, not the conversation.
-
-    Args:
-      model: base, fused or packed, with a tokenizer that has a chat template.
-      lines: what the user says.
-      say: called with each piece of an answer, with a line feed after an answer, and with notes,
-        e.g. that the oldest turns no longer fit the context and are left out.
-      config: how to generate; None for the defaults of `GenerationConfig`, and max_new_tokens=256.
-      system: text of the system turn; None for no such turn.
-      date: as for `generate`.
-      settings: fields of `GenerationConfig`, in place of those of `config`.
-
-    Raises:
-      ConfigError: as for `generate`.
-    """
-    _tokenizer(model)
-    config = override(config or LONG_ANSWER, settings)
-    opening = [{"role": "system", "content": system}] if system else []
-    turns: list[dict[str, str]] = []
-    for number, line in enumerate(map(str.strip, lines)):
-        if line == "/quit":
-            return
-        if line == "/reset":
-            turns = []
-            say("(the conversation starts anew)\n")
-        elif line:
-            asked = [*turns, {"role": "user", "content": line}]
-            kept = _turns_that_fit(model, opening, asked, config.max_new_tokens, say, date)
-            if kept is None:
-                continue
-            # Each line has draws of its own, also where no turn is kept: asked again, it may get
-            # another answer.
-            seeded = replace(config, seed=(config.seed + number) % 2**32)
-            answer = _say_answer(model, opening + kept, say, seeded, date)
-            turns = [*kept, {"role": "assistant", "content": answer}]
-
-
-def _turns_that_fit(
-    model: Model,
-    opening: list[dict[str, str]],
-    turns: list[dict[str, str]],
-    max_new_tokens: int,
-    say: Callable[[str], None],
-    date: str | None,
-) -> list[dict[str, str]] | None:
-    """The newest of `turns` that fit the context beside `opening` and the answer; None where not
-    even the last does. What is left out is said.
-    """
-    limit = model.config.max_position_embeddings
-    room, kept = limit - max_new_tokens, turns
-
-    def too_long() -> bool:
-        text = render_turns(_tokenizer(model), opening + kept, date)
-        return len(_encoded(model, [text])[0]) > room
-
-    while too_long():
-        if len(kept) == 1:
-            say(
-                f"(that is too long: {max_new_tokens} new tokens leave {max(room, 0)} of the"
-                f" context's {limit})\n"
-            )
-            return None
-        kept = kept[2:]
-    if left_out := (len(turns) - len(kept)) // 2:
-        say(f"(the context of {limit} tokens is full: the {left_out} oldest turns are left out)\n")
-    return kept
-
-
-def _say_answer(
-    model: Model,
-    turns: list[dict[str, str]],
-    say: Callable[[str], None],
-    config: GenerationConfig,
-    date: str | None,
-) -> str:
-    """The answer to `turns`, said piece by piece; as much of it as was said before an interrupt."""
-    answer = ""
-    try:
-        for piece in stream(model, turns, config=config, date=date):
-            answer += piece
-            say(piece)
-    except KeyboardInterrupt:
-        say(" (stopped)")
-    say("\n")
-    return answer

@@ -20,25 +20,15 @@ GIB, TERA, GIGA = 2**30, 10**12, 10**9
 
 @dataclass(frozen=True)
 class Chip:
-    """Published data of one device.
+    """Published data of one device."""
 
-    Attributes:
-      memory: Bytes of HBM that a program can use, as the compiler reports it.
-      flops: Dense bfloat16 operations per second of the matrix units.
-      bandwidth: Bytes per second from HBM.
-      link: Bytes per second to its neighbours, all links together, one way.
-      clock: Clock of the matrix units, in Hz; 0 where the compiler estimates no cycles.
-      topologies: Shapes of one slice of TPUs, or numbers of GPUs in one machine.
-      compiler_config: XLA's description of an absent GPU, a GpuTargetConfigProto.
-    """
-
-    memory: int
-    flops: float
-    bandwidth: float
-    link: float
-    clock: float
-    topologies: tuple[str, ...]
-    compiler_config: str = ""
+    memory: int  # bytes of HBM that a program can use, as the compiler reports it
+    flops: float  # dense bfloat16 operations per second
+    bandwidth: float  # bytes per second from HBM
+    link: float  # bytes per second to its neighbours, all links together, one way
+    clock: float  # of the matrix units, in Hz; 0 where the compiler estimates no cycles
+    topologies: tuple[str, ...]  # shapes of one slice of TPUs, or numbers of GPUs in one machine
+    compiler_config: str = ""  # XLA's description of an absent GPU, a GpuTargetConfigProto
 
 
 _SQUARES = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
@@ -82,12 +72,7 @@ _LIBTPU = {
 
 @dataclass(frozen=True)
 class Target:
-    """Devices to compile for.
-
-    Attributes:
-      kind: A key of `CHIPS`.
-      topology: Shape of a slice of TPUs, or number of GPUs.
-    """
+    """Devices to compile for: a key of `CHIPS`, and one of its topologies."""
 
     kind: str
     topology: str
@@ -102,17 +87,13 @@ class Target:
 
     @property
     def chip(self) -> Chip:
-        """Published data of each device."""
         return CHIPS[self.kind]
 
     def devices(self, slices: int = 1) -> list[Any]:
-        """Returns the devices, for the Mesh of programs to compile.
-
-        Args:
-          slices: Number of slices of TPUs, joined by the data-centre network.
+        """Returns the devices of `slices` slices, for the Mesh of programs to compile.
 
         Raises:
-          ConfigError: the compiler is not installed, or several slices of GPUs.
+          ConfigError: The compiler is not installed, or several slices of GPUs.
         """
         module, extra = _COMPILERS[self.platform]
         require(
@@ -120,57 +101,50 @@ class Target:
             f"target {self.name!r} needs the compiler of package {module!r}, which is not"
             f" installed: pip install 'zflora-jax[{extra}]'. No device is needed.",
         )
-        require(
-            slices == 1 or self.platform == "tpu",
-            f"target {self.name!r}: slices={slices}, but only TPUs come in several slices.",
-        )
-        return _devices(self.kind, self.topology, slices)
+        several = f"target {self.name!r}: slices={slices}, but only TPUs come in several slices."
+        require(slices == 1 or self.platform == "tpu", several)
+        return _devices(self, slices)
 
 
 def target(name: str) -> Target:
     """Returns the target of a name: tpu:v5e:2x4, tpu:v5p:2x2x1, cuda:h100, cuda:h100:8.
 
     Raises:
-      ConfigError: no such chip or topology; the message lists those that exist.
+      ConfigError: There is no such chip or topology; the message lists those that exist.
     """
     kind, _, topology = name.rpartition(":")
     if name in CHIPS:
         kind, topology = name, CHIPS[name].topologies[0]
-    exist = ", ".join(CHIPS)
     require(
         kind in CHIPS,
-        f"unknown target {name!r}: targets are {exist}, with a topology as in tpu:v5e:2x4"
-        f" ({nearest(kind or name, CHIPS)}).",
+        f"unknown target {name!r}: targets are {', '.join(CHIPS)}, with a topology as in"
+        f" tpu:v5e:2x4 ({nearest(kind or name, CHIPS)}).",
     )
-    require(
-        topology in CHIPS[kind].topologies,
-        f"unknown topology {topology!r} of {kind}: choose from"
-        f" {', '.join(CHIPS[kind].topologies)}, e.g. {kind}:{CHIPS[kind].topologies[-1]}.",
-    )
+    exist = ", ".join(CHIPS[kind].topologies)
+    found = topology in CHIPS[kind].topologies
+    require(found, f"unknown topology {topology!r} of {kind}: choose from {exist}.")
     return Target(kind, topology)
 
 
 @functools.cache
-def _devices(kind: str, topology: str, slices: int) -> list[Any]:
-    """The devices of a chip in a topology."""
+def _devices(where: Target, slices: int) -> list[Any]:
     from jax.experimental import topologies
 
-    platform, _, chip = kind.partition(":")
+    _, _, name = where.kind.partition(":")
     given: dict[str, Any] = {}
-    if platform == "cuda":
+    if where.platform == "cuda":
         # jax would look for CUDA's libraries, which compiling does not need.
         os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
-        name, config = chip, CHIPS[kind].compiler_config
-        given = {"target_config": config, "topology": f"1x1x{topology}"}
+        config = where.chip.compiler_config
+        given = {"target_config": config, "topology": f"1x1x{where.topology}"}
     else:
-        for variable, value in _LIBTPU.items():
-            os.environ.setdefault(variable, value)
-        name = f"{chip}:{topology}"
+        os.environ.update(_LIBTPU | os.environ)
+        name = f"{name}:{where.topology}"
         if slices > 1:
             given["num_slices"] = slices
-        if topology == "1x1":  # a host has four by default
+        if where.topology == "1x1":  # a host has four by default
             given["chips_per_host_bounds"] = (1, 1, 1)
     try:
-        return list(topologies.get_topology_desc(name, platform, **given).devices)
+        return list(topologies.get_topology_desc(name, where.platform, **given).devices)
     except (jax.errors.JaxRuntimeError, RuntimeError) as error:
-        raise ConfigError(f"the compiler for {kind}:{topology} does not start: {error}") from None
+        raise ConfigError(f"the compiler for {where.name} does not start: {error}") from None

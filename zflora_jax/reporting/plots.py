@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from zflora_jax.core.fields import ConfigError
 from zflora_jax.core.storage import as_path
 from zflora_jax.reporting.files import atomic_write
 from zflora_jax.reporting.metrics import read_metrics
@@ -37,7 +38,7 @@ def training_curves(runs: Mapping[str, str | Path], out: str | Path, title: str)
       title: Title of the figure.
 
     Raises:
-      ValueError: the files hold no value to draw.
+      ConfigError: The files hold no value to draw.
     """
     from matplotlib import colormaps
     from matplotlib.figure import Figure
@@ -74,7 +75,7 @@ def training_curves(runs: Mapping[str, str | Path], out: str | Path, title: str)
         style = {"frameon": False, "fontsize": 7}
         figure.legend(handles=lines, loc="outside lower center", ncols=2, **style)
     if not any(axes.lines for axes in figure.axes):
-        raise ValueError(f"{', '.join(map(str, runs.values()))}: no numbers to draw.")
+        raise ConfigError(f"{', '.join(map(str, runs.values()))}: no numbers to draw.")
     _save(figure, out)
 
 
