@@ -13,12 +13,14 @@ import numpy as np
 import pytest
 from support.byte_tokenizer import byte_tokenizer
 from support.checks import assert_logits_close
+from support.gguf_files import empty_file
 from support.huggingface import LLAMA3, TOKENS, hf_logits, hf_model, write_gguf
 from support.models import untied
 
 from zflora_jax.core import trees
 from zflora_jax.core.errors import CheckpointError
 from zflora_jax.core.fields import ConfigError
+from zflora_jax.core.model import Model
 from zflora_jax.core.model_config import RopeScaling
 from zflora_jax.hf.gguf.write import save_gguf
 from zflora_jax.hf.load import load_model
@@ -40,12 +42,16 @@ def test_written_file_equals_transformers(changes: dict[str, Any], tmp_path: Pat
     assert unstacked.config.execution.dtype == "bfloat16" and "layers_1" in unstacked.params
 
 
-@pytest.mark.parametrize("vocab_size", [288, 292])  # tensors begin elsewhere in the file
-@pytest.mark.parametrize(("quant", "quantize"), [("f32", None), ("q8_0", "keep")])
+@pytest.mark.parametrize(
+    ("quant", "quantize", "vocab_size"),
+    [("f32", None, 288), ("f32", None, 292), ("q8_0", "keep", 288)],
+)
 def test_a_loaded_model_holds_no_page_of_its_file(
     quant: str, quantize: Any, vocab_size: int, tmp_path: Path
 ) -> None:
-    """Written over in place, the file leaves the model as it was."""
+    """Written over in place, the file leaves the model as it was; of 292 tokens tensors begin
+    elsewhere in the file.
+    """
     file = tmp_path / "x.gguf"
     save_gguf(file, untied(head_dim=32, vocab_size=vocab_size), quant)
     model = load_model(file, quantize=quantize)
@@ -56,34 +62,27 @@ def test_a_loaded_model_holds_no_page_of_its_file(
 
 
 def test_llama3_scaling_is_read_from_its_divisors(tmp_path: Path) -> None:
-    scaling = RopeScaling(8.0, 1.0, 4.0, 8192)
-    reference = hf_model(
-        rope={**LLAMA3, "rope_theta": 5e5, "original_max_position_embeddings": 8192},
-        head_dim=64,
-        max_position_embeddings=32768,
-    )
+    rope = {**LLAMA3, "rope_theta": 5e5, "original_max_position_embeddings": 8192}
+    reference = hf_model(rope=rope, head_dim=64, max_position_embeddings=32768)
     reference.config.rope_parameters["rope_theta"] = 5e5
-    file = tmp_path / "x.gguf"
+    file, scaling = tmp_path / "x.gguf", RopeScaling(8.0, 1.0, 4.0, 8192)
 
-    def write(divisors: np.ndarray | None) -> None:
+    def load(divisors: Any) -> Model:
         new = {} if divisors is None else {"rope_freqs.weight": divisors}
         write_gguf(file, reference, tokenizer=False, edit=lambda tensors: tensors.update(new))
+        return load_model(file)
 
-    write(None)
-    plain = load_model(file).config
+    plain = load(None).config
     divisors = rope_frequencies(plain) / rope_frequencies(plain.replace(rope_scaling=scaling))
-    write(divisors.astype(np.float32))
-    model = load_model(file)
+    model = load(divisors.astype(np.float32))
     assert model.config.rope_scaling == scaling and model.tokenizer is None
     assert_logits_close(forward(model, jnp.asarray(TOKENS)), hf_logits(reference))
-    write(np.ones_like(divisors, np.float16))  # read by their type; ones are no scaling
-    assert load_model(file).config.rope_scaling is None
-    write((divisors * 2).astype(np.float32))
+    # Read by their type; ones are no scaling.
+    assert load(np.ones_like(divisors, np.float16)).config.rope_scaling is None
     with pytest.raises(ConfigError, match="rope_freqs"):
-        load_model(file)
-    write(divisors.astype(np.int8))
+        load((divisors * 2).astype(np.float32))
     with pytest.raises(CheckpointError, match=r"x\.gguf: rope_freqs\.weight cannot be dequantised"):
-        load_model(file)
+        load(divisors.astype(np.int8))
 
 
 def edited(**tensors: Any) -> dict[str, Any]:
@@ -102,20 +101,18 @@ def edited(**tensors: Any) -> dict[str, Any]:
     ("options", "words"),
     [
         ({"arch": "gemma"}, "gemma.*only .llama., .qwen2., .qwen3., .smollm3."),
-        ({"general__type": "adapter"}, r"holds an adapter for llama\.cpp"),
-        ({"llama__expert_count": 8}, "expert_count"),
         ({"llama__rope__scaling__attn_factor": 2}, r"attn_factor=2\.0.*only 1\.0"),
         ({"llama__rope__scaling__type": "yarn"}, "yarn"),
         ({"llama__rope__scaling__factor": 4}, r"'linear' \(factor 4\)"),  # without a type
         ({"llama__rope__scale_linear": 4}, r"'linear' \(factor 4\)"),  # as files of 2023 say it
-        ({"llama__attention__value_length": 6}, "value_length=6 differs from the head size 12"),
+        ({"llama__rope__dimension_count": 6}, "dimension_count=6 differs from the head size 12"),
         ({"llama__attention__head_count": "4"}, "head_count='4' is not supported"),
         ({"blocks": 2**31}, "belong to 2"),
         ({"split__count": 3}, "one of the 3 files of a split model.*--merge"),
-        (edited(blk__1__ffn_up__weight=None), r"missing +model\.layers\.1\.mlp\.up_proj"),
+        (edited(blk__1__ffn_up__weight=None), r"missing +blk\.1\.ffn_up\.weight"),
         (
             edited(blk__0__attn_q__bias=np.ones(48, np.float32)),
-            r"unexpected +model\.layers\.0\.self_attn\.q_proj\.bias",
+            r"unexpected +blk\.0\.attn_q\.bias",
         ),
         (
             edited(blk__0__attn_v__weight=np.full((24, 48), np.nan, np.float32)),
@@ -136,10 +133,8 @@ def test_unsupported_and_incomplete_files(
 
 
 def test_a_file_without_settings_is_refused(tmp_path: Path) -> None:
-    writer = gguf.GGUFWriter(tmp_path / "x.gguf", "llama")
-    for step in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.close):
-        step()
-    with pytest.raises(CheckpointError, match=r"lacks the metadata key llama\.context_length"):
+    empty_file(tmp_path / "x.gguf")
+    with pytest.raises(ConfigError, match=r"llama\.context_length=None is not supported"):
         load_model(tmp_path / "x.gguf")
 
 
@@ -161,23 +156,6 @@ def test_a_file_cut_anywhere_is_refused(good: Path, tmp_path: Path) -> None:
         (tmp_path / "x.gguf").write_bytes(data[:length])
         with pytest.raises(CheckpointError, match=r"x\.gguf is not a readable GGUF file"):
             load_model(tmp_path / "x.gguf")
-
-
-def test_absurd_counts_are_refused_at_once_and_without_taking_memory(
-    good: Path, tmp_path: Path
-) -> None:
-    data = good.read_bytes()
-    tokens, types = (
-        data.index(name) + len(name) + 8
-        for name in (b"tokenizer.ggml.tokens", b"tokenizer.ggml.token_type")
-    )
-    # Tensors, keys, the first key's length, lengths of arrays.
-    for position in (8, 16, 24, tokens, types):
-        for value in (2**63, 2**64 - 1, 2**40):
-            changed = data[:position] + value.to_bytes(8, "little") + data[position + 8 :]
-            (tmp_path / "x.gguf").write_bytes(changed)
-            with pytest.raises(CheckpointError, match=r"x\.gguf"):
-                load_model(tmp_path / "x.gguf")
 
 
 @pytest.mark.parametrize(

@@ -36,7 +36,7 @@ def test_files_hold_them_under_execution():
     [
         ({"dtype": "float64"}, r"dtype='float64': .*Allowed: bfloat16, float16, float32"),
         ({"packed": 1}, r"packed=1: expected bool"),
-        ({"remat": 1}, r"remat=1: Allowed: block, dots, none, offload"),
+        ({"remat": 1}, r"remat=1: Allowed: block, dots, none"),
         ({"execution": 3}, r"execution=3: expected a table of Execution fields"),
     ],
 )

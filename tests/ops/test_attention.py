@@ -13,22 +13,27 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from support.checks import compiled
-from support.grids import always, pairwise
+from support.grids import pairwise
 from support.models import attention_inputs, tiny_model
 
 from zflora_jax.core.run_config import MeshConfig
 from zflora_jax.nn.kv_cache import init_cache
 from zflora_jax.nn.llama import Llama
-from zflora_jax.ops import attention as attention_ops, attention_blocks
-from zflora_jax.ops.attention import attention, plain_attention
-from zflora_jax.ops.attention_blocks import one_query_as_eight, query_blocks
-from zflora_jax.ops.attention_cudnn import GAP, cudnn_attention, segment_channels
+from zflora_jax.ops import attention as attention_ops
+from zflora_jax.ops.attention import (
+    attention,
+    one_query_as_eight,
+    plain_attention,
+    query_blocks,
+    spans,
+)
+from zflora_jax.ops.attention_flash import cudnn_attention, splash_attention
 from zflora_jax.ops.attention_mask import AttentionMask
-from zflora_jax.ops.attention_splash import splash_attention
 from zflora_jax.parallel.devices import named_device
 from zflora_jax.parallel.sharding import make_mesh
 
-KINDS = ["causal", "left", "right", "filler", "packed"]
+PADDED = ["causal", "left", "right", "filler"]
+KINDS = [*PADDED, "packed"]
 WIDTHS = [(64, 136), (80, 200), (96, 128), (128, 256), (160, 130)]  # head dim, T
 
 
@@ -66,35 +71,22 @@ def as_near_as_plain(function: Any, arrays: Any, mask: AttentionMask, want: Any)
         assert ours <= 2.5 * theirs
 
 
-@pytest.mark.parametrize("kind", [*KINDS, "cache"])
-@pytest.mark.parametrize("blocks", [1, 3])
-def test_blocks_equal_the_plain_formula(kind, blocks, monkeypatch):
-    monkeypatch.setattr(attention_blocks, "query_blocks", lambda _: blocks)
-    slots = 18 if kind == "cache" else 12
-    *arrays, mask = attention_inputs(kind, T=12, S=slots)
-    got = value_and_gradients(lambda *a: attention(*a, mask, 0.3), arrays, jnp.float32)
-    assert max(distances(got, reference(arrays, mask, 0.3))) < 2e-6
-
-
 @pytest.mark.parametrize(
     ("kind", "window", "length", "blocks"),
-    always(
-        [("causal", None, 256, 1), ("left", 130, 384, 2), ("packed", None, 512, 4)]
-        + [("right", None, 512, 1), ("packed", 200, 512, 1)],
-        lambda case: case[0] in ("causal", "left") or case[3] == 4,
-    ),
+    [(kind, None, 12, n) for kind in [*KINDS, "cache"] for n in (1, 3)]
+    # Spans of queries that need no key behind their end.
+    + [("causal", None, 256, 1), ("left", 130, 384, 2), ("packed", None, 512, 4)],
 )
-def test_spans_equal_the_plain_formula(kind, window, length, blocks, monkeypatch):
-    """Of queries that need no key behind their end."""
-    monkeypatch.setattr(attention_blocks, "query_blocks", lambda _: blocks)
-    *arrays, mask = attention_inputs(kind, length, length)
+def test_blocks_equal_the_plain_formula(kind, window, length, blocks, monkeypatch):
+    monkeypatch.setattr(attention_ops, "query_blocks", lambda _: blocks)
+    *arrays, mask = attention_inputs(kind, length, 18 if kind == "cache" else length)
     mask = mask.within(window, length)
-    assert len(attention_blocks.spans(length, mask)) == length // 128
-    got = value_and_gradients(lambda *a: attention(*a, mask, 0.3), arrays, jnp.float32)
-    assert max(distances(got, reference(arrays, mask, 0.3))) < 2e-6
-    as_near_as_plain(
-        lambda *a: attention(*a, mask, 0.125), arrays, mask, reference(arrays, mask, 0.125)
-    )
+    got = value_and_gradients(lambda *a: attention(*a, mask, 0.125), arrays, jnp.float32)
+    want = reference(arrays, mask, 0.125)
+    assert max(distances(got, want)) < 2e-6
+    if length > 12:
+        assert len(spans(length, mask)) == length // 128
+        as_near_as_plain(lambda *a: attention(*a, mask, 0.125), arrays, mask, want)
 
 
 def test_spans_multiply_less():
@@ -108,9 +100,9 @@ def test_spans_multiply_less():
     # Two products forward and four backward, as both passes share the scores in one program.
     assert 0.625 < flops / (6 * 2 * 2 * 512 * 512 * 64) < 0.65
     after_cache = AttentionMask(first=jnp.zeros((), jnp.int32))
-    assert attention_blocks.spans(512, after_cache) == [(0, 512)]
+    assert spans(512, after_cache) == [(0, 512)]
     for length in (500, 640, 2048):
-        assert attention_blocks.spans(length, AttentionMask()) == [(0, length)]
+        assert spans(length, AttentionMask()) == [(0, length)]
 
 
 def test_the_one_query_of_a_head_as_eight():
@@ -118,7 +110,7 @@ def test_the_one_query_of_a_head_as_eight():
     *arrays, mask = attention_inputs("cache", T=1, S=12, H=2, K=2)
 
     def as_eight(q, k, v):
-        attend = partial(attention_blocks._attention, mask=mask, scale=0.3)
+        attend = partial(attention_ops._attention, mask=mask, scale=0.3)
         grouped = q.transpose(0, 2, 1, 3)[:, :, None]
         out = one_query_as_eight(grouped, k, v, mask, lambda q, k, v, _: attend(q, k, v))
         return out[:, :, 0].transpose(0, 2, 1, 3)
@@ -129,23 +121,7 @@ def test_the_one_query_of_a_head_as_eight():
 
 def splash_of(mask: AttentionMask) -> Any:
     """By its steps as plain operations, since the kernel itself needs a TPU."""
-    return lambda q, k, v: splash_attention(
-        q, k, v, mask.queries, 0.125, mask.window, interpret=True
-    )
-
-
-@pytest.mark.parametrize(("kind", "width"), pairwise(KINDS, WIDTHS))
-def test_splash_equals_the_plain_formula(kind, width):
-    """Grouped heads, lengths that are no multiple of its blocks; in bfloat16 as near as plain."""
-    k, length = width
-    *arrays, mask = attention_inputs(kind, length, length, H=4, K=2, k=k)
-    got, want = (
-        value_and_gradients(splash_of(mask), arrays, jnp.float32),
-        reference(arrays, mask, 0.125),
-    )
-    assert max(distances(got, want)) < 4e-6
-    if kind == "packed":
-        as_near_as_plain(splash_of(mask), arrays, mask, want)
+    return lambda *a: splash_attention(*a, mask.queries, 0.125, mask.window, interpret=True)
 
 
 def cudnn_of(mask: AttentionMask) -> Any:
@@ -153,51 +129,31 @@ def cudnn_of(mask: AttentionMask) -> Any:
     return lambda *a: cudnn_attention(*a, mask.queries, 0.125, mask.window, implementation="xla")
 
 
-@pytest.mark.parametrize("kernel", ["blocks", "splash", "cudnn"])
-@pytest.mark.parametrize(("kind", "window"), [("left", 2), ("packed", 7), ("causal", 130)])
-def test_a_window_in_every_kernel(kind, window, kernel, monkeypatch):
-    """Values and gradients of the plain formula; beyond the window nothing is seen."""
-    monkeypatch.setattr(attention_blocks, "query_blocks", lambda _: 2)
-    *arrays, mask = attention_inputs(kind, 200, 200, H=4, K=2, k=64)
-    whole, mask = mask, mask.within(window, 200)
-    assert whole.within(200, 200).window is None, "it has room for all"
-    real = jnp.ones((2, 200), bool) if kind in ("causal", "packed") else mask.queries
-    attend = {
-        "blocks": lambda *a: attention(*a, mask, 0.125),
-        "splash": splash_of(mask),
-        "cudnn": cudnn_of(mask),
-    }[kernel]
-
-    def at_real(function):
-        return lambda *a: jnp.where(real[..., None, None], function(*a), 0)
-
-    def exact(mask):
-        with jax.enable_x64(True):
-            plain = at_real(lambda *a: plain_attention(*a, mask, 0.125))
-            return value_and_gradients(plain, arrays, jnp.float64)
-
-    with jax.numpy_dtype_promotion("standard"):
-        got = value_and_gradients(at_real(attend), arrays, jnp.float32)
-    # The channels of packed rows cost cuDNN three digits in float32.
-    limit = 4e-3 if (kernel, kind) == ("cudnn", "packed") else 4e-6
-    assert max(distances(got, exact(mask))) < limit < max(distances(got, exact(whole)))
+def at_real(attend: Any, kind: str, mask: AttentionMask, length: int) -> Any:
+    """`attend`, and zero at padding, where any finite number may be."""
+    real = jnp.ones((2, length), bool) if kind in ("causal", "packed") else mask.queries
+    return lambda *a: jnp.where(real[..., None, None], attend(*a), 0)
 
 
 @pytest.mark.parametrize(("kind", "width"), pairwise(KINDS, WIDTHS))
-def test_what_cudnn_is_given_is_the_same_attention(kind, width):
-    """By the same function's plain implementation, since cuDNN needs a GPU. In float64, whose
-    softmax is float32's there; in float32 the channels of packed rows would cost three digits.
-    What padding gets is left open.
-    """
+def test_splash_equals_the_plain_formula(kind, width):
+    """Grouped heads, lengths that are no multiple of its blocks; in bfloat16 as near as plain."""
     k, length = width
     *arrays, mask = attention_inputs(kind, length, length, H=4, K=2, k=k)
-    real = jnp.ones((2, length), bool) if kind in ("causal", "packed") else mask.queries
+    got = value_and_gradients(splash_of(mask), arrays, jnp.float32)
+    want = reference(arrays, mask, 0.125)
+    assert max(distances(got, want)) < 4e-6
+    if kind == "packed":
+        as_near_as_plain(splash_of(mask), arrays, mask, want)
 
-    def at_real(attend):
-        return lambda *a: jnp.where(real[..., None, None], attend(*a), 0)
 
-    cudnn = at_real(cudnn_of(mask))
-    plain = at_real(lambda *a: plain_attention(*a, mask, 0.125))
+@pytest.mark.parametrize(("kind", "width"), pairwise(PADDED, WIDTHS))
+def test_what_cudnn_is_given_is_the_same_attention(kind, width):
+    """In float64, whose softmax is float32's there."""
+    k, length = width
+    *arrays, mask = attention_inputs(kind, length, length, H=4, K=2, k=k)
+    cudnn = at_real(cudnn_of(mask), kind, mask, length)
+    plain = at_real(lambda *a: plain_attention(*a, mask, 0.125), kind, mask, length)
     with jax.numpy_dtype_promotion("standard"):
         with jax.enable_x64(True):
             want, got = (value_and_gradients(f, arrays, jnp.float64) for f in (plain, cudnn))
@@ -207,16 +163,34 @@ def test_what_cudnn_is_given_is_the_same_attention(kind, width):
     assert max(distances(near, want)) <= 2.5 * max(distances(theirs, want))
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-@pytest.mark.parametrize("scale", [64**-0.5, 128**-0.5, 256**-0.5])
-def test_channels_of_segments_tell_all_segments_apart(scale, dtype):
-    """As many as there are tokens, exactly."""
-    ids = jnp.arange(3000, dtype=jnp.int32)[None]
-    queries, keys = (np.asarray(x[0], np.float64) for x in segment_channels(ids, scale, dtype))
-    products = queries[::7] @ keys.T * scale
-    same = np.arange(3000)[::7, None] == np.arange(3000)
-    assert (products[same] == 0).all() and (products[~same] <= -GAP).all()
-    assert np.isfinite(products).all()
+WINDOWS = [("left", 2), ("packed", 7), ("causal", 130)]
+
+
+@pytest.mark.parametrize(
+    ("kernel", "kind", "window"),
+    [(kernel, *case) for kernel in ("blocks", "splash") for case in WINDOWS]
+    + [("cudnn", "left", 2), ("cudnn", "causal", 130)],
+)
+def test_a_window_in_every_kernel(kernel, kind, window, monkeypatch):
+    """Values and gradients of the plain formula; beyond the window nothing is seen."""
+    monkeypatch.setattr(attention_ops, "query_blocks", lambda _: 2)
+    *arrays, whole = attention_inputs(kind, 200, 200, H=4, K=2, k=64)
+    mask = whole.within(window, 200)
+    assert whole.within(200, 200).window is None, "it has room for all"
+    attend = {
+        "blocks": lambda *a: attention(*a, mask, 0.125),
+        "splash": splash_of(mask),
+        "cudnn": cudnn_of(mask),
+    }[kernel]
+
+    def exact(seen):
+        with jax.enable_x64(True):
+            plain = at_real(lambda *a: plain_attention(*a, seen, 0.125), kind, mask, 200)
+            return value_and_gradients(plain, arrays, jnp.float64)
+
+    with jax.numpy_dtype_promotion("standard"):
+        got = value_and_gradients(at_real(attend, kind, mask, 200), arrays, jnp.float32)
+    assert max(distances(got, exact(mask))) < 4e-6 < max(distances(got, exact(whole)))
 
 
 def test_long_sequences_never_hold_all_scores_nor_their_mask():

@@ -110,24 +110,14 @@ def test_a_run_says_it_and_its_model_has_it(run, tmp_path):
     assert RunConfig().train.matmul_precision == "default"
 
 
-def test_exports_carry_it(tmp_path):
-    model = tiny_model(matmul_precision="high")
-    fused = fuse(model, ADAPTER, perturb(init_adapters(jax.random.key(0), model, ADAPTER)))
-    save_hf(tmp_path, fused)
-    back = load_model(str(tmp_path))
-    assert back.config == fused.config and unfuse(back)[0].config == model.config
-
-
-@pytest.mark.parametrize(
-    ("given", "used"), [([], "high"), (["--set", "train.matmul_precision=highest"], "highest")]
-)
-def test_an_export_is_evaluated_at_its_own_precision_unless_another_is_named(
-    given, used, tmp_path, monkeypatch, capsys
-):
+def test_an_export_carries_it_and_is_evaluated_at_it(tmp_path, monkeypatch, capsys):
+    """Unless another is named."""
     model = tiny_model(matmul_precision="high", max_position_embeddings=768)
-    model.tokenizer = byte_tokenizer()
-    save_hf(tmp_path / "m", model)
-    seen = []
+    model.tokenizer, seen = byte_tokenizer(), []
+    fused = fuse(model, ADAPTER, perturb(init_adapters(jax.random.key(0), model, ADAPTER)))
+    save_hf(tmp_path / "m", fused)
+    back = load_model(tmp_path / "m")
+    assert back.config == fused.config and unfuse(back)[0].config == model.config
 
     def evaluated(run: Any, model: Any, *_: Any, **__: Any) -> Any:
         seen.append(model.config.execution.matmul_precision)
@@ -135,5 +125,7 @@ def test_an_export_is_evaluated_at_its_own_precision_unless_another_is_named(
 
     monkeypatch.setattr(suite, "evaluate_tasks", evaluated)
     monkeypatch.setattr(suite, "check_tasks", lambda *_: None)
-    assert main(["eval", "--model", str(tmp_path / "m"), "--out", str(tmp_path / "e"), *given]) == 2
-    assert seen == [used] and "seen enough" in capsys.readouterr().err
+    command = ["eval", "--model", str(tmp_path / "m"), "--out", str(tmp_path / "e")]
+    for given in ([], ["--set", "train.matmul_precision=highest"]):
+        assert main([*command, *given]) == 2
+    assert seen == ["high", "highest"] and "seen enough" in capsys.readouterr().err

@@ -24,10 +24,10 @@ from zflora_jax.ops.quantized import (
     code_values,
     cut,
     dequantize,
-    paste,
     quantize,
     quantize_block,
     widen,
+    write_part,
 )
 
 RNG = np.random.default_rng(0)
@@ -88,10 +88,9 @@ def packed(kind, group, width=96, extra=10):
     """A kernel [5, width + extra] with an adapter's inputs, as decode reads it."""
     base = quantize(jnp.asarray(numbers(width, 5)), kind, group=group)
     wide = widen(base, base.axis, extra, 0)
-    block = quantize_block(jnp.asarray(numbers(extra, 5)), wide)
-
-    made = paste(wide, block, write_divided, extra=True, outputs=slice(None))
-    back = cut(made, extra=True)
+    values, inputs = jnp.asarray(numbers(extra, 5)), slice(width, None)
+    made = write_part(wide, values, wide.axis, inputs, slice(None), write_divided)
+    back, block = cut(made, wide.axis, inputs), quantize_block(values, wide)
     for one, other in zip(jax.tree.leaves(back), jax.tree.leaves(block), strict=True):
         np.testing.assert_array_equal(np.asarray(one), np.asarray(other))
     fill = -extra % group if group else 0
@@ -156,7 +155,7 @@ def test_gradients_are_those_of_the_dequantised_kernel(kind):
 
 def test_rows_of_a_table_are_the_dequantised_and_nan_where_there_is_none():
     table = quantize(jnp.asarray(numbers(7, 64)), "q4_1", writes=0)
-    rows = products.quantized_rows(table, jnp.asarray([[3, 6], [7, 0]]), 70, jnp.float32)
+    rows = products.table_rows(table, jnp.asarray([[3, 6], [7, 0]]), 70, jnp.float32)
     np.testing.assert_array_equal(np.asarray(rows[0, 1, :64]), np.asarray(dequantize(table))[6])
     assert not rows[0, :, 64:].any() and jnp.isnan(rows[1, 0]).all()
 

@@ -12,7 +12,6 @@ from support.byte_tokenizer import byte_tokenizer
 from support.models import tiny_model
 from zflora_jax import load_model
 from zflora_jax.core.model import Model
-from zflora_jax.hf.gguf.file import tensor_module
 from zflora_jax.hf.gguf.write import gguf_form
 
 PIECES = [
@@ -54,6 +53,13 @@ def byte_level(writer: Any, pre: str, flag: bool | None = None, kind: str = "gpt
         writer.add_add_bos_token(flag)
 
 
+def empty_file(path: Path) -> None:
+    """A file of another program, without settings and tensors."""
+    writer = gguf.GGUFWriter(path, "llama")
+    for step in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.close):
+        step()
+
+
 def gguf_file(path: Path, model: Model, kinds: dict[str, str], rest: str) -> Path:
     """`model` as the gguf package writes it: matrices quantised as `kinds` says of their name or
     their tensor's kind, the others as `rest`.
@@ -63,7 +69,7 @@ def gguf_file(path: Path, model: Model, kinds: dict[str, str], rest: str) -> Pat
     for key, value in form.metadata().items():
         (writer.add_uint32 if isinstance(value, int) else writer.add_float32)(key, value)
     for name, array in form.tensors(model):
-        found = kinds.get(name, kinds.get(tensor_module(name), rest)) if array.ndim > 1 else "F32"
+        found = kinds.get(name, kinds.get(name.split(".")[-2], rest)) if array.ndim > 1 else "F32"
         kind = gguf.GGMLQuantizationType[found]
         writer.add_tensor(name, gguf.quantize(np.ascontiguousarray(array), kind), raw_dtype=kind)
     for write in (

@@ -39,7 +39,7 @@ from zflora_jax.ops.quantized import (
     QuantizedArray,
     corner,
     filled,
-    group_span,
+    group_count,
     padded,
     quantize_block,
     quantized_names,
@@ -295,7 +295,7 @@ def _write_codes(
         return _write_at(part, new.reshape(len(columns), len(rows)).T, rows, columns)
 
     def scales(part: Array, new: Array) -> Array:
-        first = group_span(leaf, extra).start or 0
+        first = group_count(leaf.base, leaf.group) if extra else 0
         new = new.astype(jnp.float32) * scale
         return write(part, new, heads if leaf.group else 1, first)
 

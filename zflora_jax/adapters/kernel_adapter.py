@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from zflora_jax.ops.copies import write_divided
 from zflora_jax.ops.linear import column_norms, project, tile
-from zflora_jax.ops.quantized import Write, float_values, read_part, write_part
+from zflora_jax.ops.quantized import Write, cut, write_part
 from zflora_jax.ops.remat import save_for_backward
 
 Array = jax.Array
@@ -148,7 +148,8 @@ class Widening(KernelAdapter):
 
     def unfuse(self, kernel: Any) -> dict[str, Array]:
         """The blocks of a wide kernel, float32."""
-        found = {name: read_part(kernel, self.axis, *self.spans(name)) for name in self.shapes}
+        parts = {name: cut(kernel, self.axis, *self.spans(name)) for name in self.shapes}
+        found = {name: part.astype(jnp.float32) for name, part in parts.items()}
         if "backward" in found:
             found["backward"] = found["backward"] / self.scale
         return found
@@ -242,12 +243,12 @@ class DoRA(LowRank):
         return y + more.reshape(y.shape), None
 
     def matrix(self, kernel: Any) -> Array:
-        """W of one layer as floats [in, out]."""
-        return float_values(kernel).reshape(math.prod(self.inputs), -1)
+        """W of one layer, float32 [in, out]."""
+        return kernel.astype(jnp.float32).reshape(math.prod(self.inputs), -1)
 
     def start(self, kernel: Any) -> Array:
         """The first magnitudes [out] of a kernel of one layer, float32."""
-        return jnp.linalg.norm(self.matrix(kernel).astype(jnp.float32), axis=0)
+        return jnp.linalg.norm(self.matrix(kernel), axis=0)
 
     def fuse(self, kernel: Any, blocks: Blocks) -> Any:
         wide = self.sum(kernel, blocks)

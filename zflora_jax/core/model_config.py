@@ -11,7 +11,7 @@ from zflora_jax.core.fields import check_types, nearest, require
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 Precision = Literal["default", "high", "highest"]  # of float32 products: ops.precision
-Remat = Literal["none", "dots", "block", "offload"]  # what the backward pass keeps: ops.remat
+Remat = Literal["none", "dots", "block"]  # what the backward pass keeps: ops.remat
 
 
 @dataclass(frozen=True)

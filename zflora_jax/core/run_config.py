@@ -162,9 +162,8 @@ class TrainConfig:
     """Data type of the base's weights and of activations."""
     remat: Remat = "dots"
     """What the backward pass keeps of a layer: none recomputes nothing, dots keeps the products and
-    recomputes what is cheap, block keeps the layer's input alone and computes the layer twice,
-    offload keeps what dots does, in the host's memory. Memory of the device: none needs most, then
-    dots, then offload and block."""
+    recomputes what is cheap, block keeps the layer's input alone and computes the layer twice.
+    none needs most memory, block least."""
     loss_chunk: int = 256
     """Positions whose logits exist at one time."""
     log_every: int = 10

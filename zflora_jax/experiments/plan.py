@@ -178,9 +178,9 @@ def step_attention(run: RunConfig, config: LlamaConfig, mesh: Mesh) -> tuple[str
     ids: Any = jax.ShapeDtypeStruct((rows, length), jnp.int32) if run.data.packing else None
     head_dim = config.head_dim + resolve_adapter(config, run.adapter).heads
     shape = (rows, length, config.num_heads, head_dim)
-    dtype, scale = jnp.dtype(config.execution.dtype), config.rotary_dim**-0.5
+    dtype = jnp.dtype(config.execution.dtype)
     with jax.set_mesh(mesh):
-        return attention_choice(shape, config.num_kv_heads, dtype, AttentionMask(ids, ids), scale)
+        return attention_choice(shape, config.num_kv_heads, dtype, AttentionMask(ids, ids))
 
 
 def stored_bytes(run: RunConfig, config: LlamaConfig) -> dict[str, int]:
@@ -213,7 +213,7 @@ def _changes(run: RunConfig) -> Iterator[tuple[str, dict[str, Any]]]:
     if halves:
         accum = {"data.grad_accum_steps": 2 * run.data.grad_accum_steps}
         yield "more micro-batches, a little slower", accum
-    if run.train.remat not in ("block", "offload"):
+    if run.train.remat != "block":
         yield "recompute activations, about a third more work", {"train.remat": "block"}
     if run.train.dtype == "float32":
         yield "half the base and activations, rounded", {"train.dtype": "bfloat16"}

@@ -43,7 +43,7 @@ from zflora_jax.hf.stock import (
     stock_form,
 )
 from zflora_jax.nn.quantize_model import group_of
-from zflora_jax.ops.quantized import KINDS, QuantizedArray, cut, dequantize, quantize_block
+from zflora_jax.ops.quantized import KINDS, QuantizedArray, cut, quantize_block
 
 PACKED, PLAIN = "pack-quantized", "int-quantized"
 DTYPES = ("float32", "bfloat16")  # of unquantised tensors; vLLM casts scales to it too
@@ -208,10 +208,10 @@ def _kernel(form: CompressedForm, model: Model, name: str) -> _Kernel:
                 f"the model: the scales of {name} hold NaN or infinite values; quantise the base"
                 " again."
             )
-        top = cut(leaf, extra=False)
+        top = cut(leaf, leaf.axis, slice(0, leaf.base))
         if leaf.base < leaf.shape[leaf.axis]:
-            extra = cut(leaf, extra=True)
-            rows = dequantize(extra)
+            extra = cut(leaf, leaf.axis, slice(leaf.base, None))
+            rows = extra.astype(np.float32)
     else:
         x, at = as_finite(leaf, np.float32, name, "the model"), (slice(None),) * (reads - 1)
         axes = {"reads": reads, "writes": writes, "group": form.groups[kernel]}

@@ -38,7 +38,6 @@ from zflora_jax.core.model import Model
 from zflora_jax.core.model_config import LlamaConfig
 from zflora_jax.hf.config import to_hf_config
 from zflora_jax.hf.keys import Place, Slices, as_finite, hf_shapes, hf_table, members
-from zflora_jax.ops.quantized import float_values
 from zflora_jax.ops.rope import paired_order, rope_frequencies
 
 _READS = ("q", "k", "v", "gate", "up")
@@ -272,8 +271,7 @@ def native_leaf(model: Model, place: Place) -> Any:
 def native_tensor(model: Model, name: str) -> tuple[Place, np.ndarray]:
     """A name's place, and its native leaf of one layer in float32. Processes call this together."""
     place = hf_table(model.config)[name]
-    values = float_values(native_leaf(model, place))
-    return place, np.asarray(values).astype(np.float32, copy=False)
+    return place, np.asarray(native_leaf(model, place).astype(np.float32))
 
 
 def to_stock(model: Model, dtype: str, eps_z: float | None = None) -> Stored:
@@ -344,7 +342,7 @@ def scales_state(config: LlamaConfig) -> bool:
 @functools.partial(jax.jit, static_argnums=1)
 def _energy(leaf: Any, axes: tuple[int, ...]) -> jax.Array:
     """Sum of squares over `axes`, float32; compiled, so that no float32 copy is made."""
-    return jnp.sum(jnp.square(float_values(leaf).astype(jnp.float32)), axis=axes)
+    return jnp.sum(jnp.square(leaf.astype(jnp.float32)), axis=axes)
 
 
 def check_eps_z(model: Model, eps_z: float) -> float:

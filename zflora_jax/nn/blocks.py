@@ -53,7 +53,7 @@ class Attention(nn.Module):
     ) -> tuple[Channels, LayerCache | None]:
         q, k, v = self.project(h)
         q, k = (apply_rope(x, context.cos, context.sin, turned) for x in (q, k))
-        alone = context.mask.same_tokens
+        alone = context.mask.first is None
         past, cache = KVCache.update(cache, k, v, context.index, alone)
         out = attention(q, past.keys, past.values, context.mask, self.config.rotary_dim**-0.5)
         return self.merge(out), cache

@@ -15,9 +15,8 @@ from zflora_jax.ops.linear import Array
 
 @flax.struct.dataclass
 class AttentionMask:
-    """A query attends to the keys of its own segment, up to its own slot, and no further back than
-    the window. Every query is a key too, so no row is fully masked: padding is a segment of its
-    own. The output at padding is unspecified, but finite.
+    """A query attends to the keys of its segment, up to its own slot, and no further back than the
+    window. Padding is a segment of its own, so that no row is fully masked.
 
     Attributes:
       queries: Segment of each query [B, T]: int32 for packed rows, else bool (real or padding);
@@ -38,11 +37,6 @@ class AttentionMask:
         """The mask with a window, which is dropped where it covers all slots."""
         return replace(self, window=None if window is None or window >= slots else window)
 
-    @property
-    def same_tokens(self) -> bool:
-        """Whether queries and keys are of the same tokens."""
-        return self.first is None
-
     def dense(self, length: int, slots: int) -> Array:
         """[B or 1, 1, T = length, S = slots] bool, True where a query attends to a slot."""
         first = jnp.zeros((), jnp.int32) if self.first is None else self.first
@@ -62,9 +56,7 @@ class AttentionMask:
         return causal[:, None] & (queries[:, None, :, None] == keys[:, None, None, :])
 
     def span(self, start: int, end: int) -> AttentionMask:
-        """The mask of the queries from `start` to `end` and the keys up to `end`, of the same
-        tokens.
-        """
+        """The mask of the queries from `start` to `end` and the keys up to `end`."""
         queries, keys = self.queries, self.keys
         return AttentionMask(
             None if queries is None else queries[:, start:end],

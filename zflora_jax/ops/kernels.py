@@ -13,7 +13,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.typing import DTypeLike
 
 from zflora_jax.ops.copies import take_rows
@@ -27,15 +26,12 @@ def kernel_product(x: Array, kernel: Any, axes: int, packed: bool = False) -> Ar
     """x [B, T, *inputs] W, in x's dtype; codes get no gradient. W is [*inputs, *outputs], or,
     packed for decode, [outputs, inputs], both flattened. axes: number of input axes.
     """
-    quantised = isinstance(kernel, QuantizedArray)
     if packed:
-        flat = x.reshape(*x.shape[:-axes], -1)
-        if quantised:
-            return quantized_linear(flat, kernel)
-        return packed_linear(flat, kernel.astype(x.dtype))
-    if quantised:
-        return quantized_tensordot(x, kernel)
-    return jnp.tensordot(x, kernel.astype(x.dtype), axes)  # no gradient to arrange
+        x = x.reshape(*x.shape[:-axes], -1)
+    if isinstance(kernel, QuantizedArray):
+        return quantized_linear(x, kernel) if packed else quantized_tensordot(x, kernel)
+    kernel = kernel.astype(x.dtype)
+    return packed_linear(x, kernel) if packed else jnp.tensordot(x, kernel, axes)
 
 
 def output_logits(x: Array, kernel: Any, tied: bool) -> Array:
@@ -49,9 +45,12 @@ def table_rows(table: Any, rows: Array, width: int, dtype: DTypeLike) -> Array:
     """Rows of a table [V, d] in `dtype`, zeros from d up to `width`; NaN for a row that does not
     exist.
     """
-    if isinstance(table, QuantizedArray):
-        return quantized_rows(table, rows, width, dtype)
-    return take_rows(table, rows, width).astype(dtype)
+    if not isinstance(table, QuantizedArray):
+        return take_rows(table, rows, width).astype(dtype)
+    x = dequantize(jax.tree.map(lambda part: jnp.take(part, rows, axis=0, mode="clip"), table))
+    x = jnp.pad(x, [(0, 0)] * rows.ndim + [(0, width - x.shape[-1])])
+    exist = (rows >= 0) & (rows < len(table.codes))
+    return jnp.where(exist[..., None], x, jnp.nan).astype(dtype)
 
 
 FEW_ROWS = 8  # tokens up to which a product reads codes; for more the kernel is dequantised first
@@ -64,32 +63,14 @@ def quantized_tensordot(x: Array, w: QuantizedArray) -> Array:
     return jnp.tensordot(x, dequantize(w, x.dtype), w.reads)
 
 
-def _tensordot_forward(x: Array, w: QuantizedArray) -> tuple[Array, QuantizedArray]:
-    return quantized_tensordot(x, w), w
-
-
-def _tensordot_backward(w: QuantizedArray, dy: Array) -> tuple[Array, Any]:
+def _tensordot_backward(w: QuantizedArray, dy: Array) -> tuple[Array, None]:
     kernel = dequantize(w, dy.dtype)
     outputs = tuple(range(w.reads, w.ndim))
     dx = jnp.tensordot(dy, kernel, (tuple(range(dy.ndim - w.writes, dy.ndim)), outputs))
-    return dx, jax.tree.map(_no_gradient, w)
+    return dx, None
 
 
-def _no_gradient(part: Array) -> Any:
-    if jnp.issubdtype(part.dtype, jnp.floating):
-        return jnp.zeros_like(part)
-    return np.zeros(part.shape, jax.dtypes.float0)
-
-
-quantized_tensordot.defvjp(_tensordot_forward, _tensordot_backward)
-
-
-def quantized_rows(table: QuantizedArray, rows: Array, width: int, dtype: DTypeLike) -> Array:
-    """`table_rows` of codes."""
-    x = dequantize(jax.tree.map(lambda part: jnp.take(part, rows, axis=0, mode="clip"), table))
-    x = jnp.pad(x, [(0, 0)] * rows.ndim + [(0, width - x.shape[-1])])
-    exist = (rows >= 0) & (rows < len(table.codes))
-    return jnp.where(exist[..., None], x, jnp.nan).astype(dtype)
+quantized_tensordot.defvjp(lambda x, w: (quantized_tensordot(x, w), w), _tensordot_backward)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -127,23 +108,19 @@ def _filled(x: Array, w: QuantizedArray) -> Array:
     return jnp.pad(heads, pads).reshape(*x.shape[:-1], w.inputs)
 
 
-def _linear_forward(
-    x: Array, w: QuantizedArray, dtype: DTypeLike | None
-) -> tuple[Array, tuple[QuantizedArray, Array]]:
-    return quantized_linear(x, w, dtype), (w, jnp.zeros(x.shape[-1], x.dtype))
-
-
 def _linear_backward(
     dtype: DTypeLike | None, saved: tuple[QuantizedArray, Array], dy: Array
-) -> tuple[Array, Any]:
+) -> tuple[Array, None]:
     w, like = saved
     x = jax.ShapeDtypeStruct((*dy.shape[:-1], len(like)), like.dtype)
     plain = partial(plain_quantized_linear, w=w, dtype=dtype)
-    (dx,) = jax.linear_transpose(plain, x)(dy)
-    return dx, jax.tree.map(_no_gradient, w)
+    return *jax.linear_transpose(plain, x)(dy), None
 
 
-quantized_linear.defvjp(_linear_forward, _linear_backward)
+quantized_linear.defvjp(
+    lambda x, w, dtype: (quantized_linear(x, w, dtype), (w, jnp.zeros(x.shape[-1], x.dtype))),
+    _linear_backward,
+)
 
 
 def plain_quantized_linear(x: Array, w: QuantizedArray, dtype: DTypeLike | None = None) -> Array:

@@ -125,25 +125,18 @@ def matmul(x: Array, w: Array) -> Array:
     return x @ w.astype(x.dtype)
 
 
-def _matmul_forward(x: Array, w: Array) -> tuple[Array, tuple[Array, Array]]:
-    return x @ w.astype(x.dtype), (x, w)
-
-
 def _matmul_backward(saved: tuple[Array, Array], dy: Array) -> tuple[Array, Array]:
     x, w = saved
     rows, d_rows = x.reshape(-1, w.shape[0]), dy.reshape(-1, w.shape[1])
     # The narrow operand is on the left, which XLA's CPU compiler transposes: transposing the wide
     # one took a third of a LoRA step of SmolLM2-135M.
     product: Any = partial(jnp.einsum, preferred_element_type=w.dtype)
-    dw = (
-        product("ni,nj->ij", rows, d_rows)
-        if w.shape[0] <= w.shape[1]
-        else product("nj,ni->ji", d_rows, rows).T
-    )
+    wide = w.shape[0] <= w.shape[1]
+    dw = product("ni,nj->ij", rows, d_rows) if wide else product("nj,ni->ji", d_rows, rows).T
     return dy @ w.T.astype(dy.dtype), dw
 
 
-matmul.defvjp(_matmul_forward, _matmul_backward)
+matmul.defvjp(lambda x, w: (x @ w.astype(x.dtype), (x, w)), _matmul_backward)
 
 
 def plain_logits(x: Array, kernel: Array, tied: bool) -> Array:
@@ -173,10 +166,6 @@ def head_logits(x: Array, kernel: Array, tied: bool) -> Array:
     )
 
 
-def _head_logits_forward(x: Array, kernel: Array, tied: bool) -> tuple[Array, tuple[Array, Array]]:
-    return head_logits(x, kernel, tied), (x, kernel)
-
-
 def _head_logits_backward(
     tied: bool, saved: tuple[Array, Array], d_logits: Array
 ) -> tuple[Array, Array]:
@@ -188,12 +177,14 @@ def _head_logits_backward(
     return jnp.einsum(into_x, d_logits, kernel), d_kernel.T if tied else d_kernel
 
 
-head_logits.defvjp(_head_logits_forward, _head_logits_backward)
+head_logits.defvjp(
+    lambda x, kernel, tied: (head_logits(x, kernel, tied), (x, kernel)), _head_logits_backward
+)
 
 
 def column_norms(kernel: Array, a: Array, b: Array, scale: float) -> Array:
     """DoRA's norm (arXiv 2402.09353) of each column of W [i, j] + s A [i, r] B [r, j], float32 [j],
-    without that matrix; equal to `plain_column_norms`.
+    without that matrix.
     """
     # |w + s A b|^2 = |w|^2 + 2 s (A^T w) b + s^2 b^T (A^T A) b: products as those of r tokens.
     w, a, b = (x.astype(jnp.float32) for x in (kernel, a, b))
@@ -204,22 +195,9 @@ def column_norms(kernel: Array, a: Array, b: Array, scale: float) -> Array:
     return jnp.sqrt(jnp.maximum(square, 0))  # what cancels may end below 0
 
 
-def plain_column_norms(kernel: Array, a: Array, b: Array, scale: float) -> Array:
-    """`column_norms` by its formula."""
-    w, a, b = (x.astype(jnp.float32) for x in (kernel, a, b))
-    return jnp.linalg.norm(w + scale * jnp.matmul(a, b, precision="highest"), axis=0)
-
-
 def tile(h: Array, out: int) -> Array:
     """h [..., r] R -> [..., out] of FFA's fixed tiling R [r, out], R[i, j] = sqrt(r/out) where j
     mod r = i, whose rows are orthonormal when r divides out.
     """
     rank = h.shape[-1]
     return jnp.take(h, np.arange(out) % rank, axis=-1) * math.sqrt(rank / out)
-
-
-def plain_tile(h: Array, out: int) -> Array:
-    """`tile` as the product h R."""
-    rank = h.shape[-1]
-    tiling = np.arange(out) % rank == np.arange(rank)[:, None]
-    return h @ jnp.asarray(tiling * math.sqrt(rank / out), h.dtype)

@@ -13,9 +13,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def at_precision(name: str) -> AbstractContextManager[Any]:
-    """Where float32 products are traced at the matmul precision `name`; at "default" as jax is
-    set.
-    """
+    """Where float32 products are traced at a matmul precision; at "default" as jax is set."""
     return nullcontext() if name == "default" else jax.default_matmul_precision(name)
 
 

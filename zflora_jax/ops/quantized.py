@@ -119,8 +119,8 @@ class QuantizedArray:
 
     @property
     def nbytes(self) -> int:
-        """Bytes on a GPU or TPU; see `bytes_of`."""
-        return sum(bytes_of(part) for part in jax.tree.leaves(self))
+        """Bytes on a GPU or TPU."""
+        return bytes_of(self)
 
     @property
     def axis(self) -> int:
@@ -135,13 +135,18 @@ class QuantizedArray:
     @property
     def inputs(self) -> int:
         """Number of inputs that an output sums."""
-        return math.prod(self.shape[self.ndim - self.writes - self.reads : self.ndim - self.writes])
+        end = self.ndim - self.writes
+        return math.prod(self.shape[end - self.reads : end])
+
+    def astype(self, dtype: DTypeLike) -> Array:
+        """The floats, as `dequantize` computes them."""
+        return dequantize(self, dtype)
 
     def map(
         self, codes: Callable[..., Any], scales: Callable[..., Any], *others: Any, **changes: Any
     ) -> QuantizedArray:
         """The array with `codes` of the codes and `scales` of the scales and of the mins, given
-        those of `others` too; `changes` are fields that differ.
+        those of `others` too, and fields changed.
         """
         every = (self, *others)
         return replace(
@@ -155,12 +160,9 @@ class QuantizedArray:
 
 def bytes_of(leaf: Any) -> int:
     """Bytes of a leaf on a GPU or TPU, where two codes of 4 bits share a byte."""
-    if isinstance(leaf, QuantizedArray):
-        return leaf.nbytes
-    count = math.prod(leaf.shape)
-    if str(leaf.dtype) in ("int4", "uint4"):
-        return -(-count // 2)
-    return count * int(np.dtype(leaf.dtype).itemsize)
+    parts = jax.tree.leaves(leaf)
+    bits = (math.prod(x.shape) * jax.dtypes.itemsize_bits(np.dtype(x.dtype)) for x in parts)
+    return sum(-(-count // 8) for count in bits)
 
 
 def check_kind(kind: str, group: int | None) -> int:
@@ -184,11 +186,6 @@ def dequantize(w: QuantizedArray, dtype: DTypeLike = jnp.float32) -> Array:
     """The floats of a quantised array, computed in float32 and cast once."""
     values = code_values(w.kind, w.codes) * spread(w, w.scales)
     return (values if w.mins is None else values + spread(w, w.mins)).astype(dtype)
-
-
-def float_values(leaf: Any) -> Array:
-    """The floats of a leaf: itself, or what a quantised one stands for."""
-    return dequantize(leaf) if isinstance(leaf, QuantizedArray) else leaf
 
 
 def code_values(kind: str, codes: Array) -> Array:
@@ -246,40 +243,28 @@ def spread(w: QuantizedArray, scales: Array) -> Array:
 def quantize(
     x: Array, kind: str, *, reads: int = 1, writes: int = 1, group: int | None = None
 ) -> QuantizedArray:
-    """Quantises a kernel or table, each group separately: int8, int4 and nf4 as qwix does, GGUF's
-    blocks as llama.cpp does.
-
-    Args:
-      x: [*layers, *inputs, *outputs], float.
-      kind: A key of `KINDS`.
-      reads: Number of input axes.
-      writes: Number of output axes.
-      group: Inputs of a group, along the last input axis; None for the default.
-
-    Raises:
-      ConfigError: no such type or group size, or groups that do not divide the axis.
+    """Quantises a kernel or table [*layers, *inputs, *outputs], each group separately: int8, int4
+    and nf4 as qwix does, GGUF's blocks as llama.cpp does. The arguments are fields of the result.
+    ConfigError for an unknown type or group size, or groups that do not divide the inputs.
     """
     group, axis = check_kind(kind, group), x.ndim - writes - 1
     width = x.shape[axis]
     require(
         not group or width % group == 0,
-        f"groups of {group} do not divide an axis of {width} inputs: choose"
-        f" {', '.join(str(g) for g in KINDS[kind].groups if not g or width % g == 0) or 'another'}"
-        f" for {kind}.",
+        f"groups of {group} do not divide an axis of {width} inputs; {kind} has groups of"
+        f" {KINDS[kind].groups}.",
     )
-    inputs = range(axis - reads + 1, axis + 1)
     x = x.astype(jnp.float32)
     if kind.startswith("q"):
         codes, scales, mins = _gguf_blocks(x, kind, group, axis)
     else:
         import qwix
 
-        whole = [a for a in range(x.ndim) if a not in inputs] if not group else None
-        channels = [a for a in range(x.ndim) if a != axis] if whole is None else whole
+        shared = (axis,) if group else range(axis - reads + 1, axis + 1)
         found = qwix.quantize(
             x,
             kind if KINDS[kind].table else KINDS[kind].codes,
-            channelwise_axes=channels,
+            channelwise_axes=[a for a in range(x.ndim) if a not in shared],
             tiled_axes={axis: group} if group else {},
         )
         codes, scales, mins = found.qvalue, found.scale, None
@@ -310,6 +295,8 @@ def _gguf_blocks(x: Array, kind: str, group: int, axis: int) -> tuple[Array, Arr
     return codes, half(jnp.squeeze(scale, inside)), mins
 
 
+# --- leaves, float or quantised -------------------------------------------------------------------
+
 # (array, values, {axis: span}) -> the array with the values written there.
 Write = Callable[[Array, Array, dict[int, slice]], Array]
 
@@ -318,6 +305,19 @@ def quantized_names(params: trees.Tree) -> list[str]:
     """The names of a tree's leaves that are stored as codes."""
     leaves = trees.flatten(params).items()
     return [name for name, leaf in leaves if isinstance(leaf, QuantizedArray)]
+
+
+def each_part(change: Callable[..., Array], leaf: Any, *others: Any) -> Any:
+    """A leaf with `change(part, each, *parts of others)` in place of its floats or codes (each = 1)
+    and of its scales and minima (each: the inputs of a group, 0 for all).
+    """
+    if not isinstance(leaf, QuantizedArray):
+        return change(leaf, 1, *others)
+
+    def of(each: int) -> Callable[..., Array]:
+        return lambda part, *more: change(part, each, *more)
+
+    return leaf.map(of(1), of(leaf.group), *others)
 
 
 def padded(part: Array, pads: dict[int, int], value: float = 0) -> Array:
@@ -330,34 +330,43 @@ def widen(leaf: Any, axis: int, inputs: int, outputs: int) -> Any:
     """A kernel with more inputs, in new groups, and outputs along the last axis, all zero. axis:
     its last input axis, negative.
     """
-    if not isinstance(leaf, QuantizedArray):
-        return padded(leaf, {axis: inputs, -1: outputs})
-    groups = {axis: group_count(inputs, leaf.group), -1: outputs}
-    return leaf.map(partial(padded, pads={axis: inputs, -1: outputs}), partial(padded, pads=groups))
+    return each_part(
+        lambda part, each: padded(part, {axis: group_count(inputs, each), -1: outputs}), leaf
+    )
 
 
-def read_part(leaf: Any, axis: int, reads: slice, writes: slice) -> Array:
+def _spans(axis: int, reads: slice, writes: slice, each: int) -> dict[int, slice]:
+    """{axis: span} of inputs, all of the base or all of an adapter, and outputs in a part."""
+    stop = None if reads.stop is None else group_count(reads.stop, each)
+    inputs = {axis: slice(group_count(reads.start or 0, each), stop)}
+    return inputs | ({-1: writes} if axis != -1 else {})
+
+
+def cut(leaf: Any, axis: int, reads: slice, writes: slice = slice(None)) -> Any:
     """The inputs `reads` along `axis`, all of the base or all of an adapter, and outputs `writes`
-    of a kernel, float32.
+    of a kernel.
     """
-    if isinstance(leaf, QuantizedArray):
-        return dequantize(cut(leaf, extra=bool(reads.start), outputs=writes))
-    found: Array = leaf[_index({axis: reads, -1: writes}, leaf.ndim)].astype(jnp.float32)
-    return found
+
+    def taken(part: Array, each: int) -> Array:
+        spans = _spans(axis, reads, writes, each)
+        return part[tuple(spans.get(a, slice(None)) for a in range(-part.ndim, 0))]
+
+    found = each_part(taken, leaf)
+    return replace(found, base=found.shape[axis]) if isinstance(leaf, QuantizedArray) else found
 
 
 def write_part(leaf: Any, values: Array, axis: int, reads: slice, writes: slice, do: Write) -> Any:
-    """A kernel with float32 `values`, quantised as it is, written where `read_part` reads."""
-    if not isinstance(leaf, QuantizedArray):
-        return do(leaf, values, {axis: reads, -1: writes})
-    return paste(leaf, quantize_block(values, leaf), do, extra=bool(reads.start), outputs=writes)
+    """A kernel with float32 `values`, quantised as it is, written where `cut` reads."""
+    new = quantize_block(values, leaf) if isinstance(leaf, QuantizedArray) else values
+    return each_part(
+        lambda part, each, new: do(part, new, _spans(axis, reads, writes, each)), leaf, new
+    )
 
 
 def corner(leaf: Any, shape: tuple[int, ...]) -> Any:
     """The base's part of a widened leaf, of this shape."""
     if isinstance(leaf, QuantizedArray):
-        outputs = slice(0, shape[-1]) if leaf.writes else slice(None)
-        return cut(leaf, extra=False, outputs=outputs)
+        return cut(leaf, leaf.axis, slice(0, leaf.base), slice(0, shape[-1]))
     return leaf[tuple(slice(0, n) for n in shape)]
 
 
@@ -371,25 +380,20 @@ def scaled_outputs(leaf: Any, scale: Array) -> Any:
     return leaf.map(lambda codes: codes, lambda part: part.astype(wide) * scale.astype(wide))
 
 
-def filled(leaf: Any, shape: tuple[int, ...]) -> Any:
+def filled(leaf: Any, shape: Sequence[int]) -> Any:
     """A leaf with zeros behind it along every axis, up to `shape`, and up to whole groups."""
 
-    def fill(part: Array, shape: Sequence[int]) -> Array:
-        pads = [(0, want - have) for want, have in zip(shape, part.shape, strict=True)]
-        return jnp.pad(part, pads)
+    def fill(part: Array, each: int) -> Array:
+        wanted = list(shape)
+        if isinstance(leaf, QuantizedArray):
+            axis = leaf.ndim + leaf.axis
+            wanted[axis] += -wanted[axis] % (leaf.group or 1)
+            if each != 1:  # inputs before the groups' axis have nothing behind them
+                groups = wanted[axis] // each if each else part.shape[axis]
+                wanted[: axis + 1] = *part.shape[:axis], groups
+        return jnp.pad(part, [(0, b - a) for a, b in zip(part.shape, wanted, strict=True)])
 
-    if not isinstance(leaf, QuantizedArray):
-        return fill(leaf, shape)
-    axis, whole = leaf.ndim + leaf.axis, list(shape)
-    if leaf.group:
-        whole[axis] += -whole[axis] % leaf.group
-
-    def scales(part: Array) -> Array:
-        groups = whole[axis] // leaf.group if leaf.group else part.shape[axis]
-        # Inputs before the groups' axis have nothing behind them.
-        return fill(part, (*part.shape[:axis], groups, *whole[axis + 1 :]))
-
-    return leaf.map(partial(fill, shape=whole), scales)
+    return each_part(fill, leaf)
 
 
 def quantize_block(block: Array, like: QuantizedArray) -> QuantizedArray:
@@ -401,36 +405,3 @@ def quantize_block(block: Array, like: QuantizedArray) -> QuantizedArray:
     wide = quantize(whole, like.kind, reads=like.reads, writes=like.writes, group=like.group)
     codes = jax.lax.slice_in_dim(wide.codes, 0, width, axis=axis)
     return replace(wide, codes=codes, base=width)
-
-
-def group_span(w: QuantizedArray, extra: bool) -> slice:
-    """The groups along `axis` that hold the base's inputs, or an adapter's."""
-    own = group_count(w.base, w.group)
-    return slice(own, None) if extra else slice(own)
-
-
-def _regions(w: QuantizedArray, extra: bool, outputs: slice) -> tuple[dict[int, slice], ...]:
-    """{axis: span} of the base's inputs, or an adapter's, in the codes and in the scales."""
-    spans = slice(w.base, None) if extra else slice(w.base), group_span(w, extra)
-    return tuple({w.axis: span, **({-1: outputs} if w.writes else {})} for span in spans)
-
-
-def _index(spans: dict[int, slice], ndim: int) -> tuple[slice, ...]:
-    return tuple(spans.get(a, slice(None)) for a in range(-ndim, 0))
-
-
-def cut(w: QuantizedArray, *, extra: bool, outputs: slice = slice(None)) -> QuantizedArray:
-    """The block of the adapter's inputs, or the base's, and of `outputs` along the last axis."""
-    codes, scales = (_index(spans, w.ndim) for spans in _regions(w, extra, outputs))
-    found = w.map(lambda part: part[codes], lambda part: part[scales])
-    return replace(found, base=found.shape[w.axis])
-
-
-def paste(
-    w: QuantizedArray, block: QuantizedArray, write: Write, *, extra: bool, outputs: slice
-) -> QuantizedArray:
-    """`w` with a block of `quantize_block` written in by `write`; the inverse of `cut`."""
-    codes, scales = _regions(w, extra, outputs)
-    return w.map(
-        lambda part, new: write(part, new, codes), lambda part, new: write(part, new, scales), block
-    )

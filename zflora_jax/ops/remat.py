@@ -19,26 +19,12 @@ def _kernel_results(primitive: Any, *_: Any, **__: Any) -> bool:
     return primitive.name.startswith("dot_product_attention_fwd")
 
 
-def _offloaded(primitive: Any, *given: Any, **params: Any) -> Any:
-    """Offloads names to the host's memory; a kernel's results stay."""
-    return _kernel_results(primitive) or _TO_HOST(primitive, *given, **params)
-
-
-_SAVE = jax.checkpoint_policies
-_TO_HOST: Any = _SAVE.save_and_offload_only_these_names(
-    names_which_can_be_saved=[],
-    names_which_can_be_offloaded=list(SAVED_NAMES),
-    offload_src="device",
-    offload_dst="pinned_host",
-)
+_named = jax.checkpoint_policies.save_only_these_names(*SAVED_NAMES)
 # By the name in the settings; None keeps the input of a block alone.
 POLICIES: dict[str, Any] = {
-    "none": _SAVE.everything_saveable,
-    "dots": _SAVE.save_from_both_policies(
-        _SAVE.save_only_these_names(*SAVED_NAMES), _kernel_results
-    ),
+    "none": jax.checkpoint_policies.everything_saveable,
+    "dots": jax.checkpoint_policies.save_from_both_policies(_named, _kernel_results),
     "block": None,
-    "offload": _offloaded,
 }
 
 

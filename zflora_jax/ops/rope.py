@@ -16,16 +16,12 @@ def rope_frequencies(config: LlamaConfig) -> np.ndarray:
     as transformers computes them.
     """
     k = config.rotary_dim
-    freq = (
-        1.0
-        / np.float32(config.rope_theta) ** (np.arange(0, k, 2, dtype=np.float32) / np.float32(k))
-    ).astype(np.float32)
+    exponents = np.arange(0, k, 2, dtype=np.float32) / np.float32(k)
+    freq = (1.0 / np.float32(config.rope_theta) ** exponents).astype(np.float32)
     if (s := config.rope_scaling) is None:
         return freq
-    wavelength = 2 * np.pi / freq
-    smooth = (s.original_max_position_embeddings / wavelength - s.low_freq_factor) / (
-        s.high_freq_factor - s.low_freq_factor
-    )
+    wavelength, low, high = 2 * np.pi / freq, s.low_freq_factor, s.high_freq_factor
+    smooth = (s.original_max_position_embeddings / wavelength - low) / (high - low)
     smooth = np.clip(smooth, 0.0, 1.0)  # 1: high frequencies stay; 0: low ones are divided
     return ((1 - smooth) * freq / s.factor + smooth * freq).astype(np.float32)
 
@@ -78,7 +74,6 @@ def apply_rope(x: Array, cos: Array, sin: Array, turned: Array | None = None) ->
     half = cos.shape[-1]
     first = x[..., :half].astype(jnp.float32)
     second, rest = x[..., half : 2 * half].astype(jnp.float32), x[..., 2 * half :]
-    rotated = jnp.concatenate(
-        [first * cos - second * sin, second * cos + first * sin], axis=-1
-    ).astype(x.dtype)
+    halves = [first * cos - second * sin, second * cos + first * sin]
+    rotated = jnp.concatenate(halves, axis=-1).astype(x.dtype)
     return jnp.concatenate([rotated, rest], axis=-1) if rest.shape[-1] else rotated

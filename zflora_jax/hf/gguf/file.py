@@ -1,4 +1,4 @@
-"""The GGUF container: names, types and bytes of its tensors, read with checks for damage.
+"""The GGUF container: its tensors with names, shapes, types and bytes, read and encoded.
 
 A quantisation is a row of `QUANTS`. Blocks (ggml's block_q8_0, block_q4_0, block_q4_1) hold 32
 weights: a float16 scale, for q4_1 a float16 minimum, then 32 int8 codes; or 16 bytes, of which byte
@@ -8,29 +8,80 @@ n has code n in its low and code n + 16 in its high half, q4_0's offset by 8.
 from __future__ import annotations
 
 import functools
-import re
-from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
 
 from zflora_jax.core.errors import CheckpointError
 from zflora_jax.core.families import FAMILIES
-from zflora_jax.hf.keys import as_finite
+from zflora_jax.core.model_config import LlamaConfig
+from zflora_jax.hf.keys import Place, as_finite, hf_table
 from zflora_jax.ops.quantized import KINDS, QuantizedArray
+
+SIZE = 32  # weights per block
+KEPT = ("q8_0", "q4_0", "q4_1")  # types whose blocks can be kept
+KEEP = "keep"  # the quantisation that keeps the base's blocks
+
+
+class Quant(NamedTuple):
+    """The types of a file's matrices, and the dtype whose rounding eps_z may disturb logits by."""
+
+    matrix: str  # of the layers, a name of `gguf.GGMLQuantizationType`
+    table: str  # of the embedding and the head
+    dtype: str = "bfloat16"
+
+
+QUANTS = {
+    "f32": Quant("F32", "F32", "float32"),
+    "f16": Quant("F16", "F16", "float16"),
+    "bf16": Quant("BF16", "BF16"),
+    "q8_0": Quant("Q8_0", "Q8_0"),
+    "q4_0": Quant("Q4_0", "Q8_0"),
+    "q4_1": Quant("Q4_1", "Q8_0"),
+}
 
 
 @dataclass(frozen=True)
 class Tensor:
-    """One stored tensor, a view of the mapped file."""
+    """A tensor of a file, or one that is to be written."""
 
     name: str  # such as "blk.0.attn_q.weight"
     shape: tuple[int, ...]  # outputs first; the file lists the axes backwards
     type: Any  # a `gguf.GGMLQuantizationType`
-    data: np.ndarray  # as `gguf.dequantize` takes it; blocks are uint8 [*shape[:-1], row bytes]
+    data: Any = None  # a view of the mapped file; blocks are uint8 [*shape[:-1], row bytes]
+
+    @property
+    def byte_shape(self) -> tuple[int, ...]:
+        """The shape of the encoded tensor, uint8."""
+        from gguf.quants import quant_shape_to_byte_shape
+
+        return tuple(quant_shape_to_byte_shape(self.shape, self.type))
+
+    def encode(self, values: np.ndarray | QuantizedArray) -> np.ndarray:
+        """The bytes, uint8 `byte_shape`, of float32 values, or of codes [out, in] of this type;
+        CheckpointError for a value that is not finite in it.
+        """
+        from gguf import quantize
+
+        if isinstance(values, QuantizedArray):
+            check_scales(values, self.name, "the model")
+            return to_blocks(values)
+        # The scales of blocks are float16; values beyond its range would be near its end if scaled.
+        range_of = {"F32": "float32", "BF16": "bfloat16"}.get(self.type.name, "float16")
+        as_finite(values, np.dtype(range_of), self.name, "the model")
+        data = np.ascontiguousarray(quantize(values, self.type))
+        return data.view(np.uint8).reshape(self.byte_shape)
+
+
+def check_scales(w: QuantizedArray, name: str, what: str) -> None:
+    """CheckpointError for a scale or minimum that is not finite in float16."""
+    for part in (w.scales, w.mins):
+        if part is not None:
+            as_finite(part, np.float16, f"a scale of {name}", what)
 
 
 class GGUFFile:
@@ -67,6 +118,10 @@ class GGUFFile:
                 f"{self.path}: the metadata key {key} cannot be read ({error}); the file is"
                 " damaged. Download it again."
             ) from None
+
+    def setting(self, name: str, default: Any = None) -> Any:
+        """The value of a metadata key of the file's architecture, such as "block_count"."""
+        return self.get(f"{self.get('general.architecture')}.{name}", default)
 
     def below(self, prefix: str) -> dict[str, Any]:
         """The metadata whose keys start with `prefix`, in the order of the file."""
@@ -108,10 +163,11 @@ def _reader() -> Any:
     return Reader
 
 
-# --- names ----------------------------------------------------------------------------------------
+# --- names and orders -----------------------------------------------------------------------------
 
 # A metadata key: llama.cpp multiplies q and k by it when it rotates them, every dim of a head.
 ATTENTION_FACTOR = "rope.scaling.attn_factor"
+ORIGINAL_CONTEXT = "rope.scaling.original_context_length"  # of Llama 3's scaling
 ROPE_DIVISORS = "rope_freqs.weight"  # divisors of the inverse frequencies, one for each pair
 
 # Metadata key of the architecture -> field of LlamaConfig.
@@ -127,163 +183,37 @@ SETTINGS = {
     "attention.layer_norm_rms_epsilon": "rms_norm_eps",
 }
 
-# GGUF name -> Hugging Face name.
-_LAYER = {
-    "attn_norm": "input_layernorm",
-    "ffn_norm": "post_attention_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_q_norm": "self_attn.q_norm",
-    "attn_k_norm": "self_attn.k_norm",
-    "attn_output": "self_attn.o_proj",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
-_TOP = {
-    "token_embd.weight": "model.embed_tokens.weight",
-    "output_norm.weight": "model.norm.weight",
-    "output.weight": "lm_head.weight",
-}
-_TO_GGUF = {hf: name for name, hf in (_LAYER | _TOP).items()}
 
+@functools.lru_cache(maxsize=16)
+def gguf_table(config: LlamaConfig) -> Mapping[str, Place]:
+    """Name of a tensor in a GGUF file -> its place, in llama.cpp's usual order."""
+    from gguf import MODEL_ARCH, get_tensor_name_map
 
-def hf_name(name: str) -> str:
-    """The Hugging Face name of a GGUF tensor; a name that has none stays as it is."""
-    if name in _TOP:
-        return _TOP[name]
-    match = re.fullmatch(r"blk\.(\d+)\.(\w+)\.(weight|bias)", name)
-    if match is None or match[2] not in _LAYER:
-        return name
-    return f"model.layers.{match[1]}.{_LAYER[match[2]]}.{match[3]}"
-
-
-def gguf_name(name: str) -> str:
-    """The GGUF name of a Hugging Face tensor."""
-    if name in _TO_GGUF:
-        return _TO_GGUF[name]
-    layer, rest = name.removeprefix("model.layers.").split(".", 1)
-    module, parameter = rest.rsplit(".", 1)
-    return f"blk.{layer}.{_TO_GGUF[module]}.{parameter}"
-
-
-def tensor_module(name: str) -> str:
-    """The module of a GGUF tensor without its layer: "attn_q", "token_embd", ..."""
-    return name.split(".")[-2]
-
-
-def has_pairs(architecture: str) -> bool:
-    """Whether llama.cpp interleaves the two halves of rotated heads of an architecture."""
-    return any(f.gguf_pairs for f in FAMILIES.values() if f.gguf == architecture)
-
-
-def half_split(rows: np.ndarray, heads: int) -> np.ndarray:
-    """Reorders the rows of q or k, [heads * k, ...], from llama.cpp's order (0, k/2, 1, k/2 + 1,
-    ... of each head) into Hugging Face's.
-    """
-    pairs = rows.reshape(heads, len(rows) // heads // 2, 2, *rows.shape[1:])
-    return pairs.swapaxes(1, 2).reshape(rows.shape)
-
-
-def interleave(rows: np.ndarray, heads: int) -> np.ndarray:
-    """The inverse of `half_split`."""
-    halves = rows.reshape(heads, 2, len(rows) // heads // 2, *rows.shape[1:])
-    return halves.swapaxes(1, 2).reshape(rows.shape)
-
-
-# --- types ----------------------------------------------------------------------------------------
-
-SIZE = 32  # weights per block
-KEPT = ("q8_0", "q4_0", "q4_1")  # types whose blocks can be kept
-
-
-@dataclass(frozen=True)
-class Quant:
-    """The types that the tensors of a file get, names of `gguf.GGMLQuantizationType`."""
-
-    matrix: str  # of the layers' matrices
-    table: str  # of the embedding and the head
-    file_type: str  # name of the file's `gguf.LlamaFileType`
-    dtype: str = "bfloat16"  # whose rounding eps_z may disturb the logits by
-
-
-QUANTS = {
-    "f32": Quant("F32", "F32", "ALL_F32", "float32"),
-    "f16": Quant("F16", "F16", "MOSTLY_F16", "float16"),
-    "bf16": Quant("BF16", "BF16", "MOSTLY_BF16"),
-    "q8_0": Quant("Q8_0", "Q8_0", "MOSTLY_Q8_0"),
-    "q4_0": Quant("Q4_0", "Q8_0", "MOSTLY_Q4_0"),
-    "q4_1": Quant("Q4_1", "Q8_0", "MOSTLY_Q4_1"),
-}
-KEEP = "keep"  # `gguf.keep` chooses the type of each tensor
-
-
-@dataclass(frozen=True)
-class Planned:
-    """A tensor of a file before its values are known."""
-
-    name: str
-    shape: tuple[int, ...]  # outputs first
-    type: Any  # a `gguf.GGMLQuantizationType`
-    wanted: str  # the type that the quantisation asks for; another where no block divides a row
-
-    @property
-    def byte_shape(self) -> tuple[int, ...]:
-        """The shape of the encoded tensor, uint8."""
-        from gguf.quants import quant_shape_to_byte_shape
-
-        return tuple(quant_shape_to_byte_shape(self.shape, self.type))
-
-    def check(self, array: np.ndarray | QuantizedArray) -> None:
-        """ValueError for another shape, CheckpointError for a value that is not finite in this
-        type.
-        """
-        if array.shape != self.shape:
-            raise ValueError(f"{self.name} is {array.shape}; announced: {self.shape}.")
-        if isinstance(array, QuantizedArray):
-            for scales in (array.scales, array.mins):
-                if scales is not None:
-                    as_finite(scales, np.float16, f"a scale of {self.name}", "the model")
-            return
-        # The scales of blocks are float16; values beyond its range would be near its end if scaled.
-        range_of = {"F32": "float32", "BF16": "bfloat16"}.get(self.type.name, "float16")
-        as_finite(array, np.dtype(range_of), self.name, "the model")
-
-    def encode(self, array: np.ndarray | QuantizedArray) -> np.ndarray:
-        """The bytes, uint8 `byte_shape`, of float32 values in GGUF's layout, or of codes [out, in]
-        of this type with their scales.
-        """
-        if isinstance(array, QuantizedArray):
-            return to_blocks(array)
-        from gguf import quantize
-
-        data = quantize(array, self.type)
-        return np.ascontiguousarray(data).view(np.uint8).reshape(self.byte_shape)
-
-
-def plan_tensor(name: str, shape: tuple[int, ...], quant: Quant) -> Planned:
-    """Chooses the type of a tensor by its GGUF name and its shape, outputs first."""
-    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
-
-    wanted = quant.table if tensor_module(name) in ("token_embd", "output") else quant.matrix
-    if len(shape) == 1:
-        wanted = "F32"  # norms, biases and RoPE divisors: llama.cpp computes with them as they are
-    block = GGML_QUANT_SIZES[GGMLQuantizationType[wanted]][0]
-    found = "F16" if shape[-1] % block else wanted  # as llama-quantize does
-    return Planned(name, shape, GGMLQuantizationType[found], wanted)
-
-
-def types_report(tensors: list[Planned]) -> dict[str, str]:
-    """How many tensors have which type, and which could not have the wanted one."""
-    counts = Counter(tensor.type.name for tensor in tensors)
-    fallen = {
-        f"{tensor_module(t.name)} as {t.type.name} (rows of {t.shape[-1]})": None
-        for t in tensors
-        if t.type.name != t.wanted
+    names = get_tensor_name_map(MODEL_ARCH[config.traits.gguf.upper()], config.num_layers)
+    found = {
+        str(names.get_name(name, (".weight", ".bias"))): place
+        for name, place in hf_table(config).items()
     }
-    types = ", ".join(f"{count} {name}" for name, count in sorted(counts.items()))
-    return {"types": types, "fallback": ", ".join(fallen) or "none"}
+    return dict(sorted(found.items(), key=lambda item: item[0].startswith("output")))
+
+
+def paired(
+    rows: np.ndarray, config: LlamaConfig, architecture: str, module: str, inverse: bool = False
+) -> np.ndarray:
+    """Reorders the rows of a module ("q", "k_bias", ...) as a llama.cpp architecture has them: of
+    each rotated head 0, k/2, 1, k/2 + 1, ...; others stay. inverse: From that order.
+    """
+    pairs = any(f.gguf_pairs for f in FAMILIES.values() if f.gguf == architecture)
+    counts = {"q": config.num_heads, "k": config.num_kv_heads}
+    heads = counts.get(module.removesuffix("_bias"))
+    if heads is None or not pairs:
+        return rows
+    half = len(rows) // heads // 2
+    given = rows.reshape(heads, *((half, 2) if inverse else (2, half)), *rows.shape[1:])
+    return given.swapaxes(1, 2).reshape(rows.shape)
+
+
+# --- blocks ---------------------------------------------------------------------------------------
 
 
 def from_blocks(data: np.ndarray, kind: str) -> QuantizedArray:

@@ -14,11 +14,11 @@ from zflora_jax.core.model_config import LlamaConfig
 from zflora_jax.hf.gguf.file import GGUFFile
 from zflora_jax.hf.tokenizer import tokenizer_state
 
-_KEY, _TEMPLATE = "tokenizer.ggml.", "tokenizer.chat_template"
+TOKENIZER, _TEMPLATE = "tokenizer.ggml.", "tokenizer.chat_template"
 _NORMAL, _CONTROL, _USER_DEFINED, _UNUSED = 1, 3, 4, 5  # llama.cpp's token types
-_END = ("eos_token_id", "eot_token_id", "eom_token_id")  # llama.cpp stops at each of them
+END_IDS = ("eos_token_id", "eot_token_id", "eom_token_id")  # llama.cpp stops at each of them
 # llama.cpp's token ids of a sentencepiece vocabulary without names (src/llama-vocab.cpp).
-SENTENCEPIECE_IDS = {"bos_token_id": 1, "eos_token_id": 2, "unk_token_id": 0}
+SENTENCEPIECE_IDS = {"bos_token_id": 1, "eos_token_id": 2, "unknown_token_id": 0}
 
 # GGUF's name below "tokenizer.ggml." -> transformers' name, where they differ.
 _NAMES = {
@@ -69,13 +69,13 @@ def gguf_tokenizer(file: GGUFFile, config: LlamaConfig) -> Any:
     and with a warning where the vocabulary or its pre-tokenizer is unknown.
     """
     values = file.below("tokenizer.")
-    if values.get(f"{_KEY}tokens") is None:
+    if values.get(f"{TOKENIZER}tokens") is None:
         return None
     try:
         return _tokenizer(values, config)
     except Exception as error:
         warnings.warn(
-            f"{file.path}: its tokenizer ({values.get(f'{_KEY}model')!r}) could not be built"
+            f"{file.path}: its tokenizer ({values.get(f'{TOKENIZER}model')!r}) could not be built"
             f" ({type(error).__name__}: {error}); the model has none.",
             stacklevel=4,
         )
@@ -84,46 +84,46 @@ def gguf_tokenizer(file: GGUFFile, config: LlamaConfig) -> Any:
 
 def _tokenizer(values: Mapping[str, Any], config: LlamaConfig) -> Any:
     """A tokenizer from the "tokenizer." keys of a file, by transformers' own converter."""
+    from tokenizers import processors
     from transformers import PreTrainedTokenizerFast
 
-    data = {_NAMES.get(k := key.removeprefix(_KEY), k): values[key] for key in values}
-    kind = data.get("tokenizer_type")
-    if kind == "gpt2":
-        data.setdefault("merges", [])  # an empty array is not stored
+    given = {key.removeprefix(TOKENIZER): value for key, value in values.items()}
+    kind, name = given.get("model"), given.get("pre", "default")
     if kind == "llama":
-        data = SENTENCEPIECE_IDS | data
+        given = SENTENCEPIECE_IDS | given
+    if kind == "gpt2":
+        given.setdefault("merges", [])  # an empty array is not stored
+    data = {_NAMES.get(key, key): value for key, value in given.items()}
     backend, extra = _converter()("llama", data)
-    row = PRE_TOKENIZERS.get(data.get("pre_tokenizer_type", "default"))
+    row = PRE_TOKENIZERS.get(name, PreTokenizer(""))
     if kind == "gpt2":  # whose converter knows few of the names, before transformers 5.24 none
-        backend.pre_tokenizer = pre_tokenizer(data.get("pre_tokenizer_type", "default"))
-        backend.model.ignore_merges = row is not None and row.keeps_tokens
+        backend.pre_tokenizer = pre_tokenizer(name)
+        backend.model.ignore_merges = row.keeps_tokens
     special = {
         f"{name}_token": data["tokens"][data[f"{name}_token_id"]]
         for name in ("bos", "eos", "unk", "pad")
         if f"{name}_token_id" in data
     }
-    adds_bos = kind == "llama" or (row is not None and row.adds_bos)
+    adds = {"bos_token": kind == "llama" or row.adds_bos, "eos_token": False}  # if it is not said
     added = {
         name: (special[name], data[f"{name}_id"])
-        for name, silent in (("bos_token", adds_bos), ("eos_token", False))
-        if values.get(f"{_KEY}add_{name}", silent) and name in special
+        for name, silent in adds.items()
+        if given.get(f"add_{name}", silent) and name in special
     }
-    backend.post_processor = _special_adder(added)
-    if kind == "llama" and not values.get(f"{_KEY}add_space_prefix", True):
+    first, last = ([added[name][0]] if name in added else [] for name in adds)
+    backend.post_processor = processors.TemplateProcessing(
+        single=[*first, "$A", *last], special_tokens=list(added.values())
+    )
+    if kind == "llama" and not given.get("add_space_prefix", True):
         _without_prefix(backend)
     settings = {
         "model_max_length": config.max_position_embeddings,
         "model_input_names": ["input_ids", "attention_mask"],
         "clean_up_tokenization_spaces": False,
-        **{f"add_{name}": name in added for name in ("bos_token", "eos_token")},
+        **{f"add_{name}": name in added for name in adds},
     }
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **(extra | special | settings))
-    names = values.get(f"{_TEMPLATE}s") or ()
-    templates = {n: text for n in names if (text := values.get(f"{_TEMPLATE}.{n}")) is not None}
-    if (default := values.get(_TEMPLATE)) is not None:
-        tokenizer.chat_template = {"default": default} | templates if templates else default
-    elif templates:
-        tokenizer.chat_template = templates
+    tokenizer.chat_template = values.get(_TEMPLATE)
     return tokenizer
 
 
@@ -156,18 +156,6 @@ def pre_tokenizer(name: str) -> Any:
     return pre_tokenizers.Sequence([first, last])
 
 
-def _special_adder(added: Mapping[str, tuple[str, int]]) -> Any:
-    """The post-processor that adds the (token, id) of "bos_token" and "eos_token" to texts."""
-    from tokenizers import processors
-
-    first, last = ([added[n][0]] if n in added else [] for n in ("bos_token", "eos_token"))
-    return processors.TemplateProcessing(
-        single=[*first, "$A", *last],
-        pair=[*first, "$A", *last, *(f"{part}:1" for part in (*first, "$B", *last))],
-        special_tokens=list(added.values()),
-    )
-
-
 def _without_prefix(backend: Any) -> None:
     """Stops `backend` from adding a space before a text, and from removing one of decoded text."""
     from tokenizers import decoders, pre_tokenizers
@@ -180,6 +168,8 @@ def _without_prefix(backend: Any) -> None:
     )
 
 
+# --- writing --------------------------------------------------------------------------------------
+
 # Texts that a written tokenizer must read as the model's own does.
 _PROBES = (
     "Hello, world! It's 12345.67 o'clock; don't we've I'LL",
@@ -187,35 +177,49 @@ _PROBES = (
     "na\u00efve caf\u00e9 \u00fcber \u043f\u0440\u0438\u0432\u0435\u0442 \u4f60\u597d \U0001f600",
     "the   three\n\n\nspaces ",
 )
-_WITHOUT = "Set model.tokenizer = None to write the file without one."
+_REMEDY = (
+    "Export a Hugging Face directory (--format hf) and convert it with llama.cpp's"
+    " convert_hf_to_gguf.py, load the base from a .gguf file, whose tokenizer is copied, or set"
+    " model.tokenizer = None to write the file without one."
+)
 
 
 def tokenizer_metadata(model: Model, source: GGUFFile | None) -> tuple[dict[str, Any], str]:
-    """The tokenizer keys of a model's GGUF file, and their origin for the report. The keys of
-    `source`, the GGUF file that the model came from, are copied if it still has that tokenizer.
-    ConfigError for a tokenizer that a file cannot express.
+    """The tokenizer keys of a model's GGUF file, and their origin for the report: the keys of
+    `source`, the GGUF file that the model came from, if it still has that tokenizer; else those of
+    a byte-level BPE. ConfigError for a tokenizer that a file cannot express.
     """
     values, origin = _copied(model, source), "copied from the base's file"
     if values is None:
         if model.tokenizer is None:
-            return {f"{_KEY}model": "no_vocab"}, "none: the model has none"
-        values, origin = _built(model)
-    size = len(values[f"{_KEY}tokens"])
+            return {f"{TOKENIZER}model": "no_vocab"}, "none: the model has none"
+        values = _built(model)
+        origin = f"written as a byte-level vocabulary, pre-tokenizer {values['pre']}"
+        values = {TOKENIZER + key: value for key, value in values.items()}
+    size, ends = len(values[f"{TOKENIZER}tokens"]), model.config.eos_token_ids
     require(
         size == model.config.vocab_size,
         f"the tokenizer has {size} tokens, the model's vocabulary {model.config.vocab_size}; give"
         " the model the tokenizer that it was trained with.",
     )
-    values, note = _with_end(_with_templates(values, model.tokenizer), model.config)
+    require(
+        len(ends) <= len(END_IDS),
+        f"eos_token_ids={ends}: a GGUF file has room for {len(END_IDS)} end tokens.",
+    )
+    values = {key: v for key, v in values.items() if key.removeprefix(TOKENIZER) not in END_IDS}
+    values |= {TOKENIZER + name: token for name, token in zip(END_IDS, ends, strict=False)}
     if model.tokenizer is not None:
+        template = model.tokenizer.chat_template
+        values[_TEMPLATE] = template.get("default") if isinstance(template, dict) else template
+        values = {key: value for key, value in values.items() if value is not None}
         _check(values, model)
-    return values, origin + note
+    return values, origin
 
 
 def _check(values: dict[str, Any], model: Model) -> None:
     """ConfigError if the metadata give other tokens than the model's tokenizer."""
     found, texts = _tokenizer(values, model.config), list(_PROBES)
-    if values[f"{_KEY}model"] != "llama":
+    if values[f"{TOKENIZER}model"] != "llama":
         texts += [f"one {token} two" for token in model.tokenizer.all_special_tokens[:4]]
     # After a special token of a sentencepiece vocabulary llama.cpp adds a space; transformers'
     # tokenizers differ.
@@ -224,8 +228,7 @@ def _check(values: dict[str, Any], model: Model) -> None:
         require(
             got == want,
             f"the model's tokenizer cannot be expressed in a GGUF file: {text!r} gives {want}, read"
-            f" back from the file {got}. {_WITHOUT[:-1]}, or export a Hugging Face directory"
-            " (--format hf).",
+            f" back from the file {got}. {_REMEDY}",
         )
 
 
@@ -233,86 +236,59 @@ def _copied(model: Model, source: GGUFFile | None) -> dict[str, Any] | None:
     """The keys of the base's file, with names for new rows; None where there are none, or the model
     has another tokenizer now.
     """
-    if source is None or source.get(f"{_KEY}tokens") is None:
+    if source is None or source.get(f"{TOKENIZER}tokens") is None:
         return None
     if model.tokenizer is not None:
-        before = tokenizer_state(gguf_tokenizer(source, model.config))
-        now = tokenizer_state(model.tokenizer)
+        before = tokenizer_state(gguf_tokenizer(source, model.config)) or {}
+        now = tokenizer_state(model.tokenizer) or {}
         names = ("backend", "vocabulary", "special")
-        if before is None or now is None or any(before[name] != now[name] for name in names):
+        if any(before.get(name) != now.get(name) for name in names):
             return None
     values = source.below("tokenizer.")
-    new = range(len(values[f"{_KEY}tokens"]), model.config.vocab_size)
-    least = min(values.get(f"{_KEY}scores", (0.0,)))
+    new = range(len(values[f"{TOKENIZER}tokens"]), model.config.vocab_size)
     for name, more in (
         ("tokens", [f"[PAD{i}]" for i in new]),
         ("token_type", [_UNUSED for _ in new]),
-        ("scores", [least for _ in new]),
+        ("scores", [-1000.0 for _ in new]),
     ):
-        if _KEY + name in values:
-            values[_KEY + name] = [*values[_KEY + name], *more]
+        if TOKENIZER + name in values:
+            values[TOKENIZER + name] = [*values[TOKENIZER + name], *more]
     return values
 
 
-def _with_templates(values: dict[str, Any], tokenizer: Any) -> dict[str, Any]:
-    """`values` with the chat templates of `tokenizer`, if there is one."""
-    if tokenizer is None:
-        return values
-    templates = tokenizer.chat_template or {}
-    if isinstance(templates, str):
-        templates = {"default": templates}
-    values = {key: value for key, value in values.items() if not key.startswith(_TEMPLATE)}
-    if "default" in templates:
-        values[_TEMPLATE] = templates["default"]
-    if more := [name for name in templates if name != "default"]:
-        values[f"{_TEMPLATE}s"] = more
-    return values | {f"{_TEMPLATE}.{name}": templates[name] for name in more}
-
-
-def _with_end(values: dict[str, Any], config: LlamaConfig) -> tuple[dict[str, Any], str]:
-    """(`values` with the end tokens of `config`; a note on those for which there is no key.)"""
-    given = [values[_KEY + name] for name in _END if _KEY + name in values]
-    ends = list(config.eos_token_ids)
-    if list(dict.fromkeys(given)) == ends:
-        return values, ""
-    values = {key: value for key, value in values.items() if key.removeprefix(_KEY) not in _END}
-    values |= {_KEY + name: token for name, token in zip(_END, ends, strict=False)}
-    left = ends[len(_END) :]
-    return values, f"; end tokens without a place in the file: {left}" if left else ""
-
-
-def _built(model: Model) -> tuple[dict[str, Any], str]:
-    """The keys for a transformers tokenizer, and where they come from."""
+def _built(model: Model) -> dict[str, Any]:
+    """The keys, below `TOKENIZER`, for a byte-level BPE of transformers."""
     tokenizer = model.tokenizer
     backend = getattr(tokenizer, "backend_tokenizer", None)
     state: Any = {"model": {"type": None}} if backend is None else json.loads(backend.to_str())
     require(
         state["model"]["type"] == "BPE" and not state["model"].get("byte_fallback"),
         f"the tokenizer ({type(tokenizer).__name__}, model {state['model']['type']}) is no"
-        " byte-level BPE, the one type that is written into a GGUF file. Load the base from a .gguf"
-        " file, whose tokenizer is copied; or export a Hugging Face directory (--format hf) and"
-        f" convert it with llama.cpp's convert_hf_to_gguf.py. {_WITHOUT}",
+        f" byte-level BPE, the one type that is written into a GGUF file. {_REMEDY}",
     )
-    size = model.config.vocab_size
+    vocabulary = tokenizer.get_vocab()
+    size = max(model.config.vocab_size, 1 + max(vocabulary.values()))
     tokens, types = [f"[PAD{i}]" for i in range(size)], [_UNUSED] * size  # ids without a token
-    for token, i in tokenizer.get_vocab().items():
-        require(
-            i < size,
-            f"the tokenizer's token {token!r} has the id {i}, the model's vocabulary only {size};"
-            " give the model the tokenizer that it was trained with.",
-        )
+    for token, i in vocabulary.items():
         tokens[i], types[i] = token, _NORMAL
     for i, token in tokenizer.added_tokens_decoder.items():
         types[i] = _CONTROL if token.special else _USER_DEFINED
-    merges = [m if isinstance(m, str) else " ".join(m) for m in state["model"]["merges"]]
-    name = _pre_tokenizer_name(state)
-    values = {"model": "gpt2", "pre": name, "tokens": tokens, "token_type": types, "merges": merges}
-    origin = f"written as a byte-level vocabulary, pre-tokenizer {name}"
-    origin += "" if merges else "; llama.cpp refuses one without merges"
-    if state["normalizer"] is not None:
-        origin += f"; the file has no place for the normalizer {state['normalizer']['type']}"
-    values |= _special(tokenizer, model.config)
-    return {_KEY + key: value for key, value in values.items()}, origin
+    bos = model.config.bos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+    pad = model.config.pad_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    ids = tokenizer("a")["input_ids"]
+    values = {
+        "model": "gpt2",
+        "pre": _pre_tokenizer_name(state),
+        "tokens": tokens,
+        "token_type": types,
+        "merges": [m if isinstance(m, str) else " ".join(m) for m in state["model"]["merges"]],
+        "bos_token_id": bos,
+        "unknown_token_id": tokenizer.unk_token_id,
+        "padding_token_id": pad,
+        "add_bos_token": ids[0] == bos,
+        "add_eos_token": ids[-1] == tokenizer.eos_token_id,
+    }
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def _pre_tokenizer_name(state: dict[str, Any]) -> str:
@@ -321,9 +297,9 @@ def _pre_tokenizer_name(state: dict[str, Any]) -> str:
         return "gpt-2"  # bytes alone: cutting changes nothing
     normalizer = state["normalizer"]
     require(
-        normalizer is None or normalizer["type"] == "NFC",
+        normalizer is None or normalizer["type"] == "NFC",  # Qwen's, which llama.cpp leaves out
         f"the tokenizer normalises texts ({normalizer}), which a GGUF file cannot express."
-        f" {_WITHOUT}",
+        f" {_REMEDY}",
     )
     steps, keeps = _steps(state["pre_tokenizer"]), bool(state["model"].get("ignore_merges"))
     for name, row in PRE_TOKENIZERS.items():
@@ -332,7 +308,7 @@ def _pre_tokenizer_name(state: dict[str, Any]) -> str:
             return name
     raise ConfigError(
         f"the tokenizer's pre_tokenizer {state['pre_tokenizer']} (ignore_merges: {keeps}) is none"
-        f" that can be named in a GGUF file: {', '.join(PRE_TOKENIZERS)}. {_WITHOUT}"
+        f" that can be named in a GGUF file: {', '.join(PRE_TOKENIZERS)}. {_REMEDY}"
     )
 
 
@@ -340,21 +316,3 @@ def _steps(pre: dict[str, Any] | None) -> list[dict[str, Any]]:
     """The steps of a pre-tokenizer, without a setting that changes offsets only."""
     steps = [] if pre is None else pre["pretokenizers"] if pre["type"] == "Sequence" else [pre]
     return [{key: step[key] for key in step if key != "trim_offsets"} for step in steps]
-
-
-def _special(tokenizer: Any, config: LlamaConfig) -> dict[str, Any]:
-    """Ids of special tokens, and whether texts start with BOS and end with EOS."""
-    bos = config.bos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
-    pad = config.pad_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    ids = {
-        "bos_token_id": bos,
-        "eos_token_id": tokenizer.eos_token_id,
-        "unknown_token_id": tokenizer.unk_token_id,
-        "padding_token_id": pad,
-    }
-    whole = tokenizer("a")["input_ids"]
-    plain = tokenizer("a", add_special_tokens=False)["input_ids"]
-    return {name: i for name, i in ids.items() if i is not None} | {
-        "add_bos_token": whole[:1] == [bos] != plain[:1],
-        "add_eos_token": whole[-1:] == [tokenizer.eos_token_id] != plain[-1:],
-    }

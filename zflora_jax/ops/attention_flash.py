@@ -1,7 +1,11 @@
-"""Attention by splash attention, jax's flash kernel for TPUs in Pallas.
+"""Flash attention by jax's kernels: splash attention in Pallas for TPUs, cuDNN's for NVIDIA GPUs.
 
-Legend: B batch, T positions, H query heads, K key/value heads, G query heads of a key head, k
-head dim.
+Both take q, k and v as `attention.attention` does, with S = T, and compute causal attention within
+segments ([B, T] bool, real tokens and padding, or int32; None for one) and a window. Not run on a
+TPU or a GPU by this project.
+
+Legend: B batch, T positions, H query heads, K key/value heads, G query heads of a key head, k head
+dim.
 """
 
 from __future__ import annotations
@@ -9,12 +13,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 
 from zflora_jax.ops.linear import Array
+from zflora_jax.parallel.devices import allow_absent_cudnn, widest_head
+
+# --- splash attention -----------------------------------------------------------------------------
 
 LANES = 128  # a block is a multiple of these
 WIDEST = 256  # head dim; wider ones were not compiled
@@ -38,9 +45,7 @@ def splash_attention(
     window: int | None = None,
     interpret: bool = False,
 ) -> Array:
-    """Causal attention within segments ([B, T] int32 or bool; None for one) and a window; shapes as
-    in `attention.attention`, S = T. interpret: run as plain operations, for tests on a CPU.
-    """
+    """Attention on a TPU. interpret: Run as plain operations, for tests on a CPU."""
     (B, T, H, width), K = q.shape, k.shape[1]
     queries = (q * jnp.asarray(scale, q.dtype)).reshape(B, T, K, H // K, width)
     given = (queries.transpose(0, 2, 3, 1, 4), k.swapaxes(2, 3), v)
@@ -51,11 +56,6 @@ def splash_attention(
         segments = jnp.pad(segments.astype(jnp.int32), ((0, 0), (0, more)))
     out = _splash(q, k, v, segments, window, interpret)[..., :T, :]
     return out.transpose(0, 3, 1, 2, 4).reshape(B, T, H, width)
-
-
-def block_size(length: int) -> int:
-    """The largest block, at most 512, that divides a multiple of 128."""
-    return next(size for size in (512, 384, 256, 128) if length % size == 0)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4, 5))
@@ -102,15 +102,14 @@ def _kernel(
     )
 
     group, length = q.shape[2:4]
-    square = (length, length)
-    mask: Any = masks.CausalMask(square)
+    mask: Any = masks.CausalMask((length, length))
     if window is not None:
-        mask = masks.LocalMask(square, (window - 1, 0), 0)
-    size = block_size(length)
+        mask = masks.LocalMask((length, length), (window - 1, 0), 0)
+    size = next(size for size in (512, 384, 256, 128) if length % size == 0)
     kernel = splash.make_splash_mqa_single_device(
         masks.MultiHeadMask([mask] * group),
         # Not the fused backward kernel, whose d_q takes a part for each block of keys.
-        block_sizes=splash.BlockSizes(*(size, size, size), *(size, size, size), *(size, size)),
+        block_sizes=splash.BlockSizes(*(size,) * 8),
         residual_checkpoint_name="heads",  # its result and the sums of its softmax
         interpret=interpret,
     )
@@ -122,3 +121,52 @@ def _kernel(
         return jax.vmap(lambda q, k, v: kernel(q, k, v, alike))(q, k, v)
 
     return lambda q, k, v: jax.vmap(row)(q, k, v, segments)
+
+
+# --- cuDNN ----------------------------------------------------------------------------------------
+
+
+def cudnn_refuses(width: int, dtype: Any, packed: bool) -> str:
+    """Why the kernel does not take head dim k = width and this dtype, with segments of packed rows
+    if `packed`; "" if it does.
+    """
+    dtype, widest = jnp.dtype(dtype), widest_head()
+    if packed:
+        return "packed rows (data.packing): cuDNN would take their segments as a T x T bias alone"
+    if dtype not in (jnp.bfloat16, jnp.float16):
+        return f"cuDNN's attention has no {dtype.name}"
+    if width % 8:
+        return f"heads of {width} channels are no multiple of 8"
+    return "" if width <= widest else f"heads of {width} channels are wider than {widest}"
+
+
+def cudnn_attention(
+    q: Array,
+    k: Array,
+    v: Array,
+    segments: Array | None,
+    scale: float,
+    window: int | None = None,
+    implementation: Literal["xla", "cudnn"] = "cudnn",
+) -> Array:
+    """Attention on a GPU, with no segments but padding, which is moved behind the real tokens: they
+    do not see it there. implementation: "xla" computes the same without cuDNN, for tests.
+    """
+    k, v = k.transpose(0, 3, 1, 2), v.transpose(0, 2, 1, 3)
+    if segments is not None:
+        order = jnp.argsort(~segments, axis=1, stable=True)
+        q, k, v = (_reordered(x, order) for x in (q, k, v))
+    allow_absent_cudnn()
+    out = jax.nn.dot_product_attention(
+        *(q, k, v),
+        scale=scale,
+        is_causal=True,
+        local_window_size=None if window is None else (window - 1, 0),
+        implementation=implementation,
+    )
+    return out if segments is None else _reordered(out, jnp.argsort(order, axis=1))
+
+
+def _reordered(x: Array, order: Array) -> Array:
+    """Tokens of x [B, T, heads, k] in another order [B, T] int32."""
+    return jnp.take_along_axis(x, order[:, :, None, None], axis=1, mode="promise_in_bounds")
