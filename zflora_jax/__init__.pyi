@@ -31,8 +31,7 @@ from .core.run_config import (
 )
 from .data.mixture import TrainedOn as TrainedOn
 from .evaluation.export_gap import export_gap as export_gap
-from .evaluation.suite import evaluate_tasks as evaluate_tasks
-from .evaluation.task import evaluate as evaluate
+from .evaluation.task import evaluate as evaluate, evaluate_tasks as evaluate_tasks
 from .experiments.base import load_base as load_base
 from .experiments.export import export_run as export_run
 from .experiments.grid import sweep as sweep

@@ -15,8 +15,7 @@ from zflora_jax.cli.main import main
 from zflora_jax.core.adapter_config import AdapterConfig
 from zflora_jax.core.fields import ConfigError
 from zflora_jax.core.storage import as_path
-from zflora_jax.evaluation.suite import evaluate_tasks
-from zflora_jax.evaluation.task import evaluate
+from zflora_jax.evaluation.task import evaluate, evaluate_tasks
 from zflora_jax.experiments.export import export_run
 from zflora_jax.experiments.grid import run_grid
 from zflora_jax.experiments.quickstart import quickstart

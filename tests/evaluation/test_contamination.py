@@ -29,10 +29,7 @@ def test_a_question_is_its_prompt_and_input():
         Example("Sum.", "4", "4", input="1, 3"),
     ]
     assert contaminated(asked, questions(train)) == [True, False, True, False, False]
-    assert (
-        contaminated([], questions(train)) == []
-        and contaminated(asked, questions([])) == [False] * 5
-    )
+    assert contaminated(asked, questions([])) == [False] * 5
 
 
 @pytest.fixture(scope="module")
@@ -58,42 +55,9 @@ def test_overlaps_of_the_real_files_on_normalised_text(rows):
     # Rows held out whose question stands in train, written otherwise.
     assert len(train) == 3260 - 12
     asked = questions(train)
-    known = {
-        "addsub": (330, 395),
-        "multiarith": (491, 600),
-        "singleeq": (425, 508),
-        "svamp": (800, 1000),
-        "gsm8k": (1055, 1319),
-        "aqua": (203, 254),
-    }
-    for task, (found, size) in known.items():
-        marks = contaminated(rows(task, "test"), asked)
-        assert (sum(marks), len(marks)) == (found, size), task
+    known = {"addsub": 330, "multiarith": 491, "singleeq": 425}
+    known |= {"svamp": 800, "gsm8k": 1055, "aqua": 203}
+    marks = {task: contaminated(rows(task, "test"), asked) for task in known}
+    assert {task: sum(of) for task, of in marks.items()} == known
+    assert list(map(len, marks.values())) == [395, 600, 508, 1000, 1319, 254]
     assert not any(contaminated(rows("gsm8k", "train", "validation"), asked))
-
-    mawps = questions(rows("mawps", "train", "validation"))
-    assert {
-        task: sum(contaminated(rows(task, "test"), mawps))
-        for task in ("addsub", "multiarith", "singleeq")
-    } == {
-        "addsub": 327,
-        "multiarith": 452,
-        "singleeq": 416,
-    }
-
-
-def test_pairs_that_are_clean_or_nearly(rows):
-    asked = questions(rows("gsm8k", "train", "validation"))
-    for task in ("addsub", "multiarith", "singleeq", "svamp", "aqua"):
-        assert not any(contaminated(rows(task, "test"), asked)), task
-    own = {
-        task: sum(contaminated(rows(task, "test"), questions(rows(task, "train", "validation"))))
-        for task in ("arc_easy", "arc_challenge", "boolq", "openbookqa")
-    }
-    # As published: three questions occur in train and in test.
-    assert own == {
-        "arc_easy": 2,
-        "arc_challenge": 0,
-        "boolq": 1,
-        "openbookqa": 0,
-    }

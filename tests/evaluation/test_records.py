@@ -8,17 +8,30 @@ import pytest
 from support.models import tiny_model
 from support.runs import EVAL, TASK_DATA
 
-from zflora_jax.core import trees
 from zflora_jax.core.fields import ConfigError
 from zflora_jax.core.run_config import RunConfig
-from zflora_jax.data import answers
 from zflora_jax.data.tasks import Example, load_examples
-from zflora_jax.evaluation import records as records_module, summary
+from zflora_jax.evaluation import records as records_module
 from zflora_jax.evaluation.records import generation_records, likelihood_records, rouge
-from zflora_jax.evaluation.statistics import scores_of
+from zflora_jax.evaluation.scores import scores_of
 from zflora_jax.evaluation.task import evaluate
 from zflora_jax.inference.text import stop_ids
 from zflora_jax.nn.llama import forward
+
+
+@pytest.fixture
+def reply(monkeypatch):
+    """reply(text, ...): sets the model's answers, by turns."""
+
+    def set_answers(*texts):
+        def answers(model, prompts, **_):
+            encoded = [t if isinstance(t, list) else model.tokenizer(t)["input_ids"] for t in texts]
+            return [encoded[i % len(texts)] for i in range(len(prompts))]
+
+        monkeypatch.setattr(records_module, "generate_tokens", answers)
+
+    return set_answers
+
 
 # --- records --------------------------------------------------------------------------------------
 
@@ -26,20 +39,14 @@ from zflora_jax.nn.llama import forward
 def test_records_do_not_depend_on_batch_size_or_order(model, arc):
     examples = list(load_examples("arc_easy", "test", arc))
     results = []
-    for batch_size, order in (
-        (1, list(range(12))),
-        (5, list(range(12))),
-        (16, [7, 3, 11, 0, 5, 1, 2, 9, 10, 4, 6, 8]),
-    ):
-        evaluation, some = (
-            dataclasses.replace(EVAL, batch_size=batch_size),
-            [examples[i] for i in order],
-        )
-        answers, likelihoods = (
-            generation_records(model, "arc_easy", some, arc, evaluation),
-            likelihood_records(model, some, arc, evaluation),
-        )
-        results.append([answers[order.index(i)] | likelihoods[order.index(i)] for i in range(12)])
+    shuffled = [7, 3, 11, 0, 5, 1, 2, 9, 10, 4, 6, 8]
+    for batch_size, order in ((1, range(12)), (5, range(12)), (16, shuffled)):
+        evaluation = dataclasses.replace(EVAL, batch_size=batch_size)
+        some = [examples[i] for i in order]
+        answers = generation_records(model, "arc_easy", some, arc, evaluation)
+        likelihoods = likelihood_records(model, some, arc, evaluation)
+        both = {i: a | b for i, a, b in zip(order, answers, likelihoods, strict=True)}
+        results.append([both[i] for i in range(12)])
     for rows in results[1:]:
         for row, first in zip(rows, results[0], strict=True):
             np.testing.assert_allclose(row["log_likelihoods"], first["log_likelihoods"], rtol=1e-4)
@@ -59,10 +66,8 @@ def test_likelihoods_are_those_of_the_whole_text(model, arc):
         logp = jax.nn.log_softmax(forward(model, tokens)[0], axis=-1)
         wanted.append(sum(float(logp[len(prompt) - 1 + n, token]) for n, token in enumerate(ids)))
     np.testing.assert_allclose(record["log_likelihoods"], wanted, rtol=1e-5)
-    assert record["correct_sum"] == (
-        int(np.argmax(wanted)) == example.options.index(example.target)
-    )
-    assert record["options"] == list(example.options)
+    right = int(np.argmax(wanted)) == example.options.index(example.target)
+    assert (record["correct_sum"], record["options"]) == (right, list(example.options))
 
 
 def test_correct_norm_divides_by_characters(model, monkeypatch):
@@ -74,31 +79,14 @@ def test_correct_norm_divides_by_characters(model, monkeypatch):
     )
     (record,) = likelihood_records(model, [example], TASK_DATA, EVAL)
     # -2 a character against -1.
-    assert (record["correct_sum"], record["correct_norm"]) == (
-        False,
-        True,
-    )
+    assert (record["correct_sum"], record["correct_norm"]) == (False, True)
     with pytest.raises(ConfigError, match="options"):
         likelihood_records(model, [Example("Q", "t", "a")], TASK_DATA, EVAL)
 
 
-def test_the_legend_says_where_the_two_likelihood_scores_differ():
-    """By the labels themselves: options that are equally long are ordered alike by both scores."""
-    unequal = [words for words in answers.CHOICES if len(set(map(len, words))) > 1]
-    assert unequal == [("true", "false")]
-    legend = summary.score_legend(["likelihood_sum"])
-    assert "two scores equal, but for boolq's true and false" in legend
-    assert "in cloze form what lm-evaluation-harness calls acc and acc_norm" in legend
-    assert "accuracy" not in legend and "likelihood" not in summary.score_legend(["accuracy"])
-
-
-def test_alpaca_answers_end_where_the_next_response_begins(model, monkeypatch):
+def test_alpaca_answers_end_where_the_next_response_begins(model, reply):
     text = "The answer is 4.\n\n### Response:\nThe answer is 5."
-    monkeypatch.setattr(
-        records_module,
-        "generate_tokens",
-        lambda m, prompts, **_: [m.tokenizer(text)["input_ids"] for _ in prompts],
-    )
+    reply(text)
     example = [Example("2 + 2?", "The answer is 4.", "4")]
     for style, correct in (("alpaca-eval", True), ("chat", False)):
         (record,) = generation_records(
@@ -107,28 +95,18 @@ def test_alpaca_answers_end_where_the_next_response_begins(model, monkeypatch):
         assert (record["output"], record["correct"]) == (text, correct)
 
 
-def test_rouge_is_rouge_score_s_and_takes_the_best_reference(model, monkeypatch):
+def test_rouge_is_rouge_score_s_and_takes_the_best_reference(model, reply):
     from rouge_score.rouge_scorer import RougeScorer
 
     scorer = RougeScorer(["rouge1", "rouge2", "rougeL", "rougeLsum"], use_stemmer=True)
-    text, references = (
-        "The cats were running.\nIt rained.",
-        (
-            "A cat runs in the rain.",
-            "The cat ran.\nIt was raining hard.",
-        ),
-    )
+    text = "The cats were running.\nIt rained."
+    references = ("A cat runs in the rain.", "The cat ran.\nIt was raining hard.")
     ours = rouge(text, references)
     for name, value in ours.items():
-        assert value == max(
-            scorer.score(reference, text)[name].fmeasure for reference in references
-        )
+        scores = [scorer.score(reference, text)[name].fmeasure for reference in references]
+        assert value == max(scores)
     assert ours["rouge1"] > 0
-    monkeypatch.setattr(
-        records_module,
-        "generate_tokens",
-        lambda m, prompts, **_: [m.tokenizer(text)["input_ids"] for _ in prompts],
-    )
+    reply(text)
     example = Example(
         "Sum up.", references[0], "", input="long", references=references, document=True
     )
@@ -149,27 +127,19 @@ def test_a_model_without_a_tokenizer_is_refused_before_anything_runs(arc):
         evaluate(RunConfig(model="tiny", data=arc, eval=EVAL), tiny_model(), console=False)
 
 
-def test_an_answer_that_did_not_stop_by_itself_is_cut(model, monkeypatch):
-    stop, outputs = stop_ids(model, "chat"), {}
-    monkeypatch.setattr(
-        records_module,
-        "generate_tokens",
-        lambda _, prompts, **__: [outputs[len(prompts)][i] for i in range(len(prompts))],
-    )
-    outputs[3] = [[65, stop[0]], [65, 66], []]
+def test_an_answer_that_did_not_stop_by_itself_is_cut(model, reply):
+    reply([65, stop_ids(model, "chat")[0]], [65, 66], [])
     examples = [Example(f"{i}?", "x", "1") for i in range(3)]
-    assert [
-        record["cut"] for record in generation_records(model, "rows", examples, TASK_DATA, EVAL)
-    ] == [False, True, True]
+    records = generation_records(model, "rows", examples, TASK_DATA, EVAL)
+    assert [record["cut"] for record in records] == [False, True, True]
 
 
 # --- stopping and going on ------------------------------------------------------------------------
 
 
 def test_a_stopped_evaluation_goes_on_where_it_was(model, arc, tmp_path, monkeypatch):
-    examples = load_examples("arc_easy", "test", arc)
-    evaluation, path = EVAL, tmp_path / "a" / "x.partial.jsonl"
-    whole = generation_records(model, "arc_easy", examples, arc, evaluation)
+    examples, path = load_examples("arc_easy", "test", arc), tmp_path / "a" / "x.partial.jsonl"
+    whole = generation_records(model, "arc_easy", examples, arc, EVAL)
     calls, kill = [], [True]
     real = records_module.generate_tokens
 
@@ -180,20 +150,18 @@ def test_a_stopped_evaluation_goes_on_where_it_was(model, arc, tmp_path, monkeyp
             raise KeyboardInterrupt
         return real(model, prompts, **settings)
 
+    def run(evaluation=EVAL):
+        return generation_records(model, "arc_easy", examples, arc, evaluation, partial=path)
+
     monkeypatch.setattr(records_module, "generate_tokens", failing)
     with pytest.raises(KeyboardInterrupt):
-        generation_records(model, "arc_easy", examples, arc, evaluation, partial=path)
+        run()
     with path.open("a") as file:
         file.write('{"index": 11, "output": "to')  # torn by a kill
-    assert generation_records(model, "arc_easy", examples, arc, evaluation, partial=path) == whole
-    assert calls == [4, 4, 4, 4]  # the third batch again, nothing else
+    assert run() == whole and calls == [4, 4, 4, 4]  # the third batch again, nothing else
     calls.clear()
-    assert (
-        generation_records(model, "arc_easy", examples, arc, evaluation, partial=path) == whole
-        and calls == []
-    )
-    other = dataclasses.replace(evaluation, max_new_tokens=5)
-    generation_records(model, "arc_easy", examples, arc, other, partial=path)
+    assert run() == whole and calls == []
+    run(dataclasses.replace(EVAL, max_new_tokens=5))
     assert len(calls) == 3  # other settings: nothing of it counts
 
 
@@ -206,28 +174,6 @@ def test_processes_go_on_from_what_process_0_has_read(model, tmp_path, monkeypat
     path = tmp_path / "x.partial.jsonl"
     found = records_module._in_batches(pytest.fail, model, [[1], [2]], "", 1, path, lambda _: None)
     assert found == [{"output": 0}, {"output": 1}] and not path.exists()
-
-
-def test_a_model_is_fingerprinted_once_for_all_tasks(model, tmp_path, monkeypatch):
-    taken, real = [], trees.fingerprint
-    monkeypatch.setattr(trees, "fingerprint", lambda tree: taken.append(tree) or real(tree))
-    one = dataclasses.replace(model)
-    for name in ("likelihood", "generation", "another task"):
-        records_module._in_batches(
-            lambda rows: [{} for _ in rows],
-            one,
-            [[1], [2]],
-            name,
-            2,
-            tmp_path / name,
-            lambda _: None,
-        )
-    assert len(taken) == 1
-    one.params = jax.tree.map(lambda leaf: leaf + 1, one.params)
-    records_module._in_batches(
-        lambda rows: [{} for _ in rows], one, [[1], [2]], "a", 2, tmp_path / "a", lambda _: None
-    )
-    assert len(taken) == 2
 
 
 def test_prompts_that_do_not_fit_are_said_before_the_first_answer(model, monkeypatch):

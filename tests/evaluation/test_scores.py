@@ -1,10 +1,11 @@
-"""Scores of records, of tasks and of groups of tasks, with their intervals and pages."""
+"""Scores of records, of tasks and of groups of tasks, with their intervals, units and pages."""
 
 import dataclasses
 import json
 
 import numpy as np
 import pytest
+from hypothesis import given, settings, strategies as st
 from support.runs import EVAL, TASK_DATA, choice
 from support.tasks import write_questions
 
@@ -13,13 +14,39 @@ from zflora_jax.core.run_config import RunConfig
 from zflora_jax.data.mixture import TrainedOn
 from zflora_jax.data.tasks import load_examples
 from zflora_jax.evaluation import records as records_module
-from zflora_jax.evaluation.statistics import (
+from zflora_jax.evaluation.scores import (
+    UNITS,
     as_dicts,
+    by_unit,
     group_scores,
+    rows_kept,
     scores_of,
+    shared_units,
 )
-from zflora_jax.evaluation.suite import evaluate_tasks
-from zflora_jax.evaluation.task import evaluate
+from zflora_jax.evaluation.task import evaluate, evaluate_tasks
+
+
+def run_of(data, **changes):
+    return RunConfig(model="tiny", data=data, eval=dataclasses.replace(EVAL, **changes))
+
+
+@pytest.fixture
+def two_tasks(arc, tmp_path):
+    """arc_easy and arc_challenge, of 12 and 5 rows."""
+    (tmp_path / "ARC-Challenge").mkdir()
+    (tmp_path / "ARC-Challenge" / "test.json").write_text(json.dumps([choice(i) for i in range(5)]))
+    return ["arc_easy", "arc_challenge"]
+
+
+def score(run, model, tasks, out, **more):
+    return evaluate_tasks(run, model, tasks, out, "tiny", console=False, **more)
+
+
+def lines_of(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+# --- intervals ------------------------------------------------------------------------------------
 
 
 def test_scores_have_bootstrap_intervals():
@@ -56,45 +83,6 @@ def test_all_right_or_all_wrong_is_not_certainty():
     )
 
 
-def test_a_stopped_evaluation_of_several_tasks_goes_on_in_the_task_it_was_in(
-    model, arc, tmp_path, monkeypatch
-):
-    (tmp_path / "ARC-Challenge").mkdir()
-    (tmp_path / "ARC-Challenge" / "test.json").write_text(json.dumps([choice(i) for i in range(5)]))
-    run = RunConfig(
-        model="tiny",
-        data=arc,
-        eval=dataclasses.replace(EVAL, likelihood=False, loss=False, batch_size=1),
-    )
-    asked: list[int] = []
-    original = records_module.generate_tokens
-
-    def generate(model, prompts, **settings):
-        asked.append(len(prompts))
-        if sum(asked) > 14:
-            raise KeyboardInterrupt
-        return original(model, prompts, **settings)
-
-    monkeypatch.setattr(records_module, "generate_tokens", generate)
-    with pytest.raises(KeyboardInterrupt):
-        evaluate_tasks(
-            run, model, ["arc_easy", "arc_challenge"], tmp_path / "out", "tiny", console=False
-        )
-    asked[:] = [0]
-    summary = evaluate_tasks(
-        run, model, ["arc_easy", "arc_challenge"], tmp_path / "out", "tiny", console=False
-    )
-    assert sum(asked) == 3 and [task["rows"] for task in summary["tasks"]] == [12, 5]
-    assert not list((tmp_path / "out").glob("*.partial.jsonl"))
-    page = (tmp_path / "out" / "summary-test-tiny.md").read_text()
-    assert (
-        "contamination was not checked" in page
-        and "Answers that reached the limit of new tokens: arc_easy" in page
-        and "Chance: arc_easy 0.333" in page
-        and "accuracy: the generated answer by this project's parser." in page
-    )
-
-
 def test_a_group_s_mean_counts_tasks_alike_and_only_scores_all_have():
     tables = [
         [{"correct": True, "correct_sum": False}] * 10,
@@ -107,27 +95,140 @@ def test_a_group_s_mean_counts_tasks_alike_and_only_scores_all_have():
     assert group_scores([]) == {}
 
 
-def test_clean_rows_are_scored_apart(model, arc, tmp_path):
-    run = RunConfig(model="tiny", data=arc, eval=EVAL)
-    result = evaluate(
-        run,
-        model,
-        out=tmp_path / "r",
-        trained_on=load_examples("arc_easy", "train", arc),
-        console=False,
-    )
-    assert (result["rows"], result["clean_rows"]) == (12, 9)
-    rows = [json.loads(line) for line in (tmp_path / "r.jsonl").read_text().splitlines()]
-    assert [row["index"] for row in rows if row["contaminated"]] == [9, 10, 11]
-    for name, key in (
-        ("accuracy", "correct"),
-        ("likelihood_sum", "correct_sum"),
+@settings(deadline=None, max_examples=50)
+@given(st.lists(st.integers(0, 5), min_size=1, max_size=30))
+def test_sums_of_units_are_those_of_their_rows(units):
+    scores = np.random.default_rng(0).normal(size=len(units))
+    sums, rows = by_unit(scores, units)
+    if len(set(units)) == 1:  # drawn one by one
+        units = list(range(len(units)))
+    names = sorted(set(units))
+    assert list(rows) == [units.count(name) for name in names]
+    np.testing.assert_allclose(sums, [scores[np.equal(units, name)].sum() for name in names])
+
+
+def test_units_are_numbered_where_rows_share_them():
+    assert shared_units(["a", "b", "a", "", "b", ""]) == [0, 1, 0, 2, 1, 3]
+    assert [shared_units(names) for names in ([], ["a"], ["", ""], ["a", "b"])] == [None] * 4
+
+
+def test_units_are_drawn_whole():
+    """One unit does not show how units differ, so its rows are drawn one by one; rows written
+    several times in a unit say no more than once; a long unit counts by its rows.
+    """
+    records = [{"correct": right} for right in (True, True, True, False, False)]
+    one = [row | {"unit": 7} for row in records]
+    assert scores_of(one) == scores_of(records)
+    assert group_scores([one, one]) == group_scores([records, records])
+    some = [{"correct": bool(right)} for right in np.random.default_rng(0).random(40) < 0.7]
+    many = [row | {"unit": i} for i, row in enumerate(some) for _ in range(5)]
+    once, copied = (as_dicts(scores_of(found))["accuracy"] for found in (some, many))
+    assert copied == pytest.approx(once)
+    for right in (True, False):  # ten rows of two dialogues say as much as two rows
+        rows = [{"correct": right, "unit": unit} for unit in (0, 1) for _ in range(5)]
+        of_two = as_dicts(scores_of([{"correct": right}] * 2))["accuracy"]
+        assert as_dicts(scores_of(rows))["accuracy"] == pytest.approx(of_two)
+    long = [{"correct": True, "unit": 0}] * 9 + [{"correct": False, "unit": 1}]
+    assert scores_of(long)["accuracy"].mean == 0.9
+
+
+# --- several tasks --------------------------------------------------------------------------------
+
+
+def test_a_stopped_evaluation_of_several_tasks_goes_on_in_the_task_it_was_in(
+    model, arc, two_tasks, tmp_path, monkeypatch
+):
+    run = run_of(arc, likelihood=False, loss=False, batch_size=1)
+    asked: list[int] = []
+    original = records_module.generate_tokens
+
+    def generate(model, prompts, **settings):
+        asked.append(len(prompts))
+        if sum(asked) > 14:
+            raise KeyboardInterrupt
+        return original(model, prompts, **settings)
+
+    monkeypatch.setattr(records_module, "generate_tokens", generate)
+    with pytest.raises(KeyboardInterrupt):
+        score(run, model, two_tasks, tmp_path / "out")
+    asked[:] = [0]
+    summary = score(run, model, two_tasks, tmp_path / "out")
+    assert sum(asked) == 3 and [task["rows"] for task in summary["tasks"]] == [12, 5]
+    assert not list((tmp_path / "out").glob("*.partial.jsonl"))
+    page = (tmp_path / "out" / "summary-test-tiny.md").read_text()
+    for text in (
+        "contamination was not checked",
+        "Answers that reached the limit of new tokens: arc_easy",
+        "Chance: arc_easy 0.333",
+        "accuracy: the generated answer by this project's parser.",
     ):
+        assert text in page
+
+
+def test_a_summary_of_tasks(model, arc, two_tasks, tmp_path):
+    run = run_of(arc, generate=False, loss=False)
+    summary = score(run, model, two_tasks, tmp_path / "out")
+    mean = np.mean([task["likelihood_sum"] for task in summary["tasks"]])
+    assert summary["groups"]["commonsense"]["all"]["likelihood_sum"]["mean"] == pytest.approx(mean)
+    page = (tmp_path / "out" / "summary-test-tiny.md").read_text()
+    assert "| arc_easy | all | 12 |" in page and "mean of 2 commonsense" in page
+    assert "likelihood_sum, likelihood_norm: the likeliest option" in page
+    with pytest.raises(ConfigError, match=r"piqa.*test\.json"):
+        score(run, model, ["arc_easy", "piqa"], tmp_path / "none")
+    assert not (tmp_path / "none").exists()  # said before the first task has run
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"prompt_style": None},
+            r"scores of other settings \(eval.prompt_style\); give another --out",
+        ),
+        ({"limit": 2}, r"scores of other settings \(eval.limit\)"),
+    ],
+    ids=["style", "limit"],
+)
+def test_a_summary_of_other_scores_is_not_replaced(model, arc, tmp_path, changes, message):
+    given = {"generate": False, "loss": False, "limit": 3, "prompt_style": "alpaca"}
+    score(run_of(arc, **given), model, ["arc_easy"], tmp_path)
+    with pytest.raises(ConfigError, match=message):
+        score(run_of(arc, **given | changes), model, ["arc_easy"], tmp_path)
+
+
+# --- clean rows -----------------------------------------------------------------------------------
+
+
+def test_clean_rows_are_scored_apart(model, arc, tmp_path):
+    seen = load_examples("arc_easy", "train", arc)
+    result = evaluate(run_of(arc), model, out=tmp_path / "r", trained_on=seen, console=False)
+    assert (result["rows"], result["clean_rows"]) == (12, 9)
+    rows = lines_of(tmp_path / "r.jsonl")
+    assert [row["index"] for row in rows if row["contaminated"]] == [9, 10, 11]
+    for name, key in (("accuracy", "correct"), ("likelihood_sum", "correct_sum")):
         assert result[name] == pytest.approx(np.mean([row[key] for row in rows]))
         assert result[f"{name}_clean"] == pytest.approx(np.mean([row[key] for row in rows[:9]]))
     assert result["likelihood_sum_clean"] != result["likelihood_sum"]
     assert not list(tmp_path.glob("*.partial.jsonl"))
     assert json.loads((tmp_path / "r.json").read_text())["config"]["eval"]["max_new_tokens"] == 6
+    only = run_of(arc, clean_only=True, limit=None)
+    clean = evaluate(only, model, trained_on=seen, console=False)
+    assert (clean["rows"], clean["clean_rows"]) == (9, 9)
+    assert clean["likelihood_sum"] == result["likelihood_sum_clean"]
+
+
+def test_only_clean_rows_are_scored_where_asked(model, arc, tmp_path):
+    rows = load_examples("arc_easy", "test", arc)
+    only = run_of(arc, clean_only=True, limit=3)
+    evaluate(only, model, out=tmp_path / "few", trained_on=rows[:2], console=False)
+    # Dropped, then limited.
+    assert [row["index"] for row in lines_of(tmp_path / "few.jsonl")] == [2, 3, 4]
+    written = json.loads((tmp_path / "few.json").read_text())
+    assert (written["questions"], written["contaminated"]) == (12, 2)
+    assert written["scores"].keys() == {"clean"}
+    for seen, message in ((None, "clean_only=True needs the training"), (rows, "leaves none")):
+        with pytest.raises(ConfigError, match=message):
+            evaluate(only, model, trained_on=seen, console=False)
 
 
 def test_a_run_s_own_held_out_rows_are_clean_and_those_of_a_model_trained_elsewhere_are_not(
@@ -136,32 +237,19 @@ def test_a_run_s_own_held_out_rows_are_clean_and_those_of_a_model_trained_elsewh
     """json: 40 rows, of which this project holds 4 out; arithmetic: three splits that share
     nothing.
     """
+    sums = [(f"{i} + 1?", str(i + 1)) for i in range(40)]
     rows = [
-        {
-            "instruction": f"{i} + 1?",
-            "input": "",
-            "output": f"The answer is {i + 1}.",
-            "answer": str(i + 1),
-        }
-        for i in range(40)
+        {"instruction": asked, "input": "", "output": f"The answer is {right}.", "answer": right}
+        for asked, right in sums
     ]
     (tmp_path / "train.json").write_text(json.dumps(rows))
     own = dataclasses.replace(TASK_DATA, task="rows", data_dir=str(tmp_path))
-    only = dataclasses.replace(EVAL, generate=False, loss=False)
 
     def clean(task, data, here):
-        run = RunConfig(model="tiny", data=data, eval=dataclasses.replace(only, limit=4))
+        run = run_of(data, generate=False, loss=False, limit=4)
         given = [TrainedOn(dataclasses.replace(data, task=task), here)]
-        (result,) = evaluate_tasks(
-            run,
-            model,
-            [data.task],
-            tmp_path / f"{task}-{data.task}-{here}",
-            "tiny",
-            trained_on=given,
-            console=False,
-        )["tasks"]
-        return result["clean_rows"]
+        summary = score(run, model, [data.task], tmp_path / "out", trained_on=given, replace=True)
+        return summary["tasks"][0]["clean_rows"]
 
     assert (clean("rows", own, True), clean("rows", own, False)) == (4, 0)
     (tmp_path / "ARC-Easy").mkdir()
@@ -174,91 +262,6 @@ def test_a_run_s_own_held_out_rows_are_clean_and_those_of_a_model_trained_elsewh
     assert (clean("arithmetic", generated, True), clean("arithmetic", generated, False)) == (4, 4)
 
 
-def test_a_summary_of_tasks(model, arc, tmp_path):
-    (tmp_path / "ARC-Challenge").mkdir()
-    (tmp_path / "ARC-Challenge" / "test.json").write_text(json.dumps([choice(i) for i in range(5)]))
-    run = RunConfig(
-        model="tiny", data=arc, eval=dataclasses.replace(EVAL, generate=False, loss=False)
-    )
-    summary = evaluate_tasks(
-        run, model, ["arc_easy", "arc_challenge"], tmp_path / "out", "tiny", console=False
-    )
-    assert [task["rows"] for task in summary["tasks"]] == [12, 5]
-    mean = np.mean([task["likelihood_sum"] for task in summary["tasks"]])
-    assert summary["groups"]["commonsense"]["all"]["likelihood_sum"]["mean"] == pytest.approx(mean)
-    page = (tmp_path / "out" / "summary-test-tiny.md").read_text()
-    assert "| arc_easy | all | 12 |" in page and "mean of 2 commonsense" in page
-    assert "likelihood_sum, likelihood_norm: the likeliest option" in page
-    other = dataclasses.replace(
-        run, eval=dataclasses.replace(run.eval, limit=3, prompt_style="alpaca")
-    )
-    evaluate_tasks(other, model, ["arc_easy"], tmp_path / "o", "tiny", console=False)
-    with pytest.raises(
-        ConfigError,
-        match=(
-            r"summary-test-tiny.json holds scores of other settings \(eval.prompt_style\); give"
-            r" another --out"
-        ),
-    ):
-        evaluate_tasks(run, model, ["arc_easy"], tmp_path / "o", "tiny", console=False)
-    fewer = dataclasses.replace(other, eval=dataclasses.replace(other.eval, limit=2))
-    with pytest.raises(ConfigError, match=r"more rows than eval.limit=2 \(3 of arc_easy\)"):
-        evaluate_tasks(fewer, model, ["arc_easy"], tmp_path / "o", "tiny", console=False)
-    with pytest.raises(ConfigError, match=r"piqa.*test\.json"):
-        evaluate_tasks(run, model, ["arc_easy", "piqa"], tmp_path / "none", "tiny", console=False)
-    assert not (tmp_path / "none").exists()  # said before the first task has run
-
-
-def test_only_clean_rows_are_scored_where_asked(model, arc, tmp_path):
-    only = dataclasses.replace(EVAL, clean_only=True, limit=None)
-    seen = load_examples("arc_easy", "train", arc)
-    result = evaluate(
-        RunConfig(model="tiny", data=arc, eval=only),
-        model,
-        out=tmp_path / "r",
-        trained_on=seen,
-        console=False,
-    )
-    assert (result["rows"], result["clean_rows"]) == (9, 9)
-    assert [
-        json.loads(line)["index"] for line in (tmp_path / "r.jsonl").read_text().splitlines()
-    ] == list(range(9))
-    few = dataclasses.replace(only, limit=3)
-    seen_first = load_examples("arc_easy", "test", arc)[:2]
-    evaluate(
-        RunConfig(model="tiny", data=arc, eval=few),
-        model,
-        out=tmp_path / "few",
-        trained_on=seen_first,
-        console=False,
-    )
-    # dropped, then limited.
-    assert [
-        json.loads(line)["index"] for line in (tmp_path / "few.jsonl").read_text().splitlines()
-    ] == [
-        2,
-        3,
-        4,
-    ]
-    written = json.loads((tmp_path / "few.json").read_text())
-    assert (written["questions"], written["contaminated"]) == (12, 2) and written[
-        "scores"
-    ].keys() == {"clean"}
-    all_rows = evaluate(
-        RunConfig(model="tiny", data=arc, eval=EVAL), model, trained_on=seen, console=False
-    )
-    assert result["likelihood_sum"] == all_rows["likelihood_sum_clean"]
-    with pytest.raises(ConfigError, match="clean_only=True needs the training data"):
-        evaluate(RunConfig(model="tiny", data=arc, eval=only), model, console=False)
-    with pytest.raises(ConfigError, match="leaves none"):
-        evaluate(
-            RunConfig(model="tiny", data=arc, eval=only),
-            model,
-            trained_on=load_examples("arc_easy", "test", arc),
-            console=False,
-        )
-
-
 def test_the_rows_held_out_of_a_cloze_form_are_those_of_its_task(model, tmp_path):
     """Trained on one form, scored on the other: the rows that were held out are clean."""
     (tmp_path / "ARC-Easy").mkdir()
@@ -266,11 +269,9 @@ def test_the_rows_held_out_of_a_cloze_form_are_those_of_its_task(model, tmp_path
     rows = [choice(i) | {"instruction": asks + choice(i)["instruction"]} for i in range(40)]
     (tmp_path / "ARC-Easy" / "train.json").write_text(json.dumps(rows))
     data = dataclasses.replace(TASK_DATA, task="arc_easy", data_dir=str(tmp_path))
-    only = dataclasses.replace(EVAL, generate=False, loss=False, limit=4)
-    run = RunConfig(model="tiny", data=data, eval=only)
+    run = run_of(data, generate=False, loss=False, limit=4)
     given = [TrainedOn(dataclasses.replace(data, task="arc_easy_cloze"))]
-    where = {"trained_on": given, "console": False}
-    (result,) = evaluate_tasks(run, model, ["arc_easy"], tmp_path / "o", "tiny", **where)["tasks"]
+    [result] = score(run, model, ["arc_easy"], tmp_path / "o", trained_on=given)["tasks"]
     assert result["clean_rows"] == result["rows"] == 4
 
 
@@ -279,11 +280,58 @@ def test_rows_of_another_folder_do_not_replace_an_evaluation(model, tmp_path):
     for name in ("a", "b"):
         write_questions(tmp_path / name / "test.jsonl", [f"{name} {i}?" for i in range(3)])
         data = dataclasses.replace(TASK_DATA, task="rows", data_dir=str(tmp_path / name))
-        only = dataclasses.replace(EVAL, generate=False, likelihood=False)
-        runs.append(RunConfig(model="tiny", data=data, eval=only))
+        runs.append(run_of(data, generate=False, likelihood=False))
     out = tmp_path / "out"
-    evaluate_tasks(runs[0], model, ["rows"], out, "tiny", console=False)
-    evaluate_tasks(runs[0], model, ["rows"], out, "tiny", console=False)
+    score(runs[0], model, ["rows"], out)
+    score(runs[0], model, ["rows"], out)
     with pytest.raises(ConfigError, match=r"other settings \(data.data_dir\); give another --out"):
-        evaluate_tasks(runs[1], model, ["rows"], out, "tiny", console=False)
+        score(runs[1], model, ["rows"], out)
     assert '"prompt": "a 0?' in (out / "rows-test-tiny.jsonl").read_text()
+
+
+# --- units of the data ----------------------------------------------------------------------------
+
+
+def test_rows_of_one_s_own_that_begin_alike_share_a_unit(tmp_path):
+    def talk(*said):
+        roles = ("user", "assistant")
+        turns = [{"role": roles[i % 2], "content": text} for i, text in enumerate(said)]
+        return {"messages": turns}
+
+    talks = [talk("Hi.", "Yes?"), talk("Hi.", "Yes?", "Bye.", "Bye."), talk("Hello.", "Yes?")]
+    asked = [{"instruction": text, "output": "4"} for text in ("2 + 2?", "2 + 2?", "1 + 3?")]
+    for rows in (talks, asked):
+        (tmp_path / "train.json").write_text(json.dumps(rows))
+        data = dataclasses.replace(TASK_DATA, data_dir=str(tmp_path / "train.json"))
+        examples = load_examples("rows", "train", data)
+        found = sorted(example.unit for example in examples)
+        assert len(found) == 3 and len(set(found)) == 2 and all(found)
+
+
+def test_dialogues_are_units_from_their_file_to_the_summary(model, tmp_path):
+    """WOZ: the turns of a dialogue share a unit in records, and those of clean rows are kept."""
+
+    def turn(said):
+        return {"system_transcript": "", "transcript": said, "belief_state": []}
+
+    def write(split, dialogues):
+        rows = [
+            {"dialogue_idx": i, "dialogue": [turn(said) for said in of]}
+            for i, of in enumerate(dialogues)
+        ]
+        (tmp_path / "woz").mkdir(exist_ok=True)
+        (tmp_path / "woz" / f"woz_{split}_en.json").write_text(json.dumps(rows))
+
+    write("train", [["Hi."], ["Hello."]])
+    write("test", [["Hi.", "East."], ["A cheap place?", "West.", "Bye."], ["Chinese?"]])
+    data = dataclasses.replace(TASK_DATA, task="woz", data_dir=str(tmp_path))
+    run = run_of(data, loss=False)
+    summary = score(run, model, ["woz"], tmp_path / "out", trained_on=[TrainedOn(data)])
+    rows = lines_of(tmp_path / "out" / "woz-test-tiny.jsonl")
+    assert [row["unit"] for row in rows] == [0, 0, 1, 1, 1, 2]
+    assert [row["contaminated"] for row in rows] == [True] + [False] * 5
+    (kept,) = summary["tasks"]
+    assert kept[UNITS]["accuracy"] == kept[UNITS]["rougeL"] == "0 1 1 1 2"
+    page = (tmp_path / "out" / "summary-test-tiny.md").read_text()
+    assert "those of one dialogue are drawn together" in page
+    assert UNITS not in rows_kept([{"correct": True, "prompt": "", "input": "", "answer": ""}])

@@ -14,7 +14,7 @@ import pytest
 from support.cases import BY_METHOD, CASES, DORA, case_id
 from support.checks import assert_logits_close
 from support.grids import always
-from support.models import needs_smollm2, perturb, tiny_fused, untied
+from support.models import perturb, tiny_fused, untied
 
 from zflora_jax.adapters.fuse import fuse
 from zflora_jax.adapters.init import init_adapters
@@ -22,9 +22,7 @@ from zflora_jax.adapters.packing import pack_for_decode
 from zflora_jax.core import trees
 from zflora_jax.core.adapter_config import METHODS, AdapterConfig
 from zflora_jax.core.errors import NonFiniteError
-from zflora_jax.core.fields import ConfigError
 from zflora_jax.core.model import Model
-from zflora_jax.hf.load import load_model
 from zflora_jax.hf.save import save_hf
 from zflora_jax.inference.decode import generate_tokens, stream_tokens
 from zflora_jax.inference.generation_config import Sampler
@@ -84,37 +82,28 @@ def test_lora_beside_a_fused_model_answers_as_merged_into_it(method):
         forward(pack_for_decode(fused), tokens, lora, apart)
 
 
-def test_adapters_beside_the_base_that_cannot_be():
-    model, lora, full = untied(), AdapterConfig("lora", rank=2), AdapterConfig("full")
-    with pytest.raises(ConfigError, match="adapter and adapters go together"):
-        generate_tokens(model, [[1]], max_new_tokens=2, adapter=lora)
-    with pytest.raises(
-        ValueError,
-        match=r"method 'full' cannot replace packed kernels: fuse first, then pack",
-    ):
-        generate_tokens(
-            model,
-            [[1]],
-            max_new_tokens=2,
-            adapter=full,
-            adapters=init_adapters(jax.random.key(0), model, full),
-        )
-    with pytest.raises(
-        ValueError, match=r"the `adapters` collection of AdapterConfig\(method='lora', rank=3"
-    ):
-        generate_tokens(
-            model,
-            [[1]],
-            max_new_tokens=2,
-            adapter=lora.replace(rank=3),
-            adapters=init_adapters(jax.random.key(0), model, lora),
-        )
+@pytest.mark.parametrize(
+    ("adapter", "given", "message"),
+    [
+        (AdapterConfig("lora", rank=2), None, "adapter and adapters go together"),
+        (AdapterConfig("full"), AdapterConfig("full"), "packed kernels: fuse first, then pack"),
+        (
+            AdapterConfig("lora", rank=3),
+            AdapterConfig("lora", rank=2),
+            r"the `adapters` collection of AdapterConfig\(method='lora', rank=3",
+        ),
+    ],
+    ids=["none", "full", "another"],
+)
+def test_wrong_adapters_beside_the_base_are_refused(adapter, given, message):
+    model = untied()
+    adapters = init_adapters(jax.random.key(0), model, given) if given else None
+    with pytest.raises(ValueError, match=message):
+        generate_tokens(model, [[1]], max_new_tokens=2, adapter=adapter, adapters=adapters)
 
 
-def stock_greedy(path: Path, prompts: list[list[int]], new: int = NEW) -> list[list[int]]:
-    """What transformers' generate answers to prompts left-padded to one batch, with an attention
-    mask; nothing ends a row.
-    """
+def stock_greedy(path: Path, prompts: list[list[int]]) -> list[list[int]]:
+    """The answers of transformers' generate to one left-padded batch; nothing ends a row."""
     import torch
     import transformers
 
@@ -127,17 +116,10 @@ def stock_greedy(path: Path, prompts: list[list[int]], new: int = NEW) -> list[l
     torch.set_num_threads(1)  # threads that wait for each other are slow beside other test workers
     with torch.no_grad():
         out = model.generate(
-            ids, attention_mask=mask, do_sample=False, max_new_tokens=new, pad_token_id=0
+            ids, attention_mask=mask, do_sample=False, max_new_tokens=NEW, pad_token_id=0
         )
     torch.set_num_threads(threads)
     return out[:, width:].tolist()
-
-
-def assert_varied(answers: list[list[int]], least: int, new: int = NEW) -> None:
-    distinct = [len(set(answer)) for answer in answers]
-    assert all(len(answer) == new for answer in answers) and np.mean(distinct) >= least, (
-        f"the model repeats itself ({distinct}): a weak comparison"
-    )
 
 
 # --- greedy decoding equals transformers ----------------------------------------------------------
@@ -151,37 +133,10 @@ def test_greedy_equals_transformers(method: str, tmp_path: Path) -> None:
     save_hf(tmp_path / "out", model)
     rng = np.random.default_rng(3)
     prompts = [rng.integers(0, 256, n).tolist() for n in (9, 1, 23, 16)]
-    single = generate_tokens(model, prompts[:1], max_new_tokens=NEW, stop_token_ids=())
-    assert_varied(single, 15)
-    assert single == stock_greedy(tmp_path / "out", prompts[:1])
-    batch = generate_tokens(model, prompts, max_new_tokens=NEW, stop_token_ids=())
-    assert_varied(batch, 15)
-    assert batch == stock_greedy(tmp_path / "out", prompts)
-    assert batch[0] == single[0]
-
-
-@needs_smollm2
-@pytest.mark.parametrize(
-    "method", always(["base", "zflora-minimal"], lambda method: method != "base")
-)
-def test_greedy_equals_transformers_on_a_real_model(method: str, tmp_path: Path) -> None:
-    model = load_model("smollm2-135m")
-    texts = [
-        "The three states of matter are",
-        "Q: A farmer has 12 cows and buys 30 more. How many cows are there now?\nA:",
-        "Once upon a time, in a village by the sea",
-    ]
-    prompts = [model.tokenizer(text)["input_ids"] for text in texts]
-    assert len({len(p) for p in prompts}) == 3
-    if method != "base":
-        adapter = AdapterConfig(method, rank=18, extra_mlp_units=24)
-        model = fuse(
-            model, adapter, perturb(init_adapters(jax.random.key(0), model, adapter), std=0.01)
-        )
-    save_hf(tmp_path / "out", model)
-    ours = generate_tokens(model, prompts, max_new_tokens=12, stop_token_ids=())
-    assert_varied(ours, 5, 12)
-    assert ours == stock_greedy(tmp_path / "out", prompts, 12)
+    answers = generate_tokens(model, prompts, max_new_tokens=NEW, stop_token_ids=())
+    assert np.mean([len(set(answer)) for answer in answers]) >= 15, "it repeats itself"
+    assert answers == stock_greedy(tmp_path / "out", prompts)
+    assert answers[:1] == generate_tokens(model, prompts[:1], max_new_tokens=NEW, stop_token_ids=())
 
 
 # --- a row ends by itself -------------------------------------------------------------------------
@@ -196,15 +151,9 @@ def test_each_row_stops_at_its_own_token() -> None:
         answer[: next((i + 1 for i, t in enumerate(answer) if t in stop), 24)] for answer in free
     ]
     assert len({len(answer) for answer in want}) > 1 and max(map(len, want[:2])) < 24
-    for size in (1, 2, 3):
-        assert (
-            generate_tokens(model, prompts, max_new_tokens=24, batch_size=size, stop_token_ids=stop)
-            == want
-        )
-    assert (
-        generate_tokens(model, prompts, max_new_tokens=24, stop_token_ids=list(reversed(stop)))
-        == want
-    )
+    for size, stops in ((1, stop), (2, stop[::-1]), (3, stop)):
+        settings = {"max_new_tokens": 24, "batch_size": size, "stop_token_ids": stops}
+        assert generate_tokens(model, prompts, **settings) == want
 
 
 def test_the_config_s_eos_is_the_default_and_an_empty_stop_never_stops() -> None:
@@ -231,16 +180,12 @@ class CountingSampler(Sampler):
 
 def test_nothing_is_computed_or_written_after_the_last_row_has_ended() -> None:
     model = pack_for_decode(untied())
-    tokens, valid = (
-        np.asarray([[5, 6, 7, 8], [0, 0, 100, 3], [0, 0, 0, 0]], np.int32),
-        np.asarray([[1] * 4, [0, 0, 1, 1], [0] * 4], bool),
-    )
+    tokens = np.asarray([[5, 6, 7, 8], [0, 0, 100, 3], [0, 0, 0, 0]], np.int32)
+    valid = np.asarray([[1] * 4, [0, 0, 1, 1], [0] * 4], bool)
     keys = jax.random.split(jax.random.key(0), 3)
     given = {"params": model.params}, tokens, valid, keys, 20
     free = np.asarray(DecodeProgram(model.config).decode(*given))
-    assert (free[2] == -1).all() and (free[:2] >= 0).all(), (
-        "a row of padding is a filler and yields nothing"
-    )
+    assert (free[2] == -1).all() and (free[:2] >= 0).all()  # a filler yields nothing
     stop = (int(free[0, 3]), int(free[1, 6]))
     lengths = [next(i + 1 for i, t in enumerate(row) if t in stop) for row in free[:2]]
     counting = DecodeProgram(model.config, None, CountingSampler(), stop)

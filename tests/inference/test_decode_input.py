@@ -27,10 +27,7 @@ from zflora_jax.nn.llama import forward
         (
             [[1] * 505],
             {},
-            (
-                r"prompt 0 has 505 tokens; with max_new_tokens=8 that exceeds .*context of 512\."
-                r" Shorten or remove it, or lower max_new_tokens"
-            ),
+            r"prompt 0 has 505 tokens; with max_new_tokens=8 that .*context of 512\.",
         ),
         ([[1], [2, 259]], {}, r"prompt 1 holds token ids outside 0\.\.258"),
         ([[-1]], {}, r"prompt 0 holds token ids outside 0\.\.258"),
@@ -38,26 +35,31 @@ from zflora_jax.nn.llama import forward
         ([[1]], {"batch_size": 0}, "batch_size=0: must be at least 1"),
         ([[1, 2.5]], {}, r"prompt 0 must hold token ids, which are integers; got float64"),
         ([["a"]], {}, r"prompt 0 must hold token ids"),
+        ("What?", {}, r"prompt 0 is 'W': expected a list of token ids.*takes a list of texts"),
+        ([1, 2, 3], {}, r"prompt 0 is 1: expected a list of token ids"),
         ([[[1], [2, 3]]], {}, r"prompt 0 holds lists"),
         ([[1]], {"stop_token_ids": [259]}, r"stop_token_ids holds token ids outside 0\.\.258"),
+        (
+            [[1]],
+            {"max_new_token": 3},
+            "unknown key 'max_new_token' .*did you mean 'max_new_tokens'",
+        ),
+        (
+            [[1]],
+            {"stop_token_ids": 2},
+            r"stop_token_ids=2: expected a list of int, written as \[2\]",
+        ),
+        ([[1]], {"seed": 1.5}, "seed=1.5: expected int, got float"),
+        ([[1]], {"seed": 2**32}, r"seed=4294967296: must be from 0 to 2\*\*32 - 1"),
+        ([[1]], {"sampler": 0.7}, "sampler=0.7: expected a table of Sampler fields"),
     ],
     ids=lambda value: str(value)[:30],
 )
-def test_prompts_that_cannot_be_decoded(
-    prompts: Any, settings: dict[str, int], message: str
+def test_wrong_prompts_and_settings_are_refused(
+    prompts: Any, settings: dict[str, Any], message: str
 ) -> None:
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ConfigError, match=message):
         generate_tokens(tiny_model(), prompts, **{"max_new_tokens": 8, **settings})
-
-
-@pytest.mark.parametrize(
-    "prompt", ["What?", ["What?"], [1, 2, 3]], ids=["a string", "texts", "one list of ids"]
-)
-def test_one_prompt_is_not_a_list_of_prompts(prompt: Any) -> None:
-    with pytest.raises(
-        ValueError, match=r"each a list of token ids.*`zf.generate` takes a list of texts"
-    ):
-        generate_tokens(tiny_model(), prompt, max_new_tokens=8)
 
 
 def test_texts_need_a_list_and_a_tokenizer() -> None:
@@ -72,18 +74,13 @@ def test_texts_need_a_list_and_a_tokenizer() -> None:
     plain, chat = (
         generate(model, ["hello", "hi"], max_new_tokens=4, chat=chat) for chat in (False, True)
     )
-    assert (
-        len(plain) == len(chat) == 2
-        and all(isinstance(text, str) for text in plain + chat)
-        and plain != chat
-    )
+    assert len(plain) == len(chat) == 2 and plain != chat
 
 
 def test_a_full_context_and_no_prompts_are_fine() -> None:
     model = tiny_model(max_position_embeddings=20)
-    assert [
-        len(a) for a in generate_tokens(model, [[1] * 16], max_new_tokens=4, stop_token_ids=())
-    ] == [4]
+    [answer] = generate_tokens(model, [[1] * 16], max_new_tokens=4, stop_token_ids=())
+    assert len(answer) == 4
     assert generate_tokens(model, [], max_new_tokens=4) == []
 
 
@@ -102,22 +99,6 @@ def test_keywords_are_fields_of_the_config_and_win_over_it() -> None:
     assert list(stream_tokens(model, prompts[0], config)) == want[0]
     greedy = generate_tokens(model, prompts, max_new_tokens=6, stop_token_ids=())
     assert generate_tokens(model, prompts, config, sampler=None) == greedy != want
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"max_new_token": 3}, "unknown key 'max_new_token' .*did you mean 'max_new_tokens'"),
-        ({"stop_token_ids": 2}, r"stop_token_ids=2: expected a list of int, written as \[2\]"),
-        ({"seed": 1.5}, "seed=1.5: expected int, got float"),
-        ({"seed": 2**32}, r"seed=4294967296: must be from 0 to 2\*\*32 - 1"),
-        ({"sampler": 0.7}, "sampler=0.7: expected a table of Sampler fields"),
-    ],
-    ids=["unknown", "no list", "no seed", "large seed", "no sampler"],
-)
-def test_settings_that_are_none(settings: dict[str, Any], message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        generate_tokens(untied(), [[1]], **settings)
 
 
 def test_masks_may_be_lists():

@@ -43,11 +43,9 @@ def test_packed_kernels_are_filled_up_with_zeros(kind: str) -> None:
         fused.config.hidden_size,
         fused.config.intermediate_size,
     )
-    wide_d, wide_f = -(-d // MULTIPLES[kind].residual), -(-f // MULTIPLES[kind].mlp)
-    wide_d, wide_f = wide_d * MULTIPLES[kind].residual, wide_f * MULTIPLES[kind].mlp
-    up, down = (
-        np.asarray(ready.params["layers_0"]["mlp"][name]["kernel"]) for name in ("gate_up", "down")
-    )
+    wide_d, wide_f = d + -d % MULTIPLES[kind].residual, f + -f % MULTIPLES[kind].mlp
+    mlp = ready.params["layers_0"]["mlp"]
+    up, down = (np.asarray(mlp[name]["kernel"]) for name in ("gate_up", "down"))
     assert up.shape == (2 * wide_f, wide_d) and down.shape == (wide_d, wide_f)
     assert d < wide_d and not up[:, d:].any() and up[:, d - 1].any() and not down[d:].any()
     assert f < wide_f and not up[f:wide_f].any() and not down[:, f:].any() and down[:, f - 1].any()

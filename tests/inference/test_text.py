@@ -65,13 +65,6 @@ def test_a_stream_compiles_one_step(talker):
     assert [program._cache_size() for program in programs] == compiled
 
 
-def test_a_stream_checks_its_prompt(talker):
-    with pytest.raises(ConfigError, match="exceeds the model's context of 128"):
-        next(stream_tokens(talker, [1] * 120, max_new_tokens=9))
-    with pytest.raises(ConfigError, match="prompt 0 is empty"):
-        next(stream_tokens(talker, [], max_new_tokens=9))
-
-
 def test_a_stop_token_that_the_model_cannot_give_stops_nothing(talker):
     """A tokenizer may end with tokens that the embedding has no row for."""
     config = talker.config.replace(eos_token_ids=(*talker.config.eos_token_ids, 300))

@@ -21,7 +21,7 @@ from zflora_jax.cli.main import main
 from zflora_jax.core.adapter_config import AdapterConfig
 from zflora_jax.core.fields import ConfigError, override
 from zflora_jax.core.run_config import OptimConfig, RunConfig
-from zflora_jax.evaluation import suite
+from zflora_jax.evaluation import task
 from zflora_jax.experiments.base import as_base
 from zflora_jax.hf.load import load_model
 from zflora_jax.hf.save import save_hf
@@ -123,8 +123,8 @@ def test_an_export_carries_it_and_is_evaluated_at_it(tmp_path, monkeypatch, caps
         seen.append(model.config.execution.matmul_precision)
         raise ConfigError("seen enough.")
 
-    monkeypatch.setattr(suite, "evaluate_tasks", evaluated)
-    monkeypatch.setattr(suite, "check_tasks", lambda *_: None)
+    monkeypatch.setattr(task, "evaluate_tasks", evaluated)
+    monkeypatch.setattr(task, "check_tasks", lambda *_: None)
     command = ["eval", "--model", str(tmp_path / "m"), "--out", str(tmp_path / "e")]
     for given in ([], ["--set", "train.matmul_precision=highest"]):
         assert main([*command, *given]) == 2

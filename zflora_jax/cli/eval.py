@@ -68,8 +68,8 @@ def add_options(parser: CommandParser) -> None:
 def run(args: argparse.Namespace) -> None:
     from zflora_jax.data.mixture import parse_mixture
     from zflora_jax.data.tasks import GROUPS
-    from zflora_jax.evaluation.suite import check_tasks, evaluate_tasks
     from zflora_jax.evaluation.summary import summary_page
+    from zflora_jax.evaluation.task import check_tasks, evaluate_tasks
     from zflora_jax.parallel.compile_cache import compile_cache
     from zflora_jax.training.workdir import read_config
 

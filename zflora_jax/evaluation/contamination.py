@@ -1,6 +1,4 @@
-"""Contamination: test questions that a model has seen in training, found by their
-normalised text.
-"""
+"""Contamination: test questions that occur in the training data, by their normalised text."""
 
 from __future__ import annotations
 
@@ -12,8 +10,9 @@ from zflora_jax.data.tasks import Example
 
 
 def question(example: Example) -> str:
-    """What identifies a question, normalised: its prompt and input, or all that user, assistant and
-    tools say before the last answer of a conversation; of a text, the text.
+    """Returns the normalised text that identifies a question: its prompt and input; of a
+    conversation, the turns of user, assistant and tools before the last answer; of a text, the
+    text.
     """
     if example.turns:
         return _asked(example, last_answer(example))
@@ -22,8 +21,8 @@ def question(example: Example) -> str:
 
 
 def questions(examples: Iterable[Example]) -> frozenset[str]:
-    """What `contaminated` compares with: the normalised questions of the training examples, of a
-    conversation those of all its answers.
+    """Returns the normalised questions of training examples, of a conversation those of all its
+    answers.
     """
     found = set()
     for example in examples:
@@ -33,13 +32,13 @@ def questions(examples: Iterable[Example]) -> frozenset[str]:
 
 
 def _asked(example: Example, answer: int) -> str:
-    """What is said before a turn, but for the system's part."""
+    """Returns the text before a turn, without the system's."""
     turns = (turn for turn in example.turns[:answer] if turn["role"] != "system")
     return normalise(" ".join(turn["content"] for turn in turns))
 
 
 def contaminated(test_examples: Iterable[Example], seen: frozenset[str]) -> list[bool]:
-    """For each test example, whether its question is one of `seen` (equal normalised text, not
-    nearly equal).
+    """Returns for each test example whether its question is one of `seen` (equal normalised text,
+    not nearly equal).
     """
     return [question(example) in seen for example in test_examples]

@@ -1,13 +1,11 @@
-"""export_gap: how far the numbers of an export are from those of the model in memory."""
+"""The distance between the logits of an export and those of the model in memory."""
 
 from __future__ import annotations
 
 import logging
 import os
 import tempfile
-from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -32,10 +30,8 @@ TEXTS = (
     "The capital of France is Paris, and the capital of Italy is Rome.",
     "A baker has 24 boxes with 13 cakes each and sells 57 of them. How many are left?",
     "def add(a, b):\n    return a + b\n",
-    (
-        "Question: which of these is a liquid at room temperature?\nA. iron\nB. water\nC."
-        " salt\nAnswer: B"
-    ),
+    "Question: which of these is a liquid at room temperature?"
+    "\nA. iron\nB. water\nC. salt\nAnswer: B",
 )
 ROWS = 8
 
@@ -47,28 +43,29 @@ def export_gap(
     *,
     donate: bool = False,
 ) -> dict[str, float]:
-    """Logits of `model` in float32 against those of the export at `path`: the stored stock-form
-    tensors, run in the dtype they are stored in (float16 exports and GGUF files: the rounded
-    tensors, in float32).
+    """Compares the logits of `model` in float32 with those of its export at `path`.
 
-    Processes that share the model call this together, and all of them can read the export.
+    The export's tensors are run in stock form, in their stored dtype (those of float16 exports and
+    GGUF files in float32). Processes that share the model call this together, and all of them can
+    read the export.
 
     Args:
-      model: what was exported (not packed).
-      path: the export.
-      prompts: texts for the model's tokenizer, or int tokens [B, T].
-      donate: empty `model.params` before the export is loaded; it cannot be used afterwards.
+      model: The exported model, not packed.
+      path: The export.
+      prompts: Texts for the model's tokenizer, or int tokens [B, T].
+      donate: Whether to empty `model.params` before the export is loaded; the model cannot be used
+        afterwards.
 
     Returns:
       {"max_abs_dlogit", "mean_abs_dlogit", "logit_scale": largest |logit|, "top1_agreement": share
       of positions whose likeliest token agrees}.
 
     Raises:
-      CheckpointError: NaN or infinite logits on either side.
+      CheckpointError: Logits of either are NaN or infinite.
     """
     rows = [model.tokenizer(row)["input_ids"] if isinstance(row, str) else row for row in prompts]
-    require(len(rows) > 0, "export_gap needs at least one prompt.")
-    require(min(map(len, rows)) > 0, "export_gap needs prompts of at least one token.")
+    some = len(rows) > 0 and all(len(row) > 0 for row in rows)
+    require(some, "export_gap needs prompts of at least one token.")
     mesh, stacked = mesh_of(model.params), model.config.execution.scan_layers
     exact = Model(model.config.replace(dtype="float32"), model.params)
     damaged = "the model itself is damaged, or trained with too high a learning rate"
@@ -80,17 +77,21 @@ def export_gap(
         if donate:
             model.params.clear()
         file.seek(0)
-        logits_of, gaps = _load(local_copy(path), stacked, mesh), []
+        there, gaps = local_copy(path), []
+        load = load_model if there.suffix == ".gguf" else load_stock
+        export = load(there, scan_layers=stacked, mesh=mesh)
         for ids in rows:
-            found, wanted = logits_of(ids), np.load(file)
+            found, wanted = _logits(export, ids), np.load(file)
             _require_finite(found, f"export at {path}", "export in float32 or bfloat16")
-            gaps.append(_gap(wanted, found))
-    worst, total, scale, same, sizes, positions = zip(*gaps, strict=True)
+            gap, same = np.abs(found - wanted), found.argmax(-1) == wanted.argmax(-1)
+            total = gap.sum(dtype=np.float64)
+            gaps.append((gap.max(), total, np.abs(wanted).max(), same.sum(), gap.size, len(gap)))
+    worst, total, scale, agree, sizes, positions = zip(*gaps, strict=True)
     return {
-        "max_abs_dlogit": max(worst),
-        "mean_abs_dlogit": sum(total) / sum(sizes),
-        "logit_scale": max(scale),
-        "top1_agreement": sum(same) / sum(positions),
+        "max_abs_dlogit": float(max(worst)),
+        "mean_abs_dlogit": float(sum(total) / sum(sizes)),
+        "logit_scale": float(max(scale)),
+        "top1_agreement": float(sum(agree) / sum(positions)),
     }
 
 
@@ -115,38 +116,13 @@ def gap_prompts(run: RunConfig, model: Model) -> tuple[list[list[int]], str]:
         return encode_prompt_texts(model.tokenizer, TEXTS), f"{len(TEXTS)} built-in texts"
 
 
-def _load(path: Path, stacked: bool, mesh: Any) -> Callable[[Sequence[int]], np.ndarray]:
-    """A function from a prompt of T tokens to the export's logits [T, V]."""
-    if path.suffix == ".gguf":
-        model = load_model(path, scan_layers=stacked, mesh=mesh)
-    else:
-        model = load_stock(path, stacked, mesh)
-    return lambda ids: _logits(model, ids)
-
-
 def _logits(model: Model, ids: Sequence[int]) -> np.ndarray:
-    """Logits [T, V] of a prompt of T tokens."""
+    """Returns the logits [T, V] of a prompt of T tokens."""
     length = padded_length(len(ids))  # few lengths, few compilations
     tokens = np.zeros((1, length), np.int32)
     tokens[0, : len(ids)] = ids
     found = forward(model, tokens, padding_mask=np.arange(length)[None] < len(ids))
     return gathered(found)[0, : len(ids)]
-
-
-def _gap(a: np.ndarray, b: np.ndarray) -> tuple[float, float, float, int, int, int]:
-    """Of |a - b| the largest and the sum, the largest |a|, how many tops agree of a prompt's
-    logits, and how many logits and positions it has.
-    """
-    gap = np.abs(a - b)
-    same = int((a.argmax(-1) == b.argmax(-1)).sum())
-    return (
-        float(gap.max()),
-        float(gap.sum(dtype=np.float64)),
-        float(np.abs(a).max()),
-        same,
-        gap.size,
-        len(a),
-    )
 
 
 def _require_finite(logits: np.ndarray, what: str, advice: str) -> None:

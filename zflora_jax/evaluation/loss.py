@@ -21,12 +21,11 @@ from zflora_jax.training.trainer import eval_step
 def held_out_loss(
     run: RunConfig, model: Model, encoded: Encoded, adapters: Tree | None = None
 ) -> dict[str, float]:
-    """Mean loss of the run's objective over all rows.
+    """Returns the mean loss of the run's objective over all rows.
 
     Args:
-      run: The run's settings. The loss depends only on the objective and, with `adapters`, on
-        `adapter`; the others set how much is computed at one time (micro-batch, bucket_lengths,
-        loss_chunk).
+      run: The run's settings. The loss depends on the objective and on `adapter`; others set how
+        much is computed at one time (micro-batch, bucket_lengths, loss_chunk).
       model: The base, or a fused model.
       encoded: The held-out rows.
       adapters: The unmerged adapter tree; None for the model without adapters.

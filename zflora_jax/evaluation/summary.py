@@ -1,15 +1,15 @@
-"""The page of a model's scores on tasks: its table, and what a reader has to know beside it."""
+"""The page of a model's scores on tasks: a table, and the notes that a reader needs with it."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from zflora_jax.evaluation.statistics import Score
+from zflora_jax.evaluation.scores import Score
 from zflora_jax.reporting.provenance import origin_line
 from zflora_jax.reporting.tables import markdown_table
 
-# Score -> what it is, and what it differs in from others.
+# Score -> its meaning, and its difference from others.
 _LEGENDS = {
     "accuracy": "accuracy: the generated answer by this project's parser.",
     "likelihood_sum": (
@@ -24,17 +24,17 @@ _LEGENDS = {
 
 
 def score_legend(scores: Collection[str]) -> str:
-    """What the scores of a page are."""
+    """Explains the scores of a page."""
     known = [text for score, text in _LEGENDS.items() if score in scores]
     return " ".join([*known, "clean: rows whose question is not in the training data."])
 
 
 def summary_page(summary: Mapping[str, Any]) -> str:
-    """Markdown: a line per task and kind of rows (all, clean), then per group of tasks, each score
-    with its 95% interval.
+    """Returns a summary as Markdown: a line per task and kind of rows (all, clean), then per group
+    of tasks, each score with its 95% interval.
 
     Args:
-      summary: what `suite.evaluate_tasks` returns.
+      summary: The result of `task.evaluate_tasks`.
     """
     evaluation = summary["config"]["eval"]
     lines = [
@@ -67,27 +67,21 @@ def _cells(scores: Mapping[str, Mapping[str, float]]) -> dict[str, str]:
 
 
 def _remarks(results: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Contamination, answers that were cut short, chance, and rows that a score is not over."""
+    """Returns lines about contamination, answers cut short, chance, and rows that a score lacks."""
 
-    def of(part: str, whole: str) -> dict[str, str]:
-        return {r["task"]: f"{r[part]} of {r[whole]}" for r in results if part in r}
+    def of(part: str, whole: str = "rows", among: Any = results) -> dict[str, str]:
+        return {r["task"]: f"{r[part]} of {r[whole]}" for r in among if part in r}
 
     marked = of("contaminated", "questions")
-    chance = {r["task"]: f"{r['chance']:.3f}" for r in results if "chance" in r}
-    shorter = [r for r in results if r.get("loss_rows", r["rows"]) != r["rows"]]
+    fewer = [r for r in results if r.get("loss_rows") != r["rows"]]
+    cut = [r for r in results if r.get("documents_cut")]
     texts = {
         "Test questions found in the training data": marked,
-        "Answers that reached the limit of new tokens": of("answers_cut", "rows"),
-        "Chance": chance,
-        "Rows with an answer, which accuracies are over": of("rows_with_answer", "rows"),
-        "Rows that the loss is over, the others being longer than data.bucket_lengths": {
-            r["task"]: f"{r['loss_rows']} of {r['rows']}" for r in shorter
-        },
-        "Documents cut to fit the prompt": {
-            r["task"]: f"{r['documents_cut']} of {r['rows']}"
-            for r in results
-            if r.get("documents_cut")
-        },
+        "Answers that reached the limit of new tokens": of("answers_cut"),
+        "Chance": {r["task"]: f"{r['chance']:.3f}" for r in results if "chance" in r},
+        "Rows with an answer, which accuracies are over": of("rows_with_answer"),
+        "Rows that fit data.bucket_lengths, which the loss is over": of("loss_rows", among=fewer),
+        "Documents cut to fit the prompt": of("documents_cut", among=cut),
     }
     unchecked = [] if marked else ["No training data was named: contamination was not checked."]
     lines = [

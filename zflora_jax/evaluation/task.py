@@ -1,32 +1,42 @@
-"""Scores of a model on one task: loss, generated answers and likelihoods, on all rows and on those
-that are not in the training data; resumable.
+"""Scores of a model on tasks: loss, generated answers and likelihoods, on all rows and on those
+that are clean (not in the training data); resumable.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import json
 import logging
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from zflora_jax.core.fields import require, to_dict
-from zflora_jax.core.model import Model, require_fit
+from zflora_jax.core.model import Model, fingerprint, require_fit
 from zflora_jax.core.run_config import EvalConfig, RunConfig
 from zflora_jax.core.storage import as_path
+from zflora_jax.data.builders.public import NAMED
 from zflora_jax.data.dates import dated
 from zflora_jax.data.encoding import tokenize_examples
-from zflora_jax.data.mixture import load_mixture
-from zflora_jax.data.tasks import Example
+from zflora_jax.data.mixture import TrainedOn, has_own_rows, load_mixture, source_splits
+from zflora_jax.data.tasks import GROUPS, Example, get_task
 from zflora_jax.evaluation.contamination import contaminated, questions
 from zflora_jax.evaluation.loss import held_out_loss
 from zflora_jax.evaluation.records import Record, generation_records, likelihood_records
-from zflora_jax.evaluation.statistics import UNIT, as_dicts, scores_of
-from zflora_jax.evaluation.units import shared_units
+from zflora_jax.evaluation.scores import (
+    UNIT,
+    as_dicts,
+    group_scores,
+    rows_by_kind,
+    rows_kept,
+    scores_of,
+    shared_units,
+)
+from zflora_jax.evaluation.summary import summary_page
 from zflora_jax.parallel import distributed
-from zflora_jax.reporting.files import atomic_write, write_json
+from zflora_jax.reporting.files import atomic_write, write_json, write_result
 from zflora_jax.reporting.progress import progress_bar
 from zflora_jax.reporting.provenance import environment
 
@@ -43,133 +53,96 @@ def evaluate(
     trained_on: Sequence[Example] | None = None,
     console: bool = True,
 ) -> Result:
-    """Score a base or fused model on `run.data.task` (one task), as `run.eval` says.
+    """Scores a base or fused model on `run.data.task` (one task), with the settings `run.eval`.
 
     Args:
-      run: which task, from where, and how it is scored.
-      model: base or fused.
-      out: a path without suffix: <out>.json gets the result, <out>.jsonl one line per example with
-        its prompt, output, parsed answers and scores (of rows that belong together also the number
-        of their unit, `evaluation.units`), and <out>.*.partial.jsonl, while it runs, what a stopped
-        evaluation goes on from.
-      trained_on: the training examples; a test question that is one of theirs (normalised text) is
+      run: The task, where its rows are, and how they are scored.
+      model: A base or fused model.
+      out: A path without suffix: <out>.json gets the result, <out>.jsonl one line per example with
+        its prompt, output, parsed answers and scores (and the number of its unit where rows belong
+        together, `evaluation.scores`). While it runs, <out>.*.partial.jsonl hold what a stopped
+        evaluation resumes from.
+      trained_on: The training examples. A test question that is one of theirs (normalised text) is
         marked, and every score is given on all rows and on the clean ones.
-      console: whether progress is shown.
+      console: Whether progress is shown.
 
     Returns:
       task, split, rows, with trained_on clean_rows, loss, accuracy and the other scores
-      (`statistics.SCORES`) as numbers, and `scores`: rows ("all", "clean") -> score -> mean, low,
-      high (95%, bootstrap). The loss is over rows that fit data.bucket_lengths, documents cut to
-      them; answers are generated from prompts as long as the context allows
-      (eval.max_prompt_tokens).
+      (`scores.SCORES`) as numbers, and `scores`: rows ("all", "clean") -> score -> mean, low, high
+      (95%, bootstrap). The loss is over rows that fit data.bucket_lengths, documents cut to them;
+      answers are generated from prompts as long as the context allows (eval.max_prompt_tokens).
 
     Raises:
-      ConfigError: a mixture, eval.clean_only without trained_on, or no row that is clean.
+      ConfigError: The task is a mixture, no row is clean, or eval.clean_only is set without
+        trained_on.
     """
-    done = evaluate_task(
-        run, model, out, None if trained_on is None else questions(trained_on), console
-    )
-    remove(done.partials)
-    return done.result
+    seen = None if trained_on is None else questions(trained_on)
+    result, _ = _evaluate_task(run, model, out, seen, console)
+    _remove_partials(out)
+    return result
 
 
-@dataclass(frozen=True)
-class Evaluated:
-    """One task's result and records, and the files of finished batches, for the caller to remove
-    when all that it evaluates is done.
-    """
-
-    result: Result
-    records: list[Record]
-    partials: list[Path]
-
-    def clean_records(self) -> list[Record]:
-        return [record for record in self.records if not record["contaminated"]]
-
-
-@dataclass(frozen=True)
-class _Rows:
-    """The rows of a split that are scored.
-
-    Attributes:
-      index, examples: of each row: its number in the split, and itself.
-      marks: per question of the whole split, whether it is in the training data; None where no
-        training data was named.
-    """
-
-    task: str
-    index: list[int]
-    examples: list[Example]
-    marks: list[bool] | None
-
-    def records(self) -> list[Record]:
-        records: list[Record] = [
-            {"index": i, "prompt": e.prompt, "input": e.input, "answer": e.answer or e.target}
-            for i, e in zip(self.index, self.examples, strict=True)
-        ]
-        if (units := shared_units([example.unit for example in self.examples])) is not None:
-            records = [record | {UNIT: unit} for record, unit in zip(records, units, strict=True)]
-        if self.marks is None:
-            return records
-        return [record | {"contaminated": self.marks[record["index"]]} for record in records]
-
-    def fields(self) -> Result:
-        if self.marks is None:
-            return {}
-        return {
-            "questions": len(self.marks),
-            "contaminated": sum(self.marks),
-            "clean_rows": [self.marks[i] for i in self.index].count(False),
-        }
-
-
-def one_day(run: RunConfig) -> RunConfig:
-    """`run` with the date of process 0, today if it has none, for the chat templates of all."""
-    day = distributed.from_process_0(dated(run).data.date)
-    return replace(run, data=replace(run.data, date=day))
-
-
-def evaluate_task(
+def _evaluate_task(
     run: RunConfig, model: Model, out: str | Path | None, seen: frozenset[str] | None, console: bool
-) -> Evaluated:
-    """As `evaluate`, with the records, and the files of finished batches left for the caller.
+) -> tuple[Result, list[Record]]:
+    """Scores a model as `evaluate` does; the caller removes the files of finished batches.
 
     Args:
-      seen: the normalised questions of the training data; None where none was named.
+      run, model, out, console: As for `evaluate`.
+      seen: Normalised questions of the training data; None where none was named.
+
+    Returns:
+      (The result; one record per row.)
     """
     out = None if out is None else as_path(out, "out")
-    started, env, evaluation, run = time.perf_counter(), environment(), run.eval, one_day(run)
+    started, env, run = time.perf_counter(), environment(), one_day(run)
     require_fit(run, model)
-    rows = _rows(run, seen)
-    result: Result = {"task": rows.task, "split": evaluation.split, "rows": len(rows.examples)}
+    name, examples, records, result = _rows(run, seen)
     result |= {key: getattr(model.config.execution, key) for key in ("dtype", "matmul_precision")}
-    result |= rows.fields()
-    if evaluation.loss:
-        result |= _loss_fields(run, model, rows.examples)
-    partials = {
-        kind: None if out is None else as_path(f"{out}.{kind}.partial.jsonl")
-        for kind in ("likelihood", "generation")
-    }
-    records = rows.records()
-    for fresh in _answers(run, model, rows, partials, console):
+    if run.eval.loss:
+        encoded = tokenize_examples(examples, model.tokenizer, run.data, model.config.vocab_size)
+        loss = held_out_loss(run, model, encoded)
+        result |= {"loss": loss["loss"], "loss_rows": int(loss["rows"])}
+        result["loss_documents_cut"] = encoded.truncated
+    parts: dict[str, Callable[..., list[Record]]] = {}
+    if run.eval.likelihood and all(example.options for example in examples):
+        parts["likelihood"] = likelihood_records
+    if run.eval.generate:
+        parts["generation"] = functools.partial(generation_records, task_name=name)
+    shown = console and distributed.is_main()
+    for kind, make in parts.items():
+        with progress_bar(len(examples), f"{name}: {kind}", shown) as advance:
+            fresh = make(
+                model=model,
+                examples=examples,
+                data=run.data,
+                evaluation=run.eval,
+                partial=_partial(out, kind),
+                on_batch=advance,
+            )
         records = [record | new for record, new in zip(records, fresh, strict=True)]
-    numbers, scores = _scores(evaluation, records, seen is not None)
-    result |= _facts(rows, records) | numbers
-    result |= {
-        "prompt_style": evaluation.prompt_style or run.data.prompt_style,
-        "scores": scores,
-        "seconds": time.perf_counter() - started,
-    }
+    result |= _facts(examples, records) | _scores(run, records)
+    result["seconds"] = time.perf_counter() - started
     if out is not None and distributed.is_main():
         lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
         atomic_write(f"{out}.jsonl", lines.encode())
         write_json(f"{out}.json", result | {"config": to_dict(run), "environment": env})
-    return Evaluated(result, records, [path for path in partials.values() if path is not None])
+    return result, records
 
 
-def _rows(run: RunConfig, seen: frozenset[str] | None) -> _Rows:
-    """The rows that `run.eval` asks for, compared with the questions that were `seen` in
-    training.
+def one_day(run: RunConfig) -> RunConfig:
+    """Returns `run` with the date of process 0 (today if it has none) for all chat templates."""
+    day = distributed.from_process_0(dated(run).data.date)
+    return dataclasses.replace(run, data=dataclasses.replace(run.data, date=day))
+
+
+def _rows(
+    run: RunConfig, seen: frozenset[str] | None
+) -> tuple[str, list[Example], list[Record], Result]:
+    """Compares the rows that `run.eval` asks for with the questions that were `seen` in training.
+
+    Returns:
+      (the task's name; its examples; the beginning of their records, and of the result).
     """
     evaluation = run.eval
     mixture = load_mixture(
@@ -185,74 +158,36 @@ def _rows(run: RunConfig, seen: frozenset[str] | None) -> _Rows:
         "eval.clean_only=True needs the training data to compare with; name it with --trained-on.",
     )
     (name,) = mixture.names
-    marks = None if seen is None else contaminated(mixture, seen)
-    left_out = marks if marks is not None and evaluation.clean_only else [False] * len(mixture)
+    marks = [] if seen is None else contaminated(mixture, seen)
+    left_out = marks if evaluation.clean_only else [False] * len(mixture)
     kept = [i for i, out in enumerate(left_out) if not out][: evaluation.limit]
     require(
         bool(kept),
         f"{name}: every question of its {evaluation.split} split is in the training data, so"
         " eval.clean_only=True leaves none.",
     )
-    if marks is not None and any(marks):
-        text = "%s: %d of %d questions are in the training data; " + (
-            "they are left out"
-            if evaluation.clean_only
-            else "scores are given on all rows and on the clean ones"
-        )
-        log.warning(text, name, sum(marks), len(marks))
-    return _Rows(name, kept, [mixture[i] for i in kept], marks)
+    examples = [mixture[i] for i in kept]
+    records: list[Record] = [
+        {"index": i, "prompt": e.prompt, "input": e.input, "answer": e.answer or e.target}
+        for i, e in zip(kept, examples, strict=True)
+    ]
+    if (units := shared_units([example.unit for example in examples])) is not None:
+        records = [record | {UNIT: unit} for record, unit in zip(records, units, strict=True)]
+    result: Result = {"task": name, "split": evaluation.split, "rows": len(kept)}
+    if seen is None:
+        return name, examples, records, result
+    records = [record | {"contaminated": marks[record["index"]]} for record in records]
+    if any(marks):
+        log.warning("%s: %d of %d questions are in the training data", name, sum(marks), len(marks))
+    clean = [record["contaminated"] for record in records].count(False)
+    result |= {"questions": len(marks), "contaminated": sum(marks), "clean_rows": clean}
+    return name, examples, records, result
 
 
-def _loss_fields(run: RunConfig, model: Model, examples: Sequence[Example]) -> Result:
-    encoded = tokenize_examples(examples, model.tokenizer, run.data, model.config.vocab_size)
-    loss = held_out_loss(run, model, encoded)
-    return {
-        "loss": loss["loss"],
-        "loss_rows": int(loss["rows"]),
-        "loss_documents_cut": encoded.truncated,
-    }
-
-
-def _answers(
-    run: RunConfig,
-    model: Model,
-    rows: _Rows,
-    partials: Mapping[str, Path | None],
-    console: bool,
-) -> list[list[Record]]:
-    """The records of likelihoods and of generated answers, as far as `run.eval` asks for them."""
-    found, count = [], len(rows.examples)
-    console = console and distributed.is_main()
-    if run.eval.likelihood and all(example.options for example in rows.examples):
-        with progress_bar(count, f"{rows.task}: likelihoods", console) as advance:
-            found.append(
-                likelihood_records(
-                    model,
-                    rows.examples,
-                    run.data,
-                    run.eval,
-                    partial=partials["likelihood"],
-                    on_batch=advance,
-                )
-            )
-    if run.eval.generate:
-        with progress_bar(count, f"{rows.task}: generating answers", console) as advance:
-            found.append(
-                generation_records(
-                    model,
-                    rows.task,
-                    rows.examples,
-                    run.data,
-                    run.eval,
-                    partial=partials["generation"],
-                    on_batch=advance,
-                )
-            )
-    return found
-
-
-def _facts(rows: _Rows, records: Sequence[Record]) -> Result:
-    """What a reader has to know beside the scores: answers and documents cut, chance."""
+def _facts(examples: Sequence[Example], records: Sequence[Record]) -> Result:
+    """Returns the counts that a reader needs next to the scores: answers and documents cut,
+    chance.
+    """
     facts: Result = {}
     if "document_cut" in records[0]:
         facts["documents_cut"] = sum(record["document_cut"] for record in records)
@@ -261,29 +196,183 @@ def _facts(rows: _Rows, records: Sequence[Record]) -> Result:
         compared = sum("correct" in record for record in records)
         if 0 < compared < len(records):
             facts["rows_with_answer"] = compared
-    if all(example.options for example in rows.examples):
-        guesses = [1 / len(example.options) for example in rows.examples]
+    if all(example.options for example in examples):
+        guesses = [1 / len(example.options) for example in examples]
         facts["chance"] = sum(guesses) / len(guesses)
     return facts
 
 
-def _scores(
-    evaluation: EvalConfig, records: Sequence[Record], checked: bool
-) -> tuple[Result, Result]:
-    """(the scores by their names, those of clean rows with "_clean" behind it; all of them with
-    their intervals, by kind of rows).
+def _scores(run: RunConfig, records: Sequence[Record]) -> Result:
+    """Returns the scores by name, those of clean rows with "_clean" after it, and all of them with
+    their intervals.
     """
-    scores = {} if evaluation.clean_only else {"all": scores_of(records, evaluation.seed)}
-    if checked:
-        clean = [record for record in records if not record["contaminated"]]
-        scores["clean"] = scores_of(clean, evaluation.seed)
-    first = scores.get("all", scores.get("clean", {}))
-    fields: Result = {name: score.mean for name, score in first.items()}
-    fields |= {f"{name}_clean": score.mean for name, score in scores.get("clean", {}).items()}
-    return fields, {kind: as_dicts(found) for kind, found in scores.items()}
+    kinds = rows_by_kind(records, run.eval.clean_only)
+    scores = {kind: scores_of(rows, run.eval.seed) for kind, rows in kinds.items()}
+    first = next(iter(scores.values()))
+    return {
+        **{name: score.mean for name, score in first.items()},
+        **{f"{name}_clean": score.mean for name, score in scores.get("clean", {}).items()},
+        "prompt_style": run.eval.prompt_style or run.data.prompt_style,
+        "scores": {kind: as_dicts(found) for kind, found in scores.items()},
+    }
 
 
-def remove(files: Sequence[Path]) -> None:
-    """Delete those of `files` that are there."""
-    for file in files if distributed.is_main() else ():
-        file.unlink(missing_ok=True)
+def _partial(out: str | Path | None, kind: str) -> Path | None:
+    return None if out is None else as_path(f"{out}.{kind}.partial.jsonl")
+
+
+def _remove_partials(out: str | Path | None) -> None:
+    """Deletes the files of finished batches of a task that was evaluated to `out`."""
+    for kind in ("likelihood", "generation"):
+        if (path := _partial(out, kind)) is not None and distributed.is_main():
+            path.unlink(missing_ok=True)
+
+
+# --- several tasks --------------------------------------------------------------------------------
+
+
+def evaluate_tasks(
+    run: RunConfig,
+    model: Model,
+    tasks: Sequence[str],
+    out: str | Path,
+    label: str,
+    *,
+    trained_on: Sequence[TrainedOn] | None = None,
+    replace: bool = False,
+    console: bool = True,
+) -> Result:
+    """Scores a model on several tasks, and gives the mean over the tasks of each group.
+
+    The summary is <out>/summary-<split>-<label>.json and .md; task files (see `evaluate`) are
+    <out>/<task>-<split>-<label>.json and .jsonl. The same call resumes a stopped evaluation.
+    Processes that share the model call this together; process 0 writes.
+
+    Args:
+      run: How the tasks are scored, and where their files are.
+      model: A base or fused model.
+      tasks: Names of the tasks.
+      out: The folder of the files.
+      label: Name of the model in the files' names.
+      trained_on: Training data in which test questions are looked up. For data that a run of this
+        project trained on, the split that it held out for the task itself does not count.
+      replace: Whether a summary of that name may be replaced, whatever its settings.
+      console: Whether progress is shown.
+
+    Returns:
+      The content of the summary's JSON.
+
+    Raises:
+      ConfigError: As for `check_tasks`; or `out` holds a summary of that name of another model or
+        of other settings.
+    """
+    out, env, run = as_path(out, "out"), environment(), one_day(run)
+    tasks = check_tasks(run, tasks)
+    path = out / f"summary-{run.eval.split}-{label}"
+    origin = _origin(run, model, tasks)
+    if not replace:
+        distributed.on_main(lambda: _refuse_other(as_path(f"{path}.json"), origin))
+    seen = _seen_by_task(run, tasks, trained_on)
+    files = {task: out / f"{task}-{run.eval.split}-{label}" for task in tasks}
+    results, records = [], {}
+    for task, file in files.items():
+        one = dataclasses.replace(run, data=dataclasses.replace(run.data, task=task))
+        result, records[task] = _evaluate_task(one, model, file, seen[task], console)
+        clean = rows_by_kind(records[task], clean_only=True).get("clean")
+        results.append(result | ({} if clean is None else rows_kept(clean)))
+    summary = {
+        "label": label,
+        "tasks": results,
+        "groups": _groups(run.eval, records),
+        "origin": origin,
+        "config": to_dict(run),
+        "environment": env,
+    }
+    if distributed.is_main():
+        write_result(path, summary, summary_page(summary))
+    for file in files.values():
+        _remove_partials(file)
+    return summary
+
+
+def check_tasks(run: RunConfig, tasks: Sequence[str]) -> list[str]:
+    """Checks before anything slow that tasks exist and their files are there; returns their names.
+
+    Raises:
+      ConfigError: A task is unknown, or files are missing.
+    """
+    names = [get_task(task).name for task in tasks]
+    for task in names:
+        load_mixture(dataclasses.replace(run.data, task=task), run.eval.split, 1)
+    return names
+
+
+def _seen_by_task(
+    run: RunConfig, tasks: Sequence[str], trained_on: Sequence[TrainedOn] | None
+) -> dict[str, frozenset[str] | None]:
+    """Returns task -> normalised questions that the model has seen; None where unknown."""
+    if trained_on is None:
+        log.warning(
+            "no training data was named, so no test question is checked against any; see"
+            " --trained-on"
+        )
+        return dict.fromkeys(tasks)
+    sources = [
+        ((get_task(name).dataset, split) if given.here else None, questions(rows))
+        for given in trained_on
+        for name, split, rows in source_splits(given.data)
+    ]
+    return {
+        task: frozenset[str]().union(
+            *(found for own, found in sources if own != (get_task(task).dataset, run.eval.split))
+        )
+        for task in tasks
+    }
+
+
+def _groups(evaluation: EvalConfig, records: Mapping[str, Sequence[Record]]) -> Result:
+    """Returns group -> its tasks, and their mean scores on all and on clean rows."""
+    groups: Result = {}
+    for group, members in GROUPS.items():
+        present = [task for task in records if task in members]
+        if len(present) < 2:
+            continue
+        tables = [rows_by_kind(records[task], evaluation.clean_only) for task in present]
+        groups[group] = {"tasks": present} | {
+            kind: as_dicts(group_scores([table[kind] for table in tables], evaluation.seed))
+            for kind in tables[0]
+        }
+    return groups
+
+
+def _origin(run: RunConfig, model: Model, tasks: Sequence[str]) -> Result:
+    """Returns the model's fingerprint and the settings that decide its scores."""
+    own = has_own_rows(tasks)
+    folder = run.data.data_dir or ""
+    if own and not folder.startswith(NAMED):
+        folder = str(Path(folder).expanduser().resolve())
+    return {
+        "model": fingerprint(model),
+        "data.prompt_style": run.data.prompt_style,
+        **({"data.data_dir": folder} if own else {}),
+        **{
+            f"eval.{key}": value
+            for key, value in to_dict(run.eval).items()
+            if key not in ("batch_size", "seed")
+        },
+    }
+
+
+def _refuse_other(path: Path, origin: Result) -> None:
+    """Refuses to replace a summary of another model or of other settings."""
+    if not path.is_file():
+        return
+    found = json.loads(path.read_text(encoding="utf-8"))["origin"]
+    other = [
+        key for key, value in json.loads(json.dumps(origin)).items() if found.get(key) != value
+    ]
+    require(
+        not other,
+        f"{path} holds scores of other settings ({', '.join(other)}); give another --out, or"
+        " move them away.",
+    )

@@ -71,11 +71,7 @@ def generate_tokens(
         "adapter and adapters go together: give both, or neither.",
     )
     run = packed(model, adapter)
-    variables = {"params": run.params}
-    if adapters is not None:
-        placed = place_like(run.params, adapters)
-        variables["adapters"] = unstack_layers(placed, run.config.num_layers)
-    program = _program(run, adapter, config)
+    variables, program = _variables(run, adapters), _program(run, adapter, config)
     answers: list[list[int]] = [[] for _ in prompts]
     for batch in batches([len(prompt) for prompt in prompts], config.batch_size):
         some = [prompts[i] for i in batch.rows]  # the last is the longest
@@ -146,6 +142,13 @@ def _complete(
         config.stop_token_ids or (), model.config.vocab_size, "stop_token_ids", model.tokenizer
     )
     return config.stopping_at(model.config.eos_token_ids)
+
+
+def _variables(run: Model, adapters: Tree | None) -> Tree:
+    if adapters is None:
+        return {"params": run.params}
+    placed = place_like(run.params, adapters)
+    return {"params": run.params, "adapters": unstack_layers(placed, run.config.num_layers)}
 
 
 def _program(run: Model, adapter: AdapterConfig | None, config: GenerationConfig) -> DecodeProgram:

@@ -124,8 +124,8 @@ class DecodeProgram:
     def decode(
         self, variables: Tree, tokens: Array, valid: Array, keys: Array, max_new_tokens: int
     ) -> Array:
-        """Generated tokens [B, max_new_tokens] int32: up to a row's stop token, then
-        `sampling.ENDED`; where the logits are not finite, `sampling.NON_FINITE`.
+        """Returns tokens int32 [B, max_new_tokens]: ENDED after a row's stop token, NON_FINITE for
+        logits that are not finite (both of `ops.sampling`).
         """
         state = self.prefill(variables, tokens, valid, keys, max_new_tokens)
         return self.decode_until(variables, state, keys, max_new_tokens).out
@@ -134,9 +134,7 @@ class DecodeProgram:
     def prefill(
         self, variables: Tree, tokens: Array, valid: Array, keys: Array, max_new_tokens: int
     ) -> DecodeState:
-        """The first part of `decode`: the state after the first token, with room for
-        max_new_tokens.
-        """
+        """Returns the state of `decode` after the first token, with room for max_new_tokens."""
         batch, length = tokens.shape
         slots = cache_slots(length + max_new_tokens)
         cache = init_cache(self.config, batch, slots, self.adapter)
@@ -149,8 +147,8 @@ class DecodeProgram:
     def decode_until(
         self, variables: Tree, state: DecodeState, keys: Array, until: ArrayLike
     ) -> DecodeState:
-        """The rest of `decode`: go on until `until` tokens are written (int32, at most the
-        prefill's max_new_tokens), or all rows have ended. `state` is donated.
+        """Continues `decode` until `until` tokens are written (int32, at most the prefill's
+        max_new_tokens), or all rows have ended. `state` is donated.
         """
 
         def going(s: DecodeState) -> Array:
@@ -168,9 +166,7 @@ class DecodeProgram:
         return replace(end, cache=end.cache.with_axes_of(state.cache))
 
     def _choose(self, logits: Array, keys: Array, step: Array, done: Array) -> tuple[Array, Array]:
-        """(the token that each row goes on with, ENDED where it has ended; whether it has ended
-        now).
-        """
+        """Returns (the next token of each row, ENDED after its end; whether it has ended now)."""
         drawn = self.sampler(logits, jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, step))
         ended = done
         if self.stop_token_ids:

@@ -21,31 +21,29 @@ INCOMPLETE = "\ufffd"  # the replacement character: bytes of a character that is
 
 
 def stop_ids(model: Model, prompt_style: str) -> list[int]:
-    """The ids that end an answer: a chat template's end of turn is not always the model's EOS, so
-    either does.
+    """Returns the ids that end an answer: the model's EOS and, where a chat template has another
+    one, the end of a turn.
     """
     return _drawn(model, {*model.config.eos_token_ids, end_token(model.tokenizer, prompt_style)})
 
 
 def stop_as_trained(model: Model, prompt_style: str) -> Model:
-    """`model`, with the token that ends an answer in `prompt_style` among those it stops at: fused
-    and exported, it is to stop there too.
+    """Returns `model` with the token that ends an answer in `prompt_style` among its EOS ids, so
+    that it stops there too once fused and exported.
     """
     stop, end = model.config.eos_token_ids, end_token(model.tokenizer, prompt_style)
-    return (
-        model
-        if end in stop
-        else replace(model, config=model.config.replace(eos_token_ids=(*stop, end)))
-    )
+    if end in stop:
+        return model
+    return replace(model, config=model.config.replace(eos_token_ids=(*stop, end)))
 
 
 def answer_text(tokenizer: Any, answer: Sequence[int], stop: Sequence[int]) -> str:
-    """The text of generated tokens, without the one that ended them and without special tokens. An
-    end of turn that is an added token but not special would be left in by its tokenizer.
+    """Decodes generated tokens without special tokens and without the stop token, which need not be
+    a special one.
     """
     ended = len(answer) > 0 and answer[-1] in stop
     given = answer[:-1] if ended else answer
-    # Old releases of transformers take spaces out of it otherwise.
+    # Old releases of transformers would remove spaces.
     return tokenizer.decode(given, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
@@ -66,7 +64,7 @@ def _ends(model: Model, chat: bool) -> Sequence[int]:
 
 
 def _drawn(model: Model, ids: Iterable[int]) -> list[int]:
-    """Those of `ids` that the model can give: it may have no row for a tokenizer's last ones."""
+    """Returns the `ids` in the vocabulary, which may lack a tokenizer's last ones."""
     return sorted(i for i in ids if i < model.config.vocab_size)
 
 
@@ -82,47 +80,45 @@ def generate(
     on_answer: Callable[[int, str], None] | None = None,
     **settings: Any,
 ) -> list[str]:
-    """Generate texts for text prompts. Greedy, unless `config` or `settings` say otherwise.
+    """Generates texts for text prompts; greedily, unless `config` or `settings` have a sampler.
 
     Args:
-      model: base, fused or packed, with a tokenizer.
-      prompts: texts.
-      config: how to generate; None for the defaults of `GenerationConfig`.
-      chat: wrap each prompt as a user turn in the tokenizer's chat template, as training with
-        data.prompt_style="chat" does; without it a prompt is continued as it is.
-      date: the day that the template is told, "2026-11-26" (data.date of the run that trained the
+      model: A base, fused or packed model with a tokenizer.
+      prompts: Texts.
+      config: Settings of generation; None for the defaults of `GenerationConfig`.
+      chat: Whether each prompt becomes a user turn in the tokenizer's chat template, as in training
+        with data.prompt_style="chat"; otherwise the model continues the prompt as it is.
+      date: The day given to the template, "2026-11-26" (data.date of the run that trained the
         model); None for today.
-      adapter, adapters: of an adapter to run beside the base, as for `generate_tokens`.
-      on_answer: called with the number and the text of each answer as soon as its batch is done.
-      settings: fields of `GenerationConfig`, in place of those of `config`.
+      adapter, adapters: An unmerged adapter, as for `generate_tokens`.
+      on_answer: Called with the number and the text of each answer when its batch is done.
+      settings: Fields of `GenerationConfig` that replace those of `config`.
 
     Returns:
       The text generated for each prompt, without special tokens.
 
     Raises:
-      ConfigError: a model without a tokenizer, chat without a chat template, or what
-        `generate_tokens` refuses.
+      ConfigError: The model has no tokenizer, or no chat template for `chat`; or as for
+        `generate_tokens`.
     """
     tokens = encode_prompts(model, prompts, chat=chat, date=date)
     config = override(config or GenerationConfig(), settings).stopping_at(_ends(model, chat))
 
-    def text(answer: Sequence[int]) -> str:
-        return answer_text(model.tokenizer, answer, config.stop_token_ids or ())
+    texts = [""] * len(tokens)
 
-    def tell(i: int, answer: Sequence[int]) -> None:
+    def keep(i: int, answer: Sequence[int]) -> None:
+        texts[i] = answer_text(model.tokenizer, answer, config.stop_token_ids or ())
         if on_answer:
-            on_answer(i, text(answer))
+            on_answer(i, texts[i])
 
-    answers = generate_tokens(
-        model, tokens, config, adapter=adapter, adapters=adapters, on_answer=tell
-    )
-    return [text(answer) for answer in answers]
+    generate_tokens(model, tokens, config, adapter=adapter, adapters=adapters, on_answer=keep)
+    return texts
 
 
 def encode_prompts(
     model: Model, prompts: Sequence[str], *, chat: bool = False, date: str | None = None
 ) -> list[list[int]]:
-    """The token ids that `generate` gives a model for text prompts; arguments as for `generate`."""
+    """Returns the token ids that `generate` gives the model; arguments as for `generate`."""
     tokenizer = _tokenizer(model)
     wrong = next((p for p in prompts if not isinstance(p, str)), None)
     require(
@@ -142,23 +138,24 @@ def stream(
     date: str | None = None,
     **settings: Any,
 ) -> Iterator[str]:
-    """Generate the answer to one prompt, piece by piece as it comes.
+    """Generates the answer to one prompt piece by piece.
 
     Args:
-      model: base, fused or packed, with a tokenizer.
-      prompt: a text, continued as it is, or the turns of a conversation, rendered by the
+      model: A base, fused or packed model with a tokenizer.
+      prompt: A text, which the model continues, or the turns of a conversation, rendered by the
         tokenizer's chat template.
-      config: how to generate; None for the defaults of `GenerationConfig`, and max_new_tokens=256.
-      date: as for `generate`.
-      settings: fields of `GenerationConfig`, in place of those of `config`.
+      config: Settings of generation; None for the defaults of `GenerationConfig`, but
+        max_new_tokens=256.
+      date: As for `generate`.
+      settings: Fields of `GenerationConfig` that replace those of `config`.
 
     Yields:
-      Pieces that together are the text that `generate` gives. A piece never ends within a
-      character, so there may be fewer pieces than tokens. Where a model writes bytes that are no
-      text, a later one may change how those before it are read; what was yielded stays.
+      Pieces of the text that `generate` returns. A piece never ends within a character, so there
+      may be fewer pieces than tokens. Where a model writes bytes that are no text, later bytes may
+      change how earlier ones are read; yielded pieces stay.
 
     Raises:
-      ConfigError: as for `generate`.
+      ConfigError: As for `generate`.
     """
     tokenizer = _tokenizer(model)
     chat = not isinstance(prompt, str)
@@ -183,6 +180,6 @@ def stream(
 
 
 def _behind(said: str, whole: str) -> str:
-    """`whole` from where it goes on, or otherwise, than `said`."""
+    """Returns `whole` from the place where it extends `said`, or differs from it."""
     same = (i for i, (a, b) in enumerate(zip(said, whole, strict=False)) if a != b)
     return whole[next(same, len(said)) :]
