@@ -6,7 +6,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import pytest
 from support.byte_tokenizer import byte_tokenizer
 from support.models import tiny_model, untied
@@ -15,7 +14,6 @@ from zflora_jax.core.fields import ConfigError
 from zflora_jax.inference.decode import generate_tokens, stream_tokens
 from zflora_jax.inference.generation_config import GenerationConfig, Sampler
 from zflora_jax.inference.text import generate
-from zflora_jax.nn.llama import forward
 
 # --- wrong input ----------------------------------------------------------------------------------
 
@@ -99,12 +97,3 @@ def test_keywords_are_fields_of_the_config_and_win_over_it() -> None:
     assert list(stream_tokens(model, prompts[0], config)) == want[0]
     greedy = generate_tokens(model, prompts, max_new_tokens=6, stop_token_ids=())
     assert generate_tokens(model, prompts, config, sampler=None) == greedy != want
-
-
-def test_masks_may_be_lists():
-    model, tokens = tiny_model(), [[1, 2, 3, 4]]
-    mask = [[False, True, True, True]]
-    wanted = forward(model, np.asarray(tokens, np.int32), padding_mask=np.asarray(mask))
-    for given in ({"padding_mask": mask}, {"segment_ids": [[0, 1, 1, 1]]}):
-        found = np.asarray(forward(model, tokens, **given))
-        np.testing.assert_allclose(found[:, 1:], np.asarray(wanted)[:, 1:], atol=1e-5)

@@ -80,7 +80,7 @@ def check_row(model: Model, ids: Any, name: str) -> None:
     """Refuses a row that is empty, or not a list of the model's token ids."""
     require(
         not isinstance(ids, str) and hasattr(ids, "__len__"),
-        f"{name} is {ids!r}: expected a list of token ids, e.g. [1, 2]. Encode texts with the"
+        f"{name} is {ids!r:.80}: expected a list of token ids, e.g. [1, 2]. Encode texts with the"
         " model's tokenizer, or use `zf.generate`, which takes a list of texts.",
     )
     require(
