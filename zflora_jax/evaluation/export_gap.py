@@ -78,8 +78,10 @@ def export_gap(
             model.params.clear()
         file.seek(0)
         there, gaps = local_copy(path), []
-        load = load_model if there.suffix == ".gguf" else load_stock
-        export = load(there, scan_layers=stacked, mesh=mesh)
+        if there.suffix == ".gguf":
+            export = load_model(there, scan_layers=stacked, mesh=mesh)
+        else:
+            export = load_stock(there, stacked, mesh)
         for ids in rows:
             found, wanted = _logits(export, ids), np.load(file)
             _require_finite(found, f"export at {path}", "export in float32 or bfloat16")

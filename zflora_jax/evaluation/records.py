@@ -86,14 +86,7 @@ def generation_records(
             batch_size=evaluation.batch_size,
             stop_token_ids=stop,
         )
-        return [
-            {
-                "output": answer_text(model.tokenizer, ids, stop),
-                "new_tokens": len(ids),
-                "cut": not ids or ids[-1] not in stop,
-            }
-            for ids in outputs
-        ]
+        return [_answer(model, ids, stop) for ids in outputs]
 
     key = ("generation, cut", stop, new_tokens)
     records = _in_batches(answer, model, prompts, key, evaluation.batch_size, partial, on_batch)
@@ -102,6 +95,11 @@ def generation_records(
             record["document_cut"] = is_cut
         record |= _judged(task, style, record["output"], example)
     return records
+
+
+def _answer(model: Model, ids: Sequence[int], stop: Sequence[int]) -> Record:
+    text = answer_text(model.tokenizer, ids, stop)
+    return {"output": text, "new_tokens": len(ids), "cut": not ids or ids[-1] not in stop}
 
 
 def _judged(task: Task, style: str, text: str, example: Example) -> Record:

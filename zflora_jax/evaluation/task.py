@@ -246,7 +246,7 @@ def evaluate_tasks(
 
     The summary is <out>/summary-<split>-<label>.json and .md; task files (see `evaluate`) are
     <out>/<task>-<split>-<label>.json and .jsonl. The same call resumes a stopped evaluation.
-    Processes that share the model call this together; process 0 writes.
+    Processes that share the model call this together.
 
     Args:
       run: How the tasks are scored, and where their files are.
@@ -254,8 +254,8 @@ def evaluate_tasks(
       tasks: Names of the tasks.
       out: The folder of the files.
       label: Name of the model in the files' names.
-      trained_on: Training data in which test questions are looked up. For data that a run of this
-        project trained on, the split that it held out for the task itself does not count.
+      trained_on: Training data in which test questions are looked up; the split that a run of this
+        project held out for the task itself does not count.
       replace: Whether a summary of that name may be replaced, whatever its settings.
       console: Whether progress is shown.
 
@@ -263,13 +263,11 @@ def evaluate_tasks(
       The content of the summary's JSON.
 
     Raises:
-      ConfigError: As for `check_tasks`; or `out` holds a summary of that name of another model or
-        of other settings.
+      ConfigError: As for `check_tasks`, or a summary there is of another model or other settings.
     """
     out, env, run = as_path(out, "out"), environment(), one_day(run)
     tasks = check_tasks(run, tasks)
-    path = out / f"summary-{run.eval.split}-{label}"
-    origin = _origin(run, model, tasks)
+    path, origin = out / f"summary-{run.eval.split}-{label}", _origin(run, model, tasks)
     if not replace:
         distributed.on_main(lambda: _refuse_other(as_path(f"{path}.json"), origin))
     seen = _seen_by_task(run, tasks, trained_on)
@@ -278,8 +276,8 @@ def evaluate_tasks(
     for task, file in files.items():
         one = dataclasses.replace(run, data=dataclasses.replace(run.data, task=task))
         result, records[task] = _evaluate_task(one, model, file, seen[task], console)
-        clean = rows_by_kind(records[task], clean_only=True).get("clean")
-        results.append(result | ({} if clean is None else rows_kept(clean)))
+        clean = rows_by_kind(records[task], clean_only=True)
+        results.append(result | (rows_kept(clean["clean"]) if clean else {}))
     summary = {
         "label": label,
         "tasks": results,

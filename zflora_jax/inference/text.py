@@ -104,15 +104,17 @@ def generate(
     tokens = encode_prompts(model, prompts, chat=chat, date=date)
     config = override(config or GenerationConfig(), settings).stopping_at(_ends(model, chat))
 
-    texts = [""] * len(tokens)
+    def text(answer: Sequence[int]) -> str:
+        return answer_text(model.tokenizer, answer, config.stop_token_ids or ())
 
-    def keep(i: int, answer: Sequence[int]) -> None:
-        texts[i] = answer_text(model.tokenizer, answer, config.stop_token_ids or ())
+    def tell(i: int, answer: Sequence[int]) -> None:
         if on_answer:
-            on_answer(i, texts[i])
+            on_answer(i, text(answer))
 
-    generate_tokens(model, tokens, config, adapter=adapter, adapters=adapters, on_answer=keep)
-    return texts
+    answers = generate_tokens(
+        model, tokens, config, adapter=adapter, adapters=adapters, on_answer=tell
+    )
+    return [text(answer) for answer in answers]
 
 
 def encode_prompts(
