@@ -154,8 +154,8 @@ def test_an_export_stops_at_what_was_trained(directory, tmp_path, monkeypatch):
     model = transformers.AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).eval()
 
     def eot_at_the_third(given: Any, scores: Any) -> Any:
-        if given.shape[1] == len(ids) + 2:
-            scores[:, EOT] = 1e9
+        scores[:, EOT] = 1e9 if given.shape[1] == len(ids) + 2 else -1e9
+        scores[:, EOS] = -1e9  # a draw might end the answer earlier
         return scores
 
     said = model.generate(
