@@ -15,7 +15,7 @@ from zflora_jax.inference.decode import generate_tokens, stream_tokens
 from zflora_jax.inference.generation_config import GenerationConfig
 
 Turn = Mapping[str, str]  # {"role": "system", "user" or "assistant", "content": text}
-# Of streams, where nothing is given
+# The default of `stream`
 LONG_ANSWER = GenerationConfig(max_new_tokens=256)
 INCOMPLETE = "\ufffd"  # the replacement character: bytes of a character that is not whole yet
 
@@ -53,10 +53,6 @@ def _tokenizer(model: Model) -> Any:
         "this model has no tokenizer; use generate_tokens or stream_tokens with token ids.",
     )
     return model.tokenizer
-
-
-def _encoded(model: Model, texts: Sequence[str]) -> list[list[int]]:
-    return encode_prompt_texts(_tokenizer(model), texts)
 
 
 def _ends(model: Model, chat: bool) -> Sequence[int]:
@@ -170,7 +166,7 @@ def stream(
     config = override(config or LONG_ANSWER, settings).stopping_at(_ends(model, chat))
     given: list[int] = []
     said = ""
-    for token in stream_tokens(model, _encoded(model, [text])[0], config):
+    for token in stream_tokens(model, encode_prompt_texts(tokenizer, [text])[0], config):
         given.append(token)
         whole = answer_text(tokenizer, given, config.stop_token_ids or ())
         if not whole.endswith(INCOMPLETE):
