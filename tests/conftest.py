@@ -44,7 +44,7 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_traceback_in_locations_limit", 0)  # else a tenth of the time writes them
 
-from support.bucket import gcs_server, moto_server, new_bucket, use_store
+from support.bucket import new_bucket, server, use_store
 from support.byte_tokenizer import byte_tokenizer
 from support.models import tiny_model
 from support.runs import CONFIG, TASK_DATA, choice, saved_base, small_run
@@ -180,14 +180,14 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Model]:
 @pytest.fixture(scope="session")
 def s3() -> Iterator[str]:
     """The address of an S3 server on loopback."""
-    with moto_server() as address:
+    with server("s3") as address:
         yield address
 
 
 @pytest.fixture(scope="session")
 def gs() -> Iterator[str]:
     """The address of an emulator of Google Cloud Storage on loopback."""
-    with gcs_server() as address:
+    with server("gs") as address:
         yield address
 
 

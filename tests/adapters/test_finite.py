@@ -84,7 +84,7 @@ def test_a_last_update_that_is_no_number_is_not_the_result(run, tmp_path, monkey
         spoil_update(patch, value)
         with pytest.raises(
             NonFiniteError,
-            match="the adapters are NaN or infinite after the update of step 1; training stopped",
+            match="an adapter is NaN or infinite at step 1; training stopped",
         ):
             train(run, tmp_path, console=False)
     with Checkpoints(tmp_path, create=False) as checkpoints:
@@ -97,7 +97,7 @@ def test_a_held_out_loss_that_is_no_number_ends_the_run(run, tmp_path, monkeypat
         loss_module, "eval_step", lambda *_: Sums(np.float32("nan"), np.float32(1), {})
     )
     saved = (
-        r"after step 3 the held-out loss is nan.*the checkpoint of step 3 is saved: remove"
+        r"after step 3 the held-out loss is nan.*The checkpoint of step 3 is saved: remove"
         r" .*checkpoints.3 to go on"
     )
     with pytest.raises(NonFiniteError, match=saved):

@@ -86,7 +86,10 @@ def test_other_methods_start_normal_and_may_start_uniform(method):
 @pytest.mark.parametrize(
     ("method", "init", "message"),
     [
-        *((m, "normal", f"'normal': method '{m}' draws nothing.*unset") for m in ("ffa", "full")),
+        *(
+            (m, "normal", f"'normal': method '{m}' does not have it.*unset")
+            for m in ("ffa", "full")
+        ),
         ("lora", "gaussian", "'gaussian': .*Allowed: kaiming_uniform, normal"),
     ],
 )

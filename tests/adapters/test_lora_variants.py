@@ -175,12 +175,12 @@ def test_decode_beside_the_base_is_decode_of_the_fused(adapter: AdapterConfig) -
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"method": "ffba", "use_dora": True}, r"use_dora=True: only method 'lora' has it"),
-        ({"method": "ffa", "layers_to_transform": (0,)}, r"transform=\(0,\): only method"),
-        ({"method": "zflora-minimal", "init": "pissa"}, r"init='pissa': only method 'lora'"),
-        ({"layers_to_transform": ()}, r"layers_to_transform=\[\]: give layers, from 0"),
+        ({"method": "ffba", "use_dora": True}, r"use_dora=True: method 'ffba' does not have it"),
+        ({"method": "ffa", "layers_to_transform": (0,)}, r"transform=\(0,\): method"),
+        ({"method": "zflora-minimal", "init": "pissa"}, r"init='pissa': only method lora"),
+        ({"layers_to_transform": ()}, r"layers_to_transform=\(\): must be layers from 0"),
         ({"layers_to_transform": (0,), "use_dora": True}, r"use_dora=True is for all layers"),
-        ({"layers_to_transform": (1, 1)}, r"layers_to_transform=\[1, 1\] names a layer twice"),
+        ({"layers_to_transform": (1, 1)}, r"layers_to_transform=\(1, 1\): must be .*each once"),
         ({"rank_pattern": {"q": 0}}, r"adapter.rank_pattern: 0 for 'q' must be above 0"),
         ({"alpha_pattern": {"q(": 2.0}}, r"adapter.alpha_pattern: 'q\(' is not a valid regex"),
         ({"rank_pattern": {"q": "x"}}, r"adapter.rank_pattern\[0\]='x': expected int"),

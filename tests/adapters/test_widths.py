@@ -53,7 +53,7 @@ def test_the_advice_names_the_numbers() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"method": "lora", "head_scores": False}, r"method 'lora' widens no heads"),
+        ({"method": "lora", "head_scores": False}, r"method 'lora' does not have it"),
         ({"targets": "attention", "extra_mlp_units": 8}, r"extra_mlp_units=8 changes nothing"),
         (
             {"method": "ffba", "targets": "mlp", "extra_head_dim": 4},

@@ -141,7 +141,7 @@ def test_sweep_files_are_checked_too(refused, config_file, tmp_path):
         ),
         (
             "adapter.extra_head_dim=8",
-            "method 'zflora-minimal' does not widen the heads stream; leave extra_head_dim unset",
+            "method 'zflora-minimal' does not have it, only ffba, zflora-uniform.",
         ),
         (
             "adapter.method=zflora-mini",
@@ -153,7 +153,7 @@ def test_sweep_files_are_checked_too(refused, config_file, tmp_path):
         ),
         (
             "data.bucket_lengths=128,64",
-            "data.bucket_lengths=[128, 64]: expected increasing positive lengths",
+            "data.bucket_lengths=(128, 64): must be increasing lengths",
         ),
         (
             "optim.warmup_steps=2",

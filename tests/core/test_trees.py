@@ -27,24 +27,21 @@ def small() -> trees.Tree:
 def test_flatten_and_unflatten_are_inverse():
     flat = trees.flatten(small())
     assert list(flat) == ["embed/embedding", "layers/attn/q/kernel", "layers/norm", "step"]
-    assert_trees_equal(trees.unflatten(flat), small())
-    shuffled = dict(sorted(flat.items(), reverse=True))
-    assert_trees_equal(trees.unflatten(shuffled), small())
+    assert_trees_equal(trees.unflatten(dict(reversed(flat.items()))), small())
     assert trees.flatten({}) == {} and trees.unflatten({}) == {}
 
 
 # --- stacking -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("layers", [1, 2, 12])  # 12: "layers_10" sorts before "layers_2"
-def test_stacking_and_unstacking_are_inverse(layers):
-    stacked = tiny_model(num_layers=layers).params
-    apart = trees.unstack_layers(stacked, layers)
-    assert apart.keys() == {f"layers_{i}" for i in range(layers)} | {"embed", "final_norm"}
-    last, kernel = layers - 1, stacked["layers"]["attn"]["q"]["kernel"]
-    np.testing.assert_array_equal(apart[f"layers_{last}"]["attn"]["q"]["kernel"], kernel[last])
-    assert_trees_equal(trees.stack_layers(apart, layers), stacked)
-    assert_trees_equal(trees.unstack_layers(trees.stack_layers(apart, layers), layers), apart)
+def test_stacking_and_unstacking_are_inverse():
+    stacked = tiny_model(num_layers=12).params  # "layers_10" sorts before "layers_2"
+    apart = trees.unstack_layers(stacked, 12)
+    assert apart.keys() == {f"layers_{i}" for i in range(12)} | {"embed", "final_norm"}
+    kernel = stacked["layers"]["attn"]["q"]["kernel"]
+    np.testing.assert_array_equal(apart["layers_11"]["attn"]["q"]["kernel"], kernel[11])
+    assert_trees_equal(trees.stack_layers(apart, 12), stacked)
+    assert_trees_equal(trees.unstack_layers(stacked | {}, 12), apart)
 
 
 # --- fingerprint ----------------------------------------------------------------------------------
@@ -57,8 +54,6 @@ def test_fingerprint_is_the_same_stacked_and_unstacked(dtype):
     mark = trees.fingerprint(params)
     assert len(mark) == 64 and int(mark, 16) >= 0
     assert mark == trees.fingerprint(apart) == trees.fingerprint(jax.tree.map(np.asarray, params))
-    backwards = dict(sorted(trees.flatten(apart).items(), reverse=True))
-    assert mark == trees.fingerprint(trees.unflatten(backwards))
 
 
 def changed(name: str, leaf: object) -> trees.Tree:
@@ -98,10 +93,8 @@ def test_fingerprint_changes_with_any_value_name_shape_or_dtype(other):
 
 def test_difference_lists_missing_then_unexpected_with_the_nearest_missing_name():
     assert trees.difference(["a", "b"], ["b", "a"]) == ""
-    text = trees.difference(
-        ["attn/q/forward", "attn/k/forward", "norm"], ["attn/q/foward", "norm", "zzz"]
-    )
-    assert text.splitlines() == [
+    names = ["attn/q/forward", "attn/k/forward", "norm"]
+    assert trees.difference(names, ["attn/q/foward", "norm", "zzz"]).splitlines() == [
         "- missing    attn/k/forward",
         "- missing    attn/q/forward",
         "+ unexpected attn/q/foward (did you mean attn/q/forward?)",
@@ -115,15 +108,9 @@ SPEC = trees.map_with_names(lambda _, x: jax.ShapeDtypeStruct(x.shape, x.dtype),
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        (
-            {k: v for k, v in small().items() if k != "step"},
-            r"the tree does not have the expected leaves:\n- missing    step",
-        ),
+        ({"embed": {}}, r"the tree does not have the expected leaves:\n- missing    embed/embed"),
         (changed("stepp", np.float32(0)), r"\+ unexpected stepp"),
-        (
-            changed("layers/norm", np.ones((2, 4), np.float32)),
-            r"the tree: layers/norm has shape \(2, 4\), expected \(2, 3\)",
-        ),
+        (changed("layers/norm", np.ones((2, 4))), r"tree: layers/norm has shape \(2, 4\), exp"),
         *(
             (changed("layers/norm", leaf), "the tree: layers/norm holds NaN or infinite values")
             for leaf in (
@@ -149,10 +136,9 @@ def test_no_array_keeps_what_was_asked_of_it(dtype):
     assert array._npy_value is None
 
 
-@pytest.mark.parametrize("kind", [np.asarray, jnp.asarray])
-def test_a_fingerprint_takes_a_large_table_in_pieces(kind, monkeypatch):
+def test_a_fingerprint_takes_a_large_table_in_pieces(monkeypatch):
     table = np.arange(77, dtype=np.float32).reshape(11, 7)
-    tree, corner = {"table": kind(table), "n": kind(np.float32(2))}, {"table": (9, 5), "n": ()}
+    tree, corner = {"table": jnp.asarray(table), "n": np.float32(2)}, {"table": (9, 5), "n": ()}
     want = trees.fingerprint(tree), trees.fingerprint(tree, corner)
     monkeypatch.setattr(trees, "PIECE_BYTES", 70)  # two rows of 28 bytes
     pieces = list(trees._pieces(tree["table"], 9))

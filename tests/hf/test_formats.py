@@ -100,9 +100,9 @@ def test_a_format_holds_a_family_or_says_why_not(
         assert_trees_equal(load_peft(tmp_path / "x", base)[1], adapters)
 
 
-def test_every_family_says_something_of_every_format() -> None:
+def test_refusals_name_formats() -> None:
     for row in FAMILIES.values():
-        assert set(row.refused) == set(row.refused_heads) == set(FORMATS)
+        assert set(row.refused) | set(row.refused_heads) <= set(FORMATS)
     with pytest.raises(ConfigError, match=r"'phi3' in format 'peft': .*Merge the adapter"):
         require_format("phi3", "peft")
 

@@ -13,6 +13,7 @@ import pytest
 from support.byte_tokenizer import byte_tokenizer
 from support.grids import always
 from support.models import perturb, tiny_model
+from support.runs import claim
 
 from zflora_jax.adapters.fuse import _fuse, fuse, unfuse
 from zflora_jax.adapters.init import init_adapters
@@ -29,7 +30,7 @@ from zflora_jax.inference.likelihood import feed_pieces, token_log_p
 from zflora_jax.inference.program import DecodeProgram
 from zflora_jax.nn.llama import _forward, forward
 from zflora_jax.training.trainer import eval_step, init_state, make_train_step
-from zflora_jax.training.workdir import adopt, claim
+from zflora_jax.training.workdir import adopt
 
 ADAPTER = AdapterConfig("zflora-uniform", rank=4)
 

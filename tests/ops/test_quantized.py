@@ -43,7 +43,7 @@ def test_settings_name_the_kinds_that_there_are():
     assert quantize_config("nf4") == QuantizeConfig("nf4")
     with pytest.raises(ConfigError, match=r"quantize.kernels='int3'.*Allowed: int4"):
         quantize_config("int3")
-    with pytest.raises(ConfigError, match=r"quantize.group=48: 32, 64 or 128"):
+    with pytest.raises(ConfigError, match=r"quantize.group=48: must be 0, 32, 64 or 128"):
         QuantizeConfig("int4", group=48)
 
 

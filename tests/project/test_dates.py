@@ -142,7 +142,7 @@ def test_templates_by_name_and_templates_without_a_date():
 
 @pytest.mark.parametrize("day", ["2026-02-30", "20260203", "yesterday", "2026-2-3", ""])
 def test_a_date_that_is_none_is_refused(day):
-    with pytest.raises(ConfigError, match=r"data.date=.*expected a day as YYYY-MM-DD"):
+    with pytest.raises(ConfigError, match=r"data.date=.*must be a day as YYYY-MM-DD"):
         DataConfig(date=day)
 
 

@@ -1,6 +1,6 @@
-import json
 import struct
 import sys
+from unittest.mock import Mock, call
 
 import jax.numpy as jnp
 import numpy as np
@@ -9,10 +9,6 @@ import pytest
 from zflora_jax.core.fields import ConfigError
 from zflora_jax.reporting.metrics import MetricWriter, read_metrics
 from zflora_jax.reporting.trackers import require_trackers
-
-
-def _lines(workdir):
-    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
 
 def _events(workdir):
@@ -31,12 +27,13 @@ def test_records_are_on_disk_at_once_and_exact(tmp_path, capsys):
     with MetricWriter(tmp_path / "run", total_steps=3, console=False) as writer:
         writer.progress(1, "loss 1.0000")
         writer.write(1, "train", {"loss": jnp.float32(0.1), "tokens": np.int64(7)})
-        assert _lines(tmp_path / "run") == [
-            {"step": 1, "split": "train", "loss": float(np.float32(0.1)), "tokens": 7.0}
-        ]
+        wanted = {"step": 1, "split": "train", "loss": float(np.float32(0.1)), "tokens": 7.0}
+        assert read_metrics(tmp_path / "run" / "metrics.jsonl") == [wanted]
         writer.write(1, "eval", {"loss": float("nan")})
-        assert _lines(tmp_path / "run")[1] == {"step": 1, "split": "eval", "loss": None}
-    writer.close()  # twice is fine
+        with pytest.raises(ValueError, match=r"\['step'\] are taken"):
+            writer.write(1, "train", {"step": 2.0})
+    last = {"step": 1, "split": "eval", "loss": None}
+    assert read_metrics(tmp_path / "run" / "metrics.jsonl") == [wanted, last]
     assert capsys.readouterr().out == ""
     scalars = [(e.step, v.tag) for e in _events(tmp_path / "run") for v in e.summary.value]
     assert scalars == [(1, "train/loss"), (1, "train/tokens"), (1, "eval/loss")]
@@ -71,23 +68,7 @@ def test_resume_refuses_a_damaged_file_and_keeps_it(tmp_path):
         MetricWriter(tmp_path, total_steps=9, console=False, start_step=3)
     assert path.read_bytes() == before
     _run(tmp_path, 0, 1)  # a run from the start needs none of it, and drops it
-    assert _lines(tmp_path) == [{"step": 1, "split": "train", "loss": 0.1}]
-
-
-def test_read_metrics_lets_the_last_record_of_a_step_count(tmp_path):
-    path = tmp_path / "m.jsonl"
-    of = (("train", 3), ("eval", 2), ("train", 1))
-    records = [{"step": 1, "split": split, "loss": loss} for split, loss in of]
-    path.write_text("\n".join([*map(json.dumps, records), '{"st']))
-    assert read_metrics(path) == [records[2], records[1]]
-
-
-def test_names_of_the_record_itself_are_refused(tmp_path):
-    with (
-        MetricWriter(tmp_path, total_steps=1, console=False) as writer,
-        pytest.raises(ValueError, match=r"\['step'\] are taken"),
-    ):
-        writer.write(1, "train", {"step": 2.0})
+    assert read_metrics(path) == [{"step": 1, "split": "train", "loss": 0.1}]
 
 
 def test_progress_is_periodic_lines_when_stdout_is_no_terminal(tmp_path, capsys, monkeypatch):
@@ -124,76 +105,52 @@ def test_progress_is_a_bar_on_a_terminal(tmp_path, capsys, monkeypatch):
 # --- other trackers -------------------------------------------------------------------------------
 
 
-class _Fake:
-    """wandb's interface, as far as it is used; trackio's `log` takes the step itself."""
-
-    def __init__(self, error: Exception | None = None):
-        self.inits, self.logs, self.axes, self.finished, self.error = [], [], [], 0, error
-
-    def init(self, **settings):
-        if self.error:
-            raise self.error
-        self.inits.append(settings)
-        return self
-
-    def log(self, values, step=None):
-        self.logs.append((values, step))
-
-    def define_metric(self, name, step_metric):
-        self.axes.append((name, step_metric))
-
-    def finish(self):
-        self.finished += 1
+@pytest.fixture(params=["wandb", "trackio"])
+def fake(request, monkeypatch):
+    """A package with the interface of wandb, as far as it is used."""
+    package = Mock(package=request.param)
+    package.init.return_value = package
+    monkeypatch.setitem(sys.modules, request.param, package)
+    monkeypatch.delenv(f"{request.param.upper()}_PROJECT", raising=False)
+    return package
 
 
-@pytest.mark.parametrize("package", ["wandb", "trackio"])
-def test_trackers_see_the_same_numbers_and_go_on_where_they_were(tmp_path, monkeypatch, package):
-    fake = _Fake()
-    monkeypatch.setitem(sys.modules, package, fake)
-    monkeypatch.delenv(f"{package.upper()}_PROJECT", raising=False)
+def test_trackers_see_the_same_numbers_and_go_on_where_they_were(tmp_path, fake):
     workdir = tmp_path / "run"
     for start in (0, 2, 0):
-        shown = ("tensorboard", package), {"adapter": {"rank": 4}}
+        shown = ("tensorboard", fake.package), {"adapter": {"rank": 4}}
         with MetricWriter(workdir, 9, False, start, *shown) as writer:
             writer.write(start + 1, "train", {"loss": 0.5})
-    first, resumed, again = fake.inits
+    first, resumed, again = (made.kwargs for made in fake.init.call_args_list)
     wanted = {"config": {"adapter": {"rank": 4}}, "resume": "allow", "project": "zflora_jax"}
     assert first == resumed == first | wanted
     # A run from the start is another run.
     assert first["name"].startswith("run-") and again["name"] != first["name"]
-    assert fake.finished == 3
-    if package == "wandb":
-        assert fake.logs[1] == ({"train/loss": 0.5, "step": 3}, None)
-        assert fake.axes[0] == ("*", "step")
+    assert fake.finish.call_count == 3
+    if fake.package == "wandb":
+        assert fake.log.call_args_list[1] == call({"train/loss": 0.5, "step": 3})
+        fake.define_metric.assert_called_with("*", step_metric="step")
         assert first["id"] in first["name"] and first["dir"] == str(workdir)
-    else:
-        assert fake.logs[1] == ({"train/loss": 0.5}, 3)
+    else:  # its `log` takes the step
+        assert fake.log.call_args_list[1] == call({"train/loss": 0.5}, step=3)
     assert {v.tag for e in _events(workdir) for v in e.summary.value} == {"train/loss"}
 
 
-def test_a_tracker_that_does_not_start_says_why(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "wandb", _Fake(RuntimeError("no API key")))
-    with pytest.raises(ConfigError, match="wandb did not start: no API key"):
-        MetricWriter(tmp_path, 9, console=False, report_to=("wandb",))
-
-
-def test_a_tracker_that_is_not_installed_is_said_before_anything_slow(monkeypatch):
+def test_a_tracker_that_cannot_be_used_says_why(tmp_path, monkeypatch, fake):
+    fake.init.side_effect = RuntimeError("no API key")
+    with pytest.raises(ConfigError, match=f"{fake.package} did not start: no API key"):
+        MetricWriter(tmp_path, 9, console=False, report_to=(fake.package,))
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r"'trackio', which is not installed: pip install"):
-        require_trackers(("tensorboard", "trackio"))
-    require_trackers(("tensorboard",))
+    with pytest.raises(ConfigError, match=f"'{fake.package}', which is not installed: pip install"):
+        require_trackers(("tensorboard", fake.package))
 
 
-def test_a_tracker_that_fails_does_not_end_the_training(tmp_path, monkeypatch, caplog):
-    class Broken(_Fake):
-        def log(self, values, step=None):
-            raise OSError("no space left")
-
-    fake = Broken()
-    monkeypatch.setitem(sys.modules, "trackio", fake)
-    with MetricWriter(tmp_path, 9, console=False, report_to=("trackio", "tensorboard")) as writer:
+def test_a_tracker_that_fails_does_not_end_the_training(tmp_path, caplog, fake):
+    fake.log.side_effect = OSError("no space left")
+    both = (fake.package, "tensorboard")
+    with MetricWriter(tmp_path, 9, console=False, report_to=both) as writer:
         for step in (1, 2):
             writer.write(step, "train", {"loss": 0.5})
-    assert [line["step"] for line in _lines(tmp_path)] == [1, 2]
+    assert [record["step"] for record in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2]
     assert [e.step for e in _events(tmp_path) if e.summary.value] == [1, 2]
-    assert caplog.text.count("no space left") == 1 and fake.finished == 0
+    assert caplog.text.count("no space left") == 1 and not fake.finish.called

@@ -5,12 +5,10 @@ Storage; and buckets in them.
 from __future__ import annotations
 
 import contextlib
-import re
 import secrets
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,57 +16,31 @@ from contextlib import contextmanager
 import pytest
 
 START_WITHIN = 60.0  # seconds
+SERVERS = {
+    "s3": "moto.server -H 127.0.0.1 -p {}",
+    "gs": "gcp_storage_emulator start --in-memory --host=127.0.0.1 --port={}",
+}
 
 
 @contextmanager
-def moto_server() -> Iterator[str]:
-    """The address of an S3 server with nothing in it; it ends with the context."""
-    with tempfile.TemporaryFile() as log:
-        process = subprocess.Popen(
-            [sys.executable, "-u", "-m", "moto.server", "-H", "127.0.0.1", "-p", "0"],
-            stdout=log,
-            stderr=log,
-        )
-        try:
-            yield _address(process, log)
-        finally:
-            process.kill()
-            process.wait(timeout=30)
-
-
-def _address(process: subprocess.Popen[bytes], log: object) -> str:
-    """Which free port it took, as it says."""
-    deadline, said = time.monotonic() + START_WITHIN, ""
-    while process.poll() is None and time.monotonic() < deadline:
-        log.seek(0)  # type: ignore[attr-defined]
-        said = log.read().decode()  # type: ignore[attr-defined]
-        if found := re.search(r"Running on (http://127\.0\.0\.1:\d+)", said):
-            return found[1]
-        time.sleep(0.05)
-    raise AssertionError(f"moto did not start: {said[-1000:]}")
-
-
-@contextmanager
-def gcs_server() -> Iterator[str]:
-    """As `moto_server`, of Google Cloud Storage."""
+def server(scheme: str) -> Iterator[str]:
+    """The address of a store with nothing in it; it ends with the context."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "gcp_storage_emulator", "start", "--in-memory"]
-    with tempfile.TemporaryFile() as log:
-        process = subprocess.Popen(
-            [*command, "--host=127.0.0.1", f"--port={port}"], stdout=log, stderr=log
-        )
-        try:
-            deadline = time.monotonic() + START_WITHIN
-            while process.poll() is None and time.monotonic() < deadline:
-                with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port)):
-                    break
-                time.sleep(0.05)
-            yield f"http://127.0.0.1:{port}"
-        finally:
-            process.kill()
-            process.wait(timeout=30)
+    command = [sys.executable, "-m", *SERVERS[scheme].format(port).split()]
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    process = subprocess.Popen(command, **quiet)
+    try:
+        deadline = time.monotonic() + START_WITHIN
+        while process.poll() is None and time.monotonic() < deadline:
+            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port)):
+                break
+            time.sleep(0.05)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        process.kill()
+        process.wait(timeout=30)
 
 
 def use_store(patch: pytest.MonkeyPatch, scheme: str, address: str) -> None:

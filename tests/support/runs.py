@@ -18,7 +18,7 @@ from zflora_jax.experiments.train import Trained, train
 from zflora_jax.hf.save import save_hf
 from zflora_jax.training.checkpoint import Checkpoints
 from zflora_jax.training.trainer import fresh_state
-from zflora_jax.training.workdir import CHECKPOINTS, META
+from zflora_jax.training.workdir import CHECKPOINTS, META, claimed
 
 TASK_DATA = DataConfig(bucket_lengths=(256, 512))
 EVAL = EvalConfig(limit=None, batch_size=4, max_new_tokens=6)
@@ -87,6 +87,12 @@ def real_data(relative: str = "") -> Path:
     if not path.exists():
         pytest.skip(f"{path} is not there; set ZFLORA_DATA to the folder of the real data")
     return path
+
+
+def claim(workdir: Path, run: RunConfig) -> None:
+    """Lets `workdir` look as if `run` had been started there."""
+    with claimed(workdir, run):
+        pass
 
 
 def mark_saved(workdir: Path, step: int) -> None:

@@ -7,7 +7,6 @@ from __future__ import annotations
 import json
 from hashlib import sha256
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 from unittest.mock import Mock
 
@@ -15,16 +14,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from botocore.exceptions import EndpointConnectionError
+from support.bucket import new_bucket, use_store
 from support.runs import quiet_train
 
 from zflora_jax.core.errors import Preempted
 from zflora_jax.core.fields import ConfigError, override
-from zflora_jax.core.run_config import MeshConfig, RunConfig
-from zflora_jax.core.storage import as_path, objects, put, remove
+from zflora_jax.core.run_config import MeshConfig
+from zflora_jax.core.storage import as_path, objects, remove
 from zflora_jax.experiments.restore import load_run
-from zflora_jax.experiments.train import _first_state
-from zflora_jax.parallel import distributed
 from zflora_jax.parallel.distributed import StopSignals
 from zflora_jax.parallel.sharding import make_mesh
 from zflora_jax.reporting.files import atomic_write
@@ -39,21 +36,14 @@ def place(request, tmp_path) -> Path:
     """A workdir on disk, and in a bucket of each type of store."""
     if request.param == "disk":
         return tmp_path / "run"
-    from support.bucket import new_bucket, use_store
-
-    use_store(
-        request.getfixturevalue("monkeypatch"),
-        request.param,
-        request.getfixturevalue(request.param),
-    )
+    patch, store = map(request.getfixturevalue, ("monkeypatch", request.param))
+    use_store(patch, request.param, store)
     return as_path(f"{new_bucket(request.param)}/run")
 
 
 def state_of(step: int) -> TrainState:
-    adapters = {
-        "a": jnp.full((3, 2), step, jnp.float32),
-        "b": jnp.arange(4, dtype=jnp.bfloat16) + jnp.bfloat16(step),
-    }
+    half = jnp.arange(4, dtype=jnp.bfloat16) + jnp.bfloat16(step)
+    adapters = {"a": jnp.full((3, 2), step, jnp.float32), "b": half}
     return TrainState(jnp.int32(step), adapters, (jnp.float32(0.1 * step), jnp.bool_(True)))
 
 
@@ -102,28 +92,24 @@ def test_a_state_comes_back_on_another_mesh(tmp_path):
             assert like.sharding is None or found.sharding == like.sharding
 
 
-def damage(file: Path, how: str) -> None:
-    content = file.read_bytes()
-    if how == "lost":
-        file.unlink()
-    elif how == "flipped":
-        content = content[:-1] + bytes([content[-1] ^ 1])
-        put(file, content) if "://" in str(file) else file.write_bytes(content)
-    else:
-        content = content[: len(content) // 2] if how == "cut" else b""
-        put(file, content) if "://" in str(file) else file.write_bytes(content)
+DAMAGE = {
+    "cut": lambda content: content[: len(content) // 2],
+    "emptied": lambda content: b"",
+    "flipped": lambda content: content[:-1] + bytes([content[-1] ^ 1]),
+}
 
 
 @pytest.mark.parametrize(
     ("name", "how"),
     [
-        *(("state/manifest.ocdbt", how) for how in ("lost", "cut", "emptied", "flipped")),
+        *(("state/manifest.ocdbt", how) for how in ("lost", *DAMAGE)),
         *((META, how) for how in ("cut", "emptied")),
     ],
 )
 def test_a_damaged_checkpoint_names_the_remedy(place, name, how):
     save(place, {1: None, 2: None}, max_to_keep=2)
-    damage(place / "checkpoints" / "2" / name, how)
+    file = place / "checkpoints" / "2" / name
+    atomic_write(file, DAMAGE[how](file.read_bytes())) if how in DAMAGE else file.unlink()
     with Checkpoints(place) as checkpoints:
         with pytest.raises(ConfigError, match=r"2 cannot be read \(.*go on from step 1\.$"):
             checkpoints.restore(state_of(0))
@@ -133,7 +119,10 @@ def test_a_damaged_checkpoint_names_the_remedy(place, name, how):
     remove(place / "checkpoints" / "1")
     with (
         Checkpoints(place, create=False) as checkpoints,
-        pytest.raises(ConfigError, match=r"It is the only one: start the run anew in another --wo"),
+        pytest.raises(
+            ConfigError,
+            match=r"run the same command again: .*start the run anew",
+        ),
     ):
         checkpoints.restore(state_of(0))
 
@@ -146,18 +135,6 @@ def test_a_step_without_its_meta_does_not_count_and_is_removed(place):
         assert (place / "checkpoints" / "2").is_dir()
     with Checkpoints(place) as checkpoints:
         assert checkpoints.latest == 1 and not (place / "checkpoints" / "2").exists()
-
-
-def test_an_outage_is_no_reason_to_remove_a_checkpoint(bucket, monkeypatch):
-    place = as_path(f"{bucket}/run")
-    save(place, {1: None, 2: None}, max_to_keep=2)
-    down = Mock(side_effect=EndpointConnectionError(endpoint_url="http://store"))
-    monkeypatch.setattr(checkpoint_module, "local_copy", down)
-    with (
-        Checkpoints(place, create=False) as checkpoints,
-        pytest.raises(ConfigError, match=r"If the store or the network failed, run the same comm"),
-    ):
-        checkpoints.restore(state_of(0))
 
 
 def test_a_reader_beside_a_run_that_goes_on(place, monkeypatch):
@@ -187,18 +164,12 @@ def test_a_write_that_fails_keeps_the_checkpoints_before_it(place, monkeypatch):
                 checkpoints.save(2, state_of(2), {})
                 checkpoints.save(3, state_of(3), {})  # waits for the one before
         assert saved_steps(place) == [1]
+    lost = Mock(side_effect=OSError("taken over"))
+    with pytest.raises(SaveError, match=r"could not be written to .*taken over"):
+        save(place, {2: None}, before_commit=lost)
+    assert saved_steps(place) == [1]
     save(place, {2: None})
     assert saved_steps(place) == [2]
-
-
-def test_a_run_that_lost_its_lock_saves_nothing(place):
-    lost = Mock(side_effect=OSError("taken over"))
-    with (
-        pytest.raises(SaveError, match=r"could not be written to .*taken over"),
-        Checkpoints(place, before_commit=lost) as checkpoints,
-    ):
-        checkpoints.save(1, state_of(1), {})
-    assert saved_steps(place) == []
 
 
 def test_old_steps_that_cannot_be_removed_are_a_warning(place, monkeypatch, caplog):
@@ -260,12 +231,10 @@ def test_saved_is_the_state_of_its_step(tmp_path):
 
 def test_a_step_is_saved_before_it_is_evaluated(run, tmp_path, monkeypatch):
     """Evaluation may take long, and cannot be interrupted."""
-    with monkeypatch.context() as patch:
-        patch.setattr(
-            "zflora_jax.experiments.setup.held_out_loss", Mock(side_effect=KeyboardInterrupt)
-        )
-        with pytest.raises(KeyboardInterrupt):
-            quiet_train(override(run, {"train.save_every": None}), tmp_path)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        stop = Mock(side_effect=KeyboardInterrupt)
+        patch.setattr("zflora_jax.experiments.setup.held_out_loss", stop)
+        quiet_train(override(run, {"train.save_every": None}), tmp_path)
     assert quiet_train(run, tmp_path).report["resumed_from"] == run.train.steps
     with pytest.raises(ConfigError, match=r"has no best checkpoint: train with train.keep_best=T"):
         load_run(tmp_path, "best")
@@ -274,15 +243,8 @@ def test_a_step_is_saved_before_it_is_evaluated(run, tmp_path, monkeypatch):
 
 
 def test_the_best_checkpoint_of_a_run(run, tmp_path, monkeypatch):
-    steps = {"train.steps": 12, "train.eval_every": 2, "train.max_to_keep": 1}
-    run = override(run, steps | {"eval.split": "validation"})
-    for wrong, said in (
-        ({"train.eval_every": "None"}, "train.keep_best=True needs the loss of every checkpoint"),
-        ({"eval.split": "test"}, "set eval.split=validation"),
-    ):
-        with pytest.raises(ConfigError, match=said):
-            override(run, {"train.keep_best": "True"} | wrong)
-    run = override(run, {"train.keep_best": "True"})
+    best = {"train.keep_best": True, "train.eval_every": 2, "eval.split": "validation"}
+    run = override(run, best | {"train.steps": 12, "train.max_to_keep": 1})
     losses = iter([3.0, 2.0, 1.0, 2.0, 1.5, 1.2])
     monkeypatch.setattr(
         "zflora_jax.experiments.setup.held_out_loss",
@@ -295,25 +257,3 @@ def test_the_best_checkpoint_of_a_run(run, tmp_path, monkeypatch):
     quiet_train(run, tmp_path)
     assert saved_steps(tmp_path) == [6, 12]
     assert [load_run(tmp_path, step)[3] for step in (None, "best", "6")] == [12, 6, 6]
-
-
-@pytest.mark.parametrize("of_process_0", [2, None])
-def test_the_newest_checkpoint_is_that_of_process_0(of_process_0, monkeypatch, tmp_path):
-    """A network file system can show another host one more, or one less."""
-    monkeypatch.setattr(distributed, "from_process_0", lambda value: of_process_0)
-    prints = {"base_fingerprint": "", "data_fingerprint": ""}
-    restore = Mock(
-        side_effect=lambda _, step: (SimpleNamespace(step=step), prints | {"seconds": 1.5})
-    )
-    setup: Any = SimpleNamespace(
-        fresh_state=lambda: "fresh",
-        state_like=lambda: None,
-        fingerprints=prints,
-        run=RunConfig(),
-    )
-    there: Any = SimpleNamespace(latest=4, restore=restore)
-    state, seconds = _first_state(setup, there, tmp_path)
-    if of_process_0 is None:
-        assert (state, seconds) == ("fresh", 0.0) and not restore.called
-    else:
-        assert (state.step, seconds) == (2, 1.5)

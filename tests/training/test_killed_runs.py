@@ -1,30 +1,34 @@
-"""Runs that are killed, on disk and in a bucket, go on as if they had not been; several processes
-in a bucket. The store is an S3 server on loopback.
+"""Runs that are killed or broken, on disk and in a bucket, go on as if they had not been; several
+processes in a bucket. The store is an S3 server on loopback.
 """
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import jax
 import numpy as np
 import pytest
-from support.bucket import names
 from support.checks import assert_trees_equal
 from support.hosts import config_file, finish, spawn
 from support.killed import killed_run
 from support.runs import quiet_train, saved_state, small_run
 
+from zflora_jax.cli.main import main
 from zflora_jax.core.fields import override
 from zflora_jax.core.run_config import RunConfig
 from zflora_jax.core.storage import as_path
-from zflora_jax.experiments import export, restore
+from zflora_jax.experiments import train as whole_run
 from zflora_jax.experiments.run_report import read_report
-from zflora_jax.parallel import distributed
+from zflora_jax.parallel.distributed import StopSignals
 from zflora_jax.reporting.metrics import read_metrics
 from zflora_jax.training import lock
+from zflora_jax.training.trainer import step_of
 from zflora_jax.training.workdir import read_starts, saved_steps
 
 TIMES = ("target_tokens_per_s",)  # of a record
@@ -66,15 +70,10 @@ def same_outcome(run: RunConfig, workdir: Any, whole: Path) -> None:
 # Store, file, how many of it, and when: a state that does not count yet, one whose predecessors are
 # not removed yet, records of a state that is not saved, and files at the start and the end.
 POINTS = [
-    ("disk", "4/meta.json", 1, "before"),
-    ("s3", "4/meta.json", 1, "before"),
-    ("disk", "6/state", 1, "before"),
-    ("disk", "6/meta.json", 1, "after"),
-    ("s3", "6/meta.json", 1, "after"),
-    ("s3", "metrics.jsonl", 3, "after"),
-    ("s3", "config.json", 1, "after"),
+    *(("disk", "4/meta.json", 1, "before"), ("s3", "4/meta.json", 1, "before")),
+    *(("disk", "6/state", 1, "before"), ("s3", "6/meta.json", 1, "after")),
+    *(("s3", "metrics.jsonl", 3, "after"), ("s3", "config.json", 1, "after")),
     ("disk", "report.json", 1, "before"),
-    ("s3", "report.json", 1, "before"),
 ]
 
 
@@ -103,29 +102,72 @@ def test_a_killed_run_goes_on_bit_for_bit(run, url, whole, tmp_path, point):
         assert starts[1]["jax"] == jax.__version__
         there = {path.name for path in workdir.iterdir()} - {"compile_cache"}
         files = {"config.json", "metrics.jsonl", "starts.jsonl", "report.json", "tensorboard"}
-        assert there == files | {"checkpoints", ".lock"}
+        assert there == files | {"checkpoints"} | ({".lock"} if store == "disk" else set())
         before = read_report(workdir)
         assert quiet_train(run, workdir).report == before  # finished: nothing is trained again
 
 
+# --- faults ---------------------------------------------------------------------------------------
+
+
+def signals(patch: pytest.MonkeyPatch) -> None:
+    """SIGTERM in step 5, and again before it has saved."""
+    requested = StopSignals.requested
+
+    def signalled(self: StopSignals, step: int) -> bool:
+        for _ in range(2 if step == 5 else 0):
+            os.kill(os.getpid(), signal.SIGTERM)
+        return requested(self, step)
+
+    patch.setattr(StopSignals, "requested", signalled)
+
+
+def full_disk(patch: pytest.MonkeyPatch) -> None:
+    """It has room for two checkpoints."""
+    patch.setattr(os, "posix_fallocate", Mock(side_effect=[None, None, OSError(28, "full")]))
+
+
+def not_finite(patch: pytest.MonkeyPatch) -> None:
+    """Step 7 has a finite loss, and an update that spoils the adapters."""
+
+    def made(*args: Any) -> Any:
+        step = step_of(*args)
+
+        def one(params: Any, state: Any, batch: Any) -> Any:
+            factor = np.float32("nan" if int(state.step) == 6 else 1)
+            state, metrics = step(params, state, batch)
+            state = state.replace(adapters=jax.tree.map(lambda x: x * factor, state.adapters))
+            return state, metrics | {"grad_norm": metrics["grad_norm"] * factor}
+
+        return one
+
+    patch.setattr(whole_run, "step_of", made)
+
+
+@pytest.mark.parametrize(
+    ("fault", "code", "said", "step"),
+    [
+        (signals, 75, "stopped by a signal after step 5", 5),
+        (full_disk, 2, "a checkpoint could not be written", 4),
+        (not_finite, 3, "grad_norm is nan at step 7", 6),
+    ],
+)
+def test_a_fault_ends_a_run_that_then_goes_on(
+    run, whole, tmp_path, monkeypatch, capsys, fault, code, said, step
+):
+    """The exit code and the message are those that are documented."""
+    handler = signal.getsignal(signal.SIGTERM)  # a stopped command ignores what comes after
+    config, workdir = config_file(run, tmp_path / "config.py"), tmp_path / "run"
+    with monkeypatch.context() as patch:
+        fault(patch)
+        assert main(["train", "--config", config, "--workdir", str(workdir)]) == code
+    signal.signal(signal.SIGTERM, handler)
+    assert said in capsys.readouterr().err
+    assert quiet_train(run, workdir).report["resumed_from"] == step
+    same_outcome(run, workdir, whole)
+
+
 # --- several processes ----------------------------------------------------------------------------
-
-
-def test_processes_find_each_other_in_a_bucket(bucket, tmp_path, monkeypatch):
-    """Also at its top, where the directory of an export is shared."""
-    file = as_path(f"{bucket}/.shared-1")
-    assert not distributed._appears(file, 0.0)
-    distributed._write_nonce(file)
-    assert distributed._appears(file, 0.0)
-    monkeypatch.setattr(distributed.jax, "process_count", lambda: 2)
-    monkeypatch.setattr(distributed, "from_process_0", lambda value: value)
-    gathered = lambda own: np.stack([own] * 2)  # noqa: E731
-    monkeypatch.setattr(distributed.multihost_utils, "process_allgather", gathered)
-    monkeypatch.setattr(restore, "load_run", lambda *_, **__: 1 / 0)  # the checks are passed
-    for out in (f"{bucket}/export", tmp_path / "export"):
-        with pytest.raises(ZeroDivisionError):
-            export.export_run("run", out)
-    assert names(bucket) == [".shared-1"] and list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.soak  # twin: test_checkpoint's two processes

@@ -43,28 +43,19 @@ def run(steps, *hooks, first=0):
     return int(fit(step_fn, jnp.int32(2), state, batches, steps, hooks, placed).step)
 
 
-def test_metrics_come_once_the_next_step_runs():
+def test_hooks_are_called_in_order_with_metrics_one_step_late():
+    """The state comes after its metrics, and results go from hook to hook."""
     calls = []
     assert run(3, Recorder("a", calls)) == 3
     assert [call[1:3] for call in calls] == [
-        ("batch", 1),
-        ("batch", 2),
-        ("metrics", 1),
-        ("batch", 3),
-        ("metrics", 2),
-        ("metrics", 3),
+        *(("batch", 1), ("batch", 2), ("metrics", 1)),
+        *(("batch", 3), ("metrics", 2), ("metrics", 3)),
     ]
-    assert [call[3] for call in calls if call[1] == "metrics"] == [20.0, 40.0, 60.0]
-
-
-def test_the_state_comes_after_its_metrics_and_results_go_from_hook_to_hook():
-    calls = []
+    calls.clear()
     run(4, Recorder("a", calls, every=4), Recorder("b", calls, every=2), Recorder("c", calls))
     shown = [call for call in calls if call[1] == "state" or call[1:3] == ("metrics", 2)]
     assert shown == [
-        ("a", "metrics", 2, 40.0),
-        ("b", "metrics", 2, 40.0),
-        ("c", "metrics", 2, 40.0),
+        *((name, "metrics", 2, 40.0) for name in "abc"),
         ("b", "state", 2, 2, {}),
         ("a", "state", 4, 4, {}),
         ("b", "state", 4, 4, {"a": 4}),
@@ -74,11 +65,8 @@ def test_the_state_comes_after_its_metrics_and_results_go_from_hook_to_hook():
 def test_a_stop_ends_training_with_the_state_for_who_wants_it():
     calls = []
     assert run(8, Recorder("a", calls, every=5, stop_at=3), Recorder("b", calls)) == 3
-    assert calls[-3:] == [
-        ("a", "metrics", 3, 60.0),
-        ("b", "metrics", 3, 60.0),
-        ("a", "state", 3, 3, {}),
-    ]
+    metrics = [(name, "metrics", 3, 60.0) for name in "ab"]
+    assert calls[-3:] == [*metrics, ("a", "state", 3, 3, {})]
     calls.clear()
     assert run(8, Recorder("a", calls, stop_at=3)) == 3
     assert calls[-1] == ("a", "metrics", 3, 60.0)

@@ -4,7 +4,7 @@ take it as it is. Here a direct preference loss that compares with the base, as 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar
 
 import jax
@@ -114,7 +114,7 @@ def test_a_run_logs_evaluates_and_plans_what_its_objective_says(run, tmp_path, m
     for module in (trainer, loss_module):
         monkeypatch.setattr(module, "objective_of", weighted)
     # Adam's updates do not depend on the scale of a loss, but for its eps.
-    run = replace(run, optim=replace(run.optim, eps=1e-30, clip_norm=None))
+    run = override(run, {"optim.eps": 1e-30, "optim.clip_norm": None})
     found = quiet_train(run, tmp_path / "weighted").report
     np.testing.assert_allclose(found["test_loss"], 3 * plain["test_loss"], rtol=0.05)
     for record in read_metrics(tmp_path / "weighted" / "metrics.jsonl"):

@@ -36,7 +36,7 @@ FULL = AdapterConfig("full")
 
 
 def settings(optimizer: str) -> OptimConfig:
-    # At which a few steps on one batch lower its loss.
+    """At which a few steps on one batch lower its loss."""
     rate = {"sgd": 0.3, "lion": 3e-4}.get(optimizer, 3e-3)
     return OptimConfig(rate, "constant", warmup_steps=0, eps=1e-3, optimizer=optimizer)
 
@@ -82,12 +82,11 @@ def test_it_trains_resumes_and_shards(optimizer, adapter, tmp_path):
     np.testing.assert_allclose(divided, losses, rtol=2e-5)
 
 
-@pytest.mark.parametrize("mesh_config", [MeshConfig(), MeshConfig(fsdp=4)])
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_its_state_is_counted(optimizer, mesh_config):
+def test_its_state_is_counted(optimizer):
     model = tiny_model(num_layers=2, **WIDE)
-    run = RunConfig(adapter=FULL, optim=settings(optimizer), mesh=mesh_config)
-    mesh = sharding.make_mesh(mesh_config)
+    run = RunConfig(adapter=FULL, optim=settings(optimizer), mesh=MeshConfig(fsdp=4))
+    mesh = sharding.make_mesh(run.mesh)
 
     def fresh() -> TrainState:
         return init_state(init_adapters(jax.random.key(0), model, FULL), run.optim, STEPS)
@@ -121,18 +120,13 @@ def rates(steps: int, **changes: object) -> list[float]:
         return [float(schedule(step)) for step in range(steps + 1)]
 
 
+@pytest.mark.parametrize("warmup", [0, 8])
 @pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
-def test_warm_up_rises_from_a_part_to_the_peak(schedule):
-    values = rates(30, schedule=schedule, learning_rate=0.8, warmup_steps=8)
-    np.testing.assert_allclose(values[:9], np.linspace(0.1, 0.8, 9), rtol=1e-5)
-    assert max(values) <= 0.8 * (1 + 1e-6)
-
-
-@pytest.mark.parametrize("warmup", [0, 10])
-@pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
-def test_decay_ends_at_the_final_fraction(schedule, warmup):
+def test_the_rate_rises_to_its_peak_and_decays_to_the_final_fraction(schedule, warmup):
     rate = {"learning_rate": 2.0, "warmup_steps": warmup, "final_lr_fraction": 0.1}
     values = rates(warmup + 20, schedule=schedule, **rate)
+    rise = np.linspace(0.25, 2.0, 9)[:warmup]
+    np.testing.assert_allclose(values[:warmup], rise, rtol=1e-5)
     done = np.arange(21) / 20
     left = {"cosine": (1 + np.cos(np.pi * done)) / 2, "linear": 1 - done, "constant": 1 + 0 * done}
     np.testing.assert_allclose(values[warmup:], 2 * (0.1 + 0.9 * left[schedule]), rtol=1e-5)
@@ -157,12 +151,6 @@ def test_weight_decay_skips_norm_gains_and_biases():
     for name, update in updates.items():
         wanted = 0.0 if name.endswith(("scale", "bias")) else -0.05
         np.testing.assert_allclose(update, wanted, rtol=1e-6, err_msg=name)
-
-
-def test_adam_first_step_is_the_learning_rate_in_sign():
-    grads = {"a": jnp.asarray([3.0, -0.2, 0.0])}
-    updates, _ = one_update(replace(PLAIN, clip_norm=None), {"a": jnp.zeros(3)}, grads)
-    np.testing.assert_allclose(updates["a"], [-0.1, 0.1, 0.0], rtol=1e-4, atol=1e-7)
 
 
 @pytest.mark.parametrize("clip", [1.0, None])

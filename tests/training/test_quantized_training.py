@@ -1,36 +1,27 @@
-"""Training on a quantised base: as on its numbers, on any mesh, killed and resumed; what a compiled
-step keeps of it; loading, generation and the plan.
+"""Training on a quantised base: as on its numbers, on any mesh; what a compiled step keeps of it;
+loading, generation and the plan.
 """
 
 import dataclasses
-import json
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
-from support.checks import assert_trees_equal
 from support.grids import always
-from support.killed import killed_run
-from support.models import needs_smollm2, tiny_model
+from support.models import tiny_model
 from support.quantized import how, moved
-from support.runs import quiet_train, saved_state
 from support.sharded import three_steps
 
 from zflora_jax.adapters.fuse import fuse
-from zflora_jax.adapters.packing import pack_for_decode
 from zflora_jax.core import trees
 from zflora_jax.core.adapter_config import AdapterConfig
-from zflora_jax.core.fields import ConfigError, override
+from zflora_jax.core.fields import ConfigError
 from zflora_jax.core.model import fingerprint
 from zflora_jax.core.presets import preset
 from zflora_jax.core.run_config import DataConfig, MeshConfig, QuantizeConfig, RunConfig
 from zflora_jax.experiments.base import load_base
 from zflora_jax.experiments.plan import lowered_step, stored_bytes
-from zflora_jax.experiments.restore import load_fused
-from zflora_jax.hf.gguf.file import GGUFFile
-from zflora_jax.hf.gguf.write import save_gguf
-from zflora_jax.hf.load import load_model, locate
+from zflora_jax.hf.load import load_model
 from zflora_jax.inference.decode import generate_tokens
 from zflora_jax.nn.llama import forward
 from zflora_jax.nn.quantize_model import dequantize_model, quantize_model
@@ -82,23 +73,6 @@ def test_fuse_and_decode_on_a_mesh_are_those_of_one_device():
     assert generate_tokens(both, prompts, max_new_tokens=6) == made
 
 
-@pytest.mark.soak  # test_killed_runs.py kills the same loop on floats
-def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(run, tmp_path):
-    """As for a float base; and the run is loaded, fused, as it was trained."""
-    settings = {"train.steps": 40, "eval.limit": 2, "quantize.kernels": "int8"}
-    run = override(run, settings)
-    killed_run(run, tmp_path / "killed", "6/meta.json")
-    for name in ("whole", "killed"):
-        quiet_train(run, tmp_path / name)
-    assert json.loads((tmp_path / "killed" / "report.json").read_text())["resumed_from"] >= 2
-    killed, whole = (saved_state(run, tmp_path / name) for name in ("killed", "whole"))
-    assert_trees_equal(killed, whole)
-    fused, _ = load_fused(tmp_path / "whole")
-    assert str(trees.flatten(fused.params)["layers/attn/q/kernel"].dtype) == "int8"
-    with pytest.raises(ConfigError, match="quantize"):
-        quiet_train(override(run, {"quantize.kernels": "none"}), tmp_path / "whole")
-
-
 def test_a_directory_is_quantised_tensor_by_tensor_as_in_memory(base_dir):
     """On one device and on a mesh; what cannot be kept is refused."""
     wanted = quantize_model(load_model(base_dir), "int8")
@@ -136,23 +110,3 @@ def test_a_compiled_step_keeps_no_dequantised_base(kind):
     planned = stored_bytes(run, wide)["base"]
     held = quantize_model(float_base, QuantizeConfig(kind))
     assert planned == sum(bytes_of(leaf) for leaf in trees.flatten(held.params).values())
-
-
-@needs_smollm2
-def test_a_files_own_blocks_are_kept_and_are_its_numbers(tmp_path):
-    kept, numbers = (load_model("smollm2-135m", quantize=q) for q in ("keep", None))
-    dequantised = dequantize_model(kept)
-    for name, leaf in trees.flatten(numbers.params).items():
-        np.testing.assert_array_equal(
-            np.asarray(leaf), np.asarray(trees.flatten(dequantised.params)[name]), name
-        )
-    save_gguf(tmp_path / "x.gguf", kept, "keep")
-    old, new = GGUFFile(locate("smollm2-135m")[0]), GGUFFile(tmp_path / "x.gguf")
-    assert old.tensors.keys() == new.tensors.keys()
-    for name, tensor in old.tensors.items():
-        assert tensor.type == new.tensors[name].type
-        np.testing.assert_array_equal(tensor.data, new.tensors[name].data, err_msg=name)
-    packed = pack_for_decode(kept, "gpu")
-    held = sum(bytes_of(leaf) for leaf in trees.flatten(packed.params).values())
-    assert held < 1.2 * locate("smollm2-135m")[0].stat().st_size
-    assert jnp.dtype(trees.flatten(kept.params)["final_norm/scale"].dtype) == jnp.float32

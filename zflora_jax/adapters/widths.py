@@ -65,7 +65,7 @@ def round_widths(config: LlamaConfig, adapter: AdapterConfig, kind: str) -> Adap
     if not residual:
         return adapter
     wider = adapter.replace(rank=widths.residual + residual)
-    return wider.replace(alpha=adapter.scale * wider.divisor)
+    return wider.replace(alpha=adapter.scale * wider.divisor_of(wider.rank))
 
 
 def width_advice(config: LlamaConfig, adapter: AdapterConfig) -> dict[str, str]:

@@ -5,14 +5,29 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from zflora_jax.core.fields import ConfigError, check_types, nearest, require
+from zflora_jax.core.fields import (
+    Bounds,
+    ConfigError,
+    Count,
+    Natural,
+    Positive,
+    Share,
+    check_types,
+    nearest,
+    require,
+)
 
 # The distribution of an adapter's random blocks, or the part of the base that LoRA starts as.
 Start = Literal["kaiming_uniform", "normal", "pissa", "olora"]
 OF_BASE = ("pissa", "olora")
+_EACH_ONCE = Bounds(
+    "layers from 0, each once, e.g. [0, 1]", lambda x: len(x) == len({*x}) > 0 and min(x) >= 0
+)
+Layers = Annotated[tuple[int, ...], _EACH_ONCE]
 
 
 @dataclass(frozen=True)
@@ -50,6 +65,16 @@ METHODS: dict[str, Method] = {
     "full": Method(in_place="full", start=None),
 }
 
+_LORA = ("dropout", "use_dora", "layers_to_transform", "rank_pattern", "alpha_pattern")
+_OF_METHODS: dict[str, Callable[[Method], bool]] = {
+    "extra_mlp_units": lambda row: row.mlp,
+    "extra_head_dim": lambda row: row.heads,
+    "head_scores": lambda row: row.heads,
+    "init": lambda row: row.start is not None,
+    **dict.fromkeys(_LORA, lambda row: row.in_place == "lora"),
+}
+"""The settings that not every method has -> whether a method has it."""
+
 
 @dataclass(frozen=True)
 class AdapterConfig:
@@ -57,17 +82,17 @@ class AdapterConfig:
 
     method: str
     """A row of the table in docs/method.md; full is full fine-tuning."""
-    rank: int = 16
+    rank: Count = 16
     """r: the rank of lora and ffa, the width of the residual state of the zflora methods, and the
     divisor of the scale s = alpha / rank (see use_rslora)."""
-    alpha: float | None = None
+    alpha: Positive | None = None
     """The numerator of the scale; None means 2 * rank, so s = 2."""
     targets: str = "all"
     """Kernels that may change: all, attention, mlp, or a regex that matches whole kernel names (q,
     k, v, o, gate, up, down)."""
-    extra_mlp_units: int | None = None
+    extra_mlp_units: Natural | None = None
     """m: MLP units that are added; None means rank. Only for methods that widen the MLP."""
-    extra_head_dim: int | None = None
+    extra_head_dim: Natural | None = None
     """e: even number of dims that are added to each head; None means up to the next head size that
     attention kernels of servers know. Only for methods that widen the heads."""
     head_scores: bool = True
@@ -78,7 +103,7 @@ class AdapterConfig:
     LoRA, or normal, N(0, 1/inputs). None means kaiming_uniform for lora and normal for the others;
     ffa and full draw nothing. lora may also start as a part that is taken out of the base: pissa
     (arXiv 2404.02948), by singular values, or olora (2406.01775), by QR."""
-    dropout: float = 0.0
+    dropout: Share = 0.0
     """Share of the inputs of LoRA's A that a training step drops (PEFT's lora_dropout); the others
     are divided by 1 - dropout. Only for lora."""
     use_rslora: bool = False
@@ -87,7 +112,7 @@ class AdapterConfig:
     use_dora: bool = False
     """Train the norm of every column of the adapted kernel, too (DoRA, arXiv 2402.09353). Only for
     lora, of all layers."""
-    layers_to_transform: tuple[int, ...] | None = None
+    layers_to_transform: Layers | None = None
     """Layers that have an adapter, from 0; None means all. Only for lora."""
     rank_pattern: tuple[tuple[str, int], ...] = ()
     """Other ranks for some kernels: pairs of a regex that matches whole kernel names and a rank, as
@@ -101,88 +126,34 @@ class AdapterConfig:
             self.method in METHODS,
             f"unknown adapter method {self.method!r}: {nearest(self.method, METHODS)}.",
         )
-        row = METHODS[self.method]
-        require(
-            self.rank >= 1,
-            f"adapter.rank={self.rank}: must be at least 1 (use the base model itself to run"
-            " without an adapter).",
-        )
-        require(
-            self.alpha is None or 0 < self.alpha < math.inf,
-            f"adapter.alpha={self.alpha}: must be positive, or None for 2 * rank.",
-        )
         require(
             not self.use_rslora or self.alpha is not None,
             "adapter.use_rslora=True: give adapter.alpha too, e.g. 16; the scale is then alpha /"
             " sqrt(rank).",
         )
-        for name, widened, stream in (
-            ("extra_mlp_units", row.mlp, "MLP"),
-            ("extra_head_dim", row.heads, "heads"),
-        ):
-            width = getattr(self, name)
+        for name, has in _OF_METHODS.items():
+            value, fits = getattr(self, name), [key for key, row in METHODS.items() if has(row)]
             require(
-                width is None or widened,
-                f"adapter.{name}={width}: method {self.method!r} does not widen the {stream}"
-                f" stream; leave {name} unset.",
+                self.method in fits or value == getattr(AdapterConfig, name),
+                f"adapter.{name}={value!r}: method {self.method!r} does not have it, only"
+                f" {', '.join(fits)}. Leave it unset.",
             )
-            require((width or 0) >= 0, f"adapter.{name}={width}: must be at least 0.")
+        require(
+            self.init not in OF_BASE or self.method == "lora",
+            f"adapter.init={self.init!r}: only method lora can start as a part of the base.",
+        )
         require(
             (self.extra_head_dim or 0) % 2 == 0,
             f"adapter.extra_head_dim={self.extra_head_dim} is odd: Hugging Face rotates head"
             " dims in half-split pairs, so use an even width.",
         )
         require(
-            self.init is None or row.start is not None,
-            f"adapter.init={self.init!r}: method {self.method!r} draws nothing at random (ffa"
-            " starts at zero, full at the base); leave init unset.",
-        )
-        require(
-            self.head_scores or row.heads,
-            f"adapter.head_scores=False: method {self.method!r} widens no heads; leave it unset.",
-        )
-        self._check_lora(row.in_place == "lora")
-
-    def _check_lora(self, lora: bool) -> None:
-        """Checks the settings that only method lora has."""
-        layers = self.layers_to_transform
-        given = {
-            "dropout": self.dropout != 0,
-            "use_dora": self.use_dora,
-            "layers_to_transform": layers is not None,
-            "rank_pattern": bool(self.rank_pattern),
-            "alpha_pattern": bool(self.alpha_pattern),
-            "init": self.init in OF_BASE,
-        }
-        require(
-            0 <= self.dropout < 1,
-            f"adapter.dropout={self.dropout}: a share of inputs, so at least 0 and below 1 (0"
-            " switches it off).",
-        )
-        for name, is_given in given.items():
-            require(
-                lora or not is_given,
-                f"adapter.{name}={getattr(self, name)!r}: only method 'lora' has it; method"
-                f" {self.method!r} does not.",
-            )
-        require(
-            layers is None or (len(layers) > 0 and min(layers) >= 0),
-            f"adapter.layers_to_transform={list(layers or ())}: give layers, from 0, e.g. [0, 1].",
-        )
-        require(
-            layers is None or len(set(layers)) == len(layers),
-            f"adapter.layers_to_transform={list(layers or ())} names a layer twice.",
-        )
-        require(
-            layers is None or not self.use_dora,
+            self.layers_to_transform is None or not self.use_dora,
             "adapter.use_dora=True is for all layers; leave layers_to_transform unset.",
         )
         for name in ("rank_pattern", "alpha_pattern"):
             for pattern, value in getattr(self, name):
-                require(
-                    0 < value < math.inf,
-                    f"adapter.{name}: {value} for {pattern!r} must be above 0.",
-                )
+                require(value > 0, f"adapter.{name}: {value} for {pattern!r} must be above 0.")
                 try:
                     re.compile(pattern)
                 except (re.error, OverflowError, RecursionError) as error:
@@ -202,12 +173,7 @@ class AdapterConfig:
     @property
     def scale(self) -> float:
         """s = alpha / rank, or with use_rslora alpha / sqrt(rank)."""
-        return 2.0 if self.alpha is None else self.alpha / self.divisor
-
-    @property
-    def divisor(self) -> float:
-        """The divisor of alpha."""
-        return self.divisor_of(self.rank)
+        return 2.0 if self.alpha is None else self.alpha / self.divisor_of(self.rank)
 
     def divisor_of(self, rank: int) -> float:
         """The divisor of alpha at a rank."""

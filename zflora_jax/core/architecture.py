@@ -44,17 +44,10 @@ def group(kernel: str) -> str:
 
 def kernel_shapes(config: LlamaConfig) -> dict[str, tuple[tuple[int, ...], tuple[int, ...]]]:
     """kernel -> (input axes, output axes) of one layer's kernel, e.g. q: ((d,), (H, k))."""
-    d, f, k = config.hidden_size, config.intermediate_size, config.head_dim
+    d, f, k = (config.hidden_size,), (config.intermediate_size,), config.head_dim
     query, kv = (config.num_heads, k), (config.num_kv_heads, k)
-    return {
-        "q": ((d,), query),
-        "k": ((d,), kv),
-        "v": ((d,), kv),
-        "o": (query, (d,)),
-        "gate": ((d,), (f,)),
-        "up": ((d,), (f,)),
-        "down": ((f,), (d,)),
-    }
+    attention = {"q": (d, query), "k": (d, kv), "v": (d, kv), "o": (query, d)}
+    return attention | {"gate": (d, f), "up": (d, f), "down": (f, d)}
 
 
 def packed_rows(config: LlamaConfig) -> dict[str, tuple[str, int, int]]:
@@ -69,12 +62,8 @@ def packed_rows(config: LlamaConfig) -> dict[str, tuple[str, int, int]]:
 
 
 def layer_shapes(config: LlamaConfig) -> dict[str, tuple[tuple[int, ...], int | None]]:
-    """The parameters of one layer: name -> (shape, how many of its leading axes a kernel reads
-    from, 0 for a bias, None for a norm).
-
-    attn_norm/scale and mlp_norm/scale [d], attn/{q [d, H, k], k and v [d, K, k], o [H, k,
-    d]}/kernel, mlp/{gate, up [d, f], down [f, d]}/kernel; in families that have them
-    attn/{q, k, v}/bias, of the kernel's output, and attn/{q_norm, k_norm}/scale [k].
+    """The parameters of one layer: name, e.g. "attn/q/kernel" -> (shape, how many of its leading
+    axes a kernel reads from, 0 for a bias, None for a norm).
     """
     d, k = config.hidden_size, config.head_dim
     shapes: dict[str, tuple[tuple[int, ...], int | None]] = {
@@ -102,13 +91,10 @@ def count_base(config: LlamaConfig) -> int:
 
 def param_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
     """Name -> shape of every base parameter of an unpacked model, e.g. "layers/attn/q/kernel": (L,
-    d, H, k).
+    d, H, k), or without scan_layers "layers_0/attn/q/kernel": (d, H, k).
 
-    embed/embedding [V, b], lm_head/kernel [b, V] (untied only), final_norm/scale [d]; per layer
-    those of `layer_shapes`. With scan_layers the layers are stacked on a leading axis L under
-    "layers/", else they are "layers_0/" ... without it. d, k, f are the widths in `config`, so a
-    fused config gives the fused shapes; b is the base's d, because the adapter state starts at zero
-    and the head does not read it.
+    A fused config gives the fused shapes. Embedding and head keep the base's width: the adapter
+    state starts at zero and the head does not read it.
     """
     d, v = config.hidden_size, config.vocab_size
     layer = {name: shape for name, (shape, _) in layer_shapes(config).items()}
@@ -121,9 +107,6 @@ def param_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
     if config.execution.scan_layers:
         shapes |= {f"layers/{name}": (config.num_layers, *shape) for name, shape in layer.items()}
     else:
-        shapes |= {
-            f"layers_{i}/{name}": shape
-            for i in range(config.num_layers)
-            for name, shape in layer.items()
-        }
+        for i in range(config.num_layers):
+            shapes |= {f"layers_{i}/{name}": shape for name, shape in layer.items()}
     return dict(sorted(shapes.items()))

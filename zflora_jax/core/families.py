@@ -10,10 +10,7 @@ from zflora_jax.core.fields import require
 
 # Hugging Face directories, those with compressed-tensors kernels, llama.cpp files, LoRA directories
 FORMATS = ("hf", "compressed", "gguf", "peft")
-Refusals = Mapping[str, str | None]
-"""Format -> why it cannot hold a model; None where it can. Has every key of `FORMATS`."""
-
-_EVERY: dict[str, str | None] = dict.fromkeys(FORMATS)
+Refusals = Mapping[str, str]  # a format -> why it cannot hold a model
 
 
 @dataclass(frozen=True)
@@ -41,8 +38,8 @@ class Family:
 
     architecture: str
     title: str
-    refused: Refusals = field(default_factory=_EVERY.copy)
-    refused_heads: Refusals = field(default_factory=_EVERY.copy)
+    refused: Refusals = field(default_factory=dict)
+    refused_heads: Refusals = field(default_factory=dict)
     qkv_bias: bool = False
     qk_norm: bool = False
     window: bool = False
@@ -57,7 +54,7 @@ class Family:
 
 
 _FUSE = "Fuse a method that leaves the heads alone (zflora-minimal, lora, ffa, full)"
-_GGUF_HEADS = _EVERY | {
+_GGUF_HEADS = {
     "gguf": "heads wider than the base's need RoPE divisors, which llama.cpp reads for llama,"
     f" mistral and qwen2 alone. {_FUSE}, or export a Hugging Face directory (--format hf)."
 }
@@ -127,8 +124,7 @@ FAMILIES: dict[str, Family] = {
     "phi3": Family(
         "Phi3ForCausalLM",
         "Phi-3",
-        refused=_EVERY
-        | {
+        refused={
             "gguf": "GGUF files of phi3, with its joined kernels, are neither read nor written."
             " Export a Hugging Face directory (--format hf) and convert it with llama.cpp's"
             " convert_hf_to_gguf.py.",
@@ -136,7 +132,7 @@ FAMILIES: dict[str, Family] = {
             " q, k, v, gate and up separately. Merge the adapter into its base (fuse, or peft's"
             " merge_and_unload) and use the model.",
         },
-        refused_heads=_EVERY | {"hf": _PHI3_HEADS, "compressed": _PHI3_HEADS},
+        refused_heads={"hf": _PHI3_HEADS, "compressed": _PHI3_HEADS},
         window=True,
         joined={"qkv": ("q", "k", "v"), "gate_up": ("gate", "up")},
         gguf="phi3",
@@ -152,18 +148,15 @@ FAMILIES: dict[str, Family] = {
 
 
 def refusal(family: str, name: str, wide_heads: bool = False) -> str | None:
-    """The reason why a format cannot hold a model.
+    """Why a format cannot hold a model, None where it can.
 
     Args:
       family: Key of `FAMILIES`.
       name: Name of the format, one of `FORMATS`.
       wide_heads: Whether the model's heads are wider than its base's.
-
-    Returns:
-      The text of the refusal; None where the format can hold the model.
     """
     row = FAMILIES[family]
-    return row.refused[name] or (row.refused_heads[name] if wide_heads else None)
+    return row.refused.get(name) or (row.refused_heads.get(name) if wide_heads else None)
 
 
 def require_format(family: str, name: str, wide_heads: bool = False) -> None:

@@ -9,11 +9,11 @@ import ast
 import dataclasses
 import difflib
 import functools
-import math
+import sys
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
 T = TypeVar("T")
 
@@ -44,52 +44,34 @@ def require(condition: bool, message: str) -> None:
         raise ConfigError(message)
 
 
-def require_at_least(
-    least: int, config: Any, *names: str, section: str = "", none: str = ""
-) -> None:
-    """Refuses fields of `config` below `least`.
+class Bounds(NamedTuple):
+    """What a number must be, checked by `check_types`: `holds`, in words `text`."""
 
-    Args:
-      least: The smallest allowed value.
-      config: A dataclass.
-      names: Names of its fields.
-      section: The section of its settings, for messages.
-      none: What None means where a field may be None, for messages.
-    """
-    for name in names:
-        value = getattr(config, name)
-        require(
-            value >= least if value is not None else bool(none),
-            f"{_dotted(section, name)}={value}: must be at least {least}"
-            f"{f', or None for {none}' if none else ''}.",
-        )
+    text: str
+    holds: Callable[[Any], bool]
+
+
+Count = Annotated[int, Bounds("at least 1", lambda x: x >= 1)]
+Natural = Annotated[int, Bounds("at least 0", lambda x: x >= 0)]
+Seed = Annotated[int, Bounds("from 0 to 2**32 - 1", lambda x: 0 <= x < 2**32)]
+Positive = Annotated[float, Bounds("positive", lambda x: x > 0)]
+NotNegative = Annotated[float, Bounds("at least 0", lambda x: x >= 0)]
+Share = Annotated[float, Bounds("at least 0 and below 1", lambda x: 0 <= x < 1)]
 
 
 def check_types(config: Any, section: str = "") -> None:
-    """Holds every field to its declared type, also where a config is built by keyword in Python:
-    the first line of each __post_init__.
-
-    Args:
-      config: A dataclass.
-      section: The section of its settings, for messages: "train" for train.steps.
+    """Holds every field of a dataclass to its type and bounds: the first line of __post_init__.
+    section: Its name in messages, "train" for train.steps.
     """
     hints = _hints(type(config))
-    for f in dataclasses.fields(config):
-        if f.init:
-            value = _coerce(getattr(config, f.name), hints[f.name], _dotted(section, f.name))
-            object.__setattr__(config, f.name, value)
+    for name in _fields(type(config)):
+        value = _coerce(getattr(config, name), hints[name], _dotted(section, name))
+        object.__setattr__(config, name, value)
 
 
 def from_dict(cls: type[T], values: Mapping[str, Any], name: str = "") -> T:
-    """Builds the dataclass `cls` from a plain dict (nested for nested dataclasses).
-
-    Args:
-      cls: The dataclass.
-      values: Its fields as JSON has them.
-      name: The name of `values`, for messages.
-
-    Raises:
-      ConfigError: Unknown or missing keys, wrong types, impossible values.
+    """Builds the dataclass `cls`, called `name` in messages, from its fields as JSON has them.
+    ConfigError for unknown or missing keys, wrong types and impossible values.
     """
     what = name or cls.__name__
     require(
@@ -124,10 +106,8 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 
 def override(config: T, changes: Mapping[str, Any], name: str = "") -> T:
-    """`config` with dotted changes, e.g. {"train.steps": "50"}.
-
-    All changes to one nested config are made together, so that fields which constrain each other
-    can be changed in one call.
+    """`config` with dotted changes, e.g. {"train.steps": "50"}, made together, so that fields which
+    constrain each other can be changed in one call.
 
     Args:
       config: A dataclass; it stays unchanged.
@@ -152,7 +132,8 @@ def override(config: T, changes: Mapping[str, Any], name: str = "") -> T:
             )
             nested.setdefault(head, {})[rest] = value
         else:
-            flat[head] = _coerce(_parse(value, hints[head]), hints[head], _dotted(name, key))
+            parsed = _parse(value, typing.get_type_hints(cls)[head])
+            flat[head] = _coerce(parsed, hints[head], _dotted(name, key))
     for head, inner in nested.items():
         flat[head] = override(flat.get(head, getattr(config, head)), inner, head)
     return dataclasses.replace(config, **flat)  # type: ignore[type-var]
@@ -162,40 +143,38 @@ def _dotted(section: str, name: Any) -> Any:
     return f"{section}.{name}" if section else name
 
 
-_hints: Callable[[Any], dict[str, Any]] = functools.cache(typing.get_type_hints)
+_hints: Callable[[Any], dict[str, Any]] = functools.cache(
+    lambda cls: typing.get_type_hints(cls, include_extras=True)
+)
 _fields: Callable[[Any], dict[str, dataclasses.Field[Any]]] = functools.cache(
     lambda cls: {f.name: f for f in dataclasses.fields(cls) if f.init}
 )
 _UNIONS = (typing.Union, types.UnionType)
 
 
-def _coerce(value: Any, hint: Any, name: str) -> Any:
+def _coerce(value: Any, hint: Any, name: str, optional: bool = False) -> Any:
     """`value` as the type `hint` declares: lists become tuples, ints floats; or ConfigError."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if hint is Any or (value is None and type(None) in args):
         return value
     if origin in _UNIONS:
         return _coerce_any(value, args, name)
+    if origin is Annotated:
+        value, bounds = _coerce(value, args[0], name), args[1]
+        none = ", or None" if optional else ""
+        require(bounds.holds(value), f"{name}={value}: must be {bounds.text}{none}.")
+        return value
     if origin is Literal:
         require(value in args, f"{name}={value!r}: {nearest(str(value), map(str, args))}.")
         return value
     if origin is tuple:
         return _coerce_tuple(value, args, name)
-    if origin in (dict, Mapping):
-        require(isinstance(value, Mapping), f"{name}={value!r}: expected a table, {{NAME: VALUE}}.")
-        return {
-            _coerce(key, args[0], f"{name}, key {key!r}"): _coerce(of, args[1], f"{name}[{key!r}]")
-            for key, of in value.items()
-        }
     if dataclasses.is_dataclass(hint):
         return value if isinstance(value, hint) else from_dict(hint, value, name)  # type: ignore[arg-type]
     if hint is float and isinstance(value, int | float) and not isinstance(value, bool):
-        try:
-            number = float(value)
-        except OverflowError:
-            number = math.inf
-        require(math.isfinite(number), f"{name}={value!r}: expected a finite number.")
-        return number
+        finite = abs(value) <= sys.float_info.max  # also of an int that no float can hold
+        require(finite, f"{name}={value!r}: expected a finite number.")
+        return float(value)
     wanted = "bool (True or False)" if hint is bool else hint.__name__
     require(
         isinstance(value, hint) and not (hint is int and isinstance(value, bool)),
@@ -206,14 +185,14 @@ def _coerce(value: Any, hint: Any, name: str) -> Any:
 
 def _coerce_any(value: Any, options: tuple[Any, ...], name: str) -> Any:
     """`value` as the first of several types that takes it."""
-    errors = []
+    error = None
     for option in options:
         if option is not type(None):
             try:
-                return _coerce(value, option, name)
-            except ConfigError as error:
-                errors.append(error)
-    raise errors[-1]
+                return _coerce(value, option, name, optional=type(None) in options)
+            except ConfigError as refused:
+                error = refused
+    raise error or ConfigError(name)
 
 
 def _coerce_tuple(value: Any, args: tuple[Any, ...], name: str) -> tuple[Any, ...]:
@@ -230,11 +209,11 @@ def _coerce_tuple(value: Any, args: tuple[Any, ...], name: str) -> tuple[Any, ..
         isinstance(value, list | tuple | range),
         f"{name}={value!r}: expected a list of {what}, written as {written}.",
     )
-    if args[-1] is not Ellipsis:
-        wanted = ", ".join(one.__name__ for one in args)
-        require(len(value) == len(args), f"{name}={value!r}: expected ({wanted}).")
-        return tuple(_coerce(v, a, name) for v, a in zip(value, args, strict=True))
-    return tuple(_coerce(v, args[0], f"{name}[{i}]") for i, v in enumerate(value))
+    if args[-1] is Ellipsis:
+        return tuple(_coerce(v, args[0], f"{name}[{i}]") for i, v in enumerate(value))
+    wanted = ", ".join(one.__name__ for one in args)
+    require(len(value) == len(args), f"{name}={value!r}: expected ({wanted}).")
+    return tuple(_coerce(v, a, name) for v, a in zip(value, args, strict=True))
 
 
 def _parse(value: Any, hint: Any) -> Any:
@@ -242,19 +221,16 @@ def _parse(value: Any, hint: Any) -> Any:
     if not isinstance(value, str):
         return value
     options = typing.get_args(hint) if typing.get_origin(hint) in _UNIONS else (hint,)
-    text_allowed = any(
-        o is str or (typing.get_origin(o) is Literal and isinstance(typing.get_args(o)[0], str))
-        for o in options
-    )
-    if text_allowed:
+    origins = [typing.get_origin(option) for option in options]
+    if str in options or Literal in origins:
         return None if value == "None" and type(None) in options else value
-    if bool in options and value.lower() in ("true", "false"):  # as shells and JSON write them too
-        return value.lower() == "true"
-    if float in options and value.strip().lstrip("+-").lower() in ("inf", "infinity", "nan"):
+    text = value.strip().lower()
+    if bool in options and text in ("true", "false"):  # as shells and JSON write them too
+        return text == "true"
+    if float in options and text.lstrip("+-") in ("inf", "infinity", "nan"):
         return float(value)  # no Python literals; _coerce refuses them as not finite
     try:
         parsed = ast.literal_eval(value)
-        several = any(typing.get_origin(o) is tuple for o in options)
-        return (parsed,) if several and isinstance(parsed, int | float) else parsed
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         return value  # _coerce then says what was expected
+    return (parsed,) if tuple in origins and isinstance(parsed, int | float) else parsed

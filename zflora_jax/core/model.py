@@ -22,7 +22,7 @@ class Model:
 
     Attributes:
       config: Shape and execution.
-      params: The `params` collection, a nested dict of arrays (`core.architecture.param_shapes`).
+      params: A nested dict of arrays (`core.architecture.param_shapes`).
       tokenizer: A transformers tokenizer, or None.
       source: Directory, file or hub id that the weights came from, or None.
       adapter: The AdapterConfig that a fused model was fused from; None for a base.

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from zflora_jax.core.families import FAMILIES, Family
-from zflora_jax.core.fields import check_types, nearest, require
+from zflora_jax.core.fields import Count, Natural, Positive, check_types, nearest, require
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 Precision = Literal["default", "high", "highest"]  # of float32 products: ops.precision
@@ -23,7 +23,7 @@ class RopeScaling:
     factor: float
     low_freq_factor: float
     high_freq_factor: float
-    original_max_position_embeddings: int
+    original_max_position_embeddings: Count
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -32,11 +32,6 @@ class RopeScaling:
             self.high_freq_factor > self.low_freq_factor > 0,
             "rope_scaling: need high_freq_factor > low_freq_factor > 0, got"
             f" {self.high_freq_factor} and {self.low_freq_factor}.",
-        )
-        original = self.original_max_position_embeddings
-        require(
-            original >= 1,
-            f"rope_scaling.original_max_position_embeddings={original}: must be at least 1.",
         )
 
 
@@ -59,16 +54,14 @@ class Execution:
     dtype: Dtype = "float32"
     scan_layers: bool = True
     packed: bool = False
-    fill_residual: int = 0
-    fill_mlp: int = 0
+    fill_residual: Natural = 0
+    fill_mlp: Natural = 0
     remat: Remat = "dots"
     matmul_precision: Precision = "default"
     joint_head_norms: bool = False
 
     def __post_init__(self) -> None:
         check_types(self)
-        for name in ("fill_residual", "fill_mlp"):
-            require(getattr(self, name) >= 0, f"{name}={getattr(self, name)}: must be at least 0.")
 
 
 @dataclass(frozen=True)
@@ -76,78 +69,59 @@ class LlamaConfig:
     """Shape of a model of any of `core.families.FAMILIES`, and how it is run. A fused model is the
     same class with wider streams.
 
-    Attention is limited to the last `sliding_window` positions, the token's own included, unless
-    that is None; the layers in `nope_layers` have no RoPE. `base_hidden_size` and `base_head_dim`
-    are the leading channels of the residual stream and of a head that belong to the base: RMSNorm
-    takes its mean over the former, RoPE turns the latter, attention divides by sqrt(base_head_dim).
-    None means all of them (a base model).
+    Attention is limited to the last `sliding_window` positions, the token's own included; the
+    layers in `nope_layers` have no RoPE. `base_hidden_size` and `base_head_dim` are the leading
+    channels of the residual stream and of a head that belong to the base (None: all): RMSNorm takes
+    its mean over the former, RoPE turns the latter, attention divides by sqrt(base_head_dim).
 
     `replace` takes the fields of `execution` too: config.replace(scan_layers=False).
     """
 
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    rms_norm_eps: float = 1e-5
-    rope_theta: float = 10000.0
+    vocab_size: Count
+    hidden_size: Count
+    intermediate_size: Count
+    num_layers: Count
+    num_heads: Count
+    num_kv_heads: Count
+    head_dim: Count
+    rms_norm_eps: Positive = 1e-5
+    rope_theta: Positive = 10000.0
     rope_scaling: RopeScaling | None = None
-    max_position_embeddings: int = 2048
+    max_position_embeddings: Count = 2048
     tie_word_embeddings: bool = False
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
     pad_token_id: int | None = None
-    base_hidden_size: int | None = None
-    base_head_dim: int | None = None
+    base_hidden_size: Count | None = None
+    base_head_dim: Count | None = None
     family: str = "llama"
-    sliding_window: int | None = None
+    sliding_window: Count | None = None
     nope_layers: tuple[int, ...] = ()
     execution: Execution = Execution()
 
     def __post_init__(self) -> None:
         check_types(self)
-        sizes = (
-            "vocab_size hidden_size intermediate_size num_layers num_heads num_kv_heads head_dim"
-        )
-        for name in (*sizes.split(), "max_position_embeddings"):
-            require(getattr(self, name) >= 1, f"{name}={getattr(self, name)}: must be at least 1.")
         require(
             self.num_heads % self.num_kv_heads == 0,
             f"num_heads={self.num_heads} is not a multiple of num_kv_heads={self.num_kv_heads};"
             " grouped-query attention needs whole groups.",
         )
-        for name in ("base_hidden_size", "base_head_dim"):
-            width = getattr(self, name)
-            require(
-                width is None or width >= 1,
-                f"{name}={width}: must be at least 1, or None for all channels.",
-            )
         require(
             self.rotary_dim % 2 == 0,
             f"base_head_dim={self.rotary_dim}: RoPE turns pairs of dims, so it must be even.",
         )
-        require(
-            self.rotary_dim <= self.head_dim,
-            f"base_head_dim={self.rotary_dim} exceeds head_dim={self.head_dim}.",
-        )
-        require(
-            self.norm_dim <= self.hidden_size,
-            f"base_hidden_size={self.norm_dim} exceeds hidden_size={self.hidden_size}.",
-        )
-        require(self.rms_norm_eps > 0, f"rms_norm_eps={self.rms_norm_eps}: must be positive.")
-        require(self.rope_theta > 0, f"rope_theta={self.rope_theta}: must be positive.")
+        for name in ("head_dim", "hidden_size"):
+            base, wide = getattr(self, f"base_{name}") or 0, getattr(self, name)
+            require(base <= wide, f"base_{name}={base} exceeds {name}={wide}.")
         self._check_family()
 
     def _check_family(self) -> None:
         name, window, layers = self.family, self.sliding_window, self.nope_layers
         require(name in FAMILIES, f"family={name!r}: {nearest(name, FAMILIES)}.")
         require(
-            window is None or (self.traits.window and window >= 1),
-            f"sliding_window={window}: must be at least 1, in a family that has windows"
-            f" ({', '.join(n for n in FAMILIES if FAMILIES[n].window)}), or None.",
+            window is None or self.traits.window,
+            f"sliding_window={window}: must be None, or the family one that has windows"
+            f" ({', '.join(n for n in FAMILIES if FAMILIES[n].window)}).",
         )
         require(
             not layers or (self.traits.nope and 0 <= min(layers) <= max(layers) < self.num_layers),

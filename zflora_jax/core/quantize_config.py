@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Annotated, Literal, get_args
 
-from zflora_jax.core.fields import check_types, require
+from zflora_jax.core.fields import Bounds, check_types, require
 
 # "none": floats of the run's dtype; "keep": the codes of a GGUF file; else a row of
 # `ops.quantized.KINDS`.
 Stored = Literal["none", "keep", "int8", "int4", "nf4", "q8_0", "q4_0", "q4_1"]
 STORED: tuple[str, ...] = get_args(Stored)
+Group = Annotated[int, Bounds("0, 32, 64 or 128 inputs", lambda x: x in (0, 32, 64, 128))]
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,7 @@ class QuantizeConfig:
     """Of the layers' kernels. none: numbers of train.dtype; int8: one scale for each output; int4,
     nf4: 4 bits in groups of inputs; q8_0, q4_0, q4_1: the blocks of GGUF; keep: the blocks that a
     GGUF file has, where they are of these three."""
-    group: int | None = None
+    group: Group | None = None
     """Inputs that share a scale: 32, 64 or 128, 0 for all (int8 alone). None means 64, and all for
     int8; GGUF's blocks are of 32."""
     embedding: Stored = "none"
@@ -31,10 +32,6 @@ class QuantizeConfig:
 
     def __post_init__(self) -> None:
         check_types(self, "quantize")
-        require(
-            self.group in (None, 0, 32, 64, 128),
-            f"quantize.group={self.group}: 32, 64 or 128 inputs share a scale, or 0 for all.",
-        )
         if self.group is None:
             return
         kinds = {name: getattr(self, name) for name in ("kernels", "embedding", "head")}

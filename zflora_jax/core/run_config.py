@@ -6,17 +6,22 @@ from __future__ import annotations
 
 import datetime
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
 
 from zflora_jax.core.adapter_config import METHODS, AdapterConfig
-from zflora_jax.core.fields import check_types, require, require_at_least
+from zflora_jax.core.fields import (
+    Bounds,
+    Count,
+    Natural,
+    NotNegative,
+    Positive,
+    Seed,
+    Share,
+    check_types,
+    require,
+)
 from zflora_jax.core.model_config import LlamaConfig, Precision, Remat
 from zflora_jax.core.quantize_config import QuantizeConfig as QuantizeConfig
-
-PromptStyle = Literal["chat", "alpaca", "alpaca-eval", "plain"]
-RowFormat = Literal[
-    "messages", "conversations", "prompt-completion", "instruction", "question", "text"
-]
 
 
 def _is_date(text: str) -> bool:
@@ -26,8 +31,17 @@ def _is_date(text: str) -> bool:
         return False
 
 
-def _require_seed(seed: int, name: str) -> None:
-    require(0 <= seed < 2**32, f"{name}={seed}: must be from 0 to 2**32 - 1.")
+def _increase(lengths: tuple[int, ...]) -> bool:
+    return lengths != () and [*lengths] == sorted({*lengths}) and lengths[0] >= 1
+
+
+Day = Annotated[str, Bounds("a day as YYYY-MM-DD, e.g. 2026-11-26", _is_date)]
+Lengths = Annotated[tuple[int, ...], Bounds("increasing lengths, e.g. [128, 256]", _increase)]
+Fraction = Annotated[float, Bounds("from 0 to 1", lambda x: 0 <= x <= 1)]
+PromptStyle = Literal["chat", "alpaca", "alpaca-eval", "plain"]
+RowFormat = Literal[
+    "messages", "conversations", "prompt-completion", "instruction", "question", "text"
+]
 
 
 @dataclass(frozen=True)
@@ -44,21 +58,21 @@ class DataConfig:
     """Form of the prompts. chat: the tokenizer's chat template; alpaca: LLM-Adapters' prompt in the
     whitespace of its training script; alpaca-eval: in that of its evaluation script; plain: texts
     as they are."""
-    batch_size: int = 8
+    batch_size: Count = 8
     """Examples per step; rows per step with packing."""
-    grad_accum_steps: int = 1
+    grad_accum_steps: Count = 1
     """Micro-batches that a step is divided into."""
-    bucket_lengths: tuple[int, ...] = (64, 128, 192, 256, 384, 512)
+    bucket_lengths: Lengths = (64, 128, 192, 256, 384, 512)
     """Lengths in tokens. A batch is padded to the smallest that holds it; each is compiled once."""
     train_on_prompt: bool = False
     """Put loss on the prompt too, as LLM-Adapters' train_on_inputs does."""
-    train_limit: int | None = None
+    train_limit: Count | None = None
     """Rows of the training split that are used; None means all."""
-    seed: int = 0
+    seed: Natural = 0
     """Seed of the data order."""
     packing: bool = False
     """Put several examples into one row of the longest length; they do not see each other."""
-    date: str | None = None
+    date: Day | None = None
     """Day that a chat template is told, as YYYY-MM-DD; None means the day on which the run
     starts."""
     row_format: RowFormat | None = None
@@ -66,24 +80,10 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         check_types(self, "data")
-        require_at_least(1, self, "batch_size", "grad_accum_steps", section="data")
-        require_at_least(1, self, "train_limit", section="data", none="all rows")
-        require_at_least(0, self, "seed", section="data")
         require(
             self.batch_size % self.grad_accum_steps == 0,
             f"data.batch_size={self.batch_size} is not a multiple of"
             f" data.grad_accum_steps={self.grad_accum_steps}; micro-batches must be equal.",
-        )
-        lengths = list(self.bucket_lengths)
-        require(
-            bool(lengths) and lengths == sorted(set(lengths)) and lengths[0] >= 1,
-            f"data.bucket_lengths={lengths}: expected increasing positive lengths, e.g. [128,"
-            " 256].",
-        )
-        require(
-            self.date is None or _is_date(self.date),
-            f"data.date={self.date!r}: expected a day as YYYY-MM-DD, e.g. 2026-11-26, or None for"
-            " the day on which the run starts.",
         )
 
     @property
@@ -96,25 +96,25 @@ class DataConfig:
 class OptimConfig:
     """An optimizer with a warm-up, then a decay of the learning rate."""
 
-    learning_rate: float = 1e-3
+    learning_rate: Positive = 1e-3
     """Peak of the learning rate."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     """Form of the decay after the warm-up."""
-    warmup_steps: int = 10
+    warmup_steps: Natural = 10
     """Steps in which the learning rate rises linearly to its peak; fewer than train.steps."""
-    final_lr_fraction: float = 0.0
+    final_lr_fraction: Fraction = 0.0
     """Learning rate that the decay ends in, after the last step, over its peak."""
-    weight_decay: float = 0.0
+    weight_decay: NotNegative = 0.0
     """Decoupled weight decay, of every optimizer."""
-    b1: float = 0.9
+    b1: Share = 0.9
     """Decay rate of the first moment; the momentum of sgd."""
-    b2: float = 0.999
+    b2: Share = 0.999
     """Decay rate of the second moment; of lion, that of its momentum."""
-    eps: float = 1e-8
+    eps: Positive = 1e-8
     """Term that adamw adds to its denominator."""
-    clip_norm: float | None = 1.0
+    clip_norm: Positive | None = 1.0
     """Largest global norm of the gradient; None switches clipping off."""
-    loraplus_ratio: float = 1.0
+    loraplus_ratio: Positive = 1.0
     """Learning rate of the blocks that write to the base's channels (lora_b, backward) over that of
     the others: LoRA+ (Hayou et al. 2024), carried over to the zflora methods by this project."""
     optimizer: str = "adamw"
@@ -123,40 +123,15 @@ class OptimConfig:
 
     def __post_init__(self) -> None:
         check_types(self, "optim")
-        require(
-            self.learning_rate > 0,
-            f"optim.learning_rate={self.learning_rate}: must be positive and finite.",
-        )
-        require_at_least(0, self, "warmup_steps", "weight_decay", section="optim")
-        require(
-            0 <= self.final_lr_fraction <= 1,
-            f"optim.final_lr_fraction={self.final_lr_fraction}: must be within 0..1.",
-        )
-        for name in ("b1", "b2"):
-            require(
-                0 <= getattr(self, name) < 1,
-                f"optim.{name}={getattr(self, name)}: the decay rate of an average, so at least 0"
-                " and below 1.",
-            )
-        require(
-            self.loraplus_ratio > 0,
-            f"optim.loraplus_ratio={self.loraplus_ratio}: must be positive (1.0: the same rate"
-            " everywhere).",
-        )
-        require(self.eps > 0, f"optim.eps={self.eps}: must be positive.")
-        require(
-            self.clip_norm is None or self.clip_norm > 0,
-            f"optim.clip_norm={self.clip_norm}: must be positive, or None to switch clipping off.",
-        )
 
 
 @dataclass(frozen=True)
 class TrainConfig:
     """The training loop: its length, number formats, evaluation, checkpoints and logs."""
 
-    steps: int = 100
+    steps: Count = 100
     """Optimizer steps."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the adapter's initial values and of dropout; the data order has data.seed."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Data type of the base's weights and of activations."""
@@ -164,15 +139,15 @@ class TrainConfig:
     """What the backward pass keeps of a layer: none recomputes nothing, dots keeps the products and
     recomputes what is cheap, block keeps the layer's input alone and computes the layer twice.
     none needs most memory, block least."""
-    loss_chunk: int = 256
+    loss_chunk: Count = 256
     """Positions whose logits exist at one time."""
-    log_every: int = 10
+    log_every: Count = 10
     """Steps between two records of the metrics."""
-    eval_every: int | None = None
+    eval_every: Count | None = None
     """Steps between two evaluations of the held-out loss; None means at the end only."""
-    save_every: int | None = 50
+    save_every: Count | None = 50
     """Steps between two checkpoints; None means at the end only."""
-    max_to_keep: int = 2
+    max_to_keep: Count = 2
     """Newest checkpoints that are kept."""
     keep_best: bool = False
     """Also keep the checkpoint with the lowest validation loss. Needs eval.split=validation and
@@ -186,10 +161,6 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         check_types(self, "train")
-        counts = ("steps", "loss_chunk", "log_every", "max_to_keep")
-        require_at_least(1, self, *counts, section="train")
-        require_at_least(1, self, "eval_every", "save_every", section="train", none="the end only")
-        _require_seed(self.seed, "train.seed")
         each, saved = self.eval_every, self.save_every
         require(
             not self.keep_best or (each is not None and saved is not None and saved % each == 0),
@@ -210,17 +181,17 @@ class EvalConfig:
 
     split: Literal["validation", "test"] = "test"
     """Split that is scored; choose settings on validation."""
-    limit: int | None = 200
+    limit: Count | None = 200
     """Examples per task; None means all."""
-    batch_size: int = 16
+    batch_size: Count = 16
     """Examples per batch."""
-    max_new_tokens: int = 128
+    max_new_tokens: Count = 128
     """Most tokens of a generated answer."""
     prompt_style: PromptStyle | None = None
     """Form of the prompts of generation and likelihood; None means data.prompt_style."""
     clean_only: bool = False
     """Score only rows whose question is not in the training data; limit then counts those."""
-    max_prompt_tokens: int | None = None
+    max_prompt_tokens: Count | None = None
     """Documents are cut so that their prompt has at most so many tokens; None means the context
     less max_new_tokens."""
     loss: bool = True
@@ -229,16 +200,11 @@ class EvalConfig:
     """Generate answers and score them."""
     likelihood: bool = True
     """Score options by their likelihood, where a task has options."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the bootstrap."""
 
     def __post_init__(self) -> None:
         check_types(self, "eval")
-        require_at_least(1, self, "limit", section="eval", none="all examples")
-        require_at_least(1, self, "batch_size", "max_new_tokens", section="eval")
-        rest = "the context less max_new_tokens"
-        require_at_least(1, self, "max_prompt_tokens", section="eval", none=rest)
-        _require_seed(self.seed, "eval.seed")
 
 
 @dataclass(frozen=True)
@@ -247,20 +213,19 @@ class MeshConfig:
     float rounding.
     """
 
-    data: int = 1
+    data: Count = 1
     """Copies of the model, each with its own rows of the batch."""
-    fsdp: int = 1
+    fsdp: Count = 1
     """Devices that the rows of the batch and the weights are divided over."""
-    tensor: int = 1
+    tensor: Count = 1
     """Devices that heads, MLP units and the vocabulary are divided over."""
-    slices: int = 1
+    slices: Count = 1
     """Slices of devices that the copies of the model are spread over, equally many on each: TPU
     slices, or else groups of hosts. Between slices, over the data centre's network (DCN), training
     sends the sums of the adapter's gradients alone."""
 
     def __post_init__(self) -> None:
         check_types(self, "mesh")
-        require_at_least(1, self, "data", "fsdp", "tensor", "slices", section="mesh")
         require(
             self.data % self.slices == 0,
             f"mesh.data={self.data} is not a multiple of mesh.slices={self.slices}: every slice"

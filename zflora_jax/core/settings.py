@@ -9,7 +9,6 @@ import ast
 import dataclasses
 import inspect
 import itertools
-import textwrap
 import types
 import typing
 from typing import Any, Literal, NamedTuple
@@ -21,13 +20,8 @@ TABLES = {"adapter.method": METHODS}  # settings whose values are the names of a
 
 
 class Setting(NamedTuple):
-    """One setting of a run, as a user reads it.
-
-    Attributes:
-      name: Dotted, as `--set` takes it: adapter.rank.
-      allowed: Its type, or its possible values.
-      default: Its value in `RunConfig()`.
-      meaning: The string under its field in the dataclass, on one line.
+    """One setting: its dotted name, its type or possible values, its default, and the string under
+    its field in the dataclass.
     """
 
     name: str
@@ -37,13 +31,7 @@ class Setting(NamedTuple):
 
 
 class Section(NamedTuple):
-    """The settings of one dataclass.
-
-    Attributes:
-      name: adapter, data, ...; run for those without a dot.
-      title: The docstring of the dataclass.
-      settings: In the order of declaration.
-    """
+    """The settings of one dataclass, in the order of declaration; those without a dot are "run"."""
 
     name: str
     title: str
@@ -55,23 +43,20 @@ def sections() -> list[Section]:
     run = RunConfig()
     values = {f.name: getattr(run, f.name) for f in dataclasses.fields(run)}
     nested = {name: value for name, value in values.items() if dataclasses.is_dataclass(value)}
-    return [
-        _section("run", run, ""),
-        *(_section(name, value, f"{name}.") for name, value in nested.items()),
-    ]
+    return [_section("run", run), *(_section(name, value) for name, value in nested.items())]
 
 
-def _section(name: str, config: Any, prefix: str) -> Section:
-    cls = type(config)
+def _section(section: str, config: Any) -> Section:
+    cls, settings = type(config), []
     hints, meanings = typing.get_type_hints(cls), field_docs(cls)
-    settings = []
-    for field in dataclasses.fields(config):
-        value, dotted = getattr(config, field.name), prefix + field.name
+    for name, hint in hints.items():
+        value = getattr(config, name)
         if not dataclasses.is_dataclass(value):
-            values = " | ".join(TABLES.get(dotted, ())) or allowed(hints[field.name])
+            dotted = name if section == "run" else f"{section}.{name}"
+            values = " | ".join(TABLES.get(dotted, ())) or allowed(hint)
             default = f"[{', '.join(map(str, value))}]" if isinstance(value, tuple) else str(value)
-            settings.append(Setting(dotted, values, default, meanings.get(field.name, "")))
-    return Section(name, " ".join((cls.__doc__ or "").split()), tuple(settings))
+            settings.append(Setting(dotted, values, default, meanings.get(name, "")))
+    return Section(section, " ".join((cls.__doc__ or "").split()), tuple(settings))
 
 
 def field_docs(cls: type) -> dict[str, str]:
@@ -81,13 +66,10 @@ def field_docs(cls: type) -> dict[str, str]:
     except OSError:
         return {}
     found = {}
-    body = typing.cast(ast.ClassDef, ast.parse(textwrap.dedent(source)).body[0]).body
+    body = typing.cast(ast.ClassDef, ast.parse(source).body[0]).body
     for field, below in itertools.pairwise(body):
         match field, below:
-            case (
-                ast.AnnAssign(target=ast.Name(id=name)),
-                ast.Expr(value=ast.Constant(value=str(text))),
-            ):
+            case (ast.AnnAssign(target=ast.Name(name)), ast.Expr(ast.Constant(str(text)))):
                 found[name] = " ".join(text.split())
     return found
 

@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import hashlib
 import importlib.util
 import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -23,12 +22,13 @@ from zflora_jax.core.fields import ConfigError, first_line, require
 
 PACKAGES = {"s3": "s3fs", "gs": "gcsfs"}  # scheme -> the package that speaks it
 _URL = re.compile(r"([A-Za-z][\w+.-]+):/+(.*)", re.DOTALL)  # s3:/b/x: of a Path
-_CREDENTIALS = {
-    "s3": "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, AWS_PROFILE, or the machine's role",
-    "gs": "GOOGLE_APPLICATION_CREDENTIALS, `gcloud auth application-default login`, or the"
-    " machine's service account",
+# What a store is reached by.
+_ACCESS = {
+    "s3": "AWS_ENDPOINT_URL and the credentials (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY,"
+    " AWS_PROFILE, or the machine's role)",
+    "gs": "STORAGE_EMULATOR_HOST and the credentials (GOOGLE_APPLICATION_CREDENTIALS, `gcloud auth"
+    " application-default login`, or the machine's service account)",
 }
-_ENDPOINT = {"s3": "AWS_ENDPOINT_URL", "gs": "STORAGE_EMULATOR_HOST"}
 # A cached listing would hide what other processes write. Without a limit of attempts, an
 # unreachable store is waited for many minutes.
 _SETTINGS: dict[str, dict[str, Any]] = {
@@ -55,21 +55,15 @@ def is_url(path: str | os.PathLike[str]) -> bool:
 
 
 def as_path(path: str | os.PathLike[str], name: str = "path") -> Path:
-    """Turns a local path or a URL of object storage into an object with pathlib's methods.
-
-    The first use of a bucket checks that it can be listed.
+    """A pathlib.Path, or for a URL a `bucket_path.BucketPath`, which has the same methods.
 
     Args:
       path: "runs/a", "s3://bucket/run", "gs://bucket/run", or a result of this function.
       name: Name of the path in messages, such as "workdir".
 
-    Returns:
-      A pathlib.Path, or for a URL a `bucket_path.BucketPath`, which has the same methods.
-
     Raises:
-      ConfigError: The scheme is unknown, its package is not installed, or the bucket cannot be
-        used: it does not exist, credentials are missing or may not list it, or its endpoint cannot
-        be reached.
+      ConfigError: The scheme is unknown or its package is not installed; or the bucket, at its
+        first use, cannot be listed.
     """
     match = _URL.match(os.fspath(path))
     if match is None:
@@ -103,9 +97,7 @@ def _check_installed(scheme: str) -> None:
     os.environ.setdefault("EPATH_USE_TF", "false")  # else epath prefers an installed tensorflow
     from fsspec.config import conf
 
-    given = conf.setdefault(scheme, {})  # the user's settings for fsspec stay
-    for key, value in _SETTINGS[scheme].items():
-        given.setdefault(key, value)
+    conf[scheme] = _SETTINGS[scheme] | conf.get(scheme, {})  # the user's settings for fsspec stay
 
 
 _reached: set[tuple[str, str]] = set()  # (scheme, bucket)
@@ -119,28 +111,13 @@ def _connect(scheme: str, bucket: str, key: str) -> None:
     try:
         file_system(f"{scheme}://{bucket}").find(f"{bucket}/{key}/.zflora")
     except Exception as error:  # each library has its own
-        raise ConfigError(_unusable(scheme, bucket, error)) from error
+        fix = f"Check the network, and {_ACCESS[scheme]}, which may list, read, write and delete"
+        if isinstance(error, FileNotFoundError):
+            fix = "Make this bucket, or correct the URL"
+        raise ConfigError(
+            f"cannot use {scheme}://{bucket} ({type(error).__name__}: {first_line(error)}). {fix}."
+        ) from error
     _reached.add((scheme, bucket))
-
-
-def _unusable(scheme: str, bucket: str, error: Exception) -> str:
-    """The message about a bucket that cannot be used: the reason and the remedy."""
-    kind, text = type(error).__name__, first_line(error).rstrip(".")
-    if isinstance(error, FileNotFoundError):
-        why = f"there is no such bucket ({text}). Make it, or correct the URL"
-    elif "Credential" in kind or "Token" in kind:
-        why = f"no credentials were found ({text}). Set {_CREDENTIALS[scheme]}"
-    elif isinstance(error, PermissionError):
-        why = (
-            f"access is denied ({text}). The credentials must be allowed to list, read, write and"
-            f" delete its objects; they come from {_CREDENTIALS[scheme]}"
-        )
-    else:
-        why = (
-            f"it cannot be reached ({kind}: {text}). Check the network, and"
-            f" {_ENDPOINT[scheme]}, which names a store other than the provider's"
-        )
-    return f"cannot use {scheme}://{bucket}: {why}."
 
 
 def is_store_error(error: BaseException) -> bool:
@@ -217,13 +194,9 @@ def scratch() -> Iterator[Path]:
 
 @contextlib.contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """Writes a file so that a reader, or a crash, sees the old content or the new one.
-
-    Args:
-      path: Path of the file, whose directory is made if missing; or URL of an object.
-
-    Yields:
-      A local path to write to. When the block succeeds, that file takes the place of `path`.
+    """Yields a local path to write to. When the block succeeds, that file takes the place of
+    `path`, whose directory is made if missing, or is uploaded to it: a reader, or a crash, sees the
+    old content or the new one.
     """
     if is_url(path):
         with scratch() as folder:
@@ -243,46 +216,28 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def local_copy(path: Path) -> Iterator[Path]:
-    """The file or directory itself, or a temporary copy of the objects at a URL."""
-    if not is_url(path):
-        yield path
+def local_copy(folder: Path, names: Iterable[str]) -> Iterator[Path]:
+    """A local directory itself, or a temporary copy of the objects `names` under a URL."""
+    if not is_url(folder):
+        yield folder
         return
-    with scratch() as folder:
-        file_system(path).get(os.fspath(path), os.fspath(folder / path.name), recursive=True)
-        yield folder / path.name
-
-
-def checksums(folder: Path) -> dict[str, str]:
-    """Name of each file below a local directory -> SHA-256 of its content."""
-    found = {}
-    for path in folder.rglob("*"):
-        if path.is_file():
-            with open(path, "rb") as file:
-                name = path.relative_to(folder).as_posix()
-                found[name] = hashlib.file_digest(file, "sha256").hexdigest()
-    return found
-
-
-def require_room(folder: Path, size: int) -> None:
-    """Raises OSError if a local directory has no room for `size` bytes and some small files."""
-    with tempfile.TemporaryFile(dir=folder) as file:
-        if hasattr(os, "posix_fallocate"):  # not on macOS
-            os.posix_fallocate(file.fileno(), 0, size + 2**20)
+    with scratch() as copy:
+        files = [(folder / name, copy / name) for name in names]
+        for _, to in files:
+            to.parent.mkdir(parents=True, exist_ok=True)
+        # By their names: a listing may lack some.
+        file_system(folder).get(*(list(map(os.fspath, each)) for each in zip(*files, strict=True)))
+        yield copy
 
 
 def local_folder(path: Path) -> Path:
-    """A local directory for files that may be lost: `path`, or for a URL a directory of its name
-    in the local cache.
-    """
+    """A local directory for files that may be lost: `path`, or for a URL one in the local cache."""
     return cache_dir() / path.name if is_url(path) else path.absolute()
 
 
 class Mirror:
-    """A local folder to write in, whose files are uploaded by `sync`; for programs that append to
-    files, and libraries that write only local ones. Without a URL it is the folder itself.
-
-    Files that were not uploaded when the process was killed are lost.
+    """A local folder to write in, at `path`, whose files are uploaded by `sync`: for programs that
+    append to files. Without a URL it is the folder itself.
 
     Args:
       target: The folder, or its URL.
@@ -292,40 +247,30 @@ class Mirror:
     def __init__(self, target: Path, names: Sequence[str] = ()) -> None:
         self._target = self.path = target
         self._uploaded: dict[Path, tuple[int, int]] = {}  # file -> its size and time by then
+        self._temporary = contextlib.ExitStack()
         if not is_url(target):
             target.mkdir(parents=True, exist_ok=True)
             return
-        cache_dir().mkdir(parents=True, exist_ok=True)
-        self._temporary = Path(tempfile.mkdtemp(prefix=".mirror-", dir=cache_dir()))
-        self.path = self._temporary / target.name
+        self.path = self._temporary.enter_context(scratch()) / target.name
         self.path.mkdir()
         for name in names:
             with contextlib.suppress(FileNotFoundError):
                 (self.path / name).write_bytes((target / name).read_bytes())
 
     def sync(self) -> None:
-        """Uploads the files that have changed.
-
-        Raises:
-          OSError: An upload failed.
-        """
+        """Uploads the files that have changed; OSError if an upload fails."""
         if self.path is self._target:
             return
-        for file in sorted(self.path.rglob("*")):
-            if file.is_symlink() or not file.is_file():
-                continue
+        for file in sorted(path for path in self.path.rglob("*") if path.is_file()):
             now = (file.stat().st_size, file.stat().st_mtime_ns)
             if self._uploaded.get(file) != now:
                 to = self._target / file.relative_to(self.path).as_posix()
                 try:
                     put_file(file, to)
-                except Exception as error:
-                    if not isinstance(error, OSError) and not is_store_error(error):
-                        raise
+                except Exception as error:  # stores raise many types
                     raise OSError(f"{to} could not be uploaded: {error}") from error
                 self._uploaded[file] = now
 
     def close(self) -> None:
         """Removes temporary files. It does not upload."""
-        if self.path is not self._target:
-            shutil.rmtree(self._temporary, ignore_errors=True)
+        self._temporary.close()

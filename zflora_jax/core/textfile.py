@@ -14,14 +14,8 @@ _LINE_END = re.compile(r"\r\n|\r|\n")
 
 
 def decode(data: bytes, name: object) -> str:
-    """The text of a user's file, without its byte order mark.
-
-    Args:
-      data: the bytes of the file.
-      name: of the file, for the message.
-
-    Raises:
-      ConfigError: the bytes are not UTF-8.
+    """The text of the user's file `name`, without its byte order mark; ConfigError for others than
+    UTF-8.
     """
     try:
         return data.decode("utf-8-sig")

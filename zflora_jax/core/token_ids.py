@@ -10,42 +10,36 @@ from typing import Any
 
 import numpy as np
 
-from zflora_jax.core.fields import ConfigError
+from zflora_jax.core.fields import ConfigError, require
 
 
 def check_ids(ids: Any, vocab_size: int, what: str, tokenizer: Any = None) -> None:
     """Refuses ids that are no integers or outside 0..vocab_size - 1, by name.
 
     Args:
-      ids: a sequence or array of token ids.
-      vocab_size: rows of the model's embedding.
-      what: where they come from, for the message ("prompt 3").
-      tokenizer: the model's, whose tokens the ids may be; None if there is none.
+      ids: Sequence or array of token ids.
+      vocab_size: Rows of the model's embedding.
+      what: Origin of the ids, for the message ("prompt 3").
+      tokenizer: The model's tokenizer, if it has one.
     """
-    values = _integers(ids, what)
-    if values.size == 0 or (values.min() >= 0 and values.max() < vocab_size):
-        return
-    outside = np.unique(values[(values < 0) | (values >= vocab_size)]).tolist()
-    raise ConfigError(
-        f"{what} holds token ids outside 0..{vocab_size - 1}{_named(outside, tokenizer)}"
-    )
-
-
-def _integers(ids: Any, what: str) -> np.ndarray:
     try:
         values = np.asarray(ids)
     except ValueError:  # lists of several lengths
         values = np.asarray(ids, object)
-    if values.size and not np.issubdtype(values.dtype, np.integer):
+    require(
+        not values.size or np.issubdtype(values.dtype, np.integer),
+        f"{what} must hold token ids, which are integers; got {values.dtype} {ids!r:.60}.",
+    )
+    outside = np.unique(values[(values < 0) | (values >= vocab_size)]).tolist()
+    if outside:
         raise ConfigError(
-            f"{what} must hold token ids, which are integers; got {values.dtype} {ids!r:.60}."
+            f"{what} holds token ids outside 0..{vocab_size - 1}{_named(outside, tokenizer)}"
         )
-    return values
 
 
 def _named(outside: Sequence[int], tokenizer: Any) -> str:
     known = 0 if tokenizer is None else rows_needed(tokenizer)
-    if not outside or outside[0] < 0 or outside[-1] >= known:
+    if outside[0] < 0 or outside[-1] >= known:
         return ": is this the model's own tokenizer?"
     names = [f"{i} ({tokenizer.convert_ids_to_tokens(int(i))!r})" for i in outside[:5]]
     more = f" and {len(outside) - 5} more" if len(outside) > 5 else ""

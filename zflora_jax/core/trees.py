@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import traverse_util
 from jax.experimental import multihost_utils
 
 Tree = dict[str, Any]
@@ -20,26 +21,12 @@ Tree = dict[str, Any]
 
 def flatten(tree: Mapping[str, Any]) -> dict[str, Any]:
     """{"a": {"b": x}} -> {"a/b": x}, in sorted order of names."""
-    flat: dict[str, Any] = {}
-    for key in sorted(tree):
-        value = tree[key]
-        if isinstance(value, Mapping):
-            flat |= {f"{key}/{name}": leaf for name, leaf in flatten(value).items()}
-        else:
-            flat[key] = value
-    return flat
+    return dict(sorted(traverse_util.flatten_dict(tree, sep="/").items()))
 
 
 def unflatten(flat: Mapping[str, Any]) -> Tree:
     """The inverse of `flatten`."""
-    tree: Tree = {}
-    for name, leaf in flat.items():
-        *parents, last = name.split("/")
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[last] = leaf
-    return tree
+    return traverse_util.unflatten_dict(flat, sep="/")
 
 
 def arrays(tree: Mapping[str, Any]) -> dict[str, Any]:
@@ -52,8 +39,8 @@ def arrays(tree: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def taken(tree: Tree) -> Iterator[tuple[str, Any]]:
-    """(Name, leaf) of every leaf, in the order of `flatten`, each taken out of `tree` as it is
-    given, so that its memory is free once the caller has dropped it.
+    """(Name, leaf) of every leaf, in order, each taken out of `tree`, so that its memory is free
+    once the caller has dropped it.
     """
     for name in list(flatten(tree)):
         *parents, last = name.split("/")
@@ -77,7 +64,7 @@ def first_match(rules: Iterable[tuple[str, Any]], name: str) -> Any:
 
 
 def difference(expected: Iterable[str], given: Iterable[str], limit: int = 12) -> str:
-    """ "" if both name sets are equal, else a +/- list: missing names, then unexpected ones."""
+    """A list of missing names, then of unexpected ones; "" if there are none."""
     want, have = set(expected), set(given)
     lines = [f"- missing    {name}" for name in sorted(want - have)]
     for name in sorted(have - want):
@@ -107,22 +94,15 @@ def check_like(
 
 def _not_finite(flat: Mapping[str, Any]) -> str | None:
     """The first of the arrays that holds NaN or infinite values."""
-    here = {
-        name: leaf
-        for name, leaf in flat.items()
-        if isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer)
+    finite = {name: np.isfinite(x).all() for name, x in flat.items() if isinstance(x, np.ndarray)}
+    of_jax = {
+        name: x
+        for name, x in flat.items()
+        if isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer)
     }
-    # One program for all arrays of jax: many small ones would cost more.
-    finite = dict(zip(here, gathered(_finite(list(here.values()))) if here else (), strict=True))
-    return next(
-        (
-            name
-            for name, leaf in flat.items()
-            if not finite.get(name, True)
-            or (isinstance(leaf, np.ndarray) and not np.isfinite(leaf).all())
-        ),
-        None,
-    )
+    if of_jax:  # one program for all of them: many small ones would cost more
+        finite |= dict(zip(of_jax, gathered(_finite([*of_jax.values()])), strict=True))
+    return next((name for name in flat if not finite.get(name, True)), None)
 
 
 @jax.jit
@@ -166,7 +146,7 @@ def fingerprint(
     """sha256 (hex) over names, shapes, dtypes and values; stacked and unstacked layers give the
     same. All processes that share arrays call it.
 
-    corner: of each leaf only the first so many along each axis count. One leaf of one layer is on
+    corner: Of each leaf only the first so many along each axis count. One leaf of one layer is on
     the host at a time, of larger tables PIECE_BYTES.
     """
     digests = {}
@@ -192,16 +172,11 @@ PIECE_BYTES = 1 << 26  # of a table of the vocabulary that are on the host at on
 def _pieces(leaf: Any, rows: int) -> Iterator[np.ndarray]:
     """The first `rows` rows of an array, in pieces of at most PIECE_BYTES."""
     each = max(1, PIECE_BYTES * leaf.shape[0] // max(1, leaf.nbytes))
-    if each >= rows:
+    if each >= rows or isinstance(leaf, np.ndarray):
         yield on_host(leaf)[:rows]
         return
     for start in range(0, rows, each):
-        size = min(each, rows - start)
-        yield (
-            leaf[start : start + size]
-            if isinstance(leaf, np.ndarray)
-            else gathered(jax.lax.dynamic_slice_in_dim(leaf, start, size))
-        )
+        yield gathered(jax.lax.dynamic_slice_in_dim(leaf, start, min(each, rows - start)))
 
 
 def _bytes(value: np.ndarray) -> memoryview:

@@ -36,7 +36,6 @@ from zflora_jax.training.hooks import (
     SaveCheckpoints,
     StopOnSignal,
 )
-from zflora_jax.training.lock import locked
 from zflora_jax.training.loop import Hook, fit
 from zflora_jax.training.objective import objective_of
 from zflora_jax.training.optim import require_optimizer
@@ -44,10 +43,8 @@ from zflora_jax.training.trainer import TrainState, step_of
 from zflora_jax.training.workdir import (
     Changes,
     adopt,
-    change_notes,
-    claim,
+    claimed,
     record_start,
-    require_own,
 )
 
 log = logging.getLogger(__name__)
@@ -146,14 +143,13 @@ def _open(
 ) -> tuple[distributed.StopSignals, Checkpoints, Callable[[], None]]:
     """Takes the workdir, until `stack` is closed. The function raises if the lock was lost."""
     train = setup.run.train
-    distributed.on_main(lambda: claim(workdir, setup.run))
-    for note in change_notes(changed, setup.run):
-        log.info("%s", note)
+    held = distributed.on_main(lambda: stack.enter_context(claimed(workdir, setup.run)))
+    held = held or (lambda: None)
+    for key, (old, new) in changed.items():
+        log.info("%s: %r before, %r from here on", key, old, new)
     stack.enter_context(compile_cache(workdir / "compile_cache"))
     # Left after the checkpoints: until then the newest one may still be being written.
     signals = stack.enter_context(distributed.StopSignals())
-    held = distributed.on_main(lambda: stack.enter_context(locked(workdir))) or (lambda: None)
-    distributed.on_main(lambda: require_own(workdir, setup.run))
     checkpoints = stack.enter_context(
         Checkpoints(workdir, train.max_to_keep, keep_best=train.keep_best, before_commit=held)
     )

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import jax
 import jax.numpy as jnp
 
-from zflora_jax.core.fields import check_types, require, require_at_least
+from zflora_jax.core.fields import Count, Seed, check_types, require
 from zflora_jax.ops.sampling import NON_FINITE, greedy, nucleus, nucleus_of_sorted
 
 Array = jax.Array
@@ -30,7 +30,7 @@ class Sampler:
     """
 
     temperature: float = 0.0
-    top_k: int | None = None
+    top_k: Count | None = None
     top_p: float | None = None
 
     def __post_init__(self) -> None:
@@ -39,7 +39,6 @@ class Sampler:
             self.temperature == 0 or self.temperature >= 1e-6,  # float32 logits over it stay finite
             f"temperature={self.temperature}: must be at least 0 (0 is greedy), and 1e-6 above 0.",
         )
-        require_at_least(1, self, "top_k", none="all tokens")
         require(
             self.top_p is None or 0 < self.top_p <= 1,
             f"top_p={self.top_p}: must be within (0, 1], or None.",
@@ -107,16 +106,14 @@ class GenerationConfig:
         chat template the end of a turn); with () only max_new_tokens ends it.
     """
 
-    max_new_tokens: int = 64
+    max_new_tokens: Count = 64
     sampler: Sampler | None = None
-    seed: int = 0
-    batch_size: int = 16
+    seed: Seed = 0
+    batch_size: Count = 16
     stop_token_ids: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         check_types(self)
-        require_at_least(1, self, "max_new_tokens", "batch_size")
-        require(0 <= self.seed < 2**32, f"seed={self.seed}: must be from 0 to 2**32 - 1.")
 
     def stopping_at(self, ids: Iterable[int]) -> GenerationConfig:
         """Returns this config, with `ids` for stop_token_ids where it names none."""

@@ -1,5 +1,4 @@
-"""What a run or a measurement leaves behind: files written whole, provenance, tables, metrics,
-plots.
+"""Files written whole, provenance, tables, metrics, plots.
 
 No model and no data: values come in as plain dicts.
 """

@@ -14,15 +14,8 @@ from zflora_jax.core.storage import as_path, is_url, whole_file
 
 
 def local_path(path: str | os.PathLike[str], name: str) -> Path:
-    """Turns a path into a Path where object storage cannot be used. Call it before anything is
-    created.
-
-    Args:
-      path: Path of a local file or directory.
-      name: Name of the path in the message, such as "workdir".
-
-    Raises:
-      ConfigError: `path` is a URL, which as a Path would become a directory called "gs:".
+    """The Path of a local file or directory; ConfigError that calls it `name` for a URL, which as a
+    Path would become a directory called "gs:".
     """
     require(
         not is_url(path),
@@ -33,11 +26,8 @@ def local_path(path: str | os.PathLike[str], name: str) -> Path:
 
 
 def plain(value: Any) -> Any:
-    """Turns a value into one that JSON can hold.
-
-    Args:
-      value: Any value. numpy and jax scalars become numbers, tuples lists, paths text, non-finite
-        numbers null; also inside dicts and lists.
+    """A value as JSON can hold it: scalars of numpy and jax as numbers, tuples as lists, paths as
+    text, non-finite numbers as null; also inside dicts and lists.
     """
     if isinstance(value, Mapping):
         return {str(k): plain(v) for k, v in value.items()}
@@ -51,36 +41,22 @@ def plain(value: Any) -> Any:
 
 
 def write_json(path: str | Path, values: Mapping[str, Any]) -> None:
-    """Writes indented JSON, whole or not at all.
-
-    Args:
-      path: Path of the file.
-      values: Its content, see `plain`.
-    """
-    atomic_write(
-        path,
-        (json.dumps(plain(values), indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode(),
-    )
+    """Writes `values` (see `plain`) as indented JSON, whole or not at all."""
+    text = json.dumps(plain(values), indent=2, ensure_ascii=False, allow_nan=False)
+    atomic_write(path, f"{text}\n".encode())
 
 
 def write_result(out: str | os.PathLike[str], values: Mapping[str, Any], page: str) -> None:
-    """Writes <out>.json, then <out>.md: the values of a result, and their page.
-
-    Args:
-      out: Path without a suffix; a dot in its name ("llama-3.2-1b") begins none.
-      values: Content of the JSON, see `plain`.
-      page: The page in Markdown.
+    """Writes <out>.json with `values` (see `plain`), then <out>.md with `page`. A dot in the name
+    `out` ("llama-3.2-1b") begins no suffix.
     """
     write_json(f"{os.fspath(out)}.json", values)
     atomic_write(f"{os.fspath(out)}.md", page.encode())
 
 
 def atomic_write(path: str | Path, data: bytes) -> None:
-    """Writes a file or an object so that a reader, or a crash, sees the old content or the new one.
-
-    Args:
-      path: Path of the file, whose directory is made if missing; or URL of an object.
-      data: The new content.
+    """Writes a file, whose directory is made if missing, or an object at a URL so that a reader, or
+    a crash, sees the old content or the new one.
     """
     with whole_file(as_path(path)) as file:
         file.write_bytes(data)

@@ -1,8 +1,7 @@
 """Metrics of a run: written to metrics.jsonl, and shown by trackers and a progress bar.
 
-One line of metrics.jsonl is one record, {"step": 10, "split": "train", "loss": 1.25, ...}. A step
-is counted when it is complete: the record of step 10 describes what ten updates have led to, and a
-run restored from the checkpoint of step 10 writes step 11 next.
+One line of metrics.jsonl is one record, {"step": 10, "split": "train", "loss": 1.25, ...}, of the
+number of complete steps: a run restored from the checkpoint of step 10 writes step 11 next.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ METRICS_FILE = "metrics.jsonl"
 
 
 class MetricWriter:
-    """Writes a run's metrics under `workdir`; use it as a context manager.
+    """Context manager that writes a run's metrics under `workdir`.
 
     Args:
       workdir: The run's directory or URL, made if missing.
@@ -36,8 +35,7 @@ class MetricWriter:
         steps are dropped, since they are about to be computed again; 0 starts the files anew.
       report_to: Rows of `trackers.TRACKERS`.
       config: The settings that trackers show next to the metrics.
-      before_upload: Called before files are uploaded to a bucket; an exception from it prevents
-        that.
+      before_upload: Called before files are uploaded; an exception from it prevents that.
 
     Raises:
       ConfigError: A tracker did not start.
@@ -59,41 +57,29 @@ class MetricWriter:
         self._before_upload = before_upload
         self._restored = {(r["step"], r["split"]) for r in kept}
         self._mirror = Mirror(path.parent, (RUN_ID,))
-        file = self._mirror.path / METRICS_FILE
-        atomic_write(file, "".join(json.dumps(r) + "\n" for r in kept).encode())
-        self._file = open(file, "a", encoding="utf-8")  # noqa: SIM115
-        self._trackers: list[Tracker] = []
-        try:  # they may refuse
-            for name in report_to:
-                self._trackers += [TRACKERS[name](self._mirror.path, start_step, config or {})]
+        self._file = self._mirror.path / METRICS_FILE
+        atomic_write(self._file, "".join(json.dumps(r) + "\n" for r in kept).encode())
+        shown = self._mirror.path, start_step, config or {}
+        try:
+            self._trackers = [TRACKERS[name](*shown) for name in report_to]
         except BaseException:
-            self._file.close()
             self._mirror.close()
             raise
         self._progress = TrainingProgress(total_steps, start_step) if console else None
-        self._closed = False
 
     def restored(self, step: int, split: str) -> bool:
         """Whether the file had a record of `step` and `split` when it was opened."""
         return (step, split) in self._restored
 
     def write(self, step: int, split: str, values: Mapping[str, Any]) -> None:
-        """Appends one record.
-
-        Args:
-          step: Number of finished steps.
-          split: "train" or "eval".
-          values: Numbers by name, Python's or scalars of numpy or jax. NaN and infinity become null
-            in the file.
+        """Appends a record. split: "train" or "eval"; values: Numbers by name, Python's, numpy's or
+        jax's; those that are not finite become null.
         """
-        clash = {"step", "split"} & set(values)
-        if clash:
-            raise ValueError(
-                f"metric names {sorted(clash)} are taken by the record itself; rename them."
-            )
+        if clash := {"step", "split"} & set(values):
+            raise ValueError(f"metric names {sorted(clash)} are taken by the record: rename them.")
         numbers = {name: float(value) for name, value in values.items()}
-        self._file.write(json.dumps({"step": int(step), "split": split, **plain(numbers)}) + "\n")
-        self._file.flush()
+        with open(self._file, "a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": int(step), "split": split, **plain(numbers)}) + "\n")
         shown = {f"{split}/{name}": value for name, value in numbers.items()}
         self._show(lambda tracker: tracker.write(int(step), shown))
 
@@ -103,28 +89,9 @@ class MetricWriter:
             self._progress.update(step, text)
 
     def sync(self) -> None:
-        """Uploads what has been written, if the run is in a bucket.
-
-        Raises:
-          OSError: An upload failed.
-        """
+        """Uploads what has been written, if the run is in a bucket; OSError if that fails."""
         self._before_upload()
         self._mirror.sync()
-
-    def close(self) -> None:
-        """Flushes and closes everything; safe to call twice."""
-        if self._closed:
-            return
-        self._closed = True
-        if self._progress is not None:
-            self._progress.close()
-        self._show(lambda tracker: tracker.close())
-        self._file.close()
-        try:
-            self.sync()  # trackers write when they are closed, too
-        except OSError as error:
-            log.warning("%s", error)
-        self._mirror.close()
 
     def _show(self, call: Callable[[Tracker], None]) -> None:
         """Calls every tracker. Drops one that raises: its full disk must not end the training."""
@@ -132,22 +99,26 @@ class MetricWriter:
             try:
                 call(tracker)
             except Exception as error:
-                log.warning(
-                    "%s failed and shows no more of this run: %s", type(tracker).__name__, error
-                )
+                name = type(tracker).__name__
+                log.warning("%s failed and shows no more of this run: %s", name, error)
                 self._trackers.remove(tracker)
 
     def __enter__(self) -> MetricWriter:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.close()
+        if self._progress is not None:
+            self._progress.close()
+        self._show(lambda tracker: tracker.close())
+        try:
+            self.sync()  # trackers write when they are closed, too
+        except OSError as error:
+            log.warning("%s", error)
+        self._mirror.close()
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
-    """The records of a metrics.jsonl, in file order. Of several with the same step and split the
-    last one counts.
-    """
+    """The records of a metrics.jsonl, in file order; the last one of a step and split counts."""
     latest = {(r["step"], r["split"]): r for r in _parse(as_path(path))}
     return list(latest.values())
 
@@ -159,15 +130,12 @@ def _parse(path: Path) -> list[dict[str, Any]]:
     for number, line in enumerate(lines, start=1):
         try:
             record = json.loads(line)
-            if not (isinstance(record, dict) and isinstance(record.get("step"), int)):
-                raise ValueError("no step")
-            if not isinstance(record.get("split"), str):
-                raise ValueError("no split")
-        except ValueError as error:
+            if not {"step", "split"} <= record.keys():
+                raise ValueError("no step or no split")
+        except (ValueError, AttributeError) as error:
             if number == len(lines):
                 break
-            raise ConfigError(
-                f"{path}, line {number}: not a metrics record ({error}). Repair or delete the line."
-            ) from error
+            text = f"not a metrics record ({error}). Repair or delete the line."
+            raise ConfigError(f"{path}, line {number}: {text}") from error
         records.append(record)
     return records

@@ -30,24 +30,20 @@ PANELS = (
 
 def training_curves(runs: Mapping[str, str | Path], out: str | Path, title: str) -> None:
     """Draws `PANELS` over steps, of one run or of several: training as a line, other splits as
-    points of the same colour.
+    points of the same colour. ConfigError if there is nothing to draw.
 
     Args:
       runs: Label -> its metrics.jsonl.
       out: Path without a suffix.
       title: Title of the figure.
-
-    Raises:
-      ConfigError: The files hold no value to draw.
     """
     from matplotlib import colormaps
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 
-    # Ten colours that are easy to tell from each other; more runs are coloured along a scale.
-    colours: list[Any] = [f"C{i}" for i in range(len(runs))]
-    if len(runs) > 10:
-        colours = [colormaps["turbo"](i / (len(runs) - 1)) for i in range(len(runs))]
+    # Up to ten colours are easy to tell from each other.
+    scale = colormaps["tab10" if len(runs) <= 10 else "turbo"]
+    colours = [scale(i if len(runs) <= 10 else i / (len(runs) - 1)) for i in range(len(runs))]
     figure = Figure(figsize=(11.0, 7.4), layout="constrained")
     figure.suptitle(title)
     records = {label: read_metrics(path) for label, path in runs.items()}
@@ -60,15 +56,13 @@ def training_curves(runs: Mapping[str, str | Path], out: str | Path, title: str)
                 steps, heights = zip(*sorted(values.items()), strict=True)
                 last = f" ({split}, last {heights[-1]:.4g})" if key == "loss" else ""
                 axes.plot(steps, heights, color=colour, label=f"{name}{last}", **style)
-        axes.set_xlabel("step")
-        axes.set_ylabel(label)
+        axes.set(xlabel="step", ylabel=label)
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.3)
         if logarithmic and axes.lines:
             axes.set_yscale("log")
         if axes.lines and key == "loss" and len(records) <= IN_PANEL:
-            # A long label may overlap the curves, not squeeze them.
-            axes.legend(frameon=False, fontsize=8).set_in_layout(False)
+            axes.legend(frameon=False, fontsize=8).set_in_layout(False)  # it may overlap the curves
     if len(records) > IN_PANEL:
         lines = [Line2D([], [], color=c, label=n) for n, c in zip(records, colours, strict=True)]
         figure.set_figheight(7.4 + 0.2 * -(-len(records) // 2))
@@ -94,18 +88,17 @@ def grouped_bars(
     """Draws groups of vertical bars, one colour per series, with a number on each.
 
     Args:
-      values: values[series][group].
+      values: Heights of the bars, values[series][group].
       out: Path without a suffix.
-      title: Title of the figure.
-      label: Label of the axis.
+      title, label: Texts above the figure and at its axis.
     """
     from matplotlib.figure import Figure
 
     groups = list(dict.fromkeys(group for series in values.values() for group in series))
-    size = (max(7.0, 0.8 + 0.28 * len(groups) * (len(values) + 1)), 4.6)
-    figure = Figure(figsize=size, layout="constrained")
+    wide = max(7.0, 0.8 + 0.28 * len(groups) * (len(values) + 1))
+    figure = Figure(figsize=(wide, 4.6), layout="constrained")
     axes, width = figure.subplots(), 1 / (len(values) + 1)
-    axes.set_title(title)
+    axes.set(title=title, ylabel=label, axisbelow=True)
     axes.spines[["top", "right"]].set_visible(False)
     for i, (series, heights) in enumerate(values.items()):
         places = [groups.index(group) + (i - (len(values) - 1) / 2) * width for group in heights]
@@ -114,10 +107,8 @@ def grouped_bars(
     axes.set_xticks(range(len(groups)), groups)
     if sum(map(len, groups)) > 60:  # next to each other they would overlap
         axes.tick_params(axis="x", rotation=25)
-    axes.set_ylabel(label)
     figure.legend(frameon=False, fontsize=8, ncols=3, loc="outside lower center")
     axes.grid(axis="y", alpha=0.3)
-    axes.set_axisbelow(True)
     _save(figure, out)
 
 

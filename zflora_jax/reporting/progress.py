@@ -11,39 +11,23 @@ from typing import Any
 
 @contextmanager
 def progress_bar(total: int, description: str, console: bool) -> Any:
-    """A progress bar on stderr.
-
-    Args:
-      total: Number of steps.
-      description: Text in front of the bar.
-      console: Whether it is drawn; never without a terminal.
-
-    Yields:
-      advance(n), which moves it on.
+    """A progress bar of `total` steps on stderr, if `console` is set and that is a terminal. Yields
+    advance(n), which moves it on.
     """
-    from rich import console as screens, progress
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
-    screen = screens.Console(stderr=True)
-    with progress.Progress(
-        "{task.description}",
-        progress.BarColumn(),
-        progress.MofNCompleteColumn(),
-        progress.TimeRemainingColumn(),
-        console=screen,
-        disable=not (console and screen.is_terminal),
-        transient=True,
-    ) as bar:
+    screen = Console(stderr=True)
+    columns = "{task.description}", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    hidden = not (console and screen.is_terminal)
+    with Progress(*columns, console=screen, disable=hidden, transient=True) as bar:
         task = bar.add_task(description, total=total)
         yield lambda n: bar.advance(task, n)
 
 
 class TrainingProgress:
-    """Steps, a text and the remaining time: a live bar on a terminal; elsewhere a line at most
-    every 10 seconds, and one for the last step.
-
-    Args:
-      total: Number of steps of the run.
-      start: Number of steps that are finished.
+    """Steps, a text and the remaining time of a run of `total` steps, of which `start` are done: a
+    live bar on a terminal; elsewhere a line at most every 10 seconds, and one for the last step.
     """
 
     EVERY = 10.0
@@ -53,17 +37,11 @@ class TrainingProgress:
         self._first: tuple[int, float] | None = None
         self._bar: Any = None
         if sys.stdout.isatty():
-            from rich import progress
+            from rich import progress as rich
 
-            self._bar = progress.Progress(
-                "step",
-                progress.MofNCompleteColumn(),
-                progress.BarColumn(),
-                "{task.fields[text]}",
-                progress.TimeElapsedColumn(),
-                "ETA",
-                progress.TimeRemainingColumn(),
-            )
+            done, left = rich.TimeElapsedColumn(), rich.TimeRemainingColumn()
+            steps = "step", rich.MofNCompleteColumn(), rich.BarColumn()
+            self._bar = rich.Progress(*steps, "{task.fields[text]}", done, "ETA", left)
             self._task = self._bar.add_task("", total=total, completed=start, text="")
             self._bar.start()
 

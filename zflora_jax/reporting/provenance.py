@@ -25,9 +25,7 @@ _ABSOLUTE = re.compile(r"(?<![\w./:~-])/[^\s,=:'\"]+")  # not the slashes of a/b
 
 
 def environment() -> dict[str, Any]:
-    """The command, code, software and device behind a result, as JSON. Imports jax and starts its
-    backend.
-    """
+    """The command, code, software and device behind a result, as JSON. Starts jax's backend."""
     import jax
 
     commit, dirty = _git_state(Path(__file__).resolve().parents[2])
@@ -62,13 +60,12 @@ def origin_line(env: Mapping[str, Any]) -> str:
 
 def command_line() -> str:
     """The command that started this process, with absolute paths shortened."""
+    head = Path(sys.argv[0]).name or "python"  # a console script, or an interactive session
     spec = getattr(sys.modules.get("__main__"), "__spec__", None)
     if spec is not None:  # python -m name
         head = f"python -m {spec.name.removesuffix('.__main__')}"
-    elif sys.argv[0].endswith(".py"):
+    elif head.endswith(".py"):
         head = f"python {relative_paths(sys.argv[0])}"
-    else:  # a console script, or an interactive session
-        head = Path(sys.argv[0]).name or "python"
     return " ".join([head, *(relative_paths(a) for a in sys.argv[1:])])
 
 
@@ -87,13 +84,10 @@ def _git_state(root: Path) -> tuple[str | None, bool | None]:
     """(commit, whether the code has uncommitted changes); (None, None) outside a checkout."""
 
     def git(*args: str) -> str:
-        return subprocess.run(
-            ["git", "-C", str(root), *args], check=True, capture_output=True, text=True, timeout=30
-        ).stdout
+        command = ["git", "-C", str(root), *args]
+        return subprocess.check_output(command, stderr=subprocess.DEVNULL, text=True, timeout=30)
 
-    try:
-        # An installed copy can lie in a virtual environment inside another repository, whose commit
-        # is irrelevant.
+    try:  # an installed copy can lie inside another repository, whose commit is irrelevant
         if Path(git("rev-parse", "--show-toplevel").strip()).resolve() != root:
             return None, None
         changed = git("status", "--porcelain", "--", *_CODE).strip()
@@ -106,7 +100,7 @@ def _cpu_model() -> str | None:
     """The CPU's name with family and model: "AMD EPYC" is the name of several generations."""
     info = Path("/proc/cpuinfo")
     if not info.is_file():
-        return platform.processor() or None
+        return platform.processor() or platform.machine() or None
     text = info.read_text(encoding="utf-8", errors="replace").split("\n\n")[0]
     found = dict(re.findall(r"^(model name|cpu family|model)\s*: (.+)$", text, re.MULTILINE))
     shown = {"model name": "", "cpu family": "family ", "model": "model "}

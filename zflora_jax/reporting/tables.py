@@ -11,11 +11,11 @@ from zflora_jax.reporting.files import plain
 def markdown_table(
     rows: Sequence[Mapping[str, Any]], columns: Sequence[str] | Mapping[str, str]
 ) -> str:
-    """Make a Markdown table. Number columns align right.
+    """A Markdown table; columns of numbers align right, missing values show as "-".
 
     Args:
-      rows: missing values show as "-".
-      columns: the keys to show in order, or key -> heading.
+      rows: Rows of the table.
+      columns: The keys to show in order, or key -> heading.
 
     >>> rows = [{"method": "lora", "params": 4884480, "loss": 0.32891}]
     >>> print(markdown_table(rows, ["method", "params", "loss"]))
@@ -26,15 +26,14 @@ def markdown_table(
     headings = dict(columns) if isinstance(columns, Mapping) else {name: name for name in columns}
     cells = [[plain(row.get(key)) for key in headings] for row in rows]
 
-    def is_number(value: Any) -> bool:
-        return value is None or (isinstance(value, int | float) and not isinstance(value, bool))
+    def aligned(column: Sequence[Any]) -> str:
+        numbers = all(x is None or type(x) in (int, float) for x in column)
+        return "---:" if numbers else "---"
 
-    right = [bool(cells) and all(is_number(row[i]) for row in cells) for i in range(len(headings))]
     lines = [[_cell(h) for h in headings.values()], *([_cell(v) for v in row] for row in cells)]
-    text = ["| " + " | ".join(line) + " |" for line in lines]
-    return "\n".join(
-        [text[0], "|" + "|".join("---:" if r else "---" for r in right) + "|", *text[1:]]
-    )
+    head, *body = ["| " + " | ".join(line) + " |" for line in lines]
+    rule = [aligned(column) for column in zip(*cells, strict=True)] or ["---"] * len(headings)
+    return "\n".join([head, f"|{'|'.join(rule)}|", *body])
 
 
 def _cell(value: Any) -> str:

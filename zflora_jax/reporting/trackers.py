@@ -1,7 +1,5 @@
-"""Trackers show a run's metrics elsewhere: TensorBoard, Weights & Biases, trackio.
-
-A tracker is a class with the methods of `Tracker` and a row in `TRACKERS`, at the end of this file.
-The record of a run is metrics.jsonl (see `metrics`), so a tracker may fail without loss.
+"""Trackers show a run's metrics elsewhere: TensorBoard, Weights & Biases, trackio. The record of a
+run is metrics.jsonl (see `metrics`), so a tracker may fail without loss.
 """
 
 from __future__ import annotations
@@ -18,18 +16,14 @@ from zflora_jax.core.fields import ConfigError, nearest, require
 from zflora_jax.reporting.files import atomic_write
 
 RUN_ID = "tracker_id"  # a file in the workdir
-PROJECT = "zflora_jax"  # WANDB_PROJECT and TRACKIO_PROJECT name another one
 
 
 class Tracker(Protocol):
     """Shows the metrics of one run. It is made from the run's directory, the step restored from a
-    checkpoint (0 for a run from the start), and the settings that are shown next to the metrics.
-
-    Attributes:
-      package: The optional package that it needs, "" if it needs none.
+    checkpoint (0: from the start), and the settings that are shown next to the metrics.
     """
 
-    package: ClassVar[str]
+    package: ClassVar[str]  # the optional package that it needs, "" if it needs none
 
     def __init__(self, workdir: Path, start_step: int, config: Mapping[str, Any]) -> None: ...
     def write(self, step: int, numbers: Mapping[str, float]) -> None: ...
@@ -44,14 +38,11 @@ class TensorBoard:
     def __init__(self, workdir: Path, start_step: int, config: Mapping[str, Any]) -> None:
         from tensorboardX import SummaryWriter
 
-        self._events = SummaryWriter(
-            str(workdir / "tensorboard"),
-            # TensorBoard hides events of this step and later that were written before.
-            purge_step=start_step + 1 if start_step else 0,
-            # File names count whole seconds: a quick restart would overwrite its predecessor's.
-            filename_suffix=f".{start_step}",
-            flush_secs=10,
-        )
+        # TensorBoard hides events of this step and later that were written before.
+        purge = start_step + 1 if start_step else 0
+        # File names count whole seconds: a quick restart would overwrite its predecessor's.
+        more: dict[str, Any] = {"filename_suffix": f".{start_step}", "flush_secs": 10}
+        self._events = SummaryWriter(str(workdir / "tensorboard"), purge_step=purge, **more)
 
     def write(self, step: int, numbers: Mapping[str, float]) -> None:
         for name, value in numbers.items():
@@ -74,14 +65,11 @@ class Trackio:
         if start_step == 0 or not remembered.is_file():  # a run from the start is another run
             atomic_write(remembered, secrets.token_hex(4).encode())
         identity = remembered.read_text(encoding="utf-8")
+        more = self._settings(workdir, identity)
+        more |= {"project": os.environ.get(f"{self.package.upper()}_PROJECT", "zflora_jax")}
+        more |= {"name": f"{workdir.resolve().name}-{identity}", "config": dict(config)}
         try:
-            self._run = module.init(
-                project=os.environ.get(f"{self.package.upper()}_PROJECT", PROJECT),
-                name=f"{workdir.resolve().name}-{identity}",
-                config=dict(config),
-                resume="allow",
-                **self._settings(workdir, identity),
-            )
+            self._run = module.init(resume="allow", **more)
         except Exception as error:  # each has its own: no key, no network, ...
             raise ConfigError(
                 f"train.report_to: {self.package} did not start: {error} (WANDB_MODE=offline keeps"
@@ -125,11 +113,7 @@ TRACKERS: dict[str, type[Tracker]] = {
 
 
 def require_trackers(names: Sequence[str]) -> None:
-    """Refuses trackers that cannot be used, before anything slow.
-
-    Raises:
-      ConfigError: A name has no row in `TRACKERS`, or its package is missing.
-    """
+    """Refuses names without a row in `TRACKERS`, and trackers whose package is missing."""
     for i, name in enumerate(names):
         require(name in TRACKERS, f"train.report_to[{i}]={name!r}: {nearest(name, TRACKERS)}.")
         package = TRACKERS[name].package

@@ -9,27 +9,20 @@ fingerprint is in meta.json. Which settings may go on from a checkpoint is in `w
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import logging
-import math
-from collections.abc import Callable, Iterator, Mapping
+import os
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import jax
 
-from zflora_jax.core.fields import ConfigError
-from zflora_jax.core.storage import (
-    Mirror,
-    as_path,
-    checksums,
-    is_store_error,
-    is_url,
-    local_copy,
-    remove,
-    require_room,
-)
+from zflora_jax.core.fields import ConfigError, require
+from zflora_jax.core.storage import Mirror, as_path, is_url, local_copy, remove
 from zflora_jax.parallel.distributed import from_process_0, gather_bytes, is_main, on_main
 from zflora_jax.reporting.files import write_json
 from zflora_jax.training.trainer import TrainState
@@ -46,33 +39,23 @@ class SaveError(OSError):
 
 
 def require_same(saved: Meta, name: str, found: str, workdir: str | Path) -> None:
-    """Refuses a checkpoint of `workdir` that was trained on another "base" or other "data".
-
-    Args:
-      saved: The checkpoint's meta.
-      name: "base" or "data".
-      found: Fingerprint of the base or data at hand.
-      workdir: The run's directory, for the message.
-
-    Raises:
-      ConfigError: The fingerprints differ.
+    """Refuses a checkpoint of `workdir`, whose meta is `saved`, that was trained on another "base"
+    or other "data" (`name`) than the one whose fingerprint is `found`.
     """
-    if saved[f"{name}_fingerprint"] != found:
-        there, here = saved[f"{name}_fingerprint"][:12], found[:12]
-        raise ConfigError(
-            f"{workdir} was trained on another {name}: fingerprint {there} there, {here} here."
-            " Restore it, or use another --workdir."
-        )
+    there = saved[f"{name}_fingerprint"]
+    require(
+        there == found,
+        f"{workdir} was trained on another {name}: fingerprint {there[:12]} there, {found[:12]}"
+        " here. Restore it, or use another --workdir.",
+    )
 
 
 class Checkpoints:
     """The checkpoints of one run; a context manager. A checkpoint is complete or is not seen.
 
-    `save` copies the state to the host; one process writes the copy while training goes on. A save
-    waits for the one before it, and leaving the context waits for the last. A failed write is
-    raised there, as SaveError. All processes of a run call every method, with a workdir that they
-    share; they write before `save` returns. For a bucket, orbax writes to a local directory, which
-    is then uploaded.
+    `save` copies the state to the host, and one process writes it while training goes on; the next
+    save, or leaving the context, waits for that and raises SaveError if it failed. All processes of
+    a run call every method, with one workdir; several write before `save` returns.
 
     Args:
       workdir: The run's directory or URL; checkpoints are in <workdir>/checkpoints.
@@ -105,28 +88,26 @@ class Checkpoints:
 
     @property
     def folder(self) -> Path:
-        """Directory of the checkpoints; each has a folder in it, named after its step."""
+        """Directory of the checkpoints, a folder in it for each step."""
         return self._workdir / CHECKPOINTS
 
     @property
     def latest(self) -> int | None:
-        """The number of steps in the newest complete checkpoint, None if there is none."""
+        """The number of steps in the newest checkpoint, None if there is none."""
         return max(saved_steps(self._workdir), default=None)
 
     @property
     def best(self) -> int | None:
-        """The number of steps in the checkpoint with the lowest loss, None if none was saved with
-        its loss.
-        """
+        """The number of steps in the checkpoint with the lowest loss, None if none has its loss."""
         scored = []
         for step in saved_steps(self._workdir):
             with contextlib.suppress(FileNotFoundError, ValueError):  # removed meanwhile, damaged
-                loss = self._read_meta(step).get("loss")
-                scored += [(loss, step)] if loss is not None and math.isfinite(loss) else []
-        return min(scored)[1] if scored else None
+                if (loss := self._read_meta(step).get("loss")) is not None:
+                    scored.append((loss, step))
+        return min(scored, default=(0, None))[1]
 
     def save(self, step: int, state: TrainState, meta: Meta, loss: float | None = None) -> None:
-        """Saves after `step` finished steps; does nothing if that step was the last one saved.
+        """Saves the state after a step; does nothing if that step was the last one saved.
 
         Args:
           step: Number of finished steps.
@@ -142,12 +123,11 @@ class Checkpoints:
         import orbax.checkpoint as ocp
 
         self._finish()
-        meta = {**({} if loss is None else {"loss": loss}), **meta, "state": _shapes(state)}
+        meta = {"loss": loss, **meta, "state": _shapes(state)}
         with self._save_errors():
             files = Mirror(self.folder / str(step))
             try:
-                # First: after a failed write, tensorstore calls back into closed event loops.
-                require_room(files.path, _own_bytes(state))
+                require_room(files.path, state)
                 to = files.path.absolute() / STATE
                 self._orbax.save(to, ocp.args.PyTreeSave(state), force=True)
             except BaseException:
@@ -160,19 +140,15 @@ class Checkpoints:
         self._last_saved = step
 
     def restore(self, like: Any, step: int | None = None) -> tuple[TrainState, Meta]:
-        """Reads a checkpoint.
+        """(state, meta) of a checkpoint, as they were saved.
 
         Args:
           like: A TrainState of arrays or ShapeDtypeStructs. Each leaf is placed by its sharding,
             whatever mesh the run was saved on; without one, on the first device.
           step: Number of the checkpoint; None for the newest.
 
-        Returns:
-          (state, meta) as they were saved.
-
         Raises:
-          ConfigError: There is no such checkpoint, it is damaged, or its store cannot be read; the
-            message gives the remedy.
+          ConfigError: There is no such checkpoint, it is damaged, or its store cannot be read.
         """
         steps = saved_steps(self._workdir)
         step = max(steps, default=None) if step is None else step
@@ -183,26 +159,19 @@ class Checkpoints:
             )
         try:
             meta = self._read_meta(step)
-            state = self._read(step, like, meta)
+            return self._read(step, like, meta), meta
         except Exception as error:  # of many types, whose messages name neither run nor remedy
             raise ConfigError(self._unreadable(step, steps, error)) from error
-        return state, meta
 
     def _unreadable(self, step: int, steps: list[int], error: Exception) -> str:
         older = [s for s in steps if s != step]
-        remedy = (
-            f"Remove that folder to go on from step {max(older)}."
-            if older
-            else "It is the only one: start the run anew in another --workdir."
-        )
-        if is_store_error(error):  # it may be whole
-            remedy = (
-                "If the store or the network failed, run the same command again: nothing is lost."
-                f" If it stays so while the store can be reached: {remedy[0].lower()}{remedy[1:]}"
-            )
+        remedy = f"remove that folder to go on from step {max(older, default=0)}."
+        if not older:
+            remedy = "start the run anew in another --workdir: it is the only one."
         return (
             f"checkpoint {self.folder / str(step)} cannot be read"
-            f" ({type(error).__name__}: {str(error)[:200]}). {remedy}"
+            f" ({type(error).__name__}: {str(error)[:200]}). If the disk, the store or the network"
+            f" failed, run the same command again: nothing is lost. Otherwise {remedy}"
         )
 
     def _read_meta(self, step: int) -> Meta:
@@ -215,16 +184,12 @@ class Checkpoints:
         if meta["state"] != _shapes(like):
             raise ValueError("its state has other names, shapes or dtypes")
         first = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-        like = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(
-                x.shape, x.dtype, sharding=getattr(x, "sharding", None) or first
-            ),
-            like,
-        )
-        args = ocp.args.PyTreeRestore(like, ocp.checkpoint_utils.construct_restore_args(like))
+        shardings = jax.tree.map(lambda x: getattr(x, "sharding", None) or first, like)
+        how = ocp.checkpoint_utils.construct_restore_args(like, shardings)
+        args = ocp.args.PyTreeRestore(like, how)
         with _whole_copy(self.folder / str(step) / STATE, meta["files"]) as files:
             state: TrainState = self._orbax.restore(files.absolute(), args)
-        return state
+            return state
 
     def _complete(self, step: int, meta: Meta, files: Mirror) -> None:
         """Waits until all processes have written `files`, and makes the checkpoint count."""
@@ -250,9 +215,7 @@ class Checkpoints:
             try:
                 remove(folder / META)  # first: without it the rest does not count
                 remove(folder)
-            except Exception as error:
-                if not isinstance(error, OSError) and not is_store_error(error):
-                    raise
+            except Exception as error:  # stores raise many types
                 log.warning("the old checkpoint %s could not be removed: %s", folder, error)
 
     def _finish(self) -> None:
@@ -319,22 +282,37 @@ def _whole_copy(folder: Path, wanted: Mapping[str, str]) -> Iterator[Path]:
     """The directory of a state, or a temporary copy of it from a bucket, whose files are `wanted`:
     name -> SHA-256. A copy that is not whole is made again, once.
     """
-    with contextlib.ExitStack() as stack:
-        wrong: list[str] = []
-        for _ in range(2 if is_url(folder) else 1):
-            files = stack.enter_context(local_copy(folder))
-            found = checksums(files)
-            wrong = sorted(name for name, _ in found.items() ^ wanted.items())
+    wrong: list[str] = []
+    for _ in range(2):
+        with local_copy(folder, wanted) as files:
+            found = checksums(files, wanted)
+            wrong = [name for name in wanted if found[name] != wanted[name]]
             if not wrong:
                 yield files
                 return
-        raise ValueError(f"its files are not those that were saved: {', '.join(wrong[:4])}")
+    raise ValueError(f"its files are not those that were saved: {', '.join(wrong[:4])}")
 
 
-def _own_bytes(state: Any) -> int:
-    """Size of the slices that this process writes: of those that devices share, the first."""
+def checksums(folder: Path, names: Iterable[str] | None = None) -> dict[str, str]:
+    """Name of each file below a local directory, or of `names` there -> SHA-256 of its content."""
+    if names is None:
+        names = [p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()]
+    found = {}
+    for name in names:
+        with open(folder / name, "rb") as file:
+            found[name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return found
+
+
+def require_room(folder: Path, state: Any) -> None:
+    """OSError if a local directory has no room for the slices of `state` that this process writes.
+    tensorstore's own failed writes would call back into closed event loops.
+    """
     slices = [x for leaf in jax.tree.leaves(state) for x in leaf.addressable_shards]
-    return sum(x.data.nbytes for x in slices if x.replica_id == 0)
+    size = sum(x.data.nbytes for x in slices if x.replica_id == 0)  # devices may share slices
+    with tempfile.TemporaryFile(dir=folder) as file:
+        if hasattr(os, "posix_fallocate"):  # not on macOS
+            os.posix_fallocate(file.fileno(), 0, size + 2**20)
 
 
 def _shapes(state: Any) -> dict[str, list[Any]]:

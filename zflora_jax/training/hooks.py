@@ -23,45 +23,31 @@ from zflora_jax.training.trainer import TrainState
 
 
 class RequireFinite(Hook):
-    """Ends the run when the loss, the gradient or the adapters are NaN or infinite. Put this hook
+    """NonFiniteError when the loss, the gradient or the adapters are NaN or infinite. Put this hook
     first, so that nothing of such a step is logged or saved.
-
-    Raises:
-      NonFiniteError: With the number of the step.
     """
 
     def on_metrics(self, step: int, metrics: Mapping[str, float], seconds: float) -> None:
-        wrong = [
-            f"{name} is {metrics[name]} at step {step}"
-            for name in ("loss", "grad_norm")
-            if not math.isfinite(metrics[name])
-        ]
-        if not metrics["finite"]:
-            wrong.append(f"the adapters are NaN or infinite after the update of step {step}")
-        if wrong:
+        wrong = [name for name in ("loss", "grad_norm") if not math.isfinite(metrics[name])]
+        if wrong or not metrics["finite"]:
+            what = (
+                f"{wrong[0]} is {metrics[wrong[0]]}" if wrong else "an adapter is NaN or infinite"
+            )
             raise NonFiniteError(
-                f"{wrong[0]}; training stopped, the last checkpoint is from an earlier step and"
-                " intact. Try a lower learning rate, or float32 instead of bfloat16."
+                f"{what} at step {step}; training stopped, the last checkpoint is from an earlier"
+                " step and intact. Try a lower learning rate, or float32 instead of bfloat16."
             )
 
 
 @dataclass
 class LogMetrics(Hook):
-    """Logs every train.log_every-th step, and shows progress.
+    """Logs every train.log_every-th step, and shows progress."""
 
-    Attributes:
-      writer: None in processes that write nothing.
-      settings: The run's train.* settings.
-      unit: What speed counts, see `Objective.unit`.
-      started: time.perf_counter() at the start of the run.
-      first_step_seconds: Seconds from `started` until the metrics of the first step were there.
-    """
-
-    writer: MetricWriter | None
+    writer: MetricWriter | None  # None in processes that write nothing
     settings: TrainConfig
-    unit: str
-    started: float
-    first_step_seconds: float | None = None
+    unit: str  # what speed counts, see `Objective.unit`
+    started: float  # time.perf_counter() at the start of the run
+    first_step_seconds: float | None = None  # from `started` until its metrics were there
     _checksums: dict[int, int] = field(default_factory=dict)  # by step, until its metrics are there
 
     def on_batch(self, step: int, batch: Mapping[str, Any]) -> None:
@@ -83,22 +69,12 @@ class LogMetrics(Hook):
 
 @dataclass
 class HeldOutLoss(Hook):
-    """Measures and logs the held-out loss every train.eval_every steps, and at the end.
+    """Measures and logs the held-out loss every train.eval_every steps, and at the end."""
 
-    Attributes:
-      evaluate: adapters -> {"loss": ..., "rows": ..., ...}.
-      writer: None in processes that write nothing.
-      settings: The run's train.* settings.
-      last: The result of the last evaluation.
-
-    Raises:
-      NonFiniteError: The loss is NaN or infinite; the message says whether the state is saved.
-    """
-
-    evaluate: Callable[[Tree], dict[str, float]]
-    writer: MetricWriter | None
+    evaluate: Callable[[Tree], dict[str, float]]  # adapters -> {"loss": ..., ...}
+    writer: MetricWriter | None  # None in processes that write nothing
     settings: TrainConfig
-    last: dict[str, float] = field(default_factory=dict)
+    last: dict[str, float] = field(default_factory=dict)  # the result of the last evaluation
 
     def is_due(self, step: int, stopping: bool) -> bool:
         every, last = self.settings.eval_every, self.settings.steps
@@ -108,12 +84,10 @@ class HeldOutLoss(Hook):
         try:
             self.last = self.evaluate(state.adapters)
         except NonFiniteError as error:
-            saved = results.get("checkpoint")
-            advice = (
-                f"; the checkpoint of step {step} is saved: remove {saved} to go on from an earlier"
-                " one"
-            )
-            raise NonFiniteError(f"after step {step} {error}{advice if saved else ''}") from error
+            saved, text = results.get("checkpoint"), f"after step {step} {error}"
+            if saved:
+                text += f" The checkpoint of step {step} is saved: remove {saved} to go on earlier."
+            raise NonFiniteError(text) from error
         results["loss"] = self.last["loss"]
         if self.writer is not None:
             self.writer.write(step, "eval", self.last)
@@ -121,25 +95,16 @@ class HeldOutLoss(Hook):
 
 @dataclass
 class SaveCheckpoints(Hook):
-    """Saves the state every train.save_every steps, at the end, and before the run stops early.
-
-    It saves the held-out loss with the state if an earlier hook put "loss" into the results of the
-    step, and puts the folder there as "checkpoint".
-
-    Attributes:
-      checkpoints: The checkpoints of the run.
-      settings: The run's train.* settings.
-      meta: Values that are saved with each state.
-      began: time.perf_counter() at the start of this process, minus the seconds that earlier
-        processes of the run trained.
-      writer: Its records of the steps so far must be there before the checkpoint is.
+    """Saves the state every train.save_every steps, at the end, and before the run stops early;
+    with its held-out loss, if an earlier hook has measured that.
     """
 
     checkpoints: Checkpoints
     settings: TrainConfig
-    meta: Mapping[str, Any]
+    meta: Mapping[str, Any]  # saved with each state
+    # time.perf_counter() at the start, minus the seconds that earlier processes of the run trained.
     began: float
-    writer: MetricWriter | None = None
+    writer: MetricWriter | None = None  # its records must be there before the checkpoint is
 
     def is_due(self, step: int, stopping: bool) -> bool:
         every, last = self.settings.save_every, self.settings.steps

@@ -5,7 +5,6 @@ is resumed and for a run that a sweep has a record of.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,20 +14,13 @@ from zflora_jax.core.run_config import RunConfig
 from zflora_jax.core.trees import flatten
 from zflora_jax.data.mixture import has_own_rows, parse_mixture
 
-# Settings that change what is logged, kept or evaluated, but nothing of the training itself: a
-# resumed run may change them.
+# Settings that change what is logged, kept or evaluated, but nothing of the training itself.
 FREE = (
-    "eval",
-    "mesh",
-    *(
-        f"train/{name}"
-        for name in ("log_every", "eval_every", "save_every", "max_to_keep", "keep_best")
-    ),
-    "train/report_to",
+    *("eval", "mesh", "train/log_every", "train/eval_every", "train/save_every"),
+    *("train/max_to_keep", "train/keep_best", "train/report_to"),
 )
 
-# Settings that change only rounding, memory or speed: a resumed run may change them too, which is
-# logged, and a finished one counts with any of them.
+# Settings that change only rounding, memory or speed. A finished run counts with any of them.
 ROUNDING = ("train/remat", "train/loss_chunk", "train/matmul_precision", "data/grad_accum_steps")
 
 
@@ -45,32 +37,28 @@ def differences(there: RunConfig, run: RunConfig) -> dict[str, tuple[Any, Any]]:
     return {key: (old[key], new[key]) for key in old if old[key] != new[key]}
 
 
+def decides(key: str, there: RunConfig, run: RunConfig) -> bool:
+    """Whether a setting in which two runs differ changes what is trained, but for rounding.
+
+    The place of a known task's files does not. The directory of the user's own rows does, because
+    only it says which rows are read.
+    """
+    if key == "data/data_dir":
+        old, new = (
+            x and Path(x).expanduser().resolve() for x in (there.data.data_dir, run.data.data_dir)
+        )
+        return has_own_rows(parse_mixture(run.data.task)[0]) and old != new
+    if key == "data/grad_accum_steps":
+        return run.adapter.dropout > 0  # drawn for each micro-batch
+    return not key.startswith((*FREE, *ROUNDING))
+
+
 def same_numbers(there: RunConfig, run: RunConfig) -> bool:
     """Whether two runs have the same results, held-out losses among them, up to the rounding of
     another mesh or of other settings in `ROUNDING`.
-
-    The place of a known task's files does not matter. The directory of the user's own rows does,
-    because only it says which rows are read.
     """
-
-    def matters(key: str) -> bool:
-        if key == "data/data_dir":
-            return not same_files(there, run)
-        if key == "data/grad_accum_steps" and run.adapter.dropout:  # drawn for each micro-batch
-            return True
-        return key.startswith("eval/") or not key.startswith((*FREE, *ROUNDING))
-
-    return not any(map(matters, differences(there, run)))
-
-
-def same_files(there: RunConfig, run: RunConfig, tasks: Iterable[str] | None = None) -> bool:
-    """Whether two data.data_dir can only hold the same rows of `tasks` (None: those that `run`
-    trains on): rows of known tasks, or one place.
-    """
-    names = parse_mixture(run.data.task)[0] if tasks is None else tasks
-    places = (one.data.data_dir for one in (there, run))
-    old, new = (path and Path(path).expanduser().resolve() for path in places)
-    return not has_own_rows(names) or old == new
+    changed = differences(there, run)
+    return not any(key.startswith("eval/") or decides(key, there, run) for key in changed)
 
 
 def rounded_as(there: RunConfig, run: RunConfig) -> RunConfig:

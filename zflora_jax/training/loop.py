@@ -30,12 +30,8 @@ class Hook:
         """Sees the `batch` of `step` before it: numpy arrays, the rows of this process."""
 
     def on_metrics(self, step: int, metrics: Mapping[str, float], seconds: float) -> None:
-        """Sees the metrics of a step. Called once for every step.
-
-        Args:
-          step: Number of finished steps.
-          metrics: See `trainer.make_train_step`.
-          seconds: Wall time since the metrics of the step before, without that of `on_state`.
+        """Sees the metrics of `step`, see `trainer.TrainStep`. Called once for every step. seconds:
+        Wall time since the metrics of the step before, without that of `on_state`.
         """
 
     def should_stop(self, step: int) -> bool:
@@ -48,11 +44,7 @@ class Hook:
 
     def on_state(self, step: int, state: TrainState, results: dict[str, Any]) -> None:
         """Uses the state after `step`. The next step overwrites its buffers: nothing may keep them.
-
-        Args:
-          step: Number of finished steps.
-          state: The state after it.
-          results: Findings of the hooks before this one, by name; a hook adds its own.
+        results: Findings of the hooks before this one, by name; a hook adds its own.
         """
 
 

@@ -25,11 +25,10 @@ def masked_cross_entropy(
     chunk: int,
     groups: int = 1,
 ) -> tuple[Array, Array]:
-    """Sum of -log p over the chosen tokens, and their number.
+    """(Sum of -log p over the chosen tokens in nats, their number), float32 scalars.
 
     Chosen positions are gathered to the front and go through the head, `chunk` at a time; chunks
-    without any are skipped. One chunk of logits is alive at a time, and each is computed once: see
-    `_summed`.
+    without any are skipped. Each chunk's logits are computed once, see `_summed`.
 
     Args:
       logits_fn: The head, [1, chunk, d] -> [1, chunk, V] float32.
@@ -38,11 +37,8 @@ def masked_cross_entropy(
       loss_mask: [B, T] bool. Position t counts if the token *at t* is to be predicted, from
         hidden[:, t - 1].
       chunk: Positions of a group whose logits exist at one time.
-      groups: Number of equal parts of the rows, each gathered on its own: the number of devices
-        that hold rows, so that no device needs the rows of another.
-
-    Returns:
-      (sum in nats, number of tokens), float32 scalars.
+      groups: Equal parts of the rows, one for each device that holds rows, so that no device needs
+        the rows of another.
     """
     x = hidden[:, :-1].reshape(groups, -1, hidden.shape[-1])
     targets, mask = tokens[:, 1:].reshape(groups, -1), loss_mask[:, 1:].reshape(groups, -1)
@@ -73,11 +69,10 @@ def _chunk_loss(
     logits_fn: Callable[..., Array], head: Sequence[Array], rows: Array, wanted: Array, keep: Array
 ) -> Array:
     """Loss of a chunk: rows [g, c, d], the tokens to predict [g, c] int32, which count [g, c]."""
-    logits = (
-        logits_fn(rows, *head)
-        if len(rows) == 1
-        else jax.vmap(lambda group: logits_fn(group[None], *head)[0])(rows)
-    )
+    if len(rows) == 1:
+        logits = logits_fn(rows, *head)
+    else:
+        logits = jax.vmap(lambda group: logits_fn(group[None], *head)[0])(rows)
     # A sum over the vocabulary instead of a gather: where the vocabulary is divided over devices,
     # each sums its part.
     is_wanted = jnp.arange(logits.shape[-1])[None, None] == wanted[..., None]
@@ -86,9 +81,7 @@ def _chunk_loss(
 
 
 def _over_chunks(compute: Callable[..., Any], *parts: Array) -> tuple[Any, Any]:
-    """(sum, stack) over the chunks of what `compute(rows, wanted, live)` returns; it is zero where
-    no token counts.
-    """
+    """(Sum, stack) over the chunks of `compute(rows, wanted, live)`, zero where no token counts."""
     shapes = jax.eval_shape(
         compute, *(jax.ShapeDtypeStruct(part.shape[1:], part.dtype) for part in parts)
     )

@@ -24,12 +24,8 @@ Batch = Mapping[str, Any]  # arrays by name; the first axis of each is the rows 
 
 
 class Sums(NamedTuple):
-    """Sums over the rows of a batch, float32 scalars. They add over micro-batches and batches.
-
-    Attributes:
-      loss: The summed loss.
-      divisor: The number that the loss is divided by for its mean.
-      metrics: Further sums, a value for each name in `Objective.metrics`.
+    """Sums over the rows of a batch, float32 scalars: the loss, what it is divided by for its mean,
+    and a value for each name in `Objective.metrics`. They add over micro-batches and batches.
     """
 
     loss: Array
@@ -40,23 +36,15 @@ class Sums(NamedTuple):
 class Objective(ABC):
     """What a run minimises. The train step, the held-out loss and the plan of a run's memory take
     one. Compiled steps are cached by it: instances are immutable and hashable.
-
-    Attributes:
-      unit: What the divisor counts, its name among the metrics, e.g. "tokens".
-      metrics: Names of the further sums, whose means are reported next to the loss.
     """
 
-    unit: ClassVar[str]
-    metrics: ClassVar[tuple[str, ...]] = ()
+    unit: ClassVar[str]  # what the divisor counts, its name among the metrics, e.g. "tokens"
+    metrics: ClassVar[tuple[str, ...]] = ()  # further sums, whose means are reported
 
     @abstractmethod
     def arrays(self, rows: int, length: int, packed: bool) -> dict[str, jax.ShapeDtypeStruct]:
-        """Shapes and dtypes of the arrays of a batch; "tokens" is one of them.
-
-        Args:
-          rows: Rows of the batch.
-          length: Tokens of a row.
-          packed: Whether a row holds several sequences.
+        """Shapes and dtypes of the arrays of a batch of `rows` rows of `length` tokens, "tokens"
+        among them. packed: Whether a row holds several sequences.
         """
 
     @abstractmethod
@@ -82,13 +70,10 @@ class Objective(ABC):
 
 @dataclass(frozen=True)
 class CrossEntropy(Objective):
-    """Cross-entropy in nats of the tokens that loss_mask chooses.
+    """Cross-entropy in nats of the tokens that loss_mask chooses, with the logits of `chunk`
+    positions at one time.
 
-    Its batches: tokens [B, T] int32, loss_mask [B, T] bool and, if packed, segments [B, T] int32.
     Without segments each row is one sequence, padded on the right, where no real token sees it.
-
-    Attributes:
-      chunk: Positions whose logits exist at one time.
     """
 
     chunk: int = 256
@@ -96,8 +81,7 @@ class CrossEntropy(Objective):
 
     def arrays(self, rows: int, length: int, packed: bool) -> dict[str, jax.ShapeDtypeStruct]:
         dtypes = {"tokens": jnp.int32, "loss_mask": jnp.bool_}
-        if packed:
-            dtypes["segments"] = jnp.int32
+        dtypes |= {"segments": jnp.int32} if packed else {}
         return {name: jax.ShapeDtypeStruct((rows, length), dtype) for name, dtype in dtypes.items()}
 
     def __call__(
@@ -108,14 +92,10 @@ class CrossEntropy(Objective):
         batch: Batch,
         rngs: dict[str, Array] | None = None,
     ) -> Sums:
-        llama = Llama(config, adapter)
-        hidden, _ = llama.apply(
-            variables,
-            batch["tokens"],
-            segment_ids=batch.get("segments"),
-            method="hidden",
-            rngs=rngs,
-        )  # type: ignore[misc]
+        llama, tokens, segments = Llama(config, adapter), batch["tokens"], batch.get("segments")
+        hidden, _ = llama.apply(  # type: ignore[misc]
+            variables, tokens, segment_ids=segments, method="hidden", rngs=rngs
+        )
         name = "embed/embedding" if config.tie_word_embeddings else "lm_head/kernel"
         # Gathered once, ahead of the loop over chunks; the lookup has the divided table.
         head = {
@@ -124,15 +104,12 @@ class CrossEntropy(Objective):
             )
             for collection, tree in variables.items()
         }
-        loss, tokens = masked_cross_entropy(
-            lambda x: llama.apply(head, x, method="logits"),  # type: ignore[return-value,arg-type]
-            hidden,
-            batch["tokens"],
-            batch["loss_mask"],
-            self.chunk,
-            batch_shards(),
-        )
-        return Sums(loss, tokens, {})
+
+        def logits(x: Array) -> Array:
+            return llama.apply(head, x, method="logits")  # type: ignore[return-value,arg-type]
+
+        mask, shards = batch["loss_mask"], batch_shards()
+        return Sums(*masked_cross_entropy(logits, hidden, tokens, mask, self.chunk, shards), {})
 
 
 CROSS_ENTROPY = CrossEntropy()

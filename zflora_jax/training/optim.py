@@ -52,14 +52,9 @@ def learning_rate_schedule(optim: OptimConfig, steps: int) -> optax.Schedule:
 
 
 def make_optimizer(optim: OptimConfig, steps: int) -> optax.GradientTransformation:
-    """The optimizer that `optim` describes, for a run of `steps` steps.
-
-    It clips gradients by their global norm, lets the row of `OPTIMIZERS` choose a direction, adds
-    weight decay (norm gains, biases and frozen leaves have none), and scales by the learning rate.
-    With LoRA+ the blocks that write to the base's channels are scaled once more.
-
-    Raises:
-      ConfigError: optim.optimizer has no row.
+    """The optimizer that `optim` describes, for a run of `steps` steps: gradients clipped by their
+    global norm, a direction of `OPTIMIZERS`, weight decay (norm gains and biases have none), and
+    the learning rate. With LoRA+ the blocks that write to the base's channels are scaled once more.
     """
 
     def named(wanted: Callable[[str], bool]) -> Callable[[Any], Any]:

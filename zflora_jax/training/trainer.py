@@ -34,12 +34,8 @@ Metrics = dict[str, Array]  # float32 scalars by name
 
 @flax.struct.dataclass
 class TrainState:
-    """The state that training changes.
-
-    Attributes:
-      step: Number of finished steps, an int32 scalar.
-      adapters: The trainable tree, float32.
-      opt_state: The state of the optax optimizer.
+    """The state that training changes: the number of finished steps, an int32 scalar, the trained
+    tree, float32, and the optimizer's state.
     """
 
     step: Array
@@ -57,9 +53,7 @@ def init_state(adapters: Tree, optim: OptimConfig, steps: int) -> TrainState:
 
 
 def fresh_state(run: RunConfig, model: Model, start: Tree | None = None) -> TrainState:
-    """The state before the first step of `run` on the base `model`; start: adapters of
-    `split_base`, None where they are drawn at random.
-    """
+    """The state before the first step of `run`; start: Adapters of `split_base`, None to draw."""
     if start is None:
         start = init_adapters(jax.random.key(run.train.seed), model, run.adapter)
     return init_state(start, run.optim, run.train.steps)
@@ -70,28 +64,19 @@ class TrainStep:
     """One training step as a function (params, state, batch) -> (state, metrics).
 
     Losses and gradients of the micro-batches are summed, and divided by the objective's divisor
-    once: the result does not depend on `grad_accum_steps`, except for the draws of dropout. The
-    metrics are float32 scalars: loss (mean), the divisor under `objective.unit`, the means of
-    `objective.metrics`, grad_norm (before clipping), learning_rate, and finite (1.0 if all new
-    adapter weights are finite, else 0.0).
+    once: the result does not depend on `grad_accum_steps`, except for the draws of dropout.
+    Metrics: loss (mean), the divisor under `objective.unit`, the means of `objective.metrics`,
+    grad_norm (before clipping), learning_rate, and finite (1.0 if all new adapter weights are).
 
-    Attributes:
-      config: The base's config.
-      adapter: The config of the trained adapters.
-      optim: The optimizer and its learning rate.
-      steps: Steps of the whole run, which the learning rate follows.
-      objective: The loss, and the arrays that a batch has.
-      grad_accum_steps: Number of micro-batches of a batch; divides its rows.
-      seed: Seed of dropout, which draws by seed, step and number of the micro-batch only.
     """
 
-    config: LlamaConfig
+    config: LlamaConfig  # of the base
     adapter: AdapterConfig
     optim: OptimConfig
-    steps: int
+    steps: int  # of the whole run, which the learning rate follows
     objective: Objective = CROSS_ENTROPY
-    grad_accum_steps: int = 1
-    seed: int = 0
+    grad_accum_steps: int = 1  # micro-batches of a batch
+    seed: int = 0  # of dropout, which draws by seed, step and number of the micro-batch only
 
     def __call__(self, params: Tree, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         with at_precision(self.config.execution.matmul_precision):
@@ -136,10 +121,9 @@ class TrainStep:
             (_, sums), grads = jax.value_and_grad(sums_of, has_aux=True)(state.adapters, *part)
             return jax.tree.map(jnp.add, total, (sums, grads)), None
 
-        zero = Sums(
-            jnp.zeros(()), jnp.zeros(()), {n: jnp.zeros(()) for n in self.objective.metrics}
-        )
-        start = zero, jax.tree.map(jnp.zeros_like, state.adapters)
+        zero = jnp.zeros(())
+        sums = Sums(zero, zero, dict.fromkeys(self.objective.metrics, zero))
+        start = sums, jax.tree.map(jnp.zeros_like, state.adapters)
         return jax.lax.scan(add, start, (micros, rngs))[0]
 
 
@@ -152,15 +136,9 @@ def make_train_step(
     state_sharding: Any = None,
     **settings: Any,
 ) -> StepFn:
-    """Compiles a `TrainStep`. The same arguments give the same function, so that runs of one
-    process that differ in their data only trace and compile it once.
-
-    Args:
-      config, adapter, optim, steps, settings: The attributes of `TrainStep`.
-      state_sharding: Where the new state lies (`sharding.state_shardings`); None on one device.
-
-    Returns:
-      A jitted function (params, state, batch) -> (state, metrics); `state` is donated.
+    """A `TrainStep` of these attributes as a jitted function that donates `state`. The same
+    arguments give the same function, so that runs of one process compile it once. state_sharding:
+    Where the new state lies (`sharding.state_shardings`); None on one device.
     """
     if not adapter.dropout:
         settings["seed"] = 0

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from zflora_jax.core.storage import as_path
 from zflora_jax.core.textfile import lines_of
 from zflora_jax.data.dates import dated
 from zflora_jax.reporting.files import atomic_write, plain, write_json
-from zflora_jax.training.identity import FREE, ROUNDING, differences, rounded_as, same_files
+from zflora_jax.training.identity import decides, differences, rounded_as
 from zflora_jax.training.lock import locked
 
 STARTS_FILE = "starts.jsonl"
@@ -34,17 +34,13 @@ Changes = dict[str, tuple[Any, Any]]  # a setting's dotted name -> (what it was,
 
 
 def read_config(workdir: str | Path) -> RunConfig:
-    """The settings of the run in `workdir`.
-
-    Raises:
-      ConfigError: `workdir` holds no run, or its config.json is damaged.
-    """
+    """The settings of the run in `workdir`; ConfigError without one, or if they are damaged."""
     path = as_path(workdir, "workdir") / "config.json"
-    if not path.is_file():
-        raise ConfigError(
-            f"{workdir} holds no run (no config.json in it). Give the --workdir of a training run,"
-            " or --model for a model directory."
-        )
+    require(
+        path.is_file(),
+        f"{workdir} holds no run (no config.json in it). Give the --workdir of a training run, or"
+        " --model for a model directory.",
+    )
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
@@ -52,92 +48,76 @@ def read_config(workdir: str | Path) -> RunConfig:
             f"{path} is not valid JSON ({error}); restore it from a copy, or start a new run in"
             " another directory."
         ) from None
-    if isinstance(values, dict) and "model_type" in values:
-        raise ConfigError(
-            f"{workdir} holds a model, not a training run: give it with --model (zf.load_model)."
-        )
+    require(
+        not isinstance(values, dict) or "model_type" not in values,
+        f"{workdir} holds a model, not a training run: give it with --model (zf.load_model).",
+    )
     return from_dict(RunConfig, values)
 
 
 def adopt(workdir: str | Path, run: RunConfig) -> tuple[RunConfig, Changes]:
-    """Decide with which settings `run` starts or goes on in `workdir`.
+    """Decides with which settings `run` starts or goes on in `workdir`.
 
-    If `run` leaves data.date or adapter.init open (None), it takes the value of the run that is
-    there. A new run takes today's date.
-
-    As long as no step is saved, every setting may change. A finished run keeps all settings that
-    its numbers were computed with, but for micro-batches that another mesh does not divide.
+    A new run takes today's date. One that goes on takes data.date and adapter.init from the run
+    that is there, where it leaves them open (None). As long as no step is saved, every setting may
+    change. A finished run keeps all settings that its results were computed with, but for
+    micro-batches that another mesh does not divide.
 
     Returns:
       (the settings to use, those that differ from the run that is there).
 
     Raises:
-      ConfigError: `run` changes settings that must stay (the message names all of them), or asks
-        for fewer steps than are finished, or at a rate that falls than the run there.
+      ConfigError: `run` changes settings that must stay (the message names all of them).
     """
     workdir = as_path(workdir, "workdir")
     if not (workdir / "config.json").is_file():
-        unclear = (
+        require(
+            not (workdir / CHECKPOINTS).exists(),
             f"{workdir} has checkpoints but no config.json, so it is unclear what they belong to."
-            " Use another --workdir."
+            " Use another --workdir.",
         )
-        require(not (workdir / CHECKPOINTS).exists(), unclear)
         return dated(run), {}
     there = read_config(workdir)
     run = dated(run, there.data.date)
+    there = dated(there, run.data.date)
     if run.adapter.init is None and run.adapter.method == there.adapter.method:
         run = replace(run, adapter=run.adapter.replace(init=there.adapter.init))
-    changed = differences(dated(there, run.data.date), run)
-    finished = max(saved_steps(workdir), default=0)
-    if finished:
-        _require_may_change(workdir, there, run, changed, finished)
-    if finished and run.train.steps <= finished:  # nothing is left to train with other settings
-        run = rounded_as(there, run)
-        changed = differences(dated(there, run.data.date), run)
+    if saved := saved_steps(workdir):
+        _require_may_change(workdir, there, run, saved[-1])
+        if run.train.steps <= saved[-1]:  # nothing is left to train with other settings
+            run = rounded_as(there, run)
+    changed = differences(there, run)
     return run, {key.replace("/", "."): values for key, values in changed.items()}
 
 
-def _require_may_change(
-    workdir: Path, there: RunConfig, run: RunConfig, changed: Changes, finished: int
-) -> None:
-    """Refuse changes of settings that must stay once `finished` steps are done."""
-    # Fewer steps than asked for before: the learning rate did not decay to there.
-    least = finished if run.optim.schedule == "constant" else there.train.steps
-    longer = ("train/steps",) if run.train.steps >= least else ()
-    moved = ("data/data_dir",) if same_files(there, run) else ()  # its rows are compared, too
-    free = (*FREE, *ROUNDING, *longer, *moved)
-    refused = [key for key in changed if not key.startswith(free)]
-    left = run.train.steps > finished
-    if run.adapter.dropout and left and "data/grad_accum_steps" in changed:
-        refused.append("data/grad_accum_steps")  # dropout draws for each micro-batch
-    if run.train.keep_best and left:  # losses of other rows are no measure
-        refused += [key for key in ("eval/limit", "eval/split") if key in changed]
+def _require_may_change(workdir: Path, there: RunConfig, run: RunConfig, finished: int) -> None:
+    """Refuses changes of settings that must stay once `finished` steps are done."""
+    changed = differences(there, run)
+    left, constant = run.train.steps > finished, run.optim.schedule == "constant"
+    refused = {key for key in changed if decides(key, there, run)}
+    # Elsewhere than at a constant rate, a run that ends early has not come down to a low one.
+    if run.train.steps >= (finished if constant else there.train.steps):
+        refused.discard("train/steps")
+    if not left:
+        refused.discard("data/grad_accum_steps")
+    elif run.train.keep_best:  # losses of other rows are no measure
+        refused |= {"eval/limit", "eval/split"} & changed.keys()
     if refused:
         rows = [
-            f"  {key.replace('/', '.')}: {changed[key][0]!r} there, {changed[key][1]!r} now"
-            for key in refused
+            f"  {key.replace('/', '.')}: {old!r} there, {new!r} now"
+            for key, (old, new) in changed.items()
+            if key in refused
         ]
-        if "train/steps" in refused:
-            shorter = f"; at fewer than {there.train.steps} the learning rate has not come down"
-            rows.append(
-                f"  ({finished} steps are finished there"
-                f"{shorter if run.train.steps >= finished else ''})"
-            )
-        advice = "Use another --workdir, or the same settings to resume it."
-        raise ConfigError("\n".join([f"{workdir} holds a run with another config:", *rows, advice]))
+        raise ConfigError(
+            "\n".join([f"{workdir} holds a run with another config:", *rows])
+            + f"\n  ({finished} of {there.train.steps} steps are finished there.)"
+            "\nUse another --workdir, or the same settings to resume it."
+        )
 
 
 def require_no_jump(workdir: str | Path, run: RunConfig) -> None:
-    """Refuse to make a longer run of one whose learning rate came down: its numbers would not be
-    those of a run that was as long from the start, which a sweep compares it with.
-
-    Args:
-      workdir: where `run` is to begin or to go on.
-      run: its settings.
-
-    Raises:
-      ConfigError: the run there has saved steps, was to have fewer than train.steps, and its rate
-        falls.
+    """Refuses to make a longer run of one in `workdir` whose learning rate came down: its results
+    would not be those of a run of `run`'s length, which a sweep compares it with.
     """
     if run.optim.schedule == "constant" or not (saved := saved_steps(workdir)):
         return
@@ -156,79 +136,41 @@ def saved_steps(workdir: str | Path) -> list[int]:
     return sorted(int(path.parent.name) for path in found if path.parent.name.isdigit())
 
 
-def change_notes(changed: Changes, run: RunConfig) -> list[str]:
-    """Say how each changed setting affects the numbers of a resumed run, a sentence each. A setting
-    that does not affect them gets no sentence.
-    """
-    notes = [
-        f"{key}: {old!r} before, {new!r} from here on. Rounding, memory and speed may change,"
-        " nothing else does."
-        for key, (old, new) in changed.items()
-        if key.replace(".", "/") in ROUNDING
-    ]
-    if "train.steps" in changed:
-        old, new = changed["train.steps"]
-        if run.optim.schedule == "constant":
-            rate = (
-                "The learning rate is constant: the run is the one that was asked for so many steps"
-                " at once."
-            )
-        else:
-            rate = (
-                f"From here on the learning rate follows the {run.optim.schedule} schedule of {new}"
-                " steps; it jumps to there."
-            )
-        notes.append(f"train.steps: {old} before, {new} from here on. {rate}")
-    return notes
-
-
 # --- who may write --------------------------------------------------------------------------------
 
 
-def claim(workdir: str | Path, run: RunConfig) -> None:
-    """Check that `run` may train in `workdir` (`adopt`), then write its config.json there.
+@contextlib.contextmanager
+def claimed(workdir: str | Path, run: RunConfig) -> Iterator[Callable[[], None]]:
+    """Locks `workdir` for `run` until the block ends, and writes its config.json there.
+
+    Yields:
+      The function of `lock.locked`.
 
     Raises:
-      BusyError: another process is training there.
-      ConfigError: the run there cannot go on with these settings, or `workdir` cannot be written.
+      BusyError: Another process is training there.
+      ConfigError: The run there cannot go on with these settings, or `workdir` cannot be written.
     """
-    adopt(workdir, run)
     workdir = as_path(workdir, "workdir")
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        with locked(workdir):
+    with contextlib.ExitStack() as stack:
+        try:
+            workdir.mkdir(parents=True, exist_ok=True)
+            held = stack.enter_context(locked(workdir))
+            adopt(workdir, run)  # another process may have begun since this one looked
             write_json(workdir / "config.json", to_dict(run))
-    except OSError as error:
-        raise ConfigError(
-            f"cannot write to workdir {workdir}: {error.strerror or error}. Choose a directory"
-            " that you may write to."
-        ) from None
-
-
-def require_own(workdir: str | Path, run: RunConfig) -> None:
-    """Refuse a `workdir` that another process claimed after `run` did. Call it while holding the
-    lock.
-
-    Raises:
-      ConfigError: its config.json is of another run.
-    """
-    require(
-        read_config(workdir) == run,
-        f"{workdir} was taken by a run of another config at the same moment. Use another"
-        " --workdir.",
-    )
+        except OSError as error:
+            raise ConfigError(
+                f"cannot write to workdir {workdir}: {error.strerror or error}. Choose a directory"
+                " that you may write to."
+            ) from None
+        yield held
 
 
 # --- starts.jsonl ---------------------------------------------------------------------------------
 
 
 def record_start(workdir: str | Path, step: int, env: Mapping[str, Any], **more: Any) -> None:
-    """Append a line to <workdir>/starts.jsonl.
-
-    Args:
-      step: how many steps were finished at this start.
-      env: of `provenance.environment`.
-      more: further entries of the line; empty ones are left out.
+    """Appends a line to <workdir>/starts.jsonl: the number of steps that were finished, `env` of
+    `provenance.environment`, and those of `more` that are not empty.
     """
     path = as_path(workdir) / STARTS_FILE
     earlier = path.read_bytes() if path.is_file() else b""
@@ -239,9 +181,8 @@ def record_start(workdir: str | Path, step: int, env: Mapping[str, Any], **more:
 def read_starts(workdir: str | Path) -> list[dict[str, Any]]:
     """The starts of a run, in order. Damaged lines are left out; without a file there are none."""
     path, found = as_path(workdir) / STARTS_FILE, list[dict[str, Any]]()
-    if not path.is_file():
-        return found
-    for line in lines_of(path.read_bytes().decode("utf-8", errors="replace")):
+    text = path.read_bytes().decode("utf-8", errors="replace") if path.is_file() else ""
+    for line in lines_of(text):
         with contextlib.suppress(ValueError):
             start = json.loads(line)
             found += [start] if isinstance(start, dict) else []

@@ -191,7 +191,7 @@ def _family(file: GGUFFile) -> str:
         )
     architecture = file.get("general.architecture")
     known = [name for name, family in FAMILIES.items() if family.gguf == architecture]
-    readable = [family.gguf for family in FAMILIES.values() if family.refused["gguf"] is None]
+    readable = [family.gguf for family in FAMILIES.values() if "gguf" not in family.refused]
     names = ", ".join(map(repr, dict.fromkeys(readable)))
     require(
         bool(known), f"{file.path}: architecture {architecture!r} is not supported; only {names}."
