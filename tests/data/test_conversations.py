@@ -27,7 +27,7 @@ from support.tasks import load, write
 from zflora_jax.core.fields import ConfigError
 from zflora_jax.core.run_config import DataConfig
 from zflora_jax.data import encoding
-from zflora_jax.data.encoding import cut_to_fit, encode_examples, encode_prompts, tokenize_examples
+from zflora_jax.data.encoding import encode_examples, encode_prompts, tokenize_examples
 from zflora_jax.data.tasks import Example
 from zflora_jax.evaluation.contamination import contaminated, question, questions
 
@@ -80,52 +80,39 @@ def test_the_prompt_of_an_answer_is_what_training_put_before_it(tmp_path):
     assert examples[0].prompt == LONG[2]["content"] and examples[0].target == LONG[3]["content"]
 
 
-def test_turns_of_a_prompt_are_given_and_those_of_a_completion_are_learned(tmp_path):
-    row = {"prompt": LONG[:3], "completion": LONG[3:]}
-    for template in (CHATML, unmarked(CHATML)):
-        tokenizer, encoded = rows_of(tmp_path, row, template=template)
-        assert trained(tokenizer, encoded.rows[0]) == ["\u516d\u3002<eos>\n"]
-
-
 def test_texts_are_taken_as_they_are(tmp_path):
-    tokenizer, encoded = rows_of(tmp_path, {"prompt": "1 + 1 =", "completion": " 2"})
-    assert tokenizer.decode(encoded.rows[0].tokens) == "1 + 1 = 2<eos>"
-    assert trained(tokenizer, encoded.rows[0]) == [" 2<eos>"]
     tokenizer, encoded = rows_of(tmp_path, {"text": "Once."}, {"text": "Ends<eos>"}, add_bos=True)
     texts = [tokenizer.decode(row.tokens) for row in encoded.rows]
     assert texts == ["<bos>Once.<eos>", "<bos>Ends<eos>"]
     assert [trained(tokenizer, row) for row in encoded.rows] == [[t[5:]] for t in texts]
     with pytest.raises(ConfigError, match="a row has no prompt"):
         encode_prompts(load("rows", "test", tmp_path), tokenizer, "chat")
-
-
-def test_loss_on_all_of_a_conversation_where_asked(tmp_path):
-    data = DataConfig(bucket_lengths=(1024,), train_on_prompt=True)
-    _, encoded = rows_of(tmp_path, *messages(LONG), data=data)
-    assert encoded.rows[0].loss_mask.all()
+    # A completion that merges with its prompt is learned from the token on that both share.
+    path = write(tmp_path / "a.jsonl", {"prompt": "ab", "completion": "cd"})
+    tokenizer = byte_tokenizer(pair="bc")
+    (row,) = tokenize_examples(load("rows", "train", path), tokenizer, ROOM).rows
+    assert tokenizer.convert_ids_to_tokens(row.tokens.tolist()) == ["a", "bc", "d", "<eos>"]
+    assert row.loss_mask.tolist() == [False, True, True, True]
 
 
 def test_what_a_template_is_told_beside_the_turns(tmp_path):
-    row = {"messages": SHORT, "tools": [{"name": "add"}]}
-    tokenizer, encoded = rows_of(tmp_path, row)
-    assert 'tools: [{"name": "add"}]' in tokenizer.decode(encoded.rows[0].tokens)
+    tools = {"messages": SHORT, "tools": [{"name": "add"}]}
+    both = {"default": CHATML, "tool_use": CHATML.replace("tools: ", "functions: ")}
+    for template, row, said in (
+        (CHATML, tools, 'tools: [{"name": "add"}]'),
+        (both, tools, "functions: "),
+        (both, {"messages": SHORT}, "<|im_start|>user\nHello"),
+    ):
+        tokenizer, encoded = rows_of(tmp_path, row, template=template)
+        text = tokenizer.decode(encoded.rows[0].tokens)
+        assert said in text and ("functions" in text) == (said == "functions: ")
     with pytest.raises(ConfigError, match=r"row 1: .* leaves out the tools"):
-        rows_of(tmp_path, row, template=LLAMA)
-    mood = CHATML.replace("Be kind.<eos>", "' + mood + '<eos>")
+        rows_of(tmp_path, tools, template=LLAMA)
+    mood = CHATML.replace("Be kind.<eos>", "' + mood | join(' ') + '<eos>")
     row = {"messages": SHORT, "chat_template_kwargs": {"mood": ["Be merry.", "Be brief."]}}
-    mood = mood.replace("' + mood + '", "' + mood | join(' ') + '")
     for template in (mood, unmarked(mood)):
         tokenizer, encoded = rows_of(tmp_path, row, template=template)
         assert "Be merry. Be brief." in tokenizer.decode(encoded.rows[0].tokens)
-
-
-def test_one_of_several_templates(tmp_path):
-    """With and without tools, as some models have them."""
-    both = {"default": CHATML, "tool_use": CHATML.replace("tools: ", "functions: ")}
-    for row, said in ((SHORT, False), (SHORT, True)):
-        tools = {"tools": [{"name": "add"}]} if said else {}
-        tokenizer, encoded = rows_of(tmp_path, {"messages": row, **tools}, template=both)
-        assert ("functions: " in tokenizer.decode(encoded.rows[0].tokens)) == said
 
 
 ENDLESS = "{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}"
@@ -165,29 +152,23 @@ def test_a_question_is_all_that_was_said_before_its_answer(tmp_path):
 
 def test_a_long_conversation_is_cut_behind_an_answer(tmp_path, caplog):
     tokenizer, whole = rows_of(tmp_path, *messages(LONG, SHORT))
-    lengths = sorted(len(row.tokens) for row in whole.rows)
-    data = DataConfig(bucket_lengths=(lengths[1] - 1,))
-    _, cut = rows_of(tmp_path, *messages(LONG, SHORT), data=data)
+
+    def cut_to(length, *rows):
+        data = DataConfig(bucket_lengths=(length,))
+        return rows_of(tmp_path, *messages(*rows), data=data)[1]
+
+    cut = cut_to(max(len(row.tokens) for row in whole.rows) - 1, LONG, SHORT)
     assert (cut.truncated, cut.dropped, len(cut)) == (1, 0, 2)
     assert "cut 1 of 2 documents or conversations" in caplog.text
     shortened = cut.rows[0]
     assert tokenizer.decode(shortened.tokens).endswith("assistant\nIt is 4.<eos>\n")
     assert trained(tokenizer, shortened) == ["It is 4.<eos>\n"]
     assert len(shortened.segments) == len(shortened.tokens)
-    data = DataConfig(bucket_lengths=(len(shortened.tokens),))  # to the token
-    _, exact = rows_of(tmp_path, *messages(LONG), data=data)
+    exact = cut_to(len(shortened.tokens), LONG)  # to the token
     assert exact.rows[0].tokens.tolist() == shortened.tokens.tolist()
-    tokens, mask, _ = whole.rows[0]
-    data = DataConfig(bucket_lengths=(int(np.flatnonzero(mask)[0]) + 9,))  # one token less
-    (example,) = _examples([LONG])
-    assert cut_to_fit(example, (tokens, mask), tokenizer, data) is None
-
-
-def test_the_first_answer_of_a_conversation_must_fit(tmp_path):
-    data = DataConfig(bucket_lengths=(80,))
-    long = [turn("user", "x" * 100), *LONG[1:]]
-    _, encoded = rows_of(tmp_path, *messages(long, SHORT), data=data)
-    assert (encoded.truncated, encoded.dropped, len(encoded)) == (0, 1, 1)
+    # The first answer must fit.
+    dropped = cut_to(80, [turn("user", "x" * 100), *LONG[1:]], SHORT)
+    assert (dropped.truncated, dropped.dropped, len(dropped)) == (0, 1, 1)
 
 
 # --- what is refused ------------------------------------------------------------------------------
@@ -233,15 +214,6 @@ def test_an_answer_that_merges_with_the_template():
         encode_examples([example], tokenizer, ROOM)
     [(_, mask)] = encode_examples(_examples([SHORT]), tokenizer, ROOM)
     assert mask.any()
-
-
-def test_a_completion_that_merges_with_its_prompt(tmp_path):
-    """Is learned from the token on that both share, as TRL has it."""
-    path = write(tmp_path / "a.jsonl", {"prompt": "ab", "completion": "cd"})
-    tokenizer = byte_tokenizer(pair="bc")
-    (row,) = tokenize_examples(load("rows", "train", path), tokenizer, ROOM).rows
-    assert tokenizer.convert_ids_to_tokens(row.tokens.tolist()) == ["a", "bc", "d", "<eos>"]
-    assert row.loss_mask.tolist() == [False, True, True, True]
 
 
 def _examples(conversations):

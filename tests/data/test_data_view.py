@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 from support.byte_tokenizer import byte_tokenizer
 from support.chat import SHORT, turn
-from support.models import tiny_model
+from support.runs import saved_base
 from support.tasks import write
 
 from zflora_jax.cli.main import main
@@ -21,16 +22,6 @@ from zflora_jax.data.mixture import load_mixture
 from zflora_jax.data.pipeline import pack_sequences, train_batches
 from zflora_jax.experiments.data_view import data_view
 from zflora_jax.hf.load import model_tokenizer
-from zflora_jax.hf.save import save_hf
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = tmp_path_factory.mktemp("base") / "model"
-    model = tiny_model()
-    model.tokenizer = byte_tokenizer()
-    save_hf(folder, model)
-    return str(folder)
 
 
 def run_of(**data: object) -> RunConfig:
@@ -52,24 +43,27 @@ def test_what_is_counted_is_what_training_gets(packing: bool) -> None:
     edge = data_view(run_of(packing=packing, bucket_lengths=(longest, 320)), tokenizer)
     assert edge.histogram == {f"1-{longest}": len(apart), f"{longest + 1}-320": 0}
     # An epoch as the pipeline makes it.
-    steps = len(whole) // 4
-    batches = [
-        batch for batch, _ in zip(train_batches(whole, run.data), range(steps), strict=False)
-    ]
+    batches = itertools.islice(train_batches(whole, run.data), len(whole) // 4)
     segments = np.concatenate([batch["segments"].ravel() for batch in batches])
     padding = np.mean(segments == 0)
     assert view.facts["padding, %"] == pytest.approx(100 * padding, abs=0.06)
 
 
-def test_the_padding_of_a_mixture_is_that_of_its_batches(tmp_path: Path) -> None:
-    """Short rows lie beside long ones there, in the file of each task among their like."""
-    write(tmp_path / "train.jsonl", *({"text": f"{i}"} for i in range(24)))
+def test_facts_of_a_mixture(tmp_path: Path) -> None:
+    """The padding is that of its batches, where short rows lie beside long ones; steps of an epoch
+    are only told without weights; and the forms of all rows are named.
+    """
+    chats = [{"messages": [turn("user", f"{i}"), SHORT[1]]} for i in range(9)]
+    write(tmp_path / "train-1.jsonl", *chats)
+    write(tmp_path / "train-2.jsonl", *({"text": f"Once {i}."} for i in range(15)))
     data = {"task": "rows+arithmetic", "data_dir": str(tmp_path), "train_limit": 24}
     facts = data_view(run_of(**data), byte_tokenizer()).facts
-    weighted = data_view(run_of(**data | {"task": "rows*1+arithmetic*3"}), byte_tokenizer()).facts
     alone = data_view(run_of(train_limit=24), byte_tokenizer()).facts["padding, %"]
-    assert facts["padding, %"] > weighted["padding, %"] > alone + 5
-    assert facts["steps of an epoch"] > 0 and "steps of an epoch" not in weighted
+    assert facts["padding, %"] > alone + 5 and facts["steps of an epoch"] > 0
+    weighted = data_view(run_of(**data | {"task": "rows*1+arithmetic*3"}), byte_tokenizer()).facts
+    assert "steps of an epoch" not in weighted
+    own = data_view(run_of(**data | {"task": "rows"}), byte_tokenizer()).facts
+    assert sorted(own["form of the rows"].split(", ")) == ["messages", "text"]
 
 
 def test_rows_are_shown_with_what_is_trained() -> None:
@@ -89,19 +83,8 @@ def test_rows_are_shown_with_what_is_trained() -> None:
         data_view(run, tokenizer, 258)
 
 
-def test_the_forms_of_all_rows_are_named(tmp_path: Path) -> None:
-    write(
-        tmp_path / "train-1.jsonl",
-        *({"messages": [turn("user", f"{i}"), SHORT[1]]} for i in range(9)),
-    )
-    write(tmp_path / "train-2.jsonl", *({"text": f"Once {i}."} for i in range(9)))
-    run = run_of(task="rows", data_dir=str(tmp_path), train_limit=None)
-    forms = data_view(run, byte_tokenizer()).facts["form of the rows"]
-    assert sorted(forms.split(", ")) == ["messages", "text"]
-
-
-def test_the_command(base: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    config = tmp_path / "config.py"
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base, config = saved_base(tmp_path / "model", byte_tokenizer()), tmp_path / "config.py"
     made = f"RunConfig({base!r}, AdapterConfig('lora'), DataConfig(bucket_lengths=(320,)))"
     config.write_text(f"from zflora_jax.config import *\n\ndef get_config():\n    return {made}\n")
     words = ["data", "--config", str(config), "--rows", "1", "--out", str(tmp_path / "x")]

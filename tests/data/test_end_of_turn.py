@@ -48,22 +48,15 @@ def llama3_tokenizer(special: bool = True) -> Any:
     """
     from tokenizers import AddedToken, Tokenizer, processors
 
-    backend = json.loads(byte_tokenizer().backend_tokenizer.to_str())
-    backend["added_tokens"] = []
+    backend = json.loads(byte_tokenizer().backend_tokenizer.to_str()) | {"added_tokens": []}
     tokenizer = Tokenizer.from_str(json.dumps(backend))
     tokenizer.add_special_tokens(list(NAMES[:2]))
-    tokenizer.add_tokens(
-        [AddedToken(name, special=special, normalized=False) for name in NAMES[2:]]
-    )
+    tokenizer.add_tokens([AddedToken(x, special=special, normalized=False) for x in NAMES[2:]])
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{NAMES[0]} $A", special_tokens=[(NAMES[0], BOS)]
     )
-    fast = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        bos_token=NAMES[0],
-        eos_token=NAMES[1],
-        clean_up_tokenization_spaces=False,
-    )
+    names = {"bos_token": NAMES[0], "eos_token": NAMES[1], "clean_up_tokenization_spaces": False}
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names)
     fast.chat_template = TEMPLATE
     assert EOT not in fast.all_special_ids and EOT in fast.added_tokens_decoder
     return fast
@@ -93,17 +86,15 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("special", [True, False])
 def test_the_end_of_turn_may_be_in_added_tokens_alone(special):
     tokenizer = llama3_tokenizer(special)
-    assert end_token(tokenizer, "chat") == EOT and end_token(tokenizer, "alpaca") == EOS
+    assert end_token(tokenizer, "alpaca") == EOS
     [(tokens, _)] = encode_examples([Example("q", "a")], tokenizer, TASK_DATA)
     assert tokens[-1] == EOT
-    tokenizer.chat_template = TEMPLATE.replace("'<|eot_id|>'", "' <|eot_id|>'")
-    assert end_token(tokenizer, "chat") == EOT
-    tokenizer.chat_template = (  # ordinary text ends its turns
-        "{% for m in messages %}{{ m['content'] }}\n{% endfor %}"
-    )
-    assert end_token(tokenizer, "chat") == EOS
-    tokenizer.chat_template = None  # refused where a prompt is rendered
-    assert end_token(tokenizer, "chat") == EOS
+    # Ordinary text ends turns; or there is no template, which is refused where it renders.
+    no_token = "{% for m in messages %}{{ m['content'] }}\n{% endfor %}"
+    spaced = TEMPLATE.replace("'<|eot_id|>'", "' <|eot_id|>'")
+    for template, end in ((TEMPLATE, EOT), (spaced, EOT), (no_token, EOS), (None, EOS)):
+        tokenizer.chat_template = template
+        assert end_token(tokenizer, "chat") == end
 
 
 def test_answers_do_not_keep_an_end_token_that_is_not_special(monkeypatch):
@@ -115,16 +106,16 @@ def test_answers_do_not_keep_an_end_token_that_is_not_special(monkeypatch):
     model = tiny_model(vocab_size=261, bos_token_id=BOS, eos_token_ids=(EOS,))
     model.tokenizer = tokenizer
     assert answer_text(tokenizer, answer, stop_ids(model, "chat")) == text
+    text_module = "zflora_jax.inference.text"
     monkeypatch.setattr(
-        "zflora_jax.inference.text.generate_tokens", lambda *_, **__: [answer, answer[:-1], []]
+        f"{text_module}.generate_tokens", lambda *_, **__: [answer, answer[:-1], []]
     )
     assert generate(model, ["a", "b", "c"], chat=True) == [text, text, ""]
-    monkeypatch.setattr("zflora_jax.inference.text.stream_tokens", lambda *_, **__: iter(answer))
+    monkeypatch.setattr(f"{text_module}.stream_tokens", lambda *_, **__: iter(answer))
     assert "".join(stream(model, [{"role": "user", "content": "a"}])) == text
     monkeypatch.setattr("zflora_jax.evaluation.records.generate_tokens", lambda *_, **__: [answer])
-    [record] = generation_records(
-        model, "arithmetic", [Example("a", "b", answer="1")], TASK_DATA, EVAL
-    )
+    examples = [Example("a", "b", answer="1")]
+    [record] = generation_records(model, "arithmetic", examples, TASK_DATA, EVAL)
     assert record["output"] == text and not record["cut"]
 
 
@@ -158,111 +149,74 @@ def test_an_export_stops_at_what_was_trained(directory, tmp_path, monkeypatch):
         scores[:, EOS] = -1e9  # a draw might end the answer earlier
         return scores
 
-    said = model.generate(
-        torch.tensor([ids]),
-        max_new_tokens=8,
-        logits_processor=transformers.LogitsProcessorList([eot_at_the_third]),
-        pad_token_id=EOS,
-    )
+    processors = transformers.LogitsProcessorList([eot_at_the_third])
+    options = {"max_new_tokens": 8, "logits_processor": processors, "pad_token_id": EOS}
+    said = model.generate(torch.tensor([ids]), **options)
     assert said.shape[1] == len(ids) + 3 and said[0, -1] == EOT
     again = load_model(out)
     assert again.config.eos_token_ids == (EOS, EOT) and stop_ids(again, "chat") == [EOS, EOT]
 
 
-def test_files_that_need_no_change_stay_byte_for_byte(directory, tmp_path):
-    base, out = write_directory(tmp_path / "base"), tmp_path / "out"
-    # The second says nothing of it: config.json says where it stops.
-    for text in ('{"eos_token_id": [260,  257, 9],   "do_sample": true}', '{"do_sample": true}'):
-        (base / "generation_config.json").write_text(text)
-        model = load_model(base)
-        save_hf(out, model)
-        assert (out / "generation_config.json").read_text() == text
-    model.config = model.config.replace(eos_token_ids=(EOS, EOT))
-    save_hf(out, model)
-    found = json.loads((out / "generation_config.json").read_text())
-    assert found == {"do_sample": True, "eos_token_id": [EOS, EOT]}
-    (base / "generation_config.json").unlink()
-    save_hf(out, model)
-    assert transformers.GenerationConfig.from_pretrained(out).eos_token_id == [EOS, EOT]
-    # An edited file is read as stock software reads it.
-    (out / "generation_config.json").write_text('{"eos_token_id": [257, 9]}')
-    assert load_model(out).config.eos_token_ids == (EOS, 9)
-
-
 # --- a tokenizer that was changed after loading ---------------------------------------------------
 
 
-def add_tokens(tokenizer: Any) -> None:
-    tokenizer.add_special_tokens({"pad_token": "<pad>", "additional_special_tokens": ["<tool>"]})
-    tokenizer.add_tokens(["<note>"])
-    tokenizer.padding_side, tokenizer.model_max_length = "left", 77
+@pytest.mark.parametrize("bos", [True, False])
+def test_a_changed_tokenizer_is_written_and_read_back(bos, directory, tmp_path):
+    from tokenizers.processors import TemplateProcessing
 
-
-def drop_bos(tokenizer: Any) -> None:
-    from tokenizers import processors
-
-    empty = processors.TemplateProcessing(single="$A", special_tokens=[])
-    tokenizer.backend_tokenizer.post_processor = empty
-    tokenizer.eos_token = "<|eot_id|>"
-    tokenizer.chat_template = "{% for m in messages %}<u>{{ m['content'] }}<|eot_id|>{% endfor %}"
-
-
-@pytest.mark.parametrize("change", [add_tokens, drop_bos])
-def test_a_changed_tokenizer_is_written_and_read_back(change, directory, tmp_path):
     model = load_model(directory)
-    change(model.tokenizer)
+    ours = model.tokenizer
+    ours.add_special_tokens({"pad_token": "<pad>", "additional_special_tokens": ["<tool>"]})
+    ours.add_tokens(["<note>"])
+    ours.padding_side, ours.model_max_length = "left", 77
+    if not bos:
+        ours.backend_tokenizer.post_processor = TemplateProcessing(single="$A", special_tokens=[])
+        ours.eos_token, ours.chat_template = "<|eot_id|>", "<u>{{ messages[0]['content'] }}"
     save_hf(tmp_path / "out", model)
-    again, ours = transformers.AutoTokenizer.from_pretrained(tmp_path / "out"), model.tokenizer
-    names = ("chat_template", "eos_token", "eos_token_id", "pad_token_id", "padding_side")
-    for name in (*names, "model_max_length"):
-        assert getattr(again, name) == getattr(ours, name), name
-    text = "ab<tool><note> <|eot_id|>1"
-    assert again(text)["input_ids"] == ours(text)["input_ids"] and len(again) == len(ours)
-    assert sorted(again.all_special_ids) == sorted(ours.all_special_ids)
+    again = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    names = ("chat_template", "eos_token_id", "pad_token_id", "padding_side", "model_max_length")
     chat = [{"role": "user", "content": "hi"}]
-    written = [x.apply_chat_template(chat, tokenize=False) for x in (again, ours)]
-    assert written[0] == written[1]
+    theirs, same = (
+        [getattr(x, name) for name in names]
+        + [x("ab<tool><note> <|eot_id|>1")["input_ids"], len(x), sorted(x.all_special_ids)]
+        + [x.apply_chat_template(chat, tokenize=False)]
+        for x in (again, ours)
+    )
+    assert theirs == same
     settings = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
     assert settings["tokenizer_class"] == "PreTrainedTokenizerFast"  # what transformers 4 knows too
 
 
 def test_use_does_not_change_a_tokenizer(directory, tmp_path):
     """Padding and truncation, which a call leaves switched on, are no settings of the tokenizer."""
-    model = load_model(directory)
-    model.tokenizer.pad_token = model.tokenizer.eos_token
-    save_hf(tmp_path / "fresh", model)
-    model.tokenizer(["a", "bcd"], padding=True, truncation=True, max_length=2)
-    save_hf(tmp_path / "used", model)
-    model = load_model(directory)
-    model.tokenizer(["a" * 100], truncation=True, max_length=2)
-    save_hf(tmp_path / "same", model)
-    fresh, used, same, there = (
-        (folder / "tokenizer.json").read_bytes()
-        for folder in (*(tmp_path / name for name in ("fresh", "used", "same")), directory)
-    )
-    assert fresh == used and same == there
-    assert json.loads(used)["padding"] is json.loads(used)["truncation"] is None
+    fresh, used, same = (load_model(directory) for _ in range(3))
+    for model in (fresh, used):
+        model.tokenizer.pad_token = model.tokenizer.eos_token
+    used.tokenizer(["a", "bcd"], padding=True, truncation=True, max_length=2)
+    same.tokenizer(["a" * 100], truncation=True, max_length=2)
+    written = []
+    for i, model in enumerate((fresh, used, same)):
+        save_hf(tmp_path / f"{i}", model)
+        written.append((tmp_path / f"{i}" / "tokenizer.json").read_bytes())
+    assert written[0] == written[1]
+    assert written[2] == (directory / "tokenizer.json").read_bytes()
+    found = json.loads(written[1])
+    assert found["padding"] is found["truncation"] is None
 
 
-def test_several_templates_by_name(directory, tmp_path):
-    model = load_model(directory)
-    templates = {"default": TEMPLATE, "rag": "{{ messages[0]['content'] }}"}
-    model.tokenizer.chat_template = templates
-    save_hf(tmp_path / "out", model)
-    # As transformers writes them: a folder next to the default one.
+def test_several_templates_and_no_tokenizer(directory, tmp_path):
+    """Templates by name, as transformers writes them: a folder next to the default one; and the
+    files of a base whose tokenizer was not loaded.
+    """
     base = write_directory(tmp_path / "base")
+    model = load_model(base)
+    model.tokenizer.chat_template = {"default": TEMPLATE, "rag": "{{ messages[0]['content'] }}"}
+    save_hf(tmp_path / "out", model)
     model.tokenizer.save_pretrained(base)
-    assert (base / "additional_chat_templates" / "rag.jinja").is_file()
-    report = save_hf(tmp_path / "copied", load_model(base))
-    assert "additional_chat_templates/rag.jinja" in report["files"]
-    for name in ("out", "copied"):
+    without = Model(model.config, model.params, None, model.source)
+    for name, saved in (("copied", load_model(base)), ("without", without)):
+        report = save_hf(tmp_path / name, saved)
+        assert "additional_chat_templates/rag.jinja" in report["files"]
+    for name in ("out", "copied", "without"):
         tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / name)
-        assert tokenizer.chat_template == templates
-
-
-def test_without_a_tokenizer_the_base_s_files_are_kept(directory, tmp_path):
-    model = load_model(directory)
-    out = tmp_path / "out"
-    save_hf(out, Model(model.config, model.params, None, model.source))
-    assert (out / "tokenizer.json").read_bytes() == (directory / "tokenizer.json").read_bytes()
-    assert (out / "chat_template.jinja").exists() and (out / "generation_config.json").exists()
+        assert tokenizer.chat_template == model.tokenizer.chat_template

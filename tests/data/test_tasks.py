@@ -25,32 +25,25 @@ def test_the_papers_18_tasks():
 # --- files ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "below", ["", "AQuA", "dataset/AQuA", "llm_adapters/dataset/AQuA", "llm_adapters/AQuA"]
-)
-def test_the_folder_of_a_task_is_found(tmp_path, below):
-    root = tmp_path / "aqua"
-    write_questions(root / below / "test.jsonl", ["q"], answer="B")
-    # For below="", root is the folder itself, in another case.
-    assert prompts_of("test", root, "aqua") == ["q"]
-
-
 def test_the_first_folder_that_has_files_is_read(tmp_path):
-    write_questions(tmp_path / "dataset" / "gsm8k" / "test.json", ["LLM-Adapters"])
-    assert prompts_of("test", tmp_path, "gsm8k") == ["LLM-Adapters"]
-    write_questions(tmp_path / "gsm8k" / "test.json", ["published"])
-    write_questions(tmp_path / "test.json", ["stray"])
-    assert prompts_of("test", tmp_path, "gsm8k") == ["published"]
-    assert prompts_of("test", tmp_path / "gsm8k", "gsm8k") == ["published"]
-    assert prompts_of("test", tmp_path) == ["stray"]
+    root = tmp_path / "gsm8k"
+    for below in ("llm_adapters/gsm8k", "llm_adapters/dataset/gsm8k", "dataset/gsm8k", "gsm8k"):
+        write_questions(root / below / "test.json", [below])
+        assert prompts_of("test", root, "gsm8k") == [below]
+    write_questions(root / "test.json", ["the folder itself"])
+    assert prompts_of("test", root, "gsm8k") == ["gsm8k"]
+    assert prompts_of("test", root) == ["the folder itself"]
+    aqua = tmp_path / "aqua"  # in another case
+    write_questions(aqua / "test.jsonl", ["q"], answer="B")
+    assert prompts_of("test", aqua, "aqua") == ["q"]
 
 
 def test_training_sets_are_found_by_name(tmp_path):
     path = tmp_path / "ft-training_set" / "commonsense_15k.json"
     write_questions(path, [f"q{i}" for i in range(40)])
     for given in (tmp_path, path.parent):
-        sizes = {split: len(prompts_of(split, given, "commonsense_15k")) for split in SPLITS}
-        assert sizes == {"train": 32, "validation": 4, "test": 4}
+        sizes = [len(prompts_of(split, given, "commonsense_15k")) for split in SPLITS]
+        assert sizes == [32, 4, 4]
 
 
 ADDSUB = r"Tried: \S+/AddSub, \S+/dataset/AddSub, \S+/llm_adapters/dataset/AddSub, .*that holds"
@@ -61,11 +54,11 @@ NEEDS = r"no train file beside \S+test.json. The (\w+) split needs train.json\(l
 @pytest.mark.parametrize(
     ("asked", "file", "below", "message"),
     [
-        ("rows test", "", None, r"reads files, but data.data_dir is not set. Set data.data_dir to"),
-        ("woz test", "", None, r"data.data_dir is not set. .* the folder that holds woz/"),
+        ("rows test", "", None, r"data_dir=None is not set, and the task reads files. Set"),
+        ("woz test", "", None, r"data_dir=None is not set, .* the folder that holds woz/"),
         ("rows train", "", "", r"Files may be .json, .jsonl, .csv, .parquet.*hub:OWNER"),
         ("gsm8k test", "", "nowhere", r"nowhere' does not exist"),
-        ("gsm8k test", "", "", r"no train, validation or test file in .*grade-school-math"),
+        ("gsm8k test", "", "", r"has no train, validation or test file.*grade-school-math"),
         ("addsub test", "test.json", "", ADDSUB),  # not in a folder of the task's
         ("addsub test", "test.json", "test.json", r"test.json' is a file. Set data.data_dir to"),
         ("dialogsum test", "", "", r"dialogsum/\{dialogsum.train.json\(l\), .*cylnlp/dialogsum"),
@@ -74,7 +67,7 @@ NEEDS = r"no train file beside \S+test.json. The (\w+) split needs train.json\(l
         ("gsm8k validation", "gsm8k/test.json", "", NEEDS + r" or validation.json\(l\)"),
         ("piqa train", "piqa/test.json", "", NEEDS + " there. Or train on another task"),
         ("gsm8k validation", "gsm8k/train.json", "", r"train.json has 2 rows, too few different"),
-        ("rows train", "train.jsonl", "", r"both train.json and train.jsonl"),
+        ("rows train", "train.jsonl", "", r"has train.json and train.jsonl for one split"),
         ("gsm8 train", "", "", r"unknown task 'gsm8': did you mean 'gsm8k'\? Allowed: addsub, "),
         ("rows tests", "", "", r"unknown split 'tests': did you mean 'test'"),
     ],
@@ -111,20 +104,15 @@ def choice(directory, answer="answer2", output="the correct answer is answer2", 
 
 
 def test_options_have_the_form_of_the_target(tmp_path):
-    wanted = tuple(f"the correct answer is answer{i}" for i in (1, 2, 3))
-    assert choice(tmp_path)[1].options == wanted
+    examples = choice(tmp_path)
+    assert examples[0].options == ("a", "b")
+    assert examples[1].options == tuple(f"the correct answer is answer{i}" for i in (1, 2, 3))
     bare = choice(tmp_path, output="answer2.", allowed=2)[1]
     assert bare.options == ("answer1.", "answer2.") and bare.target in bare.options
-
-
-def test_an_answer_that_is_no_option_is_an_error_with_its_row(tmp_path):
-    examples = choice(tmp_path, answer="answer4")
-    assert examples[0].options == ("a", "b")
     message = r"'arc_easy': \S+test.json, row 2: the answer is 'answer4'.*not one of .*answer1, an"
     with pytest.raises(ConfigError, match=message):
-        examples[1]
-    message = r"row 2: the output 'two' does not state the answer 'answer2'"
-    with pytest.raises(ConfigError, match=message):
+        choice(tmp_path, answer="answer4")[1]
+    with pytest.raises(ConfigError, match=r"row 2: the output 'two' does not state the answer"):
         choice(tmp_path, output="two")[-1]
 
 
@@ -146,23 +134,22 @@ def test_rows_without_an_answer_are_for_tasks_that_need_none(tmp_path):
 def test_missing_splits_are_held_out_of_train(tmp_path):
     questions = [f"q{i}" for i in range(100)]
     write_questions(tmp_path / "train.jsonl", questions)
-    parts = {split: prompts_of(split, tmp_path) for split in SPLITS}
-    sizes = {split: len(rows) for split, rows in parts.items()}
-    assert sizes == {"train": 80, "validation": 10, "test": 10}
-    assert sorted(itertools.chain(*parts.values())) == sorted(questions)
-    # Not a matter of the run's seed.
-    assert parts == {split: prompts_of(split, tmp_path, seed=5) for split in SPLITS}
-    # A file alone is a train file.
-    assert parts == {split: prompts_of(split, tmp_path / "train.jsonl") for split in SPLITS}
+
+    def parts(place=tmp_path, **fields):
+        return {split: sorted(prompts_of(split, place, **fields)) for split in SPLITS}
+
+    found = parts()
+    assert [len(rows) for rows in found.values()] == [80, 10, 10]
+    assert sorted(itertools.chain(*found.values())) == sorted(questions)
+    # Not a matter of the run's seed; and a file alone is a train file.
+    assert found == parts(seed=5) == parts(tmp_path / "train.jsonl")
 
     write_questions(tmp_path / "test.json", ["t0", "t1"])
-    assert prompts_of("test", tmp_path) == ["t0", "t1"]
     # A test file appearing does not move the validation rows.
-    assert prompts_of("validation", tmp_path) == parts["validation"]
-    assert sorted(prompts_of("train", tmp_path)) == sorted(parts["train"] + parts["test"])
+    train = sorted(found["train"] + found["test"])
+    assert parts() == {"train": train, "validation": found["validation"], "test": ["t0", "t1"]}
     write_questions(tmp_path / "validation.json", ["v0"])
-    assert prompts_of("validation", tmp_path) == ["v0"]
-    assert sorted(prompts_of("train", tmp_path)) == sorted(questions)
+    assert parts() == {"train": sorted(questions), "validation": ["v0"], "test": ["t0", "t1"]}
 
 
 def test_what_is_held_out_has_no_twin_in_train(tmp_path):

@@ -23,24 +23,18 @@ def trl_rows(tmp_path_factory):
         import trl
         from transformers import LlamaConfig, LlamaForCausalLM
 
-    shape = {"vocab_size": 259, "hidden_size": 8, "intermediate_size": 8}
-    shape |= {"num_hidden_layers": 1, "num_attention_heads": 1, "num_key_value_heads": 1}
+    sizes = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    shape = dict(zip((*sizes, "num_key_value_heads"), (8, 8, 1, 1, 1), strict=True))
+    off = {"max_length": None, "report_to": "none", "use_cpu": True, "bf16": False}
 
     def prepare(rows, add_bos=False, template=CHATML, **settings):
         with warnings.catch_warnings(), contextlib.redirect_stderr(None):
             warnings.simplefilter("ignore")
             datasets.disable_progress_bars()
-            args = trl.SFTConfig(
-                output_dir=str(tmp_path_factory.mktemp("trl")),
-                max_length=None,
-                report_to="none",
-                use_cpu=True,
-                bf16=False,
-                **settings,
-            )
+            folder = str(tmp_path_factory.mktemp("trl"))
             trainer = trl.SFTTrainer(
-                LlamaForCausalLM(LlamaConfig(**shape)),
-                args,
+                LlamaForCausalLM(LlamaConfig(vocab_size=259, **shape)),
+                trl.SFTConfig(output_dir=folder, **off, **settings),
                 train_dataset=datasets.Dataset.from_list(json.loads(json.dumps(rows))),
                 processing_class=byte_tokenizer(add_bos, template),
             )

@@ -11,23 +11,18 @@ TOLERANCE = 1e-3  # absolute, between numeric answers: the one of LLM-Adapters
 
 @dataclass(frozen=True)
 class Answers:
-    """How a type of answers is read and scored.
+    """How a type of answers is read and scored."""
 
-    Attributes:
-      parse: A completion -> its answer, or "" if it gives none.
-      score: (parsed answer, right answer) -> whether it is right.
-    """
-
-    parse: Callable[[str], str]
-    score: Callable[[str, str], bool]
+    parse: Callable[[str], str]  # a completion -> its answer, or "" if it gives none
+    score: Callable[[str, str], bool]  # (parsed answer, right answer) -> whether it is right
 
 
 _STATED = re.compile(r"answer(?: is\b:?|:)", re.IGNORECASE)
 
 
 def _places(text: str) -> list[str]:
-    """Returns the texts to search for an answer, the likeliest first: the line after the last
-    "answer is" or "answer:" (or the next line with text), all that follows it, the whole text.
+    """Returns the texts to search for an answer: the line after the last "answer is" or "answer:"
+    (or the next line with text), all that follows it, the whole text.
     """
     found = list(_STATED.finditer(text))
     if not found:
@@ -125,28 +120,19 @@ _SINGLE = re.compile(r"(?<![\w'’-])([B-E](?![\w'’-])|A(?=\s*(?:$|[.,;:)\]!?*
 
 def parse_letter(text: str) -> str:
     """Returns the option letter that a text chooses: stated after the last "answer is", else named
-    ("option B"), else in parentheses, else a single letter.
-
-    A letter of a word never counts, and the article "A" only in the position of an answer. Of
-    several, the first of a statement and the last of a text count.
+    ("option B"), else in parentheses, else a single letter. Of several, the first of a statement
+    and the last of a text count.
     """
     for place in _places(text)[:-1]:
-        if (
-            found := _FIRST.match(place)
-            or _IN_PARENTHESES.search(place)
-            or _OPTION.search(place)
-            or _SINGLE.search(place)
-        ):
+        found = _FIRST.match(place)
+        for pattern in (_IN_PARENTHESES, _OPTION, _SINGLE):
+            found = found or pattern.search(place)
+        if found:
             return next(filter(None, found.groups())).upper()
     for pattern in (_NAMED, _IN_PARENTHESES, _OPTION, _SINGLE):
         if hits := pattern.findall(text):
             return hits[-1].upper()
     return text.strip().upper() if re.fullmatch(r"\s*[a-e]\W*", text) else ""
-
-
-def same_text(prediction: str, answer: str) -> bool:
-    """Returns whether two texts are equal except for case and white space."""
-    return prediction.casefold().split() == answer.casefold().split()
 
 
 def belief_state(text: str) -> str:
@@ -168,21 +154,18 @@ def same_goals(prediction: str, answer: str) -> bool:
     """Returns whether two belief states agree in all that the user informs of, without requests:
     joint goal accuracy (Mrksic et al. 2017, section 5).
     """
-    return prediction != "" and _goals(prediction) == _goals(answer)
-
-
-def _goals(state: str) -> list[str]:
-    slots = [] if state == "none" else state.split("; ")
-    return [slot for slot in slots if not slot.startswith("request: ")]
-
-
-def _score_word(prediction: str, answer: str) -> bool:
-    return prediction != "" and prediction == answer.strip().lower()
+    a, b = (
+        [x for x in state.split("; ") if x != "none" and not x.startswith("request: ")]
+        for state in (prediction, answer)
+    )
+    return prediction != "" and a == b
 
 
 def one_of(*words: str) -> Answers:
     """Returns the type of answers that are one of a few words, such as answer1 to answer5."""
-    return Answers(lambda text: parse_word(text, words), _score_word)
+    return Answers(
+        lambda text: parse_word(text, words), lambda found, word: found == word.strip().lower()
+    )
 
 
 CHOICES = (
@@ -195,7 +178,7 @@ CHOICES = (
 TRUE_FALSE, ANSWERS, SOLUTIONS, ENDINGS, OPTIONS = (one_of(*words) for words in CHOICES)
 NUMBER = Answers(parse_number, same_number)
 LETTER = Answers(parse_letter, lambda prediction, answer: prediction == answer)
-TEXT = Answers(str.strip, same_text)
+TEXT = Answers(str.strip, lambda a, b: a.casefold().split() == b.casefold().split())
 BELIEF = Answers(belief_state, same_goals)
 
 

@@ -29,9 +29,6 @@ from zflora_jax.data.task import Example
 log = logging.getLogger(__name__)
 
 Pair = tuple[np.ndarray, np.ndarray]  # tokens [n] int32; mask [n] bool, True at what is learned
-_Write = Callable[[int, bool], str]  # (number of turns, whether they are answered) -> their text
-
-_CONVERSATION = "conversation"  # a style next to `prompts.STYLES`
 _MARKS = re.compile(r"\{%-?\s*generation\s*-?%\}")
 # What templates take out of a text on purpose: SmolLM3's and Qwen3's switches, earlier thoughts.
 _TAKEN_OUT = re.compile(r"/(?:no_)?think\b|<think>.*?</think>", re.DOTALL)
@@ -52,38 +49,23 @@ def encode_examples(examples: Sequence[Example], tokenizer: Any, data: DataConfi
         out a part, or, without marks, writes the turns before an answer in two ways.
     """
     rows = dict[int, Pair]()
-    styles = [_style_of(e, data.prompt_style) for e in examples]
-    for style in dict.fromkeys(styles):
-        at = [i for i, other in enumerate(styles) if other == style]
-        chosen = [examples[i] for i in at]
-        if style == _CONVERSATION:
-            pairs = [_conversation(tokenizer, example, data.date) for example in chosen]
-        else:
-            pairs = _prompts_and_targets(tokenizer, style, chosen, data.date)
+    for plain in (False, True):
+        at = [i for i, e in enumerate(examples) if e.plain == plain and not e.turns]
+        pairs = _prompts_and_targets(tokenizer, [examples[i] for i in at], data) if at else []
         rows |= zip(at, pairs, strict=True)
+    rows |= {i: _conversation(tokenizer, e, data) for i, e in enumerate(examples) if e.turns}
     return [rows[i] for i in range(len(examples))]
 
 
-def _style_of(example: Example, style: str) -> str:
-    """Returns how an example is written, where instructions are in `style`."""
-    if not example.turns:
-        return "plain" if example.plain else style
-    require(
-        style == "chat",
-        f"conversations are written by the tokenizer's chat template: data.prompt_style={style!r}"
-        " must be 'chat'.",
-    )
-    return _CONVERSATION
-
-
 def _prompts_and_targets(
-    tokenizer: Any, style: str, examples: Sequence[Example], date: str | None
+    tokenizer: Any, examples: Sequence[Example], data: DataConfig
 ) -> list[Pair]:
-    """Tokenises prompts and targets separately. With "plain" they are one text, as in TRL, because
-    a tokenizer may write a space before a text; changed last tokens of the prompt are learned.
+    """Tokenises prompts and targets separately. Plain ones are one text, as in TRL, because a
+    tokenizer may write a space before a text; changed last tokens of the prompt are learned.
     """
+    style = "plain" if examples[0].plain else data.prompt_style
     end = prompts.end_token(tokenizer, style)
-    texts = [prompts.render(tokenizer, style, e.prompt, e.input, date) for e in examples]
+    texts = [_prompt(e, tokenizer, data) for e in examples]
     given = encode_prompt_texts(tokenizer, texts)
     if style == "plain":
         targets = [e.target.removesuffix(tokenizer.eos_token) for e in examples]
@@ -108,18 +90,16 @@ def _common(a: Sequence[int], b: Sequence[int]) -> int:
 # --- conversations --------------------------------------------------------------------------------
 
 
-def _conversation(tokenizer: Any, example: Example, date: str | None) -> Pair:
-    def write(count: int, answered: bool) -> str:
-        """Writes the first `count` turns; if not answered, with the header of an answer."""
-        return _write(tokenizer, replace(example, turns=example.turns[:count]), date, answered)
+def last_answer(example: Example) -> int:
+    """Returns the index of the assistant's last turn in a conversation."""
+    return max(i for i, turn in enumerate(example.turns) if turn["role"] == "assistant")
 
+
+def _conversation(tokenizer: Any, example: Example, data: DataConfig) -> Pair:
     try:
-        text = write(len(example.turns), True)
-        _require_all_written(tokenizer, example, text, date)
-        if _MARKS.search(prompts.chat_template(tokenizer, example.tools)):
-            tokens, mask = _by_marks(tokenizer, example, write, date)
-        else:
-            tokens, mask = _by_prefixes(tokenizer, example, write, text)
+        _require_all_written(tokenizer, example, data)
+        marked = _MARKS.search(prompts.chat_template(tokenizer, example.tools))
+        tokens, mask = (_by_marks if marked else _by_prefixes)(tokenizer, example, data)
     except ConfigError as error:
         where = example.where or f"conversation {example.turns[0]['content'][:60]!r}"
         raise ConfigError(f"{where}: {error}") from error
@@ -128,23 +108,26 @@ def _conversation(tokenizer: Any, example: Example, date: str | None) -> Pair:
     return tokens, mask
 
 
-@cache
+@cache  # once in a process: there are thousands of batches
 def _warn(problem: str) -> None:
-    """Warns once in a process: there are thousands of batches."""
     log.warning("chat template: the last answer of some conversations %s", problem)
 
 
-def _write(tokenizer: Any, e: Example, date: str | None, answered: bool) -> str:
-    return prompts.render_turns(tokenizer, e.turns, date, e.tools, e.settings, answered)
+def _written(tokenizer: Any, e: Example, data: DataConfig, count: int, answered: bool) -> str:
+    """Writes the first `count` turns; if they are not answered, with the header of an answer."""
+    require(
+        data.prompt_style == "chat",
+        "conversations are written by the tokenizer's chat template:"
+        f" data.prompt_style={data.prompt_style!r} must be 'chat'.",
+    )
+    options = {"add_generation_prompt": not answered} | dict(e.settings)
+    return prompts.render_turns(tokenizer, e.turns[:count], data.date, e.tools, **options)
 
 
-def last_answer(example: Example) -> int:
-    """Returns the index of the assistant's last turn in a conversation."""
-    return max(i for i, turn in enumerate(example.turns) if turn["role"] == "assistant")
-
-
-def _require_all_written(tokenizer: Any, example: Example, text: str, date: str | None) -> None:
+def _require_all_written(tokenizer: Any, example: Example, data: DataConfig) -> None:
     """Refuses a template that leaves out a turn, a call, or the tools."""
+    count = len(example.turns)
+    text = _written(tokenizer, example, data, count, True)
     without = {"the tools": replace(example, tools=())} if example.tools else {}
     for i, turn in enumerate(example.turns):
         for part in map(str.strip, _TAKEN_OUT.split(turn["content"])):
@@ -156,18 +139,18 @@ def _require_all_written(tokenizer: Any, example: Example, text: str, date: str 
                 " of the row (a system turn's text can stand at the start of the first user turn).",
             )
         if turn.get("tool_calls"):
-            bare = {name: x for name, x in turn.items() if name != "tool_calls"}
-            turns = (*example.turns[:i], bare, *example.turns[i + 1 :])
-            without[f"the tool calls of turn {i + 1}"] = replace(example, turns=turns)
+            turns = [*example.turns]
+            turns[i] = {name: x for name, x in turn.items() if name != "tool_calls"}
+            without[f"the tool calls of turn {i + 1}"] = replace(example, turns=tuple(turns))
     for name, other in without.items():
         require(
-            _write(tokenizer, other, date, answered=True) != text,
+            _written(tokenizer, other, data, count, True) != text,
             f"the tokenizer's chat template leaves out {name}. Use a template that writes it, or"
             " leave it out of the row.",
         )
 
 
-def _by_marks(tokenizer: Any, example: Example, write: _Write, date: str | None) -> Pair:
+def _by_marks(tokenizer: Any, example: Example, data: DataConfig) -> Pair:
     """Masks what the template marks."""
     require(
         tokenizer.is_fast,
@@ -175,26 +158,27 @@ def _by_marks(tokenizer: Any, example: Example, write: _Write, date: str | None)
         " template marks. Save the model's tokenizer as tokenizer.json.",
     )
     options = {"tokenize": True, "return_dict": True, "return_assistant_tokens_mask": True}
-    options |= example.settings
-    found = prompts.apply_template(tokenizer, example.turns, date, example.tools, **options)
+    options |= {"add_generation_prompt": False} | dict(example.settings)
+    found = prompts.render_turns(tokenizer, example.turns, data.date, example.tools, **options)
     (tokens,) = prompts.with_bos(tokenizer, [found["input_ids"]])
     added = len(tokens) - len(found["input_ids"])
     mask = np.pad(np.asarray(found["assistant_masks"], bool), (added, 0))
+    last = last_answer(example)
+    texts = [_written(tokenizer, example, data, i, False) for i in (example.context or last, last)]
+    given, prompt = encode_prompt_texts(tokenizer, texts)
     if example.context:
-        (given,) = encode_prompt_texts(tokenizer, [write(example.context, False)])
         mask[: _common(given, tokens)] = False
     require(
         bool(mask.any()),
         "the chat template marks nothing of it as the assistant's: its generation marks are not"
         " around the answers.",
     )
-    (prompt,) = encode_prompt_texts(tokenizer, [write(last_answer(example), False)])
     if _common(prompt, tokens) < len(prompt):
         _warn("is marked behind other tokens than generation starts from")
     return np.asarray(tokens, np.int32), mask
 
 
-def _by_prefixes(tokenizer: Any, example: Example, write: _Write, text: str) -> Pair:
+def _by_prefixes(tokenizer: Any, example: Example, data: DataConfig) -> Pair:
     """Masks what each answer adds to the conversation before it."""
     answers = [i for i, turn in enumerate(example.turns) if turn["role"] == "assistant"]
     answers = [i for i in answers if i >= example.context]
@@ -203,10 +187,11 @@ def _by_prefixes(tokenizer: Any, example: Example, write: _Write, text: str) -> 
         "it begins with the assistant, and what it says there answers nothing. Remove that turn, or"
         " put one of the user before it.",
     )
-    texts = [text, *(write(i, False) for i in answers), *(write(i + 1, True) for i in answers)]
+    parts = [part for i in answers for part in ((i, False), (i + 1, True))]
+    texts = [_written(tokenizer, example, data, *x) for x in ((len(example.turns), True), *parts)]
     ids, *prefixes = encode_prompt_texts(tokenizer, texts)
     mask = np.zeros(len(ids), bool)
-    for i, before, after in zip(answers, prefixes, prefixes[len(answers) :], strict=False):
+    for i, before, after in zip(answers, prefixes[::2], prefixes[1::2], strict=True):
         start = _common(before, ids)
         if start < len(before):
             there, here = (tokenizer.decode(x[start : start + 12]) for x in (before, ids))
@@ -214,12 +199,11 @@ def _by_prefixes(tokenizer: Any, example: Example, write: _Write, text: str) -> 
                 f"before turn {i + 1} the model is given other tokens when it has to answer"
                 f" ({there!r}) than where the answer follows ({here!r}). White space at the start"
                 " of the answer may merge with the template's: strip it. Or the template writes"
-                " earlier turns, or what a reasoning model begins with, in another way there: use"
-                " one with {% generation %} marks."
+                " earlier turns in another way there: use one with {% generation %} marks."
             )
         # Some templates leave out parts of an earlier answer that they write of the last one.
-        whole = _common(after, ids) == len(after)
-        end = len(after) if whole else _end(tokenizer, example, i, ids, start)
+        goes_on = _common(after, ids) == len(after)
+        end = len(after) if goes_on else _end(tokenizer, example, i, ids, start)
         require(end > start, f"turn {i + 1} has no tokens of its own.")
         mask[start:end] = True
     return np.asarray(ids, np.int32), mask
@@ -258,21 +242,20 @@ def encode_prompts(
     Raises:
       ConfigError: An example has no prompt.
     """
-
-    def text(e: Example) -> str:
-        style = _style_of(e, prompt_style)
-        if style == _CONVERSATION:
-            before = replace(e, turns=e.turns[: last_answer(e)])
-            return _write(tokenizer, before, date, answered=False)
-        return prompts.render(tokenizer, style, e.prompt, e.input, date)
-
-    found = encode_prompt_texts(tokenizer, [text(e) for e in examples])
     require(
         all(e.prompt or e.turns for e in examples),
         "a row has no prompt (its form is 'text', or its prompt is empty), so no answer can be"
         " generated to it; it has a loss alone (eval.generate=False).",
     )
-    return found
+    data = DataConfig(prompt_style=prompt_style, date=date)  # type: ignore[arg-type]
+    return encode_prompt_texts(tokenizer, [_prompt(e, tokenizer, data) for e in examples])
+
+
+def _prompt(e: Example, tokenizer: Any, data: DataConfig) -> str:
+    if e.turns:
+        return _written(tokenizer, e, data, last_answer(e), False)
+    style = "plain" if e.plain else data.prompt_style
+    return prompts.render(tokenizer, style, e.prompt, e.input, data.date)
 
 
 def encode_options(
@@ -281,13 +264,12 @@ def encode_options(
     """Tokenises the options of an example as training tokenises its target.
 
     Returns:
-      (The token ids that all options follow, those of each option after them.) A plain prompt and
-      its option are one text, and prompt tokens that an option changes belong to the option: the
-      first may be shorter than `prompt`, the ids of `encode_prompts`.
+      (The token ids that all options follow, those of each option after them.) The first may be
+      shorter than `prompt`, the ids of `encode_prompts`: a plain prompt and its option are one
+      text, and prompt tokens that an option changes belong to the option.
     """
     if not example.plain:
-        ids = tokenizer(list(example.options), add_special_tokens=False)["input_ids"]
-        return prompt, ids
+        return prompt, tokenizer(list(example.options), add_special_tokens=False)["input_ids"]
     rows = encode_prompt_texts(tokenizer, [example.prompt + text for text in example.options])
     start = min(_common(prompt, row) for row in rows)
     return prompt[:start], [row[start:] for row in rows]
@@ -296,28 +278,24 @@ def encode_options(
 # --- what does not fit ----------------------------------------------------------------------------
 
 
-def cut_to_fit(example: Example, row: Pair, tokenizer: Any, data: DataConfig) -> Pair | None:
-    """Cuts the end of a document, or a conversation behind the last answer that fits.
-
-    Returns:
-      As `row`, a pair of `encode_examples`, in at most max(data.bucket_lengths) tokens; None if it
-      fits, has nothing that may be cut, or nothing would be left.
+def cut_to_fit(example: Example, row: Pair, tokenizer: Any, data: DataConfig) -> Pair:
+    """Cuts the end of a document, or a conversation behind the last answer that fits, to
+    max(data.bucket_lengths) tokens. Returns `row`, the pair of `encode_examples`, if it fits, has
+    nothing that may be cut, or nothing would be left.
     """
     (tokens, mask), limit = row, data.bucket_lengths[-1]
     if len(tokens) <= limit:
-        return None
+        return row
     if example.turns:
         ends = np.flatnonzero(mask & ~np.append(mask[1:], False)) + 1
         end = max(ends[ends <= limit], default=None)
-        return None if end is None else (tokens[:end], mask[:end])
-    if not example.document:
-        return None
+        return row if end is None else (tokens[:end], mask[:end])
 
     def encoded(e: Example) -> Pair:
         return encode_examples([e], tokenizer, data)[0]
 
     short = _shorten(example, tokenizer, limit, lambda e: len(encoded(e)[0]))
-    return encoded(short) if short.input.strip() else None
+    return encoded(short) if short.document and short.input.strip() else row
 
 
 def fit_documents(
@@ -331,17 +309,17 @@ def fit_documents(
     arguments are those of `encode_prompts`. An example that fits is returned as the same object.
     """
 
-    def length(example: Example) -> int:
-        return len(encode_prompts([example], tokenizer, prompt_style, date)[0])
+    def length(e: Example) -> int:
+        return len(encode_prompts([e], tokenizer, prompt_style, date)[0])
 
-    return [_shorten(e, tokenizer, limit, length) if e.document else e for e in examples]
+    return [_shorten(e, tokenizer, limit, length) for e in examples]
 
 
 def _shorten(
     example: Example, tokenizer: Any, limit: int, length: Callable[[Example], int]
 ) -> Example:
-    """Cuts the document until `length` is at most `limit`, or nothing is left."""
-    while (excess := length(example) - limit) > 0 and example.input:
+    """Cuts a document until `length` is at most `limit`, or nothing is left."""
+    while example.document and example.input and (excess := length(example) - limit) > 0:
         ids = tokenizer(example.input, add_special_tokens=False)["input_ids"]
         kept = tokenizer.decode(ids[: max(0, len(ids) - excess)], skip_special_tokens=False)
         # A cut may fall inside a character, which decodes to U+FFFD.
@@ -352,39 +330,26 @@ def _shorten(
 # --- a dataset ------------------------------------------------------------------------------------
 
 _CHUNK = 1000  # examples per tokenizer call
-_SLOW = 5000  # examples; fewer are tokenised in about a second
 
 
 class TokenizedExample(NamedTuple):
-    """One training sequence, of one example or several packed ones: token ids [n] int32, loss mask
-    [n] bool, True where the token at that position is learned, and the number of each token's
-    example, from 1, [n] int32.
-    """
+    """One training sequence, of one example or several packed ones."""
 
-    tokens: np.ndarray
-    loss_mask: np.ndarray
-    segments: np.ndarray
+    tokens: np.ndarray  # int32 [n]
+    loss_mask: np.ndarray  # bool [n], True where the token at that position is learned
+    segments: np.ndarray  # int32 [n], the number of each token's example, from 1
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """Tokenised examples, in the order of their source.
-
-    Attributes:
-      rows: The sequences.
-      dropped: The number of examples that were too long.
-      pad_id: The token id that fills short rows of a batch.
-      truncated: The number of documents and conversations that were cut to fit.
-      parts: The number of sequences of each task of a mixture, whose rows follow each other.
-      weights: How often a training step draws from each task; None: by number of sequences.
-    """
+    """Tokenised examples, in the order of their source."""
 
     rows: tuple[TokenizedExample, ...]
-    dropped: int
-    pad_id: int
-    truncated: int = 0
-    parts: tuple[int, ...] = ()
-    weights: tuple[float, ...] | None = None
+    dropped: int  # examples that were too long
+    pad_id: int  # the token id that fills short rows of a batch
+    truncated: int = 0  # documents and conversations that were cut to fit
+    parts: tuple[int, ...] = ()  # sequences of each task of a mixture, one task after the other
+    weights: tuple[float, ...] | None = None  # of each task's draws; None: by number of sequences
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -406,9 +371,8 @@ def tokenize_examples(
 ) -> Encoded:
     """Tokenises examples of one task or a Mixture, prompt and target.
 
-    A sequence longer than the longest of `data.bucket_lengths` is dropped. Its target is never cut,
-    which would teach the model to stop in the middle, nor is a question; but a document is cut at
-    its end, and a conversation behind its last answer that fits. Both numbers are logged.
+    A sequence longer than the longest of `data.bucket_lengths` is cut by `cut_to_fit` or dropped:
+    a target that is cut would teach the model to stop in the middle. Both numbers are logged.
 
     Args:
       examples: The examples.
@@ -417,25 +381,21 @@ def tokenize_examples(
       vocab_size: Rows of the model's embedding; None: token ids are not checked.
 
     Raises:
-      ConfigError: There are no examples, all are too long, or a token id (or the padding's) has no
-        embedding.
+      ConfigError: There are no examples, all are too long, or a token id has no embedding.
     """
     require(
         len(examples) > 0,
         "the dataset is empty: there is nothing to tokenise. Check data.task and data.data_dir.",
     )
-    rows, truncated, limit = list[TokenizedExample](), 0, data.bucket_lengths[-1]
-    if len(examples) > _SLOW:
-        log.info("tokenising %d examples", len(examples))
+    rows, truncated = list[TokenizedExample](), 0
     for start in range(0, len(examples), _CHUNK):
         chunk = list(examples[start : start + _CHUNK])
         for example, whole in zip(chunk, encode_examples(chunk, tokenizer, data), strict=True):
-            cut = cut_to_fit(example, whole, tokenizer, data)
-            tokens, mask = cut or whole
+            tokens, mask = cut_to_fit(example, whole, tokenizer, data)
             segments = np.ones(len(tokens), np.int32)
             rows.append(TokenizedExample(tokens, mask | data.train_on_prompt, segments))
-            truncated += cut is not None
-    kept = [i for i, row in enumerate(rows) if len(row.tokens) <= limit]
+            truncated += len(tokens) < len(whole[0])
+    kept = [i for i, row in enumerate(rows) if len(row.tokens) <= data.bucket_lengths[-1]]
     _report_lengths([len(row.tokens) for row in rows], len(kept), truncated, data)
     pad_id, eos_id = tokenizer.pad_token_id, tokenizer.eos_token_id
     pad_id = int((eos_id if pad_id is None else pad_id) or 0)
@@ -459,12 +419,11 @@ def tokenize_examples(
 def _report_lengths(lengths: Sequence[int], kept: int, truncated: int, data: DataConfig) -> None:
     """Logs how many examples were dropped and cut; ConfigError if none is left."""
     limit, longest, count = data.bucket_lengths[-1], max(lengths), len(lengths)
+    more = [*data.bucket_lengths, -(-longest // 64) * 64]
     require(
         kept > 0,
-        f"all {count} examples are longer than the longest of"
-        f" data.bucket_lengths={list(data.bucket_lengths)}: they have {min(lengths)} to {longest}"
-        " tokens. Add a length, e.g."
-        f" data.bucket_lengths={[*data.bucket_lengths, -(-longest // 64) * 64]}.",
+        f"all {count} examples are longer than data.bucket_lengths={more[:-1]}: they have"
+        f" {min(lengths)} to {longest} tokens. Add a length, e.g. data.bucket_lengths={more}.",
     )
     if kept < count:
         log.warning(
@@ -473,6 +432,6 @@ def _report_lengths(lengths: Sequence[int], kept: int, truncated: int, data: Dat
         )
     if truncated:
         log.warning(
-            f"cut {truncated} of {count} documents or conversations so that they fit {limit}"
-            " tokens, answers whole; see data.bucket_lengths"
+            f"cut {truncated} of {count} documents or conversations to {limit} tokens, answers"
+            " whole; see data.bucket_lengths"
         )

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from collections.abc import Callable, Sequence
-from itertools import accumulate
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -23,16 +21,3 @@ class Lazy(Sequence[T]):
         if isinstance(index, slice):
             return Lazy(self._make, self._indices[index])
         return self._make(self._indices[index])
-
-
-class Joined(Lazy[T]):
-    """The items of several sequences, one sequence after the other."""
-
-    def __init__(self, parts: Sequence[Sequence[T]]) -> None:
-        ends = list(accumulate(map(len, parts)))
-
-        def make(index: int) -> T:
-            part = bisect_right(ends, index)
-            return parts[part][index - ends[part]]  # from the end of the part: negative
-
-        super().__init__(make, range(ends[-1] if ends else 0))

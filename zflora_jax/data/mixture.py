@@ -3,57 +3,33 @@
 from __future__ import annotations
 
 import re
+from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from itertools import accumulate
 
 from zflora_jax.core.fields import ConfigError, require
 from zflora_jax.core.run_config import DataConfig
-from zflora_jax.data.lazy import Joined
-from zflora_jax.data.splits import files_digest, find_files, open_split
+from zflora_jax.data.lazy import Lazy
+from zflora_jax.data.splits import open_split
 from zflora_jax.data.tasks import SPLITS, Example, get_task, load_examples
 
-_PART = re.compile(r"\s*(?P<name>[^*+]+?)\s*(?:\*(?P<weight>[^*+]+))?")
+_PART = re.compile(r"\s*([^*+]+?)\s*(?:\*\s*(\d+(?:\.\d*)?|\.\d+)\s*)?")
 
 
 def parse_mixture(text: str) -> tuple[tuple[str, ...], tuple[float, ...] | None]:
     """Parses `data.task`, "boolq+arc_easy", or with weights "boolq*1+arc_easy*3", to (task names,
-    their weights or None).
-
-    Raises:
-      ConfigError: A task is unknown or named twice, a weight is not a positive number, or only some
-        tasks have one.
+    their weights or None); ConfigError if it is no such text of known tasks.
     """
-    parts = [_PART.fullmatch(part) for part in text.split("+")]
+    parts = [found.groups() for part in text.split("+") if (found := _PART.fullmatch(part))]
+    names = tuple(get_task(name).name for name, _ in parts)
+    weights = tuple(float(weight) for _, weight in parts if weight)
     require(
-        all(parts),
-        f"data.task={text!r}: expected a task, or a mixture such as 'boolq+arc_easy' or, with"
-        " weights for all, 'boolq*1+arc_easy*3'.",
-    )
-    names = tuple(get_task(part["name"]).name for part in parts if part)
-    require(
-        len(set(names)) == len(names),
-        f"data.task={text!r} names a task twice; give it a weight instead.",
-    )
-    weights = tuple(_weight(part["weight"], text) for part in parts if part and part["weight"])
-    require(
-        len(weights) in (0, len(names)),
-        f"data.task={text!r}: weights for some tasks only. Give one to each, or to none (then all"
-        " rows are used).",
+        len(set(names)) == text.count("+") + 1 and len(weights) in (0, len(names)) and all(weights),
+        f"data.task={text!r}: expected a task, or a mixture of different tasks such as"
+        " 'boolq+arc_easy' or, with a positive weight for each, 'boolq*1+arc_easy*3'.",
     )
     return names, weights or None
-
-
-def _weight(written: str, text: str) -> float:
-    try:
-        weight = float(written)
-    except ValueError:
-        weight = -1.0
-    require(
-        0 < weight < float("inf"),
-        f"data.task={text!r}: weight {written!r} is not a positive number.",
-    )
-    return weight
 
 
 def has_own_rows(names: Iterable[str]) -> bool:
@@ -61,25 +37,9 @@ def has_own_rows(names: Iterable[str]) -> bool:
     return any(get_task(name).own for name in names)
 
 
-def own_rows_digest(data: DataConfig, names: Iterable[str]) -> str | None:
-    """Returns a hash of the files, of all splits, that tasks of these names read as the user's own
-    rows; None without such tasks, or if data.data_dir is no place here. ConfigError if it is not
-    clear which files are meant.
-    """
-    here = data.data_dir is not None and Path(data.data_dir).expanduser().exists()
-    if not here or not has_own_rows(names):
-        return None
-    files = find_files(get_task("rows"), data.data_dir)
-    return files_digest(path for _, paths in files.values() for path in paths)
-
-
-class Mixture(Joined[Example]):
-    """The examples of several tasks, one task after the other.
-
-    Attributes:
-      names: The tasks.
-      parts: The examples of each task.
-      weights: How often training draws from each task; None: by number of rows.
+class Mixture(Lazy[Example]):
+    """The examples (`parts`) of several tasks (`names`), one task after the other; `weights`: how
+    often training draws from each, None: by number of rows.
     """
 
     def __init__(
@@ -88,7 +48,13 @@ class Mixture(Joined[Example]):
         parts: Sequence[Sequence[Example]],
         weights: tuple[float, ...] | None = None,
     ) -> None:
-        super().__init__(parts)
+        ends = list(accumulate(map(len, parts)))
+
+        def make(index: int) -> Example:
+            part = bisect_right(ends, index)
+            return parts[part][index - ends[part]]  # from the end of the part: negative
+
+        super().__init__(make, range(ends[-1]))
         self.names, self.parts, self.weights = names, parts, weights
 
 
@@ -96,15 +62,14 @@ def load_mixture(data: DataConfig, split: str, limit: int | None = None) -> Mixt
     """Loads a split of `data.task`, a task or a mixture of tasks.
 
     Args:
-      data: task, data_dir, row_format (for the user's own rows) and train_limit (for each task) are
-        read.
+      data: task, data_dir, row_format and train_limit (for each task) are read.
       split: "train", "validation" or "test".
       limit: The number of examples in all: the first of each task, the same number from each as far
         as it has them. None: all.
 
     Raises:
-      ConfigError: As for `parse_mixture` and `data.tasks.load_examples`; to train with a row_format
-        and without rows of the user's own.
+      ConfigError: As for `parse_mixture` and `data.tasks.load_examples`; or to train, row_format is
+        set for tasks that have one form.
     """
     names, weights = parse_mixture(data.task)
     require(
@@ -128,8 +93,7 @@ class TrainedOn:
 
     Attributes:
       data: Its settings.
-      here: Whether this project trained on it, and so left out the rows that it holds out; a model
-        trained elsewhere may have seen every row of the files.
+      here: Whether this project trained on it, and so left out the rows that it holds out.
     """
 
     data: DataConfig
@@ -138,8 +102,7 @@ class TrainedOn:
 
 def source_splits(data: DataConfig) -> list[tuple[str, str, Sequence[Example]]]:
     """Opens (task, split, examples) of every split that comes from the same files or datasets as
-    the train split of `data.task`, each task's train split first. With the rows held out of those
-    files, these are all rows in them.
+    the train split of `data.task`, each task's train split first: all rows in them.
     """
     found = []
     for name in parse_mixture(data.task)[0]:

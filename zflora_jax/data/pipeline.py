@@ -29,10 +29,8 @@ _EPOCHS = 2**30
 
 def pack_sequences(encoded: Encoded, capacity: int) -> Encoded:
     """Joins sequences into rows of at most `capacity` tokens, best fit by decreasing length, within
-    each task; `segments` number the examples of a row.
-
-    The loss is that of the separate sequences. Nothing predicts the first token of a sequence; in a
-    packed row a token of another example precedes it, so it is masked.
+    each task. The loss is that of the separate sequences: `segments` number the examples of a row,
+    and nothing predicts the first token of a sequence, so it is masked.
     """
     packed: list[TokenizedExample] = []
     parts, start = [], 0
@@ -66,10 +64,9 @@ def train_batches(
 ) -> Iterator[Batch]:
     """Iterates over training batches, without an end.
 
-    The batch of a step is a pure function of (sequences, data.seed, step): a run that resumes at
-    step k passes start_step=k and sees the batches of the uninterrupted run. Every epoch is a new
-    permutation of all sequences. Batches run across its end, so no sequence is skipped and a
-    dataset smaller than a batch works. With weights, each task has its own permutations and epochs.
+    The batch of a step is a pure function of (sequences, data.seed, step), so a run that resumes at
+    step k sees the batches of the uninterrupted run. Every epoch is a new permutation of all
+    sequences, and batches run across its end. With weights, each task has its own epochs.
 
     Args:
       encoded: The sequences.
@@ -77,14 +74,10 @@ def train_batches(
       start_step: The step of the first batch, from 0.
       own: The rows of each batch to yield, for one process of several; None: all. They are padded
         to the length of the whole batch.
-
-    Raises:
-      ConfigError: There is no sequence, or start_step is negative.
     """
     import grain
 
     require(len(encoded) > 0, "the dataset is empty: there is nothing to train on.")
-    require(start_step >= 0, f"start_step={start_step}: must be at least 0.")
 
     def endless(rows: Sequence[TokenizedExample]) -> Any:
         return grain.MapDataset.source(rows).seed(data.seed).shuffle().repeat(_EPOCHS)
@@ -106,8 +99,8 @@ def train_batches(
 
 
 def one_sequence_a_row(batch: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns a batch of rows that were not packed without its segments. Causal attention is then
-    enough, which flash kernels do fastest.
+    """Returns a batch of rows that were not packed without its segments: causal attention, which
+    flash kernels do fastest, is then enough.
     """
     return {name: x for name, x in batch.items() if name != "segments"}
 
@@ -115,14 +108,9 @@ def one_sequence_a_row(batch: Mapping[str, Any]) -> dict[str, Any]:
 def eval_batches(encoded: Encoded, batch_size: int, lengths: Sequence[int]) -> Iterator[Batch]:
     """Iterates over all sequences once, in order, in batches of `batch_size` rows padded to one of
     `lengths`. Copies of the last row fill the last batch up, with a loss_mask of False: attention
-    to padding alone would be undefined.
-
-    Raises:
-      ConfigError: There is no sequence, batch_size is below 1, or a sequence is longer than
-        max(lengths).
+    to padding alone would be undefined. ConfigError if there is no sequence, or one is too long.
     """
     require(len(encoded) > 0, "the dataset is empty: there is nothing to evaluate.")
-    require(batch_size >= 1, f"batch_size={batch_size}: must be at least 1.")
 
     def batch(start: int) -> Batch:
         rows = encoded.rows[start : start + batch_size]
@@ -142,13 +130,10 @@ def pad(
     longest; of these, the rows in `own` (None: all). ConfigError if none holds it.
     """
     longest = max(len(row.tokens) for row in rows)
-    fitting = [length for length in lengths if length >= longest]
-    require(
-        bool(fitting),
-        f"a row has {longest} tokens, more than the longest of lengths={list(lengths)}.",
-    )
+    length = min((n for n in lengths if n >= longest), default=0)
+    require(length > 0, f"a row has {longest} tokens, more than the longest of {list(lengths)}.")
     rows = rows if own is None else [rows[i] for i in own]
-    shape = (len(rows), min(fitting))
+    shape = (len(rows), length)
     batch = {
         "tokens": np.full(shape, pad_id, np.int32),
         "loss_mask": np.zeros(shape, np.bool_),

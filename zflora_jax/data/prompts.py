@@ -14,9 +14,8 @@ from jinja2 import TemplateError
 from zflora_jax.core.fields import ConfigError, nearest, require
 from zflora_jax.data.dates import pin_date
 
-# LLM-Adapters' text, byte for byte. Its training script (finetune.py) and its evaluation scripts
-# (evaluate.py, commonsense_evaluate.py) differ in the spaces that end the header, without and with
-# an input, and in the line between two sections.
+# LLM-Adapters' text, byte for byte. Its training and its evaluation scripts differ in the spaces
+# that end the header, without and with an input, and in the line between two sections.
 _INDENT = " " * 16
 _ALPACA = (
     "Below is an instruction that describes a task. Write a response that appropriately completes"
@@ -37,30 +36,26 @@ def render(
 
     "chat" is the tokenizer's chat template with one user turn and the header of the answer.
     "alpaca" and "alpaca-eval" are LLM-Adapters' prompt in the whitespace of its training and of its
-    evaluation scripts. "plain" is the instruction as it is. An input follows in a section of
-    alpaca, else after an empty line.
+    evaluation scripts. "plain" is the instruction as it is.
 
     Args:
       tokenizer: A Hugging Face tokenizer; only "chat" reads it.
       prompt_style: One of STYLES.
       instruction: The user's text.
-      input: More of the user's text.
+      input: More of it: a section of alpaca, else it follows after an empty line.
       date: The date that a chat template is told (data.date of a run); None for today.
 
     Raises:
       ConfigError: The style is unknown, or "chat" and the tokenizer has no chat template.
     """
-    require(
-        prompt_style in STYLES,
-        f"unknown prompt style {prompt_style!r}: {nearest(prompt_style, STYLES)}.",
-    )
+    known = prompt_style in STYLES
+    require(known, f"unknown prompt style {prompt_style!r}: {nearest(prompt_style, STYLES)}.")
     if prompt_style in _WHITESPACE:
         without, with_input, between = _WHITESPACE[prompt_style]
         header = _ALPACA_INPUT + with_input if input else _ALPACA + without
-        parts = (
-            {"Instruction": instruction} | ({"Input": input} if input else {}) | {"Response": ""}
-        )
-        sections = (f"{_INDENT}### {name}:\n{_INDENT}{text}" for name, text in parts.items())
+        parts = [("Instruction", instruction), ("Input", input), ("Response", "")]
+        parts = parts if input else parts[::2]
+        sections = (f"{_INDENT}### {name}:\n{_INDENT}{text}" for name, text in parts)
         return f"{header}\n\n" + f"\n{between}\n".join(sections)
     text = f"{instruction}\n\n{input}" if input else instruction
     if prompt_style == "plain":
@@ -73,9 +68,8 @@ def render_turns(
     turns: Sequence[Mapping[str, Any]],
     date: str | None = None,
     tools: Sequence[Any] = (),
-    settings: Mapping[str, Any] | None = None,
-    answered: bool = False,
-) -> str:
+    **options: Any,
+) -> Any:
     """Builds the text that a model is given before it answers a conversation.
 
     Args:
@@ -83,14 +77,25 @@ def render_turns(
       turns: {"role", "content"} of each turn.
       date: The date that the template is told; None for today.
       tools: The tools that the template is told.
-      settings: Other arguments of the template.
-      answered: Whether the turns end with an answer, so that no header of one follows.
+      options: Other arguments of the template or of apply_chat_template.
 
     Raises:
       ConfigError: The tokenizer has no chat template, or it refuses the turns.
     """
-    given = {"tokenize": False, "add_generation_prompt": not answered} | dict(settings or {})
-    return apply_template(tokenizer, turns, date, tools, **given)
+    template = chat_template(tokenizer, tools)
+    template = template if date is None else pin_date(template, date)
+    options = {"tokenize": False, "add_generation_prompt": True} | options
+    try:
+        return tokenizer.apply_chat_template(
+            list(map(dict, turns)), chat_template=template, tools=list(tools) or None, **options
+        )
+    except (TemplateError, TypeError, ValueError) as error:
+        raise ConfigError(
+            f"the tokenizer's chat template refuses turns of"
+            f" {', '.join(str(turn['role']) for turn in turns)}: {error}. Give the turns as it"
+            " expects them (the text of a system turn can stand at the start of the first user"
+            " turn), or use another template."
+        ) from error
 
 
 def chat_template(tokenizer: Any, tools: Sequence[Any] = ()) -> str:
@@ -98,45 +103,15 @@ def chat_template(tokenizer: Any, tools: Sequence[Any] = ()) -> str:
     require(
         bool(getattr(tokenizer, "chat_template", None)),
         "prompt style 'chat' needs a tokenizer with a chat template and this one has none. Use an"
-        " instruct model; or, to train, data.prompt_style='alpaca'; or, to generate, prompts as"
-        " they are (--plain, chat=False).",
+        " instruct model, data.prompt_style='alpaca', or prompts as they are (--plain).",
     )
     return tokenizer.get_chat_template(tools=list(tools) or None)
 
 
-def apply_template(
-    tokenizer: Any,
-    turns: Sequence[Mapping[str, Any]],
-    date: str | None,
-    tools: Sequence[Any],
-    **options: Any,
-) -> Any:
-    """Calls apply_chat_template with a fixed date; ConfigError says why the template refuses."""
-    template = chat_template(tokenizer, tools)
-    template = template if date is None else pin_date(template, date)
-    given = [dict(turn) for turn in turns]
-    try:
-        return tokenizer.apply_chat_template(
-            given, chat_template=template, tools=list(tools) or None, **options
-        )
-    except (TemplateError, TypeError, ValueError) as error:
-        advice = "give the turns as the template expects them, or use another template"
-        roles = [str(turn["role"]) for turn in turns]
-        if "system" in roles:
-            advice += "; a template without a system role takes that text at the start of the first"
-            advice += " user turn"
-        raise ConfigError(
-            f"the tokenizer's chat template refuses turns of {', '.join(roles)}: {error}. Fix:"
-            f" {advice}."
-        ) from error
-
-
 def end_token(tokenizer: Any, prompt_style: str) -> int:
-    """Returns the id of the token that ends a target, at which generation stops.
-
-    For "chat" it is the added token, special or not, that the template puts after an assistant turn
-    (`<|im_end|>`, `<|eot_id|>`, ...), which in some models is not the EOS. Without such a token or
-    a template, and for other styles, it is the tokenizer's EOS; ConfigError if there is none.
+    """Returns the id of the token that ends a target, at which generation stops: for "chat" the
+    added token that the template puts after an assistant turn (`<|im_end|>`, `<|eot_id|>`, ...),
+    which in some models is not the EOS; else the tokenizer's EOS. ConfigError if there is none.
     """
     if prompt_style == "chat" and getattr(tokenizer, "chat_template", None):
         marker, question = "zflora answer", {"role": "user", "content": "zflora question"}

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
+import itertools
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,11 +15,9 @@ from zflora_jax.core.fields import ConfigError, require
 from zflora_jax.core.run_config import DataConfig
 from zflora_jax.data.builders.files import table_rows
 from zflora_jax.data.builders.generated import generate
-from zflora_jax.data.builders.own import read_own
-from zflora_jax.data.builders.public import HOW, NAMED, PUBLIC, named_dataset
-from zflora_jax.data.builders.published import read_file
-from zflora_jax.data.lazy import Joined
-from zflora_jax.data.task import SPLIT_WORDS, SPLITS, Task
+from zflora_jax.data.builders.own import read_rows
+from zflora_jax.data.builders.public import HOW, NAMED, PUBLIC, Dataset, named_dataset
+from zflora_jax.data.task import SPLITS, Task
 
 TABLES = (".json", ".jsonl", ".csv", ".parquet")  # suffixes of files of rows
 HOLD_OUT = 200  # rows of train, at most a tenth, for a missing validation or test file
@@ -27,124 +25,89 @@ HOLD_OUT = 200  # rows of train, at most a tenth, for a missing validation or te
 _OTHER = re.compile(r"[\W_]+")
 _MARKS = re.compile(r"[\s?.!,;:'\"]+")  # not operators: "7 - 3" and "7 + 3" are two questions
 Row = Mapping[str, Any]
+_Places = dict[str, tuple[str, Callable[[], Sequence[Row]]]]  # split -> its name, opens its rows
 
 
 class Split(NamedTuple):
-    """All rows of a file or dataset, the indices of those in the split, in its order, and the
-    origin's name.
-    """
+    """A split of a file or dataset."""
 
-    rows: Sequence[Row]
-    indices: Sequence[int]
-    origin: str
-
-
-# Split -> (what messages call it, the function that opens its rows)
-_Places = dict[str, tuple[str, Callable[[], Sequence[Row]]]]
+    rows: Sequence[Row]  # all of the file
+    indices: Sequence[int]  # those of the split, in its order
+    origin: str  # the name of the file or dataset
 
 
 def open_split(task: Task, split: str, data: DataConfig) -> Split:
     """Opens the rows of one split of a task.
 
     A validation or test split without a file is held out of the train file: HOLD_OUT rows, at most
-    a tenth, which the train split then lacks. The choice is a fixed function of the question texts,
-    not of data.seed or the order of the file. Equal questions (or rows of one dialogue) are on the
-    same side; a question with more rows than a split should have stays in train where others are
-    enough. The train split comes in that pseudo-random order, so that `train_limit` takes a sample;
-    a test or validation file comes in its own order.
+    a tenth, by a fixed function of the question texts. Equal questions (or rows of one dialogue)
+    are on the same side; a question with more rows than a split should have stays in train where
+    others are enough. The train split comes in the order of these hashes, so that `train_limit`
+    takes a sample; a test or validation file comes in its own order.
 
     Raises:
       ConfigError: There is no such file (the message lists the paths that were tried), it is not a
         file of the task, or it has too few rows to hold some out.
     """
-    form = (data.row_format or "") if task.own else ""
-    if task.source == "generated":
-        places = _generated(task.name)
-    elif task.own and (data.data_dir or "").startswith(NAMED):
-        places = _named(data.data_dir or "", form)
-    elif data.data_dir is None and task.dataset in PUBLIC:
-        places = _public(task)
-    else:
-        files = find_files(task, data.data_dir, public=task.dataset in PUBLIC)
-        places = {name: _rows_of(*found, form) for name, found in files.items()}
-    if split in places and (split != "train" or task.source == "generated"):
-        origin, read = places[split]
-        rows = read()
-        return Split(rows, range(len(rows)), origin)
-    _require_train(task, split, places)
-    origin, read = places["train"]
+    places = _places(task, data)
+    whole = split in places and (split != "train" or task.source == "generated")
+    if not whole:
+        _require_train(task, split, places)
+    origin, read = places[split if whole else "train"]
     rows = read()
+    if whole:
+        return Split(rows, range(len(rows)), origin)
     held_out = [name for name in SPLITS[1:] if name not in places]
     return Split(rows, _part(task, rows, held_out, split, origin), origin)
 
 
-def _generated(name: str) -> _Places:
-    from zflora_jax.data.builders.prepared import open_rows
+def _places(task: Task, data: DataConfig) -> _Places:
+    from zflora_jax.data.builders.prepared import open_rows  # imports TFDS, which takes seconds
 
-    make = partial(generate, name)
-    return {x: (f"{name}, {x}", partial(open_rows, name, make, x)) for x in SPLITS}
-
-
-def _named(data_dir: str, form: str) -> _Places:
-    dataset = named_dataset(data_dir)
-    there = dataset.source.splits()
-    wanted = {split: map(dataset.pattern.format, words) for split, words in SPLIT_WORDS.items()}
-    found = {split: name for split, names in wanted.items() for name in names if name in there}
-    require(
-        bool(found),
-        f"{dataset.name} has the splits {', '.join(there)}: none is"
-        f" {dataset.pattern.format('train')!r}. Name them by a pattern after @, such as"
-        f" {dataset.name}@{{}}_sft.",
-    )
-    return {
-        split: (f"{dataset.name}, {name}", partial(dataset.open, name, form))
-        for split, name in found.items()
-    }
-
-
-def _public(task: Task) -> _Places:
-    dataset = PUBLIC[task.dataset]
-
-    def read(split: str) -> Sequence[Row]:
-        try:
-            return dataset.open(split)
-        except ConfigError as error:
-            raise ConfigError(
-                f"task {task.name!r}: data.data_dir is not set, and {error} Or read files: set"
-                f" data.data_dir (--data-dir) to the folder that holds {task.folder}/; they come"
-                f" from {task.origin}."
-            ) from error
-
-    return {x: (f"{dataset.source.name}, {x}", partial(read, x)) for x in dataset.splits}
+    if task.source == "generated":
+        make = partial(generate, task.name)
+        return {x: (f"{task.name}, {x}", partial(open_rows, task.name, make, x)) for x in SPLITS}
+    form = (data.row_format or "") if task.own else ""
+    dataset = PUBLIC.get(task.dataset) if data.data_dir is None else None
+    if task.own and (data.data_dir or "").startswith(NAMED):
+        dataset = named_dataset(data.data_dir or "", form)
+    if dataset:
+        return {
+            split: (f"{dataset.source.name}, {there}", partial(_open, task, dataset, split))
+            for split, there in dataset.splits.items()
+        }
+    places: _Places = {}
+    for split, (format, paths) in find_files(task, data.data_dir).items():
+        name = str(paths[0]) if len(paths) == 1 else f"{len(paths)} files of {paths[0].parent}"
+        read = partial(_read_files, format or form, paths)
+        places[split] = name, partial(open_rows, format or form or "own", read, "rows", paths)
+    return places
 
 
-def _rows_of(
-    format: str, paths: Sequence[Path], form: str
-) -> tuple[str, Callable[[], Sequence[Row]]]:
-    """Returns the name and the rows of files; several are called by their folder."""
-    from zflora_jax.data.builders.prepared import open_rows
+def _read_files(format: str, paths: Sequence[Path]) -> dict[str, Any]:
+    return {"rows": [row for path in paths for row in read_rows(table_rows(path), format)]}
 
-    def rows(path: Path) -> dict[str, Any]:
-        own = format == "own"
-        return {"rows": read_own(table_rows(path), form) if own else read_file(path, format)}
 
-    def read() -> Sequence[Row]:
-        name = f"{format}-{form}" if form else format
-        return Joined([open_rows(name, partial(rows, path), "rows", file=path) for path in paths])
-
-    return str(paths[0]) if len(paths) == 1 else f"{len(paths)} files of {paths[0].parent}", read
+def _open(task: Task, dataset: Dataset, split: str) -> Sequence[Row]:
+    try:
+        return dataset.open(split)
+    except ConfigError as error:
+        or_files = "" if task.own else f" Or read files instead. {_fix(task)}"
+        raise ConfigError(f"task {task.name!r}: {error}{or_files}") from error
 
 
 def _require_train(task: Task, split: str, places: _Places) -> None:
     names = task.files[0].names
     wanted = [f"{names[x][0]}.json(l)" for x in dict.fromkeys(("train", split)) if x in names]
-    found = ", ".join(origin for origin, _ in places.values())
     require(
         "train" in places,
-        f"task {task.name!r}: no train file beside {found}. The {split} split needs"
-        f" {' or '.join(wanted)} there. Or train on another task: many have only published test"
-        " rows.",
+        f"task {task.name!r}: no train file beside {', '.join(x for x, _ in places.values())}. The"
+        f" {split} split needs {' or '.join(wanted)} there. Or train on another task: many have"
+        " only published test rows.",
     )
+
+
+# --- hold-outs ------------------------------------------------------------------------------------
 
 
 def _part(
@@ -168,9 +131,6 @@ def _part(
         f" {' and '.join(f'{name}.json(l)' for name in missing)} beside it.",
     )
     return parts[split]
-
-
-# --- hold-outs ---
 
 
 def normalise(text: str) -> str:
@@ -216,41 +176,61 @@ def _hold_out(questions: Sequence[bytes], names: Sequence[str]) -> dict[str, lis
 Found = tuple[str, tuple[Path, ...]]  # format, files
 
 
-def find_files(task: Task, data_dir: str | None, public: bool = False) -> dict[str, Found]:
+def find_files(task: Task, data_dir: str | None) -> dict[str, Found]:
     """Finds the files of a task: split -> (format, paths) of each split that has a file.
 
     Files of a published task are in a folder of its name, below data_dir or data_dir itself. The
     user's own rows are in data_dir, whole or in parts ("train-00000-of-00002.parquet"), or data_dir
-    is a file of training rows. `public`: whether there is a public dataset, for messages.
-
-    Raises:
-      ConfigError: There is no file, two for one split, or one of the user's own that is of no
-        split.
+    is a file of training rows. ConfigError if there is none, or it is not clear which is meant.
     """
-    fix = _fix(task, public)
-    if not data_dir:
-        raise ConfigError(f"task {task.name!r} reads files, but data.data_dir is not set. {fix}")
-    root = Path(data_dir).expanduser()
-    require(root.exists(), f"task {task.name!r}: data.data_dir={data_dir!r} does not exist. {fix}")
+    place = f"task {task.name!r}: data.data_dir={data_dir!r}"
+    require(data_dir is not None, f"{place} is not set, and the task reads files. {_fix(task)}")
+    root = Path(data_dir or "").expanduser()
+    require(root.exists(), f"{place} does not exist. {_fix(task)}")
     if root.is_file():
-        require(task.own, f"task {task.name!r}: data.data_dir={data_dir!r} is a file. {fix}")
+        require(task.own, f"{place} is a file. {_fix(task)}")
         return {"train": (task.files[0].format, (root,))}
     prefixes = ("", "dataset", "llm_adapters/dataset", "llm_adapters")
     tried = [] if task.own else [root / prefix / task.folder for prefix in prefixes]
     if task.own or root.resolve().name.lower() == task.folder.lower():
         tried.append(root)
     for folder in tried:
-        files = {split: found for split in SPLITS if (found := _files(task, folder, split))}
-        if files:
-            _require_all(task, folder, files)
+        if files := _files(task, folder):
             return files
     raise ConfigError(
-        f"task {task.name!r}: no train, validation or test file in data.data_dir={data_dir!r}."
-        f" Tried: {', '.join(map(str, tried))}. {fix}"
+        f"{place} has no train, validation or test file. Tried: {', '.join(map(str, tried))}."
+        f" {_fix(task)}"
     )
 
 
-def _fix(task: Task, public: bool) -> str:
+def _files(task: Task, folder: Path) -> dict[str, Found]:
+    """Returns the files of each split in a folder; ConfigError where that is not clear."""
+    tables = sorted(path for path in folder.glob("*") if path.suffix.lower() in TABLES)
+    part = r"([-_.]\d.*)?" if task.own else ""
+    found: dict[str, Found] = {}
+    for split, files in itertools.product(SPLITS, task.files):
+        names = files.names.get(split, ())
+        stem = re.compile(f"({'|'.join(map(re.escape, names))}){part}")
+        paths = tuple(path for path in tables if stem.fullmatch(path.stem))
+        require(
+            len(paths) < 2 or all(path.stem not in names for path in paths),
+            f"task {task.name!r}: {folder} has {' and '.join(path.name for path in paths)} for one"
+            " split. Keep one of them, or only parts (train-1.jsonl, train-2.jsonl).",
+        )
+        if paths:
+            found.setdefault(split, (files.format, paths))
+    named = {path for _, paths in found.values() for path in paths}
+    others = [path.name for path in tables if path not in named]
+    require(
+        not (task.own and found and others),
+        f"task {task.name!r}: {folder} has {', '.join(sorted(path.name for path in named))}, which"
+        f" are splits, and {', '.join(others)}, which are of none. Name these as parts of a split"
+        " (train-1.jsonl), or move them elsewhere.",
+    )
+    return found
+
+
+def _fix(task: Task) -> str:
     """Says what data.data_dir has to be."""
     if task.own:
         return (
@@ -260,55 +240,10 @@ def _fix(task: Task, public: bool) -> str:
         )
     names = task.files[0].names
     files = ", ".join(f"{names[split][0]}.json(l)" for split in SPLITS if split in names)
+    unset = " Or leave it unset: then the public dataset is downloaded."
     return (
         f"Set data.data_dir to (--data-dir) the folder that holds {task.folder}/, or"
         f" dataset/{task.folder}/, or {task.folder} itself. The files"
         f" ({task.folder}/{{{files}}}) come from {task.origin}."
-    ) + (" Or leave it unset: then the public dataset is downloaded." if public else "")
-
-
-def _files(task: Task, folder: Path, split: str) -> Found | None:
-    for files in task.files:
-        names, suffixes = files.names.get(split, ()), TABLES if task.own else TABLES[:2]
-        candidates = [folder / f"{name}{suffix}" for name in names for suffix in suffixes]
-        paths = [path for path in candidates if path.is_file()]
-        require(
-            len(paths) < 2,
-            f"task {task.name!r}: both {' and '.join(path.name for path in paths)} are in {folder}."
-            " Keep one of them.",
-        )
-        if task.own and not paths:
-            parts = re.compile(rf"({'|'.join(names)})[-_.]\d.*")
-            paths = [path for path in _tables(folder) if parts.fullmatch(path.stem)]
-        if paths:
-            return files.format, tuple(paths)
-    return None
-
-
-def _tables(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.iterdir() if path.suffix.lower() in TABLES)
-
-
-def _require_all(task: Task, folder: Path, files: dict[str, Found]) -> None:
-    named = {path for _, paths in files.values() for path in paths}
-    others = [path.name for path in _tables(folder) if path not in named]
-    require(
-        not (task.own and others),
-        f"task {task.name!r}: {folder} has {', '.join(sorted(path.name for path in named))}, which"
-        f" are splits, and {', '.join(others)}, which are of none. Name these as parts of a split"
-        " (train-1.jsonl; not beside a train.jsonl), or move them elsewhere.",
+        f"{unset if task.dataset in PUBLIC else ''}"
     )
-
-
-def files_digest(paths: Iterable[Path]) -> str:
-    """Returns a hash of the names and bytes of files, in their order."""
-    found = [
-        (path.name, _digest(path, path.stat().st_size, path.stat().st_mtime_ns)) for path in paths
-    ]
-    return hashlib.sha256(repr(found).encode()).hexdigest()
-
-
-@functools.lru_cache(maxsize=4096)  # a sweep asks for each of its runs
-def _digest(path: Path, *_: int) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

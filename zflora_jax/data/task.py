@@ -18,6 +18,7 @@ SPLIT_WORDS = {
     "test": ("test",),
 }
 LLM_ADAPTERS = "https://github.com/AGI-Edgerunners/LLM-Adapters, folder dataset/"
+CLOZE = "_cloze"  # ends the name of a task in cloze form
 _FORMAT = re.compile(r"Answer format: *(\S+/\S+)\s*\Z")
 
 
@@ -35,8 +36,7 @@ class Example:
       document: Whether `input` is a long text that may be cut at its end.
       turns: The turns of a conversation, as chat templates read them; prompt and target are then
         the last ones of the user and the assistant.
-      tools: The tools of a conversation, for the chat template.
-      settings: Other arguments of the template (chat_template_kwargs).
+      tools, settings: Arguments of the template: tools, and chat_template_kwargs.
       context: The number of first turns that are given and not learned.
       plain: Whether prompt and target are texts as they are, in no template.
       form: The form of a row of the user's own, a key of `builders.own.FORMS`.
@@ -65,10 +65,10 @@ class Example:
 
 @dataclass(frozen=True)
 class Files:
-    """Files of a format of `builders.published.FORMATS`, and their names: split -> stems."""
+    """Files of a task."""
 
-    format: str
-    names: Mapping[str, tuple[str, ...]]
+    format: str  # a key of `builders.published.FORMATS`, or "" for the user's own rows
+    names: Mapping[str, tuple[str, ...]]  # split -> stems
 
 
 def named(format: str, pattern: str = "{}") -> Files:
@@ -114,21 +114,11 @@ class Task:
         """Whether its rows are the user's own."""
         return self.source == "own"
 
-    def parse(self, text: str) -> str:
-        """Reads the answer of a completion; "" if it gives none."""
-        return self.answers.parse(text)
-
-    def score(self, prediction: str, answer: str) -> bool:
-        """Returns whether an answer that `parse` has read is right."""
-        return self.answers.score(prediction, answer)
-
     def example(self, row: Mapping[str, Any], where: str = "") -> Example:
         """Returns the example of a row, some of its fields; ConfigError where it does not fit the
         task.
         """
-        fields: dict[str, Any] = {
-            name: tuple(x) if isinstance(x, list) else x for name, x in row.items()
-        }
+        fields: Any = {name: tuple(x) if isinstance(x, list) else x for name, x in row.items()}
         example = Example(**fields, document=self.document, where=where)
         require(
             bool(example.answer or example.references) or self.answers is ANY,
@@ -138,26 +128,25 @@ class Task:
         if not example.plain and not example.turns:
             # The user's rows may say "Answer format: DD/MM/YYYY".
             with contextlib.suppress(*[ConfigError] if self.own else []):
-                options = _options_of(example.prompt, example.target, example.answer)
-                example = replace(example, options=options)
+                example = replace(example, options=_options_of(example))
         return as_cloze(example, self.cloze) if self.cloze else example
 
 
-def _options_of(prompt: str, target: str, answer: str) -> tuple[str, ...]:
+def _options_of(e: Example) -> tuple[str, ...]:
     """Returns the completions that a question allows: the target with each answer of its last line
     "Answer format: answer1/answer2"; none without such a line.
     """
-    found = _FORMAT.search(prompt)
-    if not found or not answer:
+    found = _FORMAT.search(e.prompt)
+    if not found or not e.answer:
         return ()
     allowed = found.group(1).split("/")
     require(
-        answer in allowed,
-        f"the answer is {answer!r}, which is not one of the options that the question lists,"
+        e.answer in allowed,
+        f"the answer is {e.answer!r}, which is not one of the options that the question lists,"
         f" {', '.join(allowed)}.",
     )
-    before, stated_answer, after = target.rpartition(answer)
-    require(bool(stated_answer), f"the output {target!r} does not state the answer {answer!r}.")
+    before, stated, after = e.target.rpartition(e.answer)
+    require(bool(stated), f"the output {e.target!r} does not state the answer {e.answer!r}.")
     return tuple(f"{before}{option}{after}" for option in allowed)
 
 
@@ -167,26 +156,22 @@ _HEAD = re.compile(
     r"Please choose the correct \w+ to (?:the question|(?:fill in the blank to )?complete the given"
     r" sentence): "
 )
-_ENDING = re.compile(r"\s+Answer format: *(\S+/\S+)\s*\Z")
-BLANK = "_"  # of WinoGrande
-CLOZE = "_cloze"  # ends the name of a task in cloze form
 
 
 def as_cloze(example: Example, form: str) -> Example:
-    """Returns the cloze form of a multiple-choice example in LLM-Adapters' words, where the text of
-    an option completes the question; ConfigError if it is in other words.
+    """Returns the cloze form of a multiple-choice example in LLM-Adapters' words, which lists its
+    options and asks for a label ("answer2"); ConfigError if it is in other words.
 
-    A row lists its options and asks for a label ("answer2"), which a small model answers by habit.
-    In cloze form the model sees only the question, and each option is scored by its likelihood. The
-    prompts are those of lm-evaluation-harness, which also tidies HellaSwag's text. A question with
-    a blank ("_", of WinoGrande) ends before it, and its options go on with what follows.
+    In cloze form the model sees only the question, and the text of each option is scored by its
+    likelihood. The prompts are those of lm-evaluation-harness, which also tidies HellaSwag's text.
+    A question of WinoGrande ends before its blank ("_"), and its options go on with what follows.
 
     Args:
       example: An example with its options listed.
       form: The prompt, with {} in place of the question.
     """
     question, texts = listed_options(example.prompt)
-    before, blank, after = question.partition(BLANK)
+    before, blank, after = question.partition("_")
     if blank and example.answer.startswith("option"):
         question, texts = before.rstrip(), [f"{text}{after}" for text in texts]
     options = tuple(f" {text}" for text in texts)
@@ -206,18 +191,16 @@ def listed_options(prompt: str) -> tuple[str, list[str]]:
     """Splits a prompt in LLM-Adapters' words into its question and the texts of its options;
     ConfigError if it is in other words.
     """
-    head, ending = _HEAD.match(prompt), _ENDING.search(prompt)
-    expected = (
-        "cloze form reads rows in LLM-Adapters' words, 'Please choose the correct answer to the"
-        " question: ... Answer1: ... Answer2: ... Answer format: answer1/answer2'"
-    )
-    require(bool(head and ending), f"{expected}; this row is {prompt[:80]!r}.")
-    assert head and ending
+    head, ending = _HEAD.match(prompt), _FORMAT.search(prompt)
+    words = "'Please choose the correct answer to the question: ... Answer1: ... Answer format: '"
+    wrong = f"cloze form reads rows in LLM-Adapters' words, {words}; {prompt[:80]!r}"
+    if not head or not ending:
+        raise ConfigError(f"{wrong} is another.")
     rest, parts = prompt[head.end() : ending.start()], []
     # From the last label to the first: a question may contain the words "Answer1:".
-    for label in reversed([label.title() for label in ending.group(1).split("/")]):
+    for label in reversed(ending.group(1).title().split("/")):
         rest, found, text = rest.rpartition(f"{label}:")
-        require(bool(found), f"{expected}; this row lists no {label!r}.")
+        require(bool(found), f"{wrong} lists no {label!r}.")
         parts.append(text.strip())
     require(all(parts), f"an option of {prompt[:80]!r} is empty, so it has no likelihood.")
     return rest.strip(), parts[::-1]

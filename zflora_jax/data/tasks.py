@@ -24,8 +24,6 @@ __all__ = ["GROUPS", "HOLD_OUT", "SPLITS", "TASKS", "Example", "Task", "get_task
 
 _GITHUB = "https://github.com/"
 _WOZ = _GITHUB + "nmrksic/neural-belief-tracker"
-# The published test rows have no labels.
-_HELLASWAG = Files("hellaswag", {"train": ("hellaswag_train",), "test": ("hellaswag_val",)})
 # Trained on the 500 rows of dev, where the 12,460 of train are too many or not there.
 _DEV = Files("summary", {"train": ("dialogsum.dev",), "test": ("dialogsum.test",)})
 
@@ -38,9 +36,8 @@ def _task(
     return Task(name, group, scored, folder or name, files or (_ADAPTERS,), **fields)
 
 
-_commonsense, _math, _summary = (
-    functools.partial(_task, group) for group in ("commonsense", "math", "summary")
-)
+_commonsense = functools.partial(_task, "commonsense")
+_math, _summary = functools.partial(_task, "math"), functools.partial(_task, "summary")
 
 
 def _news(name: str, origin: str) -> Task:
@@ -61,11 +58,11 @@ def _training_set(name: str) -> Task:
 _ROWS: tuple[Task, ...] = (
     Task("arithmetic", "other", answers.NUMBER, source="generated"),
     Task("arithmetic_steps", "other", answers.NUMBER, source="generated"),
-    Task("rows", "other", answers.ANY, files=(named("own"),), source="own"),
+    Task("rows", "other", answers.ANY, files=(named(""),), source="own"),
     _commonsense("boolq", answers.TRUE_FALSE),
     _commonsense("piqa", answers.SOLUTIONS),
     _commonsense("social_i_qa", answers.ANSWERS),
-    _commonsense("hellaswag", answers.ENDINGS, _ADAPTERS, _HELLASWAG),
+    _commonsense("hellaswag", answers.ENDINGS),
     _commonsense("winogrande", answers.OPTIONS),
     _commonsense("arc_easy", answers.ANSWERS, folder="ARC-Easy"),
     _commonsense("arc_challenge", answers.ANSWERS, folder="ARC-Challenge"),
@@ -76,7 +73,7 @@ _ROWS: tuple[Task, ...] = (
     _math("gsm8k", answers.NUMBER, origin=_GITHUB + "openai/grade-school-math"),
     _math("singleeq", answers.NUMBER, folder="SingleEq"),
     _math("svamp", answers.NUMBER, folder="SVAMP"),
-    _math("mawps", answers.NUMBER, _ADAPTERS, Files("mawps", {"train": ("trainset",)})),
+    _math("mawps", answers.NUMBER),
     _news("cnn_dailymail", origin=_GITHUB + "abisee/cnn-dailymail"),
     _news("xsum", origin=_GITHUB + "EdinburghNLP/XSum"),
     _news("samsum", origin="https://arxiv.org/src/1911.12237v2/anc/corpus.7z"),
@@ -98,12 +95,11 @@ _CLOZE_PROMPTS = {
     "arc_challenge": _QUESTION,
     "openbookqa": "{}",
 }
-_IN_CLOZE_FORM = tuple(
-    replace(task, name=task.name + CLOZE, answers=answers.TEXT, cloze=_CLOZE_PROMPTS[task.name])
-    for task in _ROWS
-    if task.name in _CLOZE_PROMPTS
-)
-TASKS: dict[str, Task] = {task.name: task for task in (*_ROWS, *_IN_CLOZE_FORM)}
+TASKS: dict[str, Task] = {task.name: task for task in _ROWS}
+for _name, _prompt in _CLOZE_PROMPTS.items():
+    TASKS[_name + CLOZE] = replace(
+        TASKS[_name], name=_name + CLOZE, answers=answers.TEXT, cloze=_prompt
+    )
 
 GROUPS: dict[str, tuple[str, ...]] = {
     "commonsense": tuple(task.name for task in _ROWS if task.group == "commonsense"),
@@ -124,22 +120,18 @@ def load_examples(task_name: str, split: str, data_config: DataConfig) -> Sequen
     Args:
       task_name: A key of `TASKS`.
       split: "train", "validation" or "test".
-      data_config: data_dir, row_format and train_limit are read. The last keeps the first rows of
-        the train split; other splits are not limited.
+      data_config: data_dir, row_format and train_limit (of the train split alone) are read.
 
     Raises:
-      ConfigError: The task or the split is unknown, a directory or file is missing, a row is
-        malformed, or there is no example. Indexing raises it for a row that does not fit the task.
+      ConfigError: The task or the split is unknown, a file is missing or malformed, or there is no
+        example. Indexing raises it for a row that does not fit the task.
     """
     task = get_task(task_name)
     require(split in SPLITS, f"unknown split {split!r}: {nearest(split, SPLITS)}.")
     rows, indices, origin = open_split(task, split, data_config)
     if split == "train":
         indices = indices[: data_config.train_limit]
-    require(
-        len(indices) > 0,
-        f"task {task_name!r}: the {split} split is empty. Give a file with at least one row.",
-    )
+    require(len(indices) > 0, f"task {task_name!r}: the {split} split has no row.")
 
     def example(index: int) -> Example:
         where = f"{origin}, row {index + 1}"

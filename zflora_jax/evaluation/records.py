@@ -109,8 +109,8 @@ def _judged(task: Task, style: str, text: str, example: Example) -> Record:
         text = text.partition("### Response:")[0].strip()
     found: Record = dict(rouge(text, example.references)) if example.references else {}
     if example.answer:
-        found["prediction"] = task.parse(text)
-        found["correct"] = task.score(found["prediction"], example.answer)
+        found["prediction"] = task.answers.parse(text)
+        found["correct"] = task.answers.score(found["prediction"], example.answer)
     return found
 
 

@@ -16,24 +16,17 @@ Raw = Mapping[str, Any]
 
 
 def table_rows(path: Path) -> Iterator[tuple[str, Raw]]:
-    """Yields (position, row) of each row of a file, read by its suffix: .csv (values are strings,
-    empty cells are left out), .parquet, or else a JSON list or JSONL. The position is "FILE, row
-    N", counted from 1 (in JSONL by line, blank lines included).
-
-    Raises:
-      ConfigError: The file is malformed or has no row, or pyarrow is missing, which reads Parquet.
+    """Yields ("FILE, row N", row) of each row of a file, counted from 1 (in JSONL by line), read by
+    its suffix: .csv (empty cells are left out), .parquet, or else a JSON list or JSONL; ConfigError
+    if the file is malformed or has no row.
     """
     read = {".csv": _csv_rows, ".parquet": _parquet_rows}.get(path.suffix.lower(), _json_rows)
-    count = 0
+    where = ""
     for number, row in read(path):
         where = f"{path}, row {number}"
         require(isinstance(row, dict), f"{where}: expected an object, got {type(row).__name__}.")
-        count += 1
         yield where, row
-    require(
-        count > 0,
-        f"{path}: no rows. Expected a JSON list of objects, or one JSON object per line.",
-    )
+    require(bool(where), f"{path}: no rows. Expected a JSON list of objects, or one a line.")
 
 
 def _json_rows(path: Path) -> Iterator[tuple[int, Any]]:
@@ -49,14 +42,8 @@ def _json_rows(path: Path) -> Iterator[tuple[int, Any]]:
 def _json(text: str, where: str) -> Any:
     try:
         return json.loads(text)
-    except json.JSONDecodeError as error:
-        at = f"column {error.colno}"
-        at = f"line {error.lineno}, {at}" if "\n" in text else at
-        raise ConfigError(f"{where}: invalid JSON at {at}: {error.msg}.") from error
-    except (ValueError, RecursionError) as error:  # an integer too long, lists nested too deep
-        raise ConfigError(
-            f"{where}: JSON that Python cannot read ({error}). Write such a value as a text."
-        ) from error
+    except (ValueError, RecursionError) as error:  # also integers too long, lists nested too deep
+        raise ConfigError(f"{where}: JSON that cannot be read: {error}.") from error
 
 
 def _csv_rows(path: Path) -> Iterator[tuple[int, Raw]]:

@@ -69,12 +69,10 @@ spend: {name} has {a} dollars and buys {b} tickets for {c} dollars each. How man
 
 
 class Template(NamedTuple):
-    """A word problem: two operations, the second may be "", with results x and y, and the format
-    strings of question and worked answer.
-    """
+    """A word problem of one or two operations, with results x and y."""
 
     first: str
-    then: str
+    then: str  # "" for one operation
     question: str
     rationale: str
 
@@ -119,7 +117,6 @@ def _numbers(template: Template, draw: Callable[[int, int], int]) -> dict[str, i
 
 
 def _arithmetic(rng: random.Random, index: int) -> Problem:
-    """Draws a problem; templates take turns."""
     template = TEMPLATES[index % len(TEMPLATES)]
     name, other = rng.sample(NAMES, 2)
     numbers = _numbers(template, rng.randint)
@@ -167,29 +164,17 @@ def _arithmetic_steps(rng: random.Random, index: int) -> Problem:
     return {"prompt": " ".join(told), "target": " ".join(worked), "answer": str(have)}
 
 
-class Generator(NamedTuple):
-    """Generated rows: draw(rng, index of the row in its split), sizes of the splits, the seed."""
-
-    draw: Callable[[random.Random, int], Problem]
-    sizes: dict[str, int]
-    seed: int
-
-
+_SIZES = {"train": 12000, "validation": 500, "test": 1000}
+# Name -> (draws the row of an index in its split, sizes of the splits, seed).
 GENERATORS = {
-    "arithmetic": Generator(
-        _arithmetic, {"train": 4000, "validation": 400, "test": 400}, seed=20250
-    ),
-    "arithmetic_steps": Generator(
-        _arithmetic_steps, {"train": 12000, "validation": 500, "test": 1000}, seed=20261
-    ),
+    "arithmetic": (_arithmetic, {"train": 4000, "validation": 400, "test": 400}, 20250),
+    "arithmetic_steps": (_arithmetic_steps, _SIZES, 20261),
 }
 
 
-def generate(name: str, sizes: dict[str, int] | None = None) -> dict[str, list[Problem]]:
-    """Generates the rows of each split of a task, a key of GENERATORS, in its own or the given
-    sizes. No question occurs twice, within a split or across.
-    """
-    draw, usual, seed = GENERATORS[name]
+def generate(name: str) -> dict[str, list[Problem]]:
+    """Generates the rows of each split of a task, a key of GENERATORS; no question occurs twice."""
+    draw, sizes, seed = GENERATORS[name]
     rng, seen = random.Random(seed), set[str]()
 
     def row(index: int) -> Problem:
@@ -198,4 +183,4 @@ def generate(name: str, sizes: dict[str, int] | None = None) -> dict[str, list[P
         seen.add(found["prompt"])
         return found
 
-    return {split: [row(i) for i in range(n)] for split, n in (sizes or usual).items()}
+    return {split: [row(i) for i in range(n)] for split, n in sizes.items()}

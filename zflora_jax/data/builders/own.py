@@ -10,15 +10,14 @@ import contextlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
-from zflora_jax.core.fields import ConfigError, nearest, require
+from zflora_jax.core.fields import nearest, require
 from zflora_jax.data.builders.files import Raw
-from zflora_jax.data.builders.published import Format, Row, field, gsm8k, instruction
+from zflora_jax.data.builders.published import FORMATS, Format, Row, field, gsm8k, instruction
 
 Turn = dict[str, Any]
 
-ROLES = ("system", "user", "assistant", "tool")
 # The names of ShareGPT and its followers.
 _SHAREGPT = {
     "human": "user",
@@ -28,42 +27,27 @@ _SHAREGPT = {
     "function_response": "tool",
     "observation": "tool",
 }
+_ROLES = {role: role for role in ("system", "user", "assistant", "tool")} | _SHAREGPT
 _SYSTEM = ("system", "system_prompt")  # columns that may hold the system turn
 _MORE = (*_SYSTEM, "history", "context")  # columns that may hold a part of the prompt
 
 
-class Form(NamedTuple):
-    """A form of rows: the columns that tell it (the first is decisive), its reader, and the columns
-    of a row for messages.
+def read_rows(rows: Iterable[tuple[str, Raw]], format: str = "") -> Iterator[Row]:
+    """Reads (position, row) pairs as rows of a task.
+
+    Args:
+      rows: The rows of a file or dataset, each with its position for messages.
+      format: A key of FORMATS or, of the user's own rows, of FORMS; "" for the form of the first
+        row.
+
+    Raises:
+      ConfigError: A row is malformed; the message names its position. None is ever skipped.
     """
-
-    columns: tuple[str, ...]
-    read: Callable[[Raw], list[Row]]
-    expected: str
-
-
-def read_own(rows: Iterable[tuple[str, Raw]], form: str = "") -> Iterator[Row]:
-    """Reads (position, row) pairs of a form, a key of FORMS, or "" for that of the first row;
-    ConfigError names the position of a malformed row.
-    """
-    require(not form or form in FORMS, f"data.row_format={form!r}: {nearest(form, FORMS)}.")
     for where, given in rows:
         row = {name: x for name, x in given.items() if x is not None}  # tables have every column
-        form = form or form_of(row, where)
-        (column, *_), read, expected = FORMS[form]
-        require(
-            column in row,
-            f"{where}: nothing in column {column!r}, by which rows are of the form {form!r}; the"
-            f" row has {', '.join(map(repr, row)) or 'nothing'}.",
-        )
-        [found] = Format(read, expected).rows(row, where)
-        found |= {"form": form}
-        for name, value in found.items():
-            try:
-                json.dumps(value, ensure_ascii=False).encode()
-            except (TypeError, UnicodeEncodeError) as error:  # a date of Parquet, half a character
-                raise ConfigError(f"{where}: {name} is no JSON in Unicode: {error}.") from error
-        yield found
+        format = format or form_of(row, where)
+        form = {"form": format} if format in FORMS else {}
+        yield from (found | form for found in (FORMATS | FORMS)[format].rows(row, where))
 
 
 def form_of(row: Raw, where: str) -> str:
@@ -76,7 +60,7 @@ def form_of(row: Raw, where: str) -> str:
     require(
         bool(found),
         f"{where}: the columns {', '.join(map(repr, row)) or 'of an empty row'} are of no form that"
-        f" is known. Expected one of: {'; '.join(form.expected for form in FORMS.values())}.",
+        f" is known. Expected one of: {'; '.join(form.fields for form in FORMS.values())}.",
     )
     return (whole or found)[0]
 
@@ -87,13 +71,15 @@ def _text(row: Raw) -> list[Row]:
 
 
 def _completion(row: Raw) -> list[Row]:
-    given, answer = (_turns_if_any(row.get(name)) for name in ("prompt", "completion"))
-    # If both are texts, they are read as texts, even if one of them is a list in JSON.
-    if isinstance(given, list) and (isinstance(answer, list) or not isinstance(row["prompt"], str)):
-        context = _turns(given, "prompt", answered=False) if given else []
-        return _conversation([*context, *_turns(answer, "completion")], row, len(context))
-    _require_all_read(row)
-    return _as_they_are(field(row, "prompt"), field(row, "completion"))
+    prompt, completion = row["prompt"], row["completion"]
+    turns = [_from_json(prompt), _from_json(completion)]
+    if all(isinstance(x, list) and x and _is_object(x[0]) and "role" in x[0] for x in turns):
+        prompt, completion = turns
+    if isinstance(prompt, str):
+        _require_all_read(row)
+        return _as_they_are(prompt, field(row, "completion"))
+    context = _turns(prompt, "prompt") if prompt else []
+    return _conversation([*context, *_turns(completion, "completion")], row, len(context))
 
 
 def _as_they_are(prompt: str, target: str) -> list[Row]:
@@ -108,8 +94,7 @@ def _question(read: Callable[[Raw], list[Row]], row: Raw) -> list[Row]:
 
 
 def _require_all_read(row: Raw) -> None:
-    """Refuses a row with a part of the prompt that its form does not read."""
-    more = [name for name in _MORE if (x := _from_json(row.get(name))) and str(x).strip()]
+    more = [name for name in _MORE if str(row.get(name) or "").strip() not in ("", "[]", "{}")]
     require(
         not more,
         f"this form would leave out {', '.join(map(repr, more))}. Put it into the prompt (of an"
@@ -118,33 +103,41 @@ def _require_all_read(row: Raw) -> None:
 
 
 def _messages(column: str, row: Raw) -> list[Row]:
-    return _conversation(_turns(_list(row[column]), column), row)
+    return _conversation(_turns(_from_json(row[column]), column), row)
 
 
 def _conversation(turns: list[Turn], row: Raw, context: int = 0) -> list[Row]:
+    roles = [turn["role"] for turn in turns]
+    require(
+        "assistant" in roles[context:],
+        "there is no turn of the assistant, so there is nothing to learn. Remove the row.",
+    )
     system = next((row[name] for name in _SYSTEM if row.get(name)), "")
     require(isinstance(system, str), f"a system column must be text; got {system!r:.80}.")
-    if system.strip() and turns[0]["role"] != "system":
+    if system.strip() and roles[0] != "system":
         turns, context = [{"role": "system", "content": system}, *turns], context + bool(context)
-    elif system.strip() and turns[0]["content"] != system:
-        raise ConfigError("a system turn and another text in a column: keep one of them.")
-    tools, settings = _list(row.get("tools")), _from_json(row.get("chat_template_kwargs"))
+        roles = ["system", *roles]
     require(
-        tools in (None, "", []) or (isinstance(tools, list) and all(map(_is_object, tools))),
+        not system.strip() or turns[0]["content"] == system,
+        "a system turn and another text in a column: keep one of them.",
+    )
+    tools, settings = (_from_json(row.get(x)) for x in ("tools", "chat_template_kwargs"))
+    require(
+        not tools or (isinstance(tools, list) and all(map(_is_object, tools))),
         f"'tools' must be a list of JSON schemas of functions; got {tools!r:.80}.",
     )
     require(
-        settings in (None, "") or _is_object(settings),
+        not settings or _is_object(settings),
         f"'chat_template_kwargs' must be an object, got {settings!r:.80}.",
     )
-    last = max(i for i, turn in enumerate(turns) if turn["role"] == "assistant")
-    asked = [turn["content"] for turn in turns[:last] if turn["role"] == "user"]
-    first = next((i for i, turn in enumerate(turns) if turn["role"] == "user"), 0)
+    last = len(roles) - 1 - roles[::-1].index("assistant")
+    users = [i for i, role in enumerate(roles) if role == "user"]
+    asked = [turns[i]["content"] for i in users if i < last]
     found = {
         "prompt": asked[-1] if asked else "",
         "target": turns[last]["content"],
         # A hold-out keeps dialogues that begin alike together.
-        "unit": "\n".join(turn["content"] for turn in turns[: first + 1]),
+        "unit": "\n".join(turn["content"] for turn in turns[: [*users, 0][0] + 1]),
         "turns": turns,
         "tools": tools or [],
         "settings": settings or {},
@@ -153,67 +146,58 @@ def _conversation(turns: list[Turn], row: Raw, context: int = 0) -> list[Row]:
     return [found]
 
 
-def _turns(value: Any, column: str, *, answered: bool = True) -> list[Turn]:
-    """Returns turns as chat templates read them: role, content, and other fields (tool_calls, ...).
-    If `answered`, the assistant must have one.
-    """
+def _turns(value: Any, column: str) -> list[Turn]:
+    """Returns turns as chat templates read them."""
+    if _is_object(value) and all(isinstance(x, list) for x in value.values()):
+        # A table of columns, as TFDS and the hub may have them.
+        value = [
+            dict(zip(value, cells, strict=True)) for cells in zip(*value.values(), strict=False)
+        ]
     require(
         isinstance(value, list),
         f"{column!r} must be a list of turns, got {type(value).__name__} {value!r:.80}.",
     )
     require(len(value) > 0, f"{column!r} is empty. Remove the row.")
-    turns = [_turn(turn, f"{column!r}, turn {i}") for i, turn in enumerate(value, 1)]
-    require(
-        not answered or any(turn["role"] == "assistant" for turn in turns),
-        f"{column!r} has no turn of the assistant, so there is nothing to learn. Remove the row.",
-    )
-    return turns
+    return [_turn(turn, f"{column!r}, turn {i}") for i, turn in enumerate(value, 1)]
 
 
 def _turn(value: Any, where: str) -> Turn:
     require(_is_object(value), f"{where}: expected an object, got {value!r:.80}.")
     given = {name: x for name, x in value.items() if x is not None}  # Arrow fills up with None
-    role = given.pop("role", given.pop("from", None))
+    name = given.pop("role", given.pop("from", None))
     require(
-        isinstance(role, str),
+        isinstance(name, str),
         f"{where} has no role: expected 'role' (or 'from'), got {', '.join(map(repr, given))}.",
     )
-    known = _SHAREGPT.get(role, role)
     require(
-        role != "function_call",
-        f"{where}: role 'function_call' is not read: give the call as a turn of the assistant with"
-        " 'tool_calls'.",
+        name in _ROLES,
+        f"{where}: unknown role {name!r}: {nearest(name, _ROLES)}. Calls of functions are"
+        " 'tool_calls' of the assistant.",
     )
-    allowed = [*ROLES, *_SHAREGPT]
-    require(known in ROLES, f"{where}: unknown role {role!r}: {nearest(role, allowed)}.")
     require(
         given.pop("weight", 1) == 1,
-        f"{where} has a weight other than 1, which is not read: put what is not to be learned into"
-        " 'prompt', and the rest into 'completion'.",
+        f"{where} has a weight other than 1: put what is not to be learned into 'prompt', and the"
+        " rest into 'completion'.",
     )
-    content = given.pop("content", given.pop("value", None))
+    role, content = _ROLES[name], given.pop("content", given.pop("value", None))
     if isinstance(content, list):
-        content = "".join(_part(part, where) for part in content)
-    calls = known == "assistant" and bool(given.get("tool_calls"))
+        parts = [x.get("text") if _is_object(x) and x.get("type") == "text" else x for x in content]
+        wrong = next((x for x in parts if not isinstance(x, str)), "")
+        require(
+            wrong == "", f"{where}: {wrong!r:.80} is no text, which the models here read alone."
+        )
+        content = "".join(parts)
+    calls = role == "assistant" and bool(given.get("tool_calls"))
     content = "" if content is None and calls else content
     require(
         isinstance(content, str),
         f"{where} has no text: expected a string in 'content' (or 'value'), got {content!r:.80}.",
     )
     require(
-        known != "assistant" or calls or bool(content.strip()),
+        role != "assistant" or calls or bool(content.strip()),
         f"{where} is an empty answer: the model would learn to say nothing. Remove it.",
     )
-    return {"role": known, "content": content, **given}
-
-
-def _part(part: Any, where: str) -> str:
-    kind = part.get("type") if _is_object(part) else type(part).__name__
-    require(
-        kind == "text" and _is_object(part) and isinstance(part.get("text"), str),
-        f"{where} has content of type {kind!r}; the models here read text alone.",
-    )
-    return part["text"]
+    return {"role": role, "content": content, **given}
 
 
 def _is_object(value: Any) -> bool:
@@ -227,49 +211,24 @@ def _from_json(value: Any) -> Any:
     return value
 
 
-def _list(value: Any) -> Any:
-    """Returns a list of objects, which CSV files hold as JSON and TFDS as a table of columns, or of
-    one object; other values as they are.
-    """
-    if isinstance(value, str) and value.lstrip().startswith(("[", "{")):
-        found = _from_json(value)
-        objects = found if isinstance(found, list) else [found]
-        return objects if all(map(_is_object, objects)) else value
-    if _is_object(value):
-        if not value or not all(isinstance(column, list) for column in value.values()):
-            return [value]
-        rows = zip(*value.values(), strict=False)
-        return [dict(zip(value, cells, strict=True)) for cells in rows]
-    return value
-
-
-def _turns_if_any(value: Any) -> Any:
-    """Returns `_list` of turns; other JSON in a text is a text."""
-    found = _list(value)
-    if isinstance(value, str) and isinstance(found, list):
-        turns = ["role" in turn or {"from", "value"} <= turn.keys() for turn in found]
-        return found if turns and all(turns) else value
-    return found
-
-
 _TURNS = 'a list of turns, such as {"role": "user", "content": "Hello"} (in CSV as JSON)'
-FORMS: dict[str, Form] = {
-    "messages": Form(("messages",), partial(_messages, "messages"), f"messages: {_TURNS}"),
-    "conversations": Form(
-        ("conversations",), partial(_messages, "conversations"), "conversations (ShareGPT)"
+FORMS = {
+    "messages": Format(partial(_messages, "messages"), f"messages: {_TURNS}", ("messages",)),
+    "conversations": Format(
+        partial(_messages, "conversations"), "conversations (ShareGPT)", ("conversations",)
     ),
-    "prompt-completion": Form(
-        ("prompt", "completion"),
+    "prompt-completion": Format(
         _completion,
         "prompt and completion: two texts, or two lists of turns (an empty cell is no field)",
+        ("prompt", "completion"),
     ),
-    "instruction": Form(
-        ("instruction", "output"),
+    "instruction": Format(
         partial(_question, instruction),
         "instruction, output and, if there are any, input and answer",
+        ("instruction", "output"),
     ),
-    "question": Form(
-        ("question", "answer"), partial(_question, gsm8k), "question and answer (GSM8K)"
+    "question": Format(
+        partial(_question, gsm8k), "question and answer (GSM8K)", ("question", "answer")
     ),
-    "text": Form(("text",), _text, "text"),
+    "text": Format(_text, "text", ("text",)),
 }

@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 
 import tensorflow_datasets as tfds
 
-from zflora_jax.core.fields import ConfigError
+from zflora_jax.core.fields import require
 from zflora_jax.data.lazy import Lazy
 
 Row = dict[str, Any]
@@ -55,16 +55,16 @@ class Rows(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ig
 
 
 def open_rows(
-    name: str, read: Callable[[], Splits], split: str, file: Path | None = None
+    name: str, read: Callable[[], Splits], split: str, files: Sequence[Path] = ()
 ) -> Sequence[Row]:
     """Opens the rows of one split of `read`, prepared on first use.
 
-    Prepared rows are named by the format or generator (`name`), and a hash of `file` and of the
-    code that makes rows. They are found again if the file moves, and never reused after either
+    Prepared rows are named by the format or generator (`name`), and a hash of `files` and of the
+    code that makes rows. They are found again if the files move, and never reused after either
     changes. ConfigError if the directory cannot be written, or `read` refuses its source.
     """
     digest = _code().copy()
-    if file is not None:
+    for file in files:
         digest.update(hashlib.sha256(file.read_bytes()).digest())
     config = RowsConfig(name=f"{name}-{digest.hexdigest()[:20]}", read=read)
     builder = prepared(functools.partial(Rows, config=config))
@@ -75,7 +75,6 @@ def open_rows(
 
 @functools.cache
 def _code() -> hashlib._Hash:
-    """Returns the hash of the code that makes rows."""
     digest = hashlib.sha256()
     for source in sorted(Path(__file__).parent.glob("*.py")):
         digest.update(source.read_bytes())
@@ -88,26 +87,24 @@ def cache_dir() -> Path:
 
 
 def prepared(make: Callable[..., Any]) -> Any:
-    """Prepares a TFDS builder, `make` called with `data_dir` and `file_format`, in `cache_dir()`.
-
-    Two processes may prepare the same data at once: each writes into its own directory and renames
-    it at the end. The second finds the name in use and reads the equal rows of the first.
+    """Prepares a TFDS builder, `make` called with `data_dir` and `file_format`, in `cache_dir()`;
     ConfigError if the directory cannot be written, or the builder refuses its source.
     """
-    directory = cache_dir()
+    make = functools.partial(make, data_dir=cache_dir(), file_format="array_record")
     with _quiet():
-        builder = make(data_dir=directory, file_format="array_record")
-        if not builder.is_prepared():
-            try:
-                builder.download_and_prepare()
-            except OSError as error:
-                builder = make(data_dir=directory, file_format="array_record")
-                if not builder.is_prepared():
-                    raise ConfigError(
-                        f"cannot prepare the dataset {builder.name!r} under {directory}: {error}."
-                        " Set the environment variable ZFLORA_CACHE to a directory that can be"
-                        " written."
-                    ) from error
+        builder = make()
+        if builder.is_prepared():
+            return builder
+        try:
+            builder.download_and_prepare()
+        except OSError as error:
+            # Another process may have been first: its rows are equal.
+            builder = make()
+            require(
+                builder.is_prepared(),
+                f"cannot prepare the dataset {builder.name!r} under {cache_dir()}: {error}. Check"
+                " the network, or set ZFLORA_CACHE to a directory that can be written.",
+            )
         return builder
 
 

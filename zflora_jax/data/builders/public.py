@@ -1,43 +1,30 @@
 """Public datasets of TFDS and the Hugging Face hub: those of tasks, and any that data.data_dir
-names.
-
-A task's dataset comes from TFDS where its builder runs without TensorFlow (4.9.10), else from the
-hub, through `datasets`. Splits follow LLM-Adapters' files, whose test rows are the published
-validation rows wherever the published test rows have no labels.
+names. TFDS reads the datasets that it can build without TensorFlow.
 """
 
 from __future__ import annotations
 
 import functools
-import importlib
 import importlib.resources
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from zflora_jax.core.fields import ConfigError, require
-from zflora_jax.data.builders.files import Raw, plain
-from zflora_jax.data.builders.own import form_of, read_own
-from zflora_jax.data.builders.published import FORMATS, Row
+from zflora_jax.data.builders.files import plain
+from zflora_jax.data.builders.own import form_of, read_rows
+from zflora_jax.data.builders.published import Row
 from zflora_jax.data.lazy import Lazy
+from zflora_jax.data.task import SPLIT_WORDS
 
 
 @dataclass(frozen=True)
 class Tfds:
-    """A dataset of TFDS.
-
-    Attributes:
-      name: Its name, with its config if it has several: "glue/cola".
-      host: The host of its files, probed before a download, because TFDS would try for minutes
-        without a network; "" if it is unknown.
-      module: The module that registers it, where TFDS itself does so only with TensorFlow.
-    """
+    """A dataset of TFDS: its name, with its config if it has several ("glue/cola")."""
 
     name: str
-    host: str = ""
-    module: str = ""
 
     def splits(self) -> list[str]:
         """Returns the names of its splits; errors as for `open`."""
@@ -51,18 +38,12 @@ class Tfds:
         import tensorflow_datasets as tfds
         from tensorflow_datasets.core.download.download_manager import NonMatchingChecksumError
 
-        from zflora_jax.data.builders.prepared import cache_dir, prepared
+        from zflora_jax.data.builders.prepared import prepared
 
         # TFDS reads its checksums through this backport of the standard library's module.
         sys.modules.setdefault("importlib_resources", importlib.resources)
-        if self.module:
-            importlib.import_module(f"tensorflow_datasets.text.{self.module}")
-        make = functools.partial(tfds.builder, self.name, try_gcs=False)
         try:
-            builder = make(data_dir=cache_dir(), file_format="array_record")
-            if self.host and not builder.is_prepared():
-                _require_network(self.host, f"{self.name!r} is not in {cache_dir()}")
-            return prepared(make)
+            return prepared(functools.partial(tfds.builder, self.name, try_gcs=False))
         except (
             ImportError,
             tfds.core.registered.DatasetNotFoundError,
@@ -72,17 +53,6 @@ class Tfds:
             raise ConfigError(
                 f"the TFDS dataset {self.name!r} cannot be prepared: {error}"
             ) from error
-
-
-def _require_network(host: str, missing: str) -> None:
-    import requests
-
-    try:
-        requests.head(f"https://{host}", timeout=10)
-    except requests.RequestException as error:
-        raise ConfigError(
-            f"the TFDS dataset {missing} and cannot be downloaded: no connection to {host}."
-        ) from error
 
 
 @dataclass(frozen=True)
@@ -117,60 +87,39 @@ class Hub:
             ) from error
 
 
-class Public(NamedTuple):
-    """The public dataset of a task: source, format of the rows, and names of the task's splits
-    there.
-    """
+class Dataset(NamedTuple):
+    """A dataset whose rows are those of a task."""
 
     source: Tfds | Hub
-    format: str
-    splits: Mapping[str, str]
+    format: str  # of its rows, see `own.read_rows`
+    splits: Mapping[str, str]  # the task's splits -> their names there
 
     def open(self, split: str) -> Sequence[Row]:
         """Opens the rows of a split, a key of `splits`; ConfigError where it cannot be read."""
+        name = f"{self.source.name}, {self.splits[split]}"
         raw = self.source.open(self.splits[split])
-        rows = _converted(raw, self.source.name, FORMATS[self.format].rows)
-        if self.format == "dialogue":
-            return [reply for replies in rows for reply in replies]
-        return Lazy(lambda i: rows[i][0], range(len(rows)))
+        require(len(raw) > 0, f"{name}: the split is empty.")
+        format = self.format or form_of(plain(raw[0]), f"{name}, row 1")
+
+        def read(i: int) -> list[Row]:
+            return list(read_rows([(f"{name}, row {i + 1}", plain(raw[i]))], format))
+
+        if format == "dialogue":  # the only format with several rows of a task in one
+            return [row for i in range(len(raw)) for row in read(i)]
+        return Lazy(lambda i: read(i)[0], range(len(raw)))
 
 
-def _converted(raw: Sequence[Any], name: str, read: Callable[[Raw, str], Any]) -> Sequence[Any]:
-    return Lazy(lambda i: read(plain(raw[i]), f"{name}, row {i + 1}"), range(len(raw)))
-
-
-_ALL = {"train": "train", "validation": "validation", "test": "test"}
-_TEST_IS_VALIDATION = {"train": "train", "test": "validation"}
-_ARC_HOST, _OPENBOOKQA_HOST = (
-    f"{name}s3-us-west-2.amazonaws.com" for name in ("ai2-public-datasets.", "")
-)
-_GOOGLE, _GITHUB = "storage.googleapis.com", "raw.githubusercontent.com"
-_WINOGRANDE = {"train": "train_xl", "test": "validation"}
-# Converted by the hub: `datasets` no longer runs their loading scripts.
-_XSUM, _DAILYDIALOG, _MULTIWOZ = (
-    Hub(name, revision="refs/convert/parquet")
-    for name in ("EdinburghNLP/xsum", "li2017dailydialog/daily_dialog", "pfb30/multi_woz_v22")
-)
-
-PUBLIC: dict[str, Public] = {
-    "boolq": Public(Tfds("bool_q", _GOOGLE), "boolq", _TEST_IS_VALIDATION),
-    "piqa": Public(Tfds("piqa", _GOOGLE), "piqa", _TEST_IS_VALIDATION),
-    "arc_easy": Public(Tfds("ai2_arc/ARC-Easy", _ARC_HOST), "arc", _ALL),
-    "arc_challenge": Public(Tfds("ai2_arc/ARC-Challenge", _ARC_HOST), "arc", _ALL),
-    "openbookqa": Public(Tfds("openbookqa", _OPENBOOKQA_HOST), "openbookqa", _ALL),
-    "hellaswag": Public(Tfds("hellaswag", _GITHUB, "hellaswag"), "hellaswag", _TEST_IS_VALIDATION),
-    "winogrande": Public(Tfds("winogrande", _GOOGLE, "winogrande"), "winogrande", _WINOGRANDE),
-    "gsm8k": Public(
-        Tfds("gsm8k", _GITHUB, "gsm8k.gsm8k"), "gsm8k", {"train": "train", "test": "test"}
-    ),
-    # allenai/social_i_qa without its script.
-    "social_i_qa": Public(Hub("lighteval/siqa"), "social_i_qa", _TEST_IS_VALIDATION),
-    "cnn_dailymail": Public(Hub("abisee/cnn_dailymail", "3.0.0"), "summary", _ALL),
-    "xsum": Public(_XSUM, "summary", _ALL),
-    "samsum": Public(Hub("knkarthick/samsum"), "summary", _ALL),
-    "dialogsum": Public(Hub("knkarthick/dialogsum"), "summary", _ALL),
-    "dailydialog": Public(_DAILYDIALOG, "dialogue", _ALL),
-    "multiwoz": Public(_MULTIWOZ, "dialogue", _ALL),
+_ALL = {split: split for split in SPLIT_WORDS}
+_CONVERTED = "refs/convert/parquet"  # by the hub: `datasets` no longer runs loading scripts
+_DIALOGUES = ("li2017dailydialog/daily_dialog", "pfb30/multi_woz_v22")
+PUBLIC = {
+    "gsm8k": Dataset(Hub("openai/gsm8k", "main"), "gsm8k", {"train": "train", "test": "test"}),
+    "cnn_dailymail": Dataset(Hub("abisee/cnn_dailymail", "3.0.0"), "summary", _ALL),
+    "xsum": Dataset(Hub("EdinburghNLP/xsum", revision=_CONVERTED), "summary", _ALL),
+    "samsum": Dataset(Hub("knkarthick/samsum"), "summary", _ALL),
+    "dialogsum": Dataset(Hub("knkarthick/dialogsum"), "summary", _ALL),
+    "dailydialog": Dataset(Hub(_DIALOGUES[0], revision=_CONVERTED), "dialogue", _ALL),
+    "multiwoz": Dataset(Hub(_DIALOGUES[1], revision=_CONVERTED), "dialogue", _ALL),
 }
 
 NAMED = ("hub:", "tfds:")  # the beginnings of a data.data_dir that names a dataset
@@ -181,34 +130,31 @@ HOW = (
 _NAME = re.compile(r"(hub|tfds):([^:@]+)(?::([^@]+))?(?:@(.*\{\}.*))?")
 
 
-class Named(NamedTuple):
-    """A dataset of the user's own rows: source, name pattern of its splits with {} for train,
-    validation or test, and name for messages.
+def named_dataset(data_dir: str, format: str = "") -> Dataset:
+    """Returns the dataset that a data.data_dir names.
+
+    Args:
+      data_dir: The name, as `HOW` says.
+      format: The form of its rows, a key of `own.FORMS`; "" for that of the first row.
+
+    Raises:
+      ConfigError: It names none, or none with a split of the expected name.
     """
-
-    source: Tfds | Hub
-    pattern: str
-    name: str
-
-    def open(self, split: str, form: str = "") -> Sequence[Row]:
-        """Opens the rows of a split, of a form of `own.FORMS` or that of the first row; ConfigError
-        if it cannot be read.
-        """
-        raw = self.source.open(split)
-        require(len(raw) > 0, f"{self.name}: the split {split!r} is empty.")
-        form = form or form_of(plain(raw[0]), f"{self.name}, {split}, row 1")
-
-        def read(row: Raw, where: str) -> Row:
-            return next(read_own([(where, row)], form))
-
-        return _converted(raw, f"{self.name}, {split}", read)
-
-
-def named_dataset(data_dir: str) -> Named:
-    """Returns the dataset that a data.data_dir names; ConfigError where it names none."""
     found = _NAME.fullmatch(data_dir)
     if not found:
         raise ConfigError(f"data.data_dir={data_dir!r} names no dataset. Expected {HOW}.")
-    library, name, config, pattern = found.groups()
-    source = Hub(name, config) if library == "hub" else Tfds("/".join(filter(None, (name, config))))
-    return Named(source, pattern or "{}", data_dir.partition("@")[0])
+    library, name, config, pattern = found.groups("")
+    source = Hub(name, config or None) if library == "hub" else Tfds(f"{name}/{config}".strip("/"))
+    there, pattern = source.splits(), pattern or "{}"
+    splits = {
+        split: there_name
+        for split, words in SPLIT_WORDS.items()
+        for there_name in map(pattern.format, words)
+        if there_name in there
+    }
+    require(
+        bool(splits),
+        f"{name} has the splits {', '.join(there)}: none is {pattern.format('train')!r}. Name them"
+        f" by a pattern after @, such as {data_dir.partition('@')[0]}@{{}}_sft.",
+    )
+    return Dataset(source, format, splits)

@@ -1,5 +1,4 @@
-"""Published rows as rows of a task, with LLM-Adapters' wording of multiple choice and this
-project's of summaries and dialogues.
+"""Published rows as rows of a task, with this project's wording of summaries and dialogues.
 
 A reader takes a row of a file or dataset and returns the rows of the task that it holds: prompt,
 target, answer, and if there are any input, references and unit (see `task.Example`). A new format
@@ -8,27 +7,32 @@ is a reader and a line of FORMATS.
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from zflora_jax.core.fields import ConfigError, require
-from zflora_jax.data.builders.files import Raw, table_rows
+from zflora_jax.data.builders.files import Raw
 
 Row = dict[str, Any]
 
 
 class Format(NamedTuple):
-    """A format of rows: its reader, and the fields that a row has, for messages."""
+    """A format of rows: its reader, and the fields that a row has, for messages. `columns` tell a
+    form of the user's own rows, the first of them decisively.
+    """
 
     read: Callable[[Raw], list[Row]]
     fields: str
+    columns: tuple[str, ...] = ()
 
     def rows(self, row: Raw, where: str) -> list[Row]:
         """Reads a row; ConfigError names the row (`where`) if it is malformed."""
         try:
-            return self.read(row)
+            found = self.read(row)
+            json.dumps(found, ensure_ascii=False).encode()
+            return found
         except KeyError as error:
             raise ConfigError(
                 f"{where}: no field {error}, the row has {', '.join(map(repr, row)) or 'none'}."
@@ -36,7 +40,7 @@ class Format(NamedTuple):
             ) from error
         except ConfigError as error:
             raise ConfigError(f"{where}: {error}") from error
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError) as error:  # also half a character, or a date of Parquet
             raise ConfigError(f"{where}: {error}. Expected {self.fields}.") from error
 
 
@@ -88,93 +92,9 @@ def gsm8k(row: Raw) -> list[Row]:
     return _question(field(row, "question"), target, result)
 
 
-def _mawps(row: Raw) -> list[Row]:
-    """The equation is the worked answer, "X=(8.0/4.0)\\nThe answer is 2.0."."""
-    answer = str(row["ans"])
-    float(answer)  # ValueError if it is no number
-    target = f"{field(row, 'equation')}\nThe answer is {answer}."
-    return _question(field(row, "original_text").strip(), target, answer)
-
-
 def _question(prompt: str, target: str, answer: str, input: str = "") -> list[Row]:
     require(bool(prompt.strip()), "the instruction (or question) is empty.")
     return [{"prompt": prompt, "input": input, "target": target, "answer": answer}]
-
-
-def _choice(
-    question: str,
-    word: str,
-    texts: Sequence[str],
-    gold: int,
-    between: str = " ",
-    before_format: str = "\n\n",
-) -> list[Row]:
-    """Writes multiple choice as "Please choose the correct QUESTION Answer1: ... Answer format:
-    answer1/answer2", with `word` for answer; `gold` is the index of the right one of `texts`.
-    """
-    listed = between.join(f"{word.title()}{i}: {text}" for i, text in enumerate(texts, start=1))
-    allowed = "/".join(f"{word}{i}" for i in range(1, len(texts) + 1))
-    prompt = f"Please choose the correct {question}\n\n{listed}{before_format}"
-    return _labelled(f"{prompt}Answer format: {allowed}", f"{word}{gold + 1}")
-
-
-def _labelled(prompt: str, answer: str) -> list[Row]:
-    return [{"prompt": prompt, "target": f"the correct answer is {answer}", "answer": answer}]
-
-
-def answers(question: str, texts: Sequence[str], gold: int) -> list[Row]:
-    """Returns a row of ARC, OpenBookQA or Social IQa."""
-    return _choice(f"answer to the question: {question}", "answer", texts, gold)
-
-
-def _boolq(row: Raw) -> list[Row]:
-    """BoolQ without the passage, as LLM-Adapters has it."""
-    prompt = f"Please answer the following question with true or false, question: {row['question']}"
-    answer = "true" if row["answer"] else "false"
-    return _labelled(f"{prompt}?\n\nAnswer format: true/false", answer)
-
-
-def _piqa(row: Raw) -> list[Row]:
-    texts = [row["sol1"], row["sol2"]]
-    question = f"solution to the question: {row['goal']}"
-    return _choice(question, "solution", texts, int(row["label"]), between="\n\n")
-
-
-def _arc(row: Raw) -> list[Row]:
-    """The options in the file's order; the key is one of their labels."""
-    labels, texts = row["choices"]["label"], row["choices"]["text"]
-    return answers(row["question"], texts, labels.index(row["answerKey"]))
-
-
-def _openbookqa(row: Raw) -> list[Row]:
-    question = row["question"]
-    texts = [question[f"choice_{letter}"] for letter in "ABCD"]
-    return answers(question["stem"], texts, int(row["answerKey"]))
-
-
-def _social_i_qa(row: Raw) -> list[Row]:
-    texts = [row[f"answer{letter}"] for letter in "ABC"]
-    return answers(f"{row['context']} {row['question']}", texts, int(row["label"]) - 1)
-
-
-def _hellaswag(row: Raw) -> list[Row]:
-    context = field(row, "context" if "context" in row else "ctx")  # of TFDS, of the files
-    endings, label = field(row, "endings", list), str(row.get("label"))
-    require(all(isinstance(x, str) for x in endings), "field 'endings' must be a list of strings.")
-    require(
-        label in map(str, range(len(endings))),
-        f"label={row.get('label')!r} is not the index of one of the {len(endings)} endings."
-        " Unlabelled rows cannot be scored.",
-    )
-    sentence = f"{field(row, 'activity_label')}: {context}"
-    question = f"ending to complete the given sentence: {sentence}"
-    return _choice(question, "ending", endings, int(label))
-
-
-def _winogrande(row: Raw) -> list[Row]:
-    texts = [row["option1"], row["option2"]]
-    question = f"answer to fill in the blank to complete the given sentence: {row['sentence']}"
-    return _choice(question, "option", texts, int(row["label"]), before_format=" ")
 
 
 _SUMMARIES = ("summary", "highlights", "summary1", "summary2", "summary3")
@@ -184,8 +104,10 @@ def _summary(row: Raw) -> list[Row]:
     """Several summaries are the references; the first is the target."""
     name = next((name for name in ("article", "document") if name in row), "dialogue")
     names = [name for name in _SUMMARIES if name in row] or ["summary"]
+    summaries = [field(row, x).strip() for x in names]
+    require(all(summaries), "a summary is empty.")
     prompt = f"Summarize the following {name.replace('document', 'article')}."
-    return _reply(prompt, field(row, name).strip(), [field(row, x).strip() for x in names])
+    return _reply(prompt, field(row, name).strip(), summaries)
 
 
 def _reply(prompt: str, input: str, references: list[str], answer: str = "") -> list[Row]:
@@ -246,14 +168,6 @@ FORMATS = {
         " answer (GSM8K)",
     ),
     "gsm8k": Format(gsm8k, "question, answer"),
-    "mawps": Format(_mawps, "original_text, equation, and ans, a number (MAWPS)"),
-    "boolq": Format(_boolq, "question, answer"),
-    "piqa": Format(_piqa, "goal, sol1, sol2, label"),
-    "arc": Format(_arc, "question, choices, answerKey"),
-    "openbookqa": Format(_openbookqa, "question, answerKey"),
-    "social_i_qa": Format(_social_i_qa, "context, question, answerA to answerC, label"),
-    "hellaswag": Format(_hellaswag, "activity_label, ctx, endings, label (HellaSwag)"),
-    "winogrande": Format(_winogrande, "sentence, option1, option2, label"),
     "summary": Format(
         _summary, "dialogue, article or document, and summary, highlights or summary1 to summary3"
     ),
@@ -266,18 +180,3 @@ FORMATS = {
         " belief_state, a list of {act, slots: [[name, value]]} (WOZ 2.0)",
     ),
 }
-
-
-def read_file(path: Path, format: str) -> list[Row]:
-    """Reads the rows of a task from a published file of a format of FORMATS; ConfigError names the
-    file and the row if it is malformed. A bad row is never skipped.
-    """
-    found = list[Row]()
-    for where, raw in table_rows(path):
-        rows = FORMATS[format].rows(raw, where)
-        for row in rows if format == "summary" else ():
-            texts = (row["input"], *row["references"])
-            require(all(texts), f"{where}: the text or a summary of it is empty.")
-        found += rows
-    require(bool(found), f"{path}: no dialogue has a second turn, so there is no reply to learn.")
-    return found
