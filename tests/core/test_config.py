@@ -39,10 +39,9 @@ def test_run_config_round_trips_through_json(run):
 
 
 def test_a_run_decides_how_its_model_is_computed_and_not_what_it_is():
-    config = preset("tiny").replace(scan_layers=False)
-    train = TrainConfig(dtype="bfloat16", remat="block", matmul_precision="highest")
-    changed = {"dtype": "bfloat16", "remat": "block", "matmul_precision": "highest"}
-    assert train.applied_to(config) == config.replace(**changed) != config
+    config, changed = preset("tiny").replace(scan_layers=False), {"dtype": "bfloat16"}
+    changed |= {"remat": "block", "matmul_precision": "highest"}
+    assert TrainConfig(**changed).applied_to(config) == config.replace(**changed) != config
 
 
 # --- wrong keys, types and values -----------------------------------------------------------------
@@ -57,17 +56,14 @@ def test_a_run_decides_how_its_model_is_computed_and_not_what_it_is():
         ({1: 2}, "unknown key 1: Allowed"),
         ({"adapter": {}}, r"adapter is incomplete or damaged: method missing, and AdapterConfig h"),
         ({"adapter": "lora"}, r"adapter='lora': expected a table of AdapterConfig fields"),
-        ({"train": {"steps": "many"}}, r"train\.steps='many': expected int, got str"),
         ({"train": {"steps": 10.0}}, r"train\.steps=10\.0: expected int, got float"),
         ({"train": {"steps": True}}, r"train\.steps=True: expected int, got bool"),
         ({"data": {"packing": 1}}, r"data\.packing=1: expected bool \(True or False\), got int"),
         ({"optim": {"learning_rate": "1e-3"}}, r"learning_rate='1e-3': expected float, got str"),
         ({"optim": {"learning_rate": True}}, r"learning_rate=True: expected float, got bool"),
-        ({"optim": {"learning_rate": math.inf}}, r"learning_rate=inf: expected a finite number"),
         ({"optim": {"learning_rate": 10**400}}, r"learning_rate=10+: expected a finite number"),
         ({"optim": {"schedule": "cosin"}}, r"did you mean 'cosine'\? Allowed: constant, cosine, l"),
         ({"optim": {"clip_norm": "one"}}, r"optim\.clip_norm='one': expected float"),
-        ({"data": {"bucket_lengths": 128}}, r"expected a list of int, written as \[128\]"),
         ({"data": {"bucket_lengths": [64, "8"]}}, r"lengths\[1\]='8': expected int, got str"),
         ([], r"RunConfig=\[\]: expected a table of RunConfig fields"),
     ],
@@ -121,7 +117,6 @@ def test_impossible_models(changes, message):
         ("loar", {}, r"method 'loar': did you mean 'lora'\? Allowed: ffa, ff"),
         ("lora", {"rank": 0}, r"adapter\.rank=0: must be at least 1\."),
         ("lora", {"alpha": 0.0}, r"adapter\.alpha=0\.0: must be positive, or None"),
-        ("lora", {"alpha": math.inf}, r"adapter\.alpha=inf: expected a finite number"),
         ("lora", {"alpha": math.nan}, r"adapter\.alpha=nan: expected a finite number"),
         ("lora", {"use_rslora": True}, "use_rslora=True: give adapter.alpha too"),
         ("ffba", {"extra_mlp_units": -1}, r"adapter\.extra_mlp_units=-1: must be at least 0"),
@@ -203,7 +198,6 @@ BEST = {"train.keep_best": True}
         ({"adapter.rnk": "5"}, r"unknown key 'rnk' of AdapterConfig: did you mean 'rank'\?"),
         *(({"adapter.rank": text}, "expected int") for text in ("8.0", "", "eight", "{[]: 1}")),
         ({"adapter.rank": "(" * 5000}, r"expected int"),
-        ({"adapter": "lora"}, r"adapter='lora': expected a table"),
         ({"model.name": "x"}, r"'model\.name': 'model' has no fields of its own"),
         ({"data.bucket_lengths": "12.5"}, r"lengths\[0\]=12\.5: expected int"),
         ({"data.prompt_style": "alpacca"}, r"did you mean 'alpaca'\? Allowed: alpaca, alpaca-eval"),
@@ -232,19 +226,15 @@ def test_impossible_runs(changes, message):
         ("data.packing", "True", True),
         ("data.bucket_lengths", "64,128", (64, 128)),
         ("data.bucket_lengths", "[64, 128]", (64, 128)),
-        ("data.bucket_lengths", "(64,)", (64,)),
         ("data.bucket_lengths", "64", (64,)),
-        ("train.report_to", "wandb", ("wandb",)),
         ("train.report_to", "tensorboard, wandb", ("tensorboard", "wandb")),
         ("train.report_to", "[trackio]", ("trackio",)),
         ("train.report_to", "[]", ()),
         ("adapter.layers_to_transform", "1", (1,)),
         ("data.data_dir", "12", "12"),
-        ("data.data_dir", "true", "true"),
         ("data.data_dir", "None", None),
         ("adapter.targets", "[qv]", "[qv]"),
         ("eval.generate", "false", False),
-        ("eval.generate", "true", True),
         ("optim.warmup_steps", 3, 3),
         ("data.bucket_lengths", [5, 6], (5, 6)),
     ],

@@ -42,7 +42,6 @@ def test_methods_trackers_and_optimizers_are_named():
 
 
 def test_a_wrong_value_in_python_is_named_with_its_section():
-    """As on the command line."""
     run = RunConfig()
     for section in (f.name for f in dataclasses.fields(run)):
         config = getattr(run, section)

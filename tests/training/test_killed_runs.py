@@ -31,8 +31,6 @@ from zflora_jax.training import lock
 from zflora_jax.training.trainer import step_of
 from zflora_jax.training.workdir import read_starts, saved_steps
 
-TIMES = ("target_tokens_per_s",)  # of a record
-
 
 @pytest.fixture
 def url(bucket: str, tmp_path, monkeypatch: pytest.MonkeyPatch) -> str:
@@ -51,7 +49,7 @@ def whole(base_dir, tmp_path_factory) -> Path:
 
 def records(workdir: Any) -> list[dict[str, Any]]:
     found = read_metrics(as_path(workdir) / "metrics.jsonl")
-    return [{k: v for k, v in record.items() if k not in TIMES} for record in found]
+    return [{k: v for k, v in r.items() if k != "target_tokens_per_s"} for r in found]
 
 
 def same_outcome(run: RunConfig, workdir: Any, whole: Path) -> None:
