@@ -118,6 +118,10 @@ PRESETS: dict[str, LlamaConfig] = {name: LlamaConfig(**row) for name, row in _RO
 
 
 def preset(name: str) -> LlamaConfig:
-    """The LlamaConfig of a key of `PRESETS`, e.g. "llama-3.2-1b"; ConfigError names the nearest."""
+    """The LlamaConfig of a named model shape.
+
+    Args:
+      name: A key of `PRESETS`, e.g. "llama-3.2-1b"; ConfigError names the nearest.
+    """
     require(name in PRESETS, f"unknown model preset {name!r}: {nearest(name, PRESETS)}.")
     return PRESETS[name]

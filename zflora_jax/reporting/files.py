@@ -55,8 +55,11 @@ def write_result(out: str | os.PathLike[str], values: Mapping[str, Any], page: s
 
 
 def atomic_write(path: str | Path, data: bytes) -> None:
-    """Writes a file, whose directory is made if missing, or an object at a URL so that a reader, or
-    a crash, sees the old content or the new one.
+    """Writes a file so that a reader, or a crash, sees the old content or the new one.
+
+    Args:
+      path: Path of the file, whose directory is made if missing; or URL of an object.
+      data: The new content.
     """
     with whole_file(as_path(path)) as file:
         file.write_bytes(data)

@@ -33,11 +33,13 @@ class BusyError(ConfigError):
 
 @contextmanager
 def locked(workdir: str | Path) -> Iterator[Callable[[], None]]:
-    """Keeps other processes out of a directory, or a folder in a bucket, until the block or the
-    process ends; BusyError if another one holds the lock.
+    """Keeps other processes out of `workdir` until the block or the process ends.
 
     The lock of a killed process ends at once on disk, and after STALE seconds in a bucket. On a
     file system without locks this only warns.
+
+    Args:
+      workdir: The directory, or URL of a folder in a bucket. BusyError if it is locked already.
 
     Yields:
       A function that raises OSError if the lock was lost, which happens only in a bucket. Call it
