@@ -24,7 +24,7 @@ CASES = [
     ("smollm2-135m", "base", "w8a8"),
     ("smollm2-135m", "zflora-minimal", "int8"),
     ("smollm2-135m", "zflora-minimal", "w8a8"),
-    ("smollm2-135m", "zflora-minimal", "int4-g32"),
+    ("smollm2-135m", "zflora-minimal", "int4"),
     *(
         ("tiny", method, quant)
         for method in ("ffba", "zflora-minimal", "zflora-uniform")

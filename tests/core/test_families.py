@@ -220,7 +220,7 @@ def test_a_window_that_no_layer_has_is_none() -> None:
         ("qwen3", WINDOW | {"layer_types": ["sliding_attention", "full_attention"]}, "some layers"),
         ("smollm3", WINDOW, "sliding_window=5 is not supported for smollm3"),
         ("smollm3", {"no_rope_layers": [1]}, "for each of the 2 layers"),
-        ("smollm3", {"no_rope_layer_interval": 0}, "of at least 1"),
+        ("smollm3", {"no_rope_layer_interval": 0}, "no_rope_layers=None"),
         ("llama", {"sliding_window": 5}, "sliding_window=5 is not supported"),
         ("phi3", {"partial_rotary_factor": 0.75}, r"partial_rotary_factor=0.75.*only 1"),
         ("phi3", {"rope_scaling": {"type": "longrope"}}, "rope_type 'longrope' is not supported"),

@@ -24,7 +24,7 @@ from zflora_jax.core.run_config import QuantizeConfig, RunConfig
 from zflora_jax.core.trees import size
 from zflora_jax.experiments.info import describe
 from zflora_jax.experiments.train import train
-from zflora_jax.hf.load import locate
+from zflora_jax.hf.hub import locate
 from zflora_jax.hf.peft import save_peft
 from zflora_jax.hf.save import save_hf
 
@@ -121,7 +121,7 @@ def test_models(base_dir):
 @needs_smollm2
 def test_a_gguf_file_tells_its_types(tmp_path):
     """Also that of a preset which a package brings."""
-    path, _ = locate("smollm2-135m")
+    path = locate("smollm2-135m")
     shutil.copy(path, tmp_path / "copy.gguf")
     for source in ("smollm2-135m", str(tmp_path / "copy.gguf")):
         facts = describe(source)

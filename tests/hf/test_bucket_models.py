@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -19,14 +20,11 @@ from zflora_jax.core.adapter_config import AdapterConfig
 from zflora_jax.core.errors import CheckpointError
 from zflora_jax.core.storage import as_path, objects, put, put_file
 from zflora_jax.experiments.info import describe
-from zflora_jax.hf import directory as hf_bucket
+from zflora_jax.hf import directory
 from zflora_jax.hf.directory import local_copy
 from zflora_jax.hf.load import load_model, model_config
 from zflora_jax.hf.peft import load_peft, save_peft
 from zflora_jax.hf.save import save_hf
-from zflora_jax.hf.shards import Shards
-from zflora_jax.reporting import plots
-from zflora_jax.reporting.files import atomic_write
 
 
 @pytest.fixture
@@ -37,7 +35,7 @@ def url(each_bucket: str, tmp_path, monkeypatch) -> str:
 
 
 def files_at(url: str) -> set[str]:
-    return {name.partition("export/")[2] for name in names(url)} - {hf_bucket.MARKER}
+    return {name.partition("export/")[2] for name in names(url)} - {directory.MARKER}
 
 
 def copies(tmp_path: Path) -> list[Path]:
@@ -47,40 +45,40 @@ def copies(tmp_path: Path) -> list[Path]:
 
 
 @pytest.fixture
-def fetched(monkeypatch) -> list[str]:
-    """The names of the files that are downloaded whole."""
-    found, fetch = [], hf_bucket._fetch
-    monkeypatch.setattr(
-        hf_bucket,
-        "_fetch",
-        lambda source, to, size, header_only: (
-            header_only or found.append(source.name),
-            fetch(source, to, size, header_only),
-        ),
-    )
+def fetched(monkeypatch) -> Mock:
+    """Notes the files that are downloaded."""
+    monkeypatch.setattr(directory, "_fetch", found := Mock(wraps=directory._fetch))
     return found
 
 
 def test_an_export_in_a_bucket_is_the_export_on_disk(url, model, tmp_path, monkeypatch, fetched):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "none"))  # which may be too small
-    reports = [save_hf(path, model) for path in (url, tmp_path / "export")]
+    reports = [save_hf(to, model, max_shard_bytes=20_000) for to in (url, tmp_path / "export")]
     assert reports[0]["path"] == url
     assert {**reports[0], "path": ""} == {**reports[1], "path": ""}
     for name in reports[0]["files"]:
         assert (as_path(url) / name).read_bytes() == (tmp_path / "export" / name).read_bytes()
     assert files_at(url) == set(reports[0]["files"])
+    facts = describe(url)  # which copies no weights, so it does not count them
+    assert facts.items() <= (describe(tmp_path / "export") | {"path": url}).items()
+    assert not [c for c in fetched.call_args_list if c.args[0].suffix == ".safetensors"]
     loaded = load_model(url)
     assert_trees_equal(loaded.params, load_model(tmp_path / "export").params)
     assert loaded.source == url and model_config(url) == loaded.config
-    fetched.clear()
+    fetched.reset_mock()
     load_model(url)
-    assert fetched == [] and len(copies(tmp_path)) == 2  # with and without weights
+    assert not fetched.called
+    report = save_hf(url, model)
+    assert files_at(url) == set(report["files"])  # the shards are removed
+    put(as_path(url) / "zflora.json", b"[]")
+    with pytest.raises(CheckpointError, match=r"zflora\.json is damaged"):
+        describe(url)
 
 
-def test_the_newest_copy_of_an_export_is_kept(url, model, tmp_path, fetched, monkeypatch):
+def test_the_newest_copy_of_an_export_is_kept(url, model, tmp_path, monkeypatch):
     """And an older one for a day: another process may be reading it."""
     for count, kept in ((1, 3600.0), (2, 3600.0), (1, -1.0)):
-        monkeypatch.setattr(hf_bucket, "KEPT", kept)
+        monkeypatch.setattr(directory, "KEPT", kept)
         save_hf(url, tiny_model(seed=count, num_layers=2 if kept > 0 else 1))
         load_model(url)
         assert len(copies(tmp_path)) == count
@@ -102,7 +100,7 @@ def test_an_upload_that_was_stopped_is_no_export(url, model, tmp_path, monkeypat
             done.append(path)
 
         with monkeypatch.context() as patch:
-            patch.setattr(hf_bucket, "put_file", stopped)
+            patch.setattr(directory, "put_file", stopped)
             with pytest.raises(OSError, match="ends here"):
                 save_hf(url, tiny_model(num_layers=layers))
         with pytest.raises(CheckpointError, match=r"is not whole: its upload goes on, or was stop"):
@@ -115,10 +113,8 @@ def test_an_upload_that_was_stopped_is_no_export(url, model, tmp_path, monkeypat
 def test_an_export_replaces_an_export_of_its_type_and_nothing_else(url):
     model, adapter = tiny_model(), AdapterConfig("lora", rank=4)
     adapters = perturb(init_adapters(jax.random.key(0), model, adapter))
-    saves = {
-        "lora": lambda to: save_peft(to, model, adapter, adapters),
-        "full": lambda to: save_hf(to, model),
-    }
+    lora = partial(save_peft, model=model, adapter=adapter, adapters=adapters)
+    saves = {"lora": lora, "full": partial(save_hf, model=model)}
     for name, write in saves.items():
         assert write(f"{url}/{name}")["path"] == f"{url}/{name}"
     assert_trees_equal(load_peft(f"{url}/lora", model)[1], adapters)
@@ -126,14 +122,9 @@ def test_an_export_replaces_an_export_of_its_type_and_nothing_else(url):
         with pytest.raises(CheckpointError, match="exists and was not written by this project"):
             saves[other](f"{url}/{name}")
         saves[name](f"{url}/{name}")
-    put(as_path(url) / "run/config.json", b"{}")
-    with pytest.raises(CheckpointError, match=r"run exists and was not written by this project"):
-        save_hf(f"{url}/run", model)
     put(as_path(url) / "full/notes.txt", b"mine")
     with pytest.raises(CheckpointError, match=r"did not write there: notes\.txt\. It is left"):
         save_hf(f"{url}/full", model)
-    with pytest.raises(CheckpointError, match=r"config\.json is a file; give a directory"):
-        save_hf(f"{url}/full/config.json", model)
 
 
 def test_a_damaged_object_is_refused(url, model, tmp_path, monkeypatch):
@@ -144,7 +135,7 @@ def test_a_damaged_object_is_refused(url, model, tmp_path, monkeypatch):
         load_model(url)
     save_hf(url, model)
     listed = objects(as_path(url))
-    monkeypatch.setattr(hf_bucket, "objects", lambda _: listed)
+    monkeypatch.setattr(directory, "objects", lambda _: listed)
     put(weights, b"new")
     with pytest.raises(CheckpointError, match=r"model\.safetensors changed while it was read: 3 b"):
         load_model(url)
@@ -162,22 +153,6 @@ def test_a_directory_copied_there_by_other_software(url, model_dir, tmp_path):
     assert not found & {"original", "consolidated.safetensors", "x.bin"}
     with pytest.raises(CheckpointError, match=r"no model at .*/nothing: there are no objects"):
         load_model(f"{url}/nothing")
-
-
-def test_a_description_reads_no_weights(url, model, tmp_path, fetched):
-    for to in (url, tmp_path / "export"):
-        save_hf(to, model, max_shard_bytes=20_000)
-    assert "model.safetensors.index.json" in files_at(url)
-    facts = describe(url)
-    assert facts == describe(tmp_path / "export") | {"path": url}
-    assert "config.json" in fetched and not [n for n in fetched if n.endswith(".safetensors")]
-    holes = Shards(local_copy(url, weights=False))
-    assert not any(holes.read(name).any() for name in holes.shapes)
-    put(as_path(url) / "zflora.json", b"[]")
-    with pytest.raises(CheckpointError, match=r"zflora\.json is damaged"):
-        describe(url)
-    report = save_hf(url, model)
-    assert files_at(url) == set(report["files"])  # the shards are removed
 
 
 def test_the_commands_on_a_run_in_a_bucket(bucket, config_file, capsys, tmp_path, monkeypatch):
@@ -201,16 +176,3 @@ def test_the_commands_on_a_run_in_a_bucket(bucket, config_file, capsys, tmp_path
     assert "run" in said("info", run) and "export" in said("info", export)
     said("plot", run)
     assert (as_path(run) / "curves.svg").exists()
-
-
-def test_runs_in_a_bucket_and_on_disk_are_drawn_together(bucket, tmp_path, monkeypatch):
-    drawn = Mock()
-    monkeypatch.setattr(plots, "training_curves", drawn)
-    monkeypatch.chdir(tmp_path)
-    runs = [f"{bucket}/all/a", f"{bucket}/all/b", f"{tmp_path}/b"]
-    for folder in runs:
-        atomic_write(f"{folder}/metrics.jsonl", b"")
-    for other in (runs[1], "b"):
-        assert main(["plot", runs[0], other, "--out", "both"]) == 0
-        found, *of = drawn.call_args.args
-        assert list(found) == [runs[0], other] and of == ["both", "2 runs"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -10,18 +11,20 @@ import gguf
 import numpy as np
 import peft
 import pytest
-from safetensors import safe_open
 from support.byte_tokenizer import byte_tokenizer
+from support.cases import case_id
 from support.checks import assert_logits_close, assert_trees_equal
-from support.exports import perturbed_adapters, tiny_family
+from support.exports import WIDENED, perturbed_adapters, tiny_family
 from support.grids import always
 from support.huggingface import TOKENS, hf_logits, open_stock
 
 from zflora_jax import forward, fuse, load_model, load_peft, save_gguf, save_hf, save_peft, unfuse
-from zflora_jax.core.adapter_config import AdapterConfig
+from zflora_jax.core import trees
+from zflora_jax.core.adapter_config import METHODS, AdapterConfig
 from zflora_jax.core.families import FAMILIES, FORMATS, refusal, require_format
 from zflora_jax.core.fields import ConfigError
 from zflora_jax.core.model import Model
+from zflora_jax.evaluation.export_gap import export_gap
 from zflora_jax.hf.restore import load_stock
 
 NARROW, WIDE = AdapterConfig("zflora-minimal", rank=6), AdapterConfig("ffba", rank=4)
@@ -37,6 +40,8 @@ CELLS = [
     for name in FORMATS
     for adapter in ((LORA,) if name == "peft" else (NARROW, WIDE))
 ]
+CELLS += [("llama", "hf", adapter) for adapter in WIDENED.values()]
+CELLS += [("llama", "hf", adapter) for adapter in (LORA, AdapterConfig("full"))]
 pytestmark = [
     pytest.mark.filterwarnings("ignore:head_dim"),
     pytest.mark.filterwarnings("ignore:.torch.jit"),  # in what compressed-tensors imports
@@ -61,7 +66,7 @@ def write(name: str, out: Path, base: Model, adapter: AdapterConfig, adapters: A
     ("family", "name", "adapter"),
     # Wide heads of the other families are stored as llama's.
     always(CELLS, lambda cell: cell[2] != WIDE or cell[0] in ("llama", "qwen3", "phi3")),
-    ids=[f"{family}-{name}-{adapter.method}" for family, name, adapter in CELLS],
+    ids=[f"{family}-{name}-{case_id(adapter)}" for family, name, adapter in CELLS],
 )
 def test_a_format_holds_a_family_or_says_why_not(
     family: str, name: str, adapter: AdapterConfig, tmp_path: Path
@@ -82,7 +87,15 @@ def test_a_format_holds_a_family_or_says_why_not(
         assert_logits_close(hf_logits(model), wanted)
         again = load_model(tmp_path / "x")
         assert_trees_equal(again.params, fused.params)
-        assert_trees_equal(unfuse(again)[0].params, base.params)
+        assert again.config == fused.config and again.adapter == adapter
+        manifest = json.loads((tmp_path / "x" / "zflora.json").read_text())
+        if METHODS[adapter.method].widens:
+            found, back = unfuse(again)
+            assert_trees_equal(found.params, base.params)
+            assert_trees_equal(back, unfuse(fused)[1])
+            assert manifest["base"]["fingerprint"] == trees.fingerprint(base.params)
+        gap = export_gap(fused, tmp_path / "x", TOKENS[:1])
+        assert gap["max_abs_dlogit"] <= 1e-5 * gap["logit_scale"] and gap["top1_agreement"] == 1.0
     elif name == "compressed":
         ours = forward(load_stock(tmp_path / "x"), TOKENS)  # of the same codes
         assert_logits_close(hf_logits(open_stock(tmp_path / "x")), ours, share=2e-5)
@@ -105,18 +118,3 @@ def test_refusals_name_formats() -> None:
         assert set(row.refused) | set(row.refused_heads) <= set(FORMATS)
     with pytest.raises(ConfigError, match=r"'phi3' in format 'peft': .*Merge the adapter"):
         require_format("phi3", "peft")
-
-
-def test_joined_kernels_are_stored_joined(tmp_path: Path) -> None:
-    """Phi-3's qkv_proj has the rows of q, k and v, gate_up_proj those of gate and up."""
-    base = tiny_family("phi3")
-    save_hf(tmp_path / "x", base)
-    with safe_open(tmp_path / "x" / "model.safetensors", "np") as file:
-        names = {name.split(".")[4] for name in file.keys() if "_proj" in name}  # noqa: SIM118
-        assert names == {"qkv_proj", "o_proj", "gate_up_proj", "down_proj"}
-        rows = file.get_tensor("model.layers.1.self_attn.qkv_proj.weight")
-        up = file.get_tensor("model.layers.1.mlp.gate_up_proj.weight")[96:]
-    attn, mlp = base.params["layers"]["attn"], base.params["layers"]["mlp"]
-    parts = [np.asarray(attn[k]["kernel"][1]).reshape(64, -1).T for k in "qkv"]
-    np.testing.assert_array_equal(rows, np.concatenate(parts))
-    np.testing.assert_array_equal(up, np.asarray(mlp["up"]["kernel"][1]).T)

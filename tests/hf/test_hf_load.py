@@ -1,5 +1,5 @@
 """Import of Hugging Face directories: logits equal stock transformers, accounting is strict,
-damaged or hostile files are refused by name.
+damaged or hostile files are refused by name; the table of names; loading onto a mesh.
 """
 
 from __future__ import annotations
@@ -14,16 +14,26 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+import transformers
 from safetensors.numpy import load_file, save_file
-from support.checks import assert_logits_close
+from support.checks import assert_logits_close, assert_trees_equal
+from support.exports import fused_model, tiny_family
 from support.huggingface import LLAMA3, TOKENS, hf_logits, hf_model
 
 from zflora_jax.core import trees
+from zflora_jax.core.adapter_config import AdapterConfig
 from zflora_jax.core.architecture import param_shapes
 from zflora_jax.core.errors import CheckpointError
 from zflora_jax.core.fields import ConfigError
+from zflora_jax.core.model_config import LlamaConfig, RopeScaling
+from zflora_jax.core.run_config import MeshConfig
+from zflora_jax.hf.config import from_hf_config, to_hf_config
+from zflora_jax.hf.keys import hf_shapes, hf_table
 from zflora_jax.hf.load import load_model, model_config, model_tokenizer
+from zflora_jax.hf.restore import load_stock
+from zflora_jax.hf.save import save_hf
 from zflora_jax.nn.llama import forward
+from zflora_jax.parallel.sharding import make_mesh, spec
 
 
 @pytest.fixture(scope="module")
@@ -48,10 +58,8 @@ def sharded(tmp_path: Path) -> Path:
 GRID = {
     "mha": {"num_key_value_heads": 4},
     "gqa": {},
-    "mqa": {"num_key_value_heads": 1, "num_attention_heads": 3},
-    "wide heads": {"head_dim": 32},
+    "mqa": {"num_key_value_heads": 1, "num_attention_heads": 3, "head_dim": 32},
     "narrow heads": {"head_dim": 6, "hidden_size": 64},
-    "tied": {"tie_word_embeddings": True},
     "llama3": {"rope": LLAMA3, "tie_word_embeddings": True},
     "odd vocab, eps": {"vocab_size": 251, "rms_norm_eps": 1e-3, "num_hidden_layers": 1},
 }
@@ -148,7 +156,7 @@ def test_wrong_sources_say_what_to_do(
         "smollm2-135": "did you mean 'smollm2-135m'",
         "tiny": "random_model",
         "llama-3.2-1b": "gated",
-        "some-org/some-model": "no route to host",
+        "some-org/some-model@v1": r"no route to host.*no directory or file .* here either",
         str(tmp_path / "nowhere" / "x"): "no model at",
         str(tmp_path): "has no config.json",
         file: r"give the directory that holds config\.json",
@@ -170,21 +178,19 @@ def test_hostile_index(sharded: Path, tmp_path: Path) -> None:
     index = sharded / "model.safetensors.index.json"
     files = json.loads(index.read_text())["weight_map"]
     name, file = next(iter(files.items()))
-    outside = tmp_path / "outside.safetensors"
+    outside, other = tmp_path / "outside.safetensors", max(files.values())
     shutil.copy(sharded / file, outside)
     (sharded / "link.safetensors").symlink_to(outside)
-    other = max(files.values())
-    moved = {  # the file of a tensor, or of all tensors of its file -> message
-        "../outside.safetensors": "not a plain file name",
-        str(outside): "not a plain file name",
-        "link.safetensors": "leads out of",
-        "model-00099-of-00099.safetensors": "lacks the file",
-    }
     cases: list[tuple[Any, str]] = [
         ({n: target if f == file else f for n, f in files.items()}, words)
-        for target, words in moved.items()
+        for target, words in {
+            "../outside.safetensors": "not a plain file name",
+            str(outside): "not a plain file name",
+            "link.safetensors": "leads out of",
+            "model-00099-of-00099.safetensors": "lacks model-00099",
+        }.items()
     ]
-    cases += [(files | {name: other}, "places in|do not hold the same tensors")]
+    cases += [(files | {name: other}, "is placed in|do not hold the same tensors")]
     cases += [(files | {"model.extra": file}, r"model\.extra")]
     cases += [(value, "weight_map must be") for value in (None, [], {}, {name: 3})]
     for weight_map, words in cases:
@@ -192,8 +198,7 @@ def test_hostile_index(sharded: Path, tmp_path: Path) -> None:
         with pytest.raises(CheckpointError, match=words):
             load_model(sharded)
     index.write_text(json.dumps({"weight_map": files}))
-    load_model(sharded)
-    shutil.copy(sharded / file, sharded / "model.safetensors")
+    (sharded / "model.safetensors").symlink_to(sharded / file)
     with pytest.raises(CheckpointError, match="holds both"):
         load_model(sharded)
     (sharded / "model.safetensors").unlink()
@@ -208,61 +213,199 @@ def header(text: str, length: int | None = None) -> bytes:
     return size.to_bytes(8, "little") + text.encode() + bytes(8)
 
 
-def entry(start: int, end: int, shape: list[int], dtype: str = "F32") -> dict[str, Any]:
-    return {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
+def table(*entries: tuple[int, int, list[int]], dtype: str = "F32") -> bytes:
+    """A header of one tensor for each (start, end, shape)."""
+    found = {
+        f"t{i}": {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
+        for i, (start, end, shape) in enumerate(entries)
+    }
+    return header(json.dumps(found))
 
 
-def headers() -> list[bytes]:
-    one = json.dumps(entry(0, 8, [2]))
-    tables = (
-        {"a": entry(0, 8, [2]), "b": entry(4, 8, [1])},  # overlap
-        {"a": entry(0, 4, [1]), "b": entry(6, 8, [1], "F16")},  # gap
-        {"a": entry(0, 8, [2**62, 2**62])},  # product overflows
-        {"a": entry(0, 8, [3])},
-        {"a": entry(8, 0, [2])},
-        {"a": entry(0, 8, [2], "F1000")},
-    )
-    twice = f'{{"{Q}": {one}, "{Q}": {one}}}'
-    lengths = (2**63, 2**64 - 1, 100 * 2**20 + 1)
-    found = [header("{}", length) for length in lengths]
-    return found + [header(json.dumps(t)) for t in tables] + [header(twice), header("not json")]
-
-
-def cuts(good: bytes) -> list[bytes]:
-    """Cut at every 7th byte of the header and at its edges, or longer by a byte."""
-    end = 8 + int.from_bytes(good[:8], "little")
-    edges = (7, 8, end - 1, end, end + 1, len(good) // 2, len(good) - 1)
-    return [good + b"x", *(good[:cut] for cut in (*range(0, end, 7), *edges))]
-
-
-@pytest.mark.parametrize(
-    ("file", "contents", "words"),
-    [
-        ("model.safetensors", lambda _: headers(), "copy"),
-        ("model.safetensors", cuts, r"model\.safetensors"),
-        ("config.json", lambda _: [b"{", b"[1]", b"[" * 100_000, b"\xff"], r"config\.json"),
+ONE = '{"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}'
+DAMAGED = {
+    "model.safetensors": [
+        *(header("{}", length) for length in (2**63, 2**64 - 1, 100 * 2**20 + 1)),
+        table((0, 8, [2]), (4, 8, [1])),  # overlap
+        table((0, 4, [1]), (6, 8, [1])),  # gap
+        table((0, 8, [2**62, 2**62])),  # product overflows
+        table((0, 8, [3])),
+        table((8, 0, [2])),
+        table((0, 8, [2]), dtype="F1000"),
+        header(f'{{"{Q}": {ONE}, "{Q}": {ONE}}}'),
+        header("not json"),
     ],
-    ids=["headers", "cut", "json"],
-)
-def test_damaged_files_are_named(copy: Path, file: str, contents: Any, words: str) -> None:
-    for content in contents((copy / file).read_bytes()):
+    "config.json": [b"{", b"[1]", b"[" * 100_000, b"\xff"],
+}
+
+
+@pytest.mark.parametrize("file", DAMAGED)
+def test_damaged_files_are_named(copy: Path, file: str) -> None:
+    good = (copy / file).read_bytes()
+    cut = [good + b"x", good[:-1], good[:7], good[: len(good) // 2]]
+    for content in DAMAGED[file] + cut * file.endswith("safetensors"):
         (copy / file).write_bytes(content)
-        with pytest.raises(CheckpointError, match=words):
+        with pytest.raises(CheckpointError, match=file):
             load_model(copy)
 
 
-def test_pickled_weights_are_refused(copy: Path) -> None:
-    (copy / "model.safetensors").unlink()
-    (copy / "pytorch_model.bin").write_bytes(b"x")
-    words = r"neither model\.safetensors.*pytorch_model\.bin.*can run code"
-    with pytest.raises(CheckpointError, match=words):
-        load_model(copy)
-
-
-def test_absurd_configs_fail_before_memory_is_taken(copy: Path) -> None:
+def test_pickled_weights_and_absurd_configs_are_refused(copy: Path) -> None:
+    """Before memory is taken."""
     good = json.loads((copy / "config.json").read_text())
     sizes = ("num_hidden_layers", "vocab_size", "hidden_size", "intermediate_size")
     for key in (*sizes, "num_attention_heads"):
         (copy / "config.json").write_text(json.dumps(good | {key: 2**40, "head_dim": 12}))
         with pytest.raises(ValueError):
             load_model(copy)
+    (copy / "config.json").write_text(json.dumps(good))
+    (copy / "model.safetensors").rename(copy / "pytorch_model.bin")
+    words = r"neither model\.safetensors.*pytorch_model\.bin.*can run code"
+    with pytest.raises(CheckpointError, match=words):
+        load_model(copy)
+
+
+# --- names and meshes ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "phi3"])
+@pytest.mark.parametrize("scan_layers", [True, False])
+def test_the_table_covers_the_native_tree(family: str, scan_layers: bool) -> None:
+    config = tiny_family(family, tie_word_embeddings=False, head_dim=6).config
+    config = config.replace(num_layers=3, scan_layers=scan_layers)
+    table = hf_table(config)
+    assert {place.leaf for place in table.values()} == set(param_shapes(config))
+    rng, stored = np.random.default_rng(0), {}
+    native = {name: rng.normal(size=place.shape) for name, place in table.items()}
+    for name, place in table.items():
+        rows = place.to_hf(native[name])
+        assert rows.shape == place.hf_shape
+        np.testing.assert_array_equal(place.to_native(rows), native[name])
+        before = stored.get(place.tensor, rows[:0])
+        assert len(before) == place.row
+        stored[place.tensor] = np.concatenate([before, rows])
+    assert {name: x.shape for name, x in stored.items()} == hf_shapes(table)
+
+
+@pytest.mark.parametrize("scan_layers", [True, False])
+@pytest.mark.parametrize(
+    ("family", "method"),
+    [("phi3", None), ("llama", None), ("llama", "zflora-uniform"), ("llama", "lora")],
+)
+def test_a_sharded_load(scan_layers: bool, family: str, method: str | None, tmp_path: Path) -> None:
+    """Also of an export, whose stock form pads and reorders."""
+    settings = {"num_kv_heads": 4, "vocab_size": 264, "tie_word_embeddings": family == "phi3"}
+    base = tiny_family(family, **settings)
+    model = base if method is None else fused_model(base, AdapterConfig(method, rank=8))
+    save_hf(tmp_path / "model", model)
+    if method is None:
+        (tmp_path / "model" / "zflora.json").unlink()  # a stock directory
+    whole = load_model(tmp_path / "model", scan_layers=scan_layers)
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    divided = load_model(tmp_path / "model", scan_layers=scan_layers, mesh=mesh)
+    assert_trees_equal(divided.params, whole.params)
+    for name, leaf in trees.flatten(divided.params).items():
+        assert leaf.sharding.spec == spec(name, leaf.shape, mesh, fused=method is not None), name
+    if method is not None:
+        stock = load_stock(tmp_path / "model", mesh=mesh)
+        assert_trees_equal(stock.params, load_stock(tmp_path / "model").params)
+
+
+# --- config.json ---------------------------------------------------------------------------------
+
+
+OLD_LLAMA3 = {k: v for k, v in LLAMA3.items() if k != "rope_type"} | {"type": "llama3"}
+PLAIN = {"rope_type": "default", "rope_theta": 7.0}
+
+
+def hf_config(**changes: Any) -> dict[str, Any]:
+    sizes = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 24}
+    layers = {"num_hidden_layers": 1, "num_attention_heads": 2}
+    return {"model_type": "llama", **sizes, **layers, **changes}
+
+
+@pytest.mark.parametrize(
+    ("changes", "theta", "scaled"),
+    [
+        ({}, 10000.0, False),
+        ({"rope_theta": 5.0, "rope_scaling": None}, 5.0, False),
+        ({"rope_theta": 5.0, "rope_scaling": {**LLAMA3, "type": "llama3"}}, 5.0, True),
+        ({"rope_theta": 5, "rope_scaling": OLD_LLAMA3}, 5.0, True),
+        ({"rope_parameters": {"rope_theta": 7.0, **LLAMA3}}, 7.0, True),
+        ({"rope_theta": 5.0, "rope_scaling": {}, "rope_parameters": PLAIN}, 7.0, False),
+        ({"rope_theta": 5.0, "rope_scaling": LLAMA3, "rope_parameters": PLAIN}, 5.0, True),
+        ({"rope_theta": 5.0, "rope_parameters": {"rope_type": "default"}}, 5.0, False),
+    ],
+)
+def test_rope_spellings(changes: dict[str, Any], theta: float, scaled: bool) -> None:
+    ours = from_hf_config(hf_config(**changes))
+    assert (ours.rope_theta, ours.rope_scaling is not None) == (theta, scaled)
+    theirs = transformers.LlamaConfig(**hf_config(**changes)).rope_parameters
+    assert theirs["rope_theta"] == theta and (theirs["rope_type"] == "llama3") == scaled
+
+
+def test_config_round_trip_and_both_spellings() -> None:
+    config = LlamaConfig(
+        **{"vocab_size": 99, "hidden_size": 48, "intermediate_size": 80, "head_dim": 32},
+        **{"num_layers": 3, "num_heads": 4, "num_kv_heads": 2, "max_position_embeddings": 777},
+        **{"rms_norm_eps": 3e-6, "rope_theta": 1234.5, "tie_word_embeddings": True},
+        **{"bos_token_id": 3, "eos_token_ids": (4, 5), "pad_token_id": 6},
+        rope_scaling=RopeScaling(8.0, 1.0, 4.0, 64),
+    )
+    written = json.loads(json.dumps(to_hf_config(config, "bfloat16")))
+    assert from_hf_config(written) == config
+    assert written["dtype"] == written["torch_dtype"] == "bfloat16"
+    rope = {"rope_theta": written["rope_theta"], **written["rope_scaling"]}
+    assert written["rope_parameters"] == rope
+    version4 = {k: v for k, v in written.items() if k != "rope_parameters"}
+    version5 = {k: v for k, v in written.items() if k not in ("rope_theta", "rope_scaling")}
+    assert from_hf_config(version4) == from_hf_config(version5) == config
+    assert transformers.LlamaConfig(**written).rope_parameters["factor"] == 8.0
+    with pytest.raises(ConfigError, match="base_hidden_size"):
+        to_hf_config(config.replace(base_hidden_size=40), "float32")
+
+
+def test_stop_tokens_come_from_generation_config() -> None:
+    config = hf_config(eos_token_id=7, bos_token_id=None)
+    # SmolLM3's pretraining was split in two; Phi-3 names a copy of the stock class
+    harmless = {"pretraining_tp": 2, "auto_map": {"AutoModelForCausalLM": "x.LlamaForCausalLM"}}
+    assert from_hf_config(config | harmless) == from_hf_config(config)
+    assert from_hf_config(config).eos_token_ids == (7,)
+    assert from_hf_config(config, {"eos_token_id": [8, 9]}).eos_token_ids == (8, 9)
+    assert from_hf_config(config, {"do_sample": True}).eos_token_ids == (7,)
+    for none in (None, -1):  # -1 in older files
+        assert from_hf_config(hf_config(eos_token_id=none)).eos_token_ids == ()
+        assert from_hf_config(hf_config(pad_token_id=none)).pad_token_id is None
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        *[("model_type", "gemma"), ("attention_bias", True), ("mlp_bias", True)],
+        ("hidden_act", "gelu"),
+        ("quantization_config", {"quant_method": "gptq"}),
+        ("partial_rotary_factor", 0.5),
+        ("architectures", ["LlamaForSequenceClassification"]),
+        ("rope_type", {"rope_type": "yarn", "factor": 2.0}),
+        ("rope_type", {"type": "linear", "factor": 2.0}),
+        ("rope_type", {"rope_type": "llama3"}),
+        ("rope_type", {"rope_type": "longrope"}),
+        ("num_hidden_layers", "two"),
+        ("num_kv_heads", 3),
+        ("rms_norm_eps", "x"),
+        ("hidden_size", 15),
+    ],
+)
+def test_unsupported_settings_are_refused_by_name(key: str, value: Any) -> None:
+    keys = {"rope_type": "rope_scaling", "num_kv_heads": "num_key_value_heads"}
+    with pytest.raises(ConfigError, match=key):
+        from_hf_config(hf_config(**{keys.get(key, key): value}))
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3"])
+def test_a_used_window_without_length_is_that_of_transformers(family: str) -> None:
+    given = {"use_sliding_window": True, "max_window_layers": 0}
+    stock = transformers.AutoConfig.for_model(family, **given)
+    config = stock.to_dict()
+    del config["sliding_window"], config["layer_types"]
+    assert from_hf_config(config).sliding_window == stock.sliding_window == 4096
+    assert from_hf_config(config | {"use_sliding_window": False}).sliding_window is None

@@ -5,7 +5,6 @@ settings are refused by name.
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ import peft
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import save_file
 from support.checks import assert_logits_close, assert_trees_equal
 from support.exports import perturbed_adapters
 from support.huggingface import TOKENS, hf_logits, hf_model
@@ -58,20 +57,17 @@ def edit(folder: Path, **changes: Any) -> None:
     (folder / CONFIG).write_text(json.dumps(settings | changes))
 
 
-@pytest.mark.parametrize(
-    "settings", [{}, {"targets": "attention"}, {"targets": "q|v"}, {"use_rslora": True}]
-)
+@pytest.mark.parametrize("settings", [{}, {"targets": "q|v"}, {"use_rslora": True}])
 def test_peft_computes_what_we_do(settings: Any, base: Model, tmp_path: Path) -> None:
     adapter = AdapterConfig("lora", rank=4, alpha=6.0, **settings)
-    assert adapter.scale == (3.0 if adapter.use_rslora else 1.5)
     adapters = perturbed_adapters(base, adapter)
     report = save_peft(tmp_path / "out", base, adapter, adapters)
-    expected = adapted(base, adapter, adapters)
-    theirs = peft.PeftModel.from_pretrained(hf_model(head_dim=16), tmp_path / "out").eval()
-    assert theirs.peft_config["default"].use_rslora == adapter.use_rslora
-    assert_logits_close(hf_logits(theirs), expected)
-    assert np.abs(expected - hf_logits(hf_model(head_dim=16))).max() > 0.05 * np.abs(expected).max()
     assert report["parameters"] == trees.size(adapters)
+    expected, plain = adapted(base, adapter, adapters), hf_model(head_dim=16)
+    assert np.abs(expected - hf_logits(plain)).max() > 0.05 * np.abs(expected).max()
+    assert_logits_close(
+        hf_logits(peft.PeftModel.from_pretrained(plain, tmp_path / "out")), expected
+    )
     again, back = load_peft(tmp_path / "out", base)
     assert again == adapter
     assert_trees_equal(back, adapters)
@@ -93,14 +89,14 @@ def test_written_files(base: Model, tmp_path: Path) -> None:
     with safe_open(tmp_path / "out" / WEIGHTS, "np") as file:
         down = file.get_tensor("base_model.model.model.layers.1.mlp.down_proj.lora_A.weight")
         assert file.metadata() == {"format": "pt", "writer": "zflora_jax"}
-        assert len(list(file.keys())) == 8 and down.shape == (2, 80)
+        assert down.shape == (2, 80)
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     save_peft(tmp_path / "out", model, adapter, adapters)  # its own directory may be replaced
-    theirs = shutil.copytree(tmp_path / "out", tmp_path / "theirs")
-    save_file(load_file(theirs / WEIGHTS), theirs / WEIGHTS, metadata={"format": "pt"})
-    with pytest.raises(CheckpointError, match="was not written by this project"):
-        save_peft(theirs, model, adapter, adapters)
     (tmp_path / "out" / "notes.txt").write_text("mine")
     with pytest.raises(CheckpointError, match=r"notes\.txt"):
+        save_peft(tmp_path / "out", model, adapter, adapters)
+    save_file(tensors, tmp_path / "out" / WEIGHTS, metadata={"format": "pt"})  # as peft does
+    with pytest.raises(CheckpointError, match="was not written by this project"):
         save_peft(tmp_path / "out", model, adapter, adapters)
     with pytest.raises(ConfigError, match="save_hf"):
         save_peft(tmp_path / "other", base, AdapterConfig("zflora-minimal"), {})
@@ -114,13 +110,12 @@ def test_written_files(base: Model, tmp_path: Path) -> None:
     "settings",
     [
         {"target_modules": ["q_proj", "v_proj", "gate_proj"]},
-        {"target_modules": "all-linear", "use_rslora": True},
+        {"target_modules": "all-linear", "use_rslora": True, "exclude_modules": ["o_proj"]},
         {
             "target_modules": ["q_proj", "o_proj"],
             "rank_pattern": {"o_proj": 2},
-            "alpha_pattern": {"layers.1.self_attn.q_proj": 3},
+            "alpha_pattern": {"self_attn.q_proj": 3},
         },
-        {"target_modules": ["q_proj", "v_proj"], "rank_pattern": {"layers.1.self_attn.v_proj": 8}},
         {"target_modules": r".*\.layers\.1\..*(k|up)_proj", "lora_alpha": 1},
         {
             "target_modules": ["down_proj", "k_proj"],
@@ -128,7 +123,6 @@ def test_written_files(base: Model, tmp_path: Path) -> None:
             "rank_pattern": {"k_proj": 8},
             "use_rslora": True,
         },
-        {"target_modules": "all-linear", "exclude_modules": ["o_proj"]},
     ],
 )
 def test_we_read_what_peft_writes(settings: dict[str, Any], base: Model, tmp_path: Path) -> None:
@@ -148,38 +142,23 @@ def test_we_read_what_peft_writes(settings: dict[str, Any], base: Model, tmp_pat
     assert np.abs(wanted - hf_logits(hf_model(head_dim=16))).max() > 0.01 * np.abs(wanted).max()
 
 
-NATIVE = r"names (lm_head|model\.embed_tokens), which native"
-
-
 @pytest.mark.parametrize(
     ("key", "value", "words"),
     [
-        *[("peft_type", "IA3", "peft_type"), ("bias", "all", "bias")],
-        ("modules_to_save", ["lm_head"], "modules_to_save"),
-        ("fan_in_fan_out", True, "fan_in_fan_out"),
+        *[("peft_type", "IA3", "peft_type='IA3'"), ("bias", "all", "bias='all'")],
+        *[("modules_to_save", ["x"], "modules_to_save"), ("lora_bias", True, "lora_bias=True")],
         ("init_lora_weights", "pissa_niter_4", "init_lora_weights"),
-        ("target_modules", ["c_attn"], "target_modules"),
-        ("rank_pattern", {"^q_proj": 4}, "rank_pattern"),
-        ("alpha_pattern", {"o_proj": 4}, "alpha_pattern"),
-        *[("lora_bias", True, "lora_bias"), ("layer_replication", [[0, 1]], "layer_replication")],
+        ("target_modules", ["c_attn"], r"target_modules=\['c_attn'\] match no module"),
         ("r", 0, "r=0"),
         ("r", 3, r"lora_A.*\(2, 48\), expected \(3, 48\)"),
-        ("target_modules", ["q_proj", "lm_head"], NATIVE),
-        ("target_modules", ["q_proj", "embed_tokens"], NATIVE),
-        ("target_modules", r".*(q_proj|lm_head)", NATIVE),
         ("target_modules", ["q_proj", "v_proj"], r"missing .*v_proj\.lora_A"),
         ("layers_to_transform", 0, r"unexpected .*layers\.1"),
-        # of the wrong type
-        ("target_modules", True, CONFIG),
-        ("target_modules", [1], CONFIG),
-        ("target_modules", "(", CONFIG),
-        ("exclude_modules", 3, CONFIG),
-        ("layers_to_transform", 0.5, CONFIG),
-        ("rank_pattern", 3, CONFIG),
-        ("rank_pattern", {"q_proj": "four"}, CONFIG),
-        ("alpha_pattern", ["q_proj"], CONFIG),
-        ("r", None, CONFIG),
-        ("lora_alpha", [1], CONFIG),
+        ("rank_pattern", {"layers.1.self_attn.q_proj": 1}, r"differ between layers.*with peft"),
+        ("alpha_pattern", {"layers.1.self_attn.q_proj": 1}, r"differ between layers.*with peft"),
+        ("target_modules", r".*0.*(q|k)_proj|.*1.*q_proj", r"differ between layers.*with peft"),
+        ("new_in_peft_9", 1, r"new_in_peft_9=1.*or remove a key that does not change"),
+        *[("target_modules", "(", CONFIG), ("rank_pattern", 3, CONFIG)],  # of the wrong type
+        *[("r", None, CONFIG), ("lora_alpha", [1], CONFIG), ("target_modules", [1], CONFIG)],
     ],
 )
 def test_wrong_settings_are_named(key: str, value: Any, words: str, base: Model, out: Path) -> None:
@@ -193,18 +172,16 @@ def test_other_spellings_of_a_setting_are_read(base: Model, out: Path) -> None:
     for changes in (
         {"target_modules": r".*(q_proj|lm_head)", "exclude_modules": ["lm_head"]},
         {"target_modules": ["q_proj"], "layers_to_transform": []},  # PEFT: all
+        {"new_in_peft_9": None, "another": {}},  # not in use
     ):
         edit(out, **changes)
         assert_trees_equal(load_peft(out, base)[1], wanted)
-    edit(out, new_in_peft_9=1, another=None)
-    with pytest.warns(UserWarning, match="another, new_in_peft_9"):
-        load_peft(out, base)
 
 
 def test_wrong_directories_are_named(base: Model, out: Path, tmp_path: Path) -> None:
     for path, words in {
-        tmp_path / "nowhere": r"nowhere: nothing is there. Give the directory",
-        out / CONFIG: r"adapter_config\.json: that is a file",
+        tmp_path / "nowhere": r"nowhere: it has no adapter_config\.json\. Give the directory",
+        out / CONFIG: r"adapter_config\.json: it has no",
         tmp_path: r"its adapters have names: give .*out",  # as peft saves an adapter with a name
     }.items():
         with pytest.raises(CheckpointError, match=words):

@@ -1,100 +1,51 @@
-"""Export: stock transformers computes what the fused model computes, and load_model gets the fused
-model back bit for bit.
+"""Exports: dtypes, shards and refusals; directories replaced with care, companion files, files that
+do not match; eps_z, which stock form needs because a joint norm sees the state.
 """
 
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import stat
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 import pytest
+import transformers
 from safetensors.numpy import load_file, save_file
-from support.checks import assert_logits_close, assert_trees_equal
-from support.exports import WIDENED, fused_model
-from support.grids import always
+from support.byte_tokenizer import byte_tokenizer
+from support.checks import TOLERANCE, assert_logits_close, assert_trees_equal
+from support.exports import WIDENED, fused_model, perturbed_adapters
 from support.huggingface import TOKENS, hf_logits, open_stock
+from support.models import tiny_model
 
-from zflora_jax.adapters.fuse import unfuse
+from zflora_jax import forward, fuse, load_model, save_hf, save_peft, unfuse
 from zflora_jax.adapters.packing import pack_for_decode
 from zflora_jax.core import trees
-from zflora_jax.core.adapter_config import METHODS, AdapterConfig
+from zflora_jax.core.adapter_config import AdapterConfig
 from zflora_jax.core.errors import CheckpointError
 from zflora_jax.core.fields import ConfigError
 from zflora_jax.core.model import Model
 from zflora_jax.evaluation.export_gap import export_gap
-from zflora_jax.hf.load import load_model
-from zflora_jax.hf.save import save_hf
-from zflora_jax.hf.shards import write_tensors
-from zflora_jax.hf.stock import FLOAT16_LEAST, choose_eps_z
-from zflora_jax.nn.llama import forward
+from zflora_jax.hf.load import model_config
+from zflora_jax.hf.restore import SIDE_FILE, SIDE_FOLDER, load_stock
+from zflora_jax.hf.stock import CHOICES, FLOAT16_LEAST, choose_eps_z, state_share
 
-MERGED = {
-    name: AdapterConfig(name, **({} if name == "full" else {"rank": 4}))
-    for name, row in METHODS.items()
-    if not row.widens
-}
-SOAK = [("zflora-minimal", "plain"), ("zflora-uniform", "llama3"), ("attention only", "plain")]
+LORA, MINIMAL = AdapterConfig("lora", rank=2), AdapterConfig("zflora-minimal", rank=8)
 # Widths that no server has kernels for are fine here.
 pytestmark = pytest.mark.filterwarnings("ignore:head_dim")
 
 
 def logits(model: Model) -> np.ndarray:
-    return np.asarray(forward(model, jnp.asarray(TOKENS)))
+    return np.asarray(forward(model, jnp.asarray(TOKENS)), np.float64)
 
 
 def manifest(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "zflora.json").read_text())
-
-
-def files(folder: Path) -> set[str]:
-    return {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()}
-
-
-@pytest.mark.parametrize(
-    ("name", "base"),
-    always(
-        [*((name, "plain") for name in WIDENED), ("zflora-minimal", "llama3"), SOAK[1]],
-        lambda case: case not in SOAK,
-    ),
-)
-def test_widened_exports(name: str, base: str, bases: dict[str, Model], tmp_path: Path) -> None:
-    model = bases[base]
-    fused = fused_model(model, WIDENED[name])
-    report, wanted = save_hf(tmp_path / "out", fused), logits(fused)
-    assert np.abs(wanted - logits(model)).max() > 0.1 * np.abs(wanted).max()
-    assert_logits_close(hf_logits(open_stock(tmp_path / "out")), wanted)
-
-    again = load_model(tmp_path / "out")
-    assert_trees_equal(again.params, fused.params)
-    assert again.config == fused.config and again.adapter == fused.adapter
-    stripped, adapters = unfuse(again)
-    assert_trees_equal(stripped.params, model.params)
-    assert_trees_equal(adapters, unfuse(fused)[1])
-    assert stripped.config == model.config
-    fingerprint = manifest(tmp_path / "out")["base"]["fingerprint"]
-    assert fingerprint == trees.fingerprint(model.params)
-    assert METHODS[WIDENED[name].method].source in (tmp_path / "out" / "README.md").read_text()
-    assert f"MLP {fused.config.intermediate_size}" in report["widths"]
-    assert set(report["files"]) == files(tmp_path / "out")
-    gap = export_gap(fused, tmp_path / "out", TOKENS[:1])
-    assert gap["max_abs_dlogit"] <= 1e-5 * gap["logit_scale"] and gap["top1_agreement"] == 1.0
-
-
-@pytest.mark.parametrize("name", MERGED)
-def test_merged_exports(name: str, bases: dict[str, Model], tmp_path: Path) -> None:
-    fused = fused_model(bases["plain"], MERGED[name])
-    save_hf(tmp_path / "out", fused, base_fingerprint="abc")
-    assert_logits_close(hf_logits(open_stock(tmp_path / "out")), logits(fused))
-    again = load_model(tmp_path / "out", scan_layers=False)
-    assert again.adapter == fused.adapter
-    assert trees.fingerprint(again.params) == trees.fingerprint(fused.params)
-    assert manifest(tmp_path / "out")["base"]["fingerprint"] == "abc"
-    assert not (tmp_path / "out" / "zflora").exists()
 
 
 def test_a_base_is_saved_as_it_was_loaded(bases: dict[str, Model], tmp_path: Path) -> None:
@@ -105,9 +56,12 @@ def test_a_base_is_saved_as_it_was_loaded(bases: dict[str, Model], tmp_path: Pat
 
 
 def test_separate_layers_and_shards(bases: dict[str, Model], tmp_path: Path) -> None:
-    base = load_model(str(bases["plain"].source), scan_layers=False)
+    """Of a tied model with Llama-3's RoPE scaling, which longrope factors have to hold."""
+    base = load_model(str(bases["llama3"].source), scan_layers=False)
     fused = fused_model(base, WIDENED["zflora-uniform"])
     report = save_hf(tmp_path / "out", fused, max_shard_bytes=60_000)
+    files = {str(p.relative_to(tmp_path / "out")) for p in (tmp_path / "out").rglob("*.*")}
+    assert set(report["files"]) == files and "MLP 86" in report["widths"]
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
     assert index["metadata"]["total_parameters"] == report["parameters"]
     shards = [tmp_path / "out" / file for file in set(index["weight_map"].values())]
@@ -137,67 +91,279 @@ def test_half_precision(dtype: str, bases: dict[str, Model], tmp_path: Path) -> 
     with jax.numpy_dtype_promotion("standard"):  # jax's own bfloat16 attention needs it
         gap = export_gap(fused, tmp_path / "out", TOKENS[:1])
     assert 0 < gap["max_abs_dlogit"] < 0.2 * gap["logit_scale"]
-    if dtype == "bfloat16":
-        kept = load_model(tmp_path / "out", "bfloat16")
-        save_hf(tmp_path / "twice", kept)
-        assert_trees_equal(load_model(tmp_path / "twice", "bfloat16").params, kept.params)
 
 
 @pytest.mark.parametrize(
-    ("kernel", "value", "settings", "words"),
+    ("kernel", "value", "dtype", "words"),
     [
         # Fits float16, but not once divided by eps_z = 2^-4.
-        ("attn/q", 5000.0, {"dtype": "float16"}, r"1\.self_attn\.q_proj.*range of float16"),
-        ("mlp/up", np.nan, {}, r"layers\.1\.mlp\.up_proj\.weight holds NaN"),
-        ("mlp/up", 1.0, {"dtype": "int8"}, "int8"),
-        (None, 1.0, {}, "packed"),
+        ("attn/q", 5000.0, "float16", r"1\.self_attn\.q_proj.*range of float16"),
+        ("mlp/up", np.nan, None, r"layers\.1\.mlp\.up_proj\.weight holds NaN"),
+        ("mlp/up", 1.0, "int8", "int8"),
+        ("mlp/up", 1.0, "packed", "packed"),
     ],
 )
 def test_refusals_leave_nothing_behind(
-    kernel: str | None,
-    value: float,
-    settings: dict[str, str],
-    words: str,
-    bases: dict[str, Model],
-    tmp_path: Path,
+    kernel: str, value: float, dtype: Any, words: str, bases: dict[str, Model], tmp_path: Path
 ) -> None:
     fused = fused_model(bases["plain"], WIDENED["zflora-minimal"])
-    if kernel is None:
-        fused = pack_for_decode(fused)
-    else:
-        block, name = kernel.split("/")
-        leaf = fused.params["layers"][block][name]
-        leaf["kernel"] = leaf["kernel"].at[1, 50].set(value)
+    block, name = kernel.split("/")
+    leaf = fused.params["layers"][block][name]
+    leaf["kernel"] = leaf["kernel"].at[1, 50].set(value)
+    if dtype == "packed":
+        fused, dtype = pack_for_decode(fused), None
     with pytest.raises((ConfigError, CheckpointError), match=words):
-        save_hf(tmp_path / "out", fused, **settings)
+        save_hf(tmp_path / "out", fused, dtype=dtype)
     assert list(tmp_path.iterdir()) == []
 
 
-SHAPES = {"b.weight": (3, 5), "a": (4,), "layers.10": (2, 2), "layers.9": (1, 7)}
+# --- the directory ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-@pytest.mark.parametrize("metadata", [None, {"format": "pt"}])
-def test_the_bytes_are_those_of_safetensors(
-    dtype: str, metadata: dict[str, str] | None, tmp_path: Path
+@pytest.fixture(scope="module")
+def fused(bases: dict[str, Model]) -> Model:
+    return fused_model(bases["plain"], WIDENED["zflora-uniform"])
+
+
+@pytest.fixture(scope="module")
+def exported(fused: Model, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("exported") / "out"
+    save_hf(path, fused)
+    return path
+
+
+@pytest.fixture
+def out(exported: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(exported, tmp_path / "out"))
+
+
+def names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+def test_only_our_own_exports_are_replaced(bases: dict[str, Model], tmp_path: Path) -> None:
+    model, out = bases["plain"], tmp_path / "out"
+    out.mkdir()
+    save_hf(out, model)  # an empty directory is no loss
+    first = (out / "model.safetensors").stat()
+    save_hf(out, model)
+    second, config = ((out / n).stat() for n in ("model.safetensors", "config.json"))
+    assert second.st_ino != first.st_ino and names(tmp_path) == {"out"}
+    assert stat.S_IMODE(second.st_mode) == stat.S_IMODE(config.st_mode)
+
+    (out / "notes.txt").write_text("mine")
+    with pytest.raises(CheckpointError, match=r"did not write there: notes\.txt"):
+        save_hf(out, model)
+    assert (out / "notes.txt").read_text() == "mine"
+    (out / "notes.txt").unlink()
+    (out / "zflora.json").write_text('{"format": "something else"}')
+    foreign = shutil.copytree(str(model.source), tmp_path / "foreign")
+    for folder in (out, foreign):
+        with pytest.raises(CheckpointError, match="not written by this project"):
+            save_hf(folder, model)
+    assert names(foreign) == names(Path(str(model.source)))
+    with pytest.raises(CheckpointError, match="is a file"):
+        save_hf(foreign / "config.json", model)
+    assert names(tmp_path) == {"out", "foreign"}
+
+
+@pytest.mark.parametrize("moment", ["write", "first rename", "second rename"])
+def test_a_failed_replacement_keeps_the_old_export(
+    moment: str, bases: dict[str, Model], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    draw, asked = np.random.default_rng(0), []
-    stored = ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype
-    tensors = {name: draw.standard_normal(shape).astype(stored) for name, shape in SHAPES.items()}
-    specs = {name: (shape, dtype) for name, shape in SHAPES.items()}
+    out, calls, rename = tmp_path / "out", [], os.rename
+    save_hf(out, bases["plain"])
+    before = {p.name: p.read_bytes() for p in out.iterdir() if p.is_file()}
 
-    def tensor(name: str) -> np.ndarray:
-        asked.append(name)
-        return np.asfortranarray(tensors[name])  # as a transposed view is
+    def failing(*paths: Any, **_: Any) -> None:
+        calls.append(paths)
+        if len(calls) == (2 if moment == "second rename" else 1):
+            raise OSError(28, "No space left on device")
+        rename(*paths)
 
-    write_tensors(tmp_path / "ours", specs, tensor, metadata)
-    save_file(tensors, tmp_path / "theirs", metadata=metadata)
-    assert (tmp_path / "ours").read_bytes() == (tmp_path / "theirs").read_bytes()
-    write_tensors(None, specs, tensor, metadata)  # another process writes
-    assert asked == 2 * sorted(SHAPES)
+    place = "zflora_jax.hf.save.write_tensors" if moment == "write" else "os.rename"
+    monkeypatch.setattr(place, failing)
+    with pytest.raises(OSError, match="No space left"):
+        save_hf(out, bases["llama3"])
+    assert {p.name: p.read_bytes() for p in out.iterdir() if p.is_file()} == before
+    assert names(tmp_path) == {"out"}
 
 
-@pytest.mark.parametrize("wrong", [np.zeros((4, 1), np.float32), np.zeros(4, np.float16)])
-def test_a_tensor_of_another_shape_or_dtype_is_refused(wrong: np.ndarray, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"a is .* announced: \(4,\) float32"):
-        write_tensors(tmp_path / "file", {"a": ((4,), "float32")}, lambda _: wrong)
+def test_tokenizer_and_generation_config(bases: dict[str, Model], tmp_path: Path) -> None:
+    """Byte for byte from the base's directory; from the tokenizer object where there is no
+    directory; the same ids either way.
+    """
+    source, tokenizer = tmp_path / "base", byte_tokenizer()
+    shutil.copytree(str(bases["plain"].source), source)
+    tokenizer.save_pretrained(source)
+    (source / "generation_config.json").write_text('{"eos_token_id": [2, 3],   "do_sample": true}')
+    model = load_model(source)
+    assert model.config.eos_token_ids == (2, 3)
+    save_hf(tmp_path / "out", model)
+    copied = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")
+    for name in (*copied, "chat_template.jinja"):
+        assert (tmp_path / "out" / name).read_bytes() == (source / name).read_bytes()
+    assert load_model(tmp_path / "out").config == model.config
+
+    tokenizer(["a", "bb"], padding=True, truncation=True, max_length=1)  # which is not to be saved
+    save_hf(tmp_path / "written", Model(model.config, model.params, tokenizer))
+    settings = json.loads((tmp_path / "written" / "tokenizer_config.json").read_text())
+    assert settings["tokenizer_class"] == "PreTrainedTokenizerFast"
+    generation = json.loads((tmp_path / "written" / "generation_config.json").read_text())
+    assert generation == {"bos_token_id": 1, "eos_token_id": [2, 3], "pad_token_id": 0}
+    chat, text = [{"role": "user", "content": "1 + 1?"}], "héllo  12 <eos>\n"
+    for path in ("out", "written"):
+        again = transformers.AutoTokenizer.from_pretrained(tmp_path / path)
+        assert again(text)["input_ids"] == byte_tokenizer()(text)["input_ids"]
+        assert again.eos_token_id == tokenizer.eos_token_id
+        assert again.pad_token_id == tokenizer.pad_token_id
+        prompts = [t.apply_chat_template(chat, tokenize=False) for t in (again, tokenizer)]
+        assert prompts[0] == prompts[1]
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "words"),
+    [
+        ("config.json", {"rms_norm_eps": 1e-5}, "rms_norm_eps"),
+        ("config.json", {"hidden_size": 48}, "hidden_size"),
+        ("config.json", {"rope_scaling": None}, "rope_scaling"),
+        ("config.json", {"rope_theta": 1e4}, "rope_theta"),
+        ("config.json", {"attention_bias": True}, "attention_bias"),
+        ("zflora.json", {"version": 2}, r"version are .*, 2\)"),
+        ("zflora.json", {"format": "x"}, "not a manifest"),
+        ("zflora.json", {"adapter": {"method": "zflora-uniform", "rank": 9}}, "was not fused from"),
+        ("zflora.json", {"native_config": {}}, "incomplete or damaged"),
+        ("zflora.json", {"eps_z": None}, "incomplete or damaged"),
+    ],
+)
+def test_files_that_do_not_belong_together(
+    file: str, change: dict[str, Any], words: str, out: Path
+) -> None:
+    values = json.loads((out / file).read_text())
+    (out / file).write_text(json.dumps(values | change))
+    with pytest.raises(ValueError, match=words):
+        load_model(out)
+
+
+def test_a_missing_side_file_and_a_state_in_the_embedding_are_refused(
+    fused: Model, out: Path
+) -> None:
+    """The state starts at zero: other software put a value there, and it would be dropped."""
+    (out / SIDE_FOLDER).rename(out / "elsewhere")
+    with pytest.raises(CheckpointError, match=r"zflora lacks restore\.safetensors: copy it"):
+        load_model(out)
+    (out / "elsewhere").rename(out / SIDE_FOLDER)
+    tensors, name = load_file(out / "model.safetensors"), "model.embed_tokens.weight"
+    tensors[name][3, fused.config.norm_dim] = 0.5
+    save_file(tensors, out / "model.safetensors")
+    with pytest.raises(CheckpointError, match=rf"{name} has channels from .* that are not zero"):
+        load_model(out)
+
+
+def test_an_export_on_the_hub_is_the_export_on_disk(
+    fused: Model, exported: Path, tmp_path: Path
+) -> None:
+    """In the hub's cache each file is a link into the blobs; one to elsewhere is refused."""
+    home = tmp_path / "models--org--name"
+    (home / "blobs").mkdir(parents=True)
+    there = home / "snapshots" / "abc"
+    for i, file in enumerate(path for path in exported.rglob("*") if path.is_file()):
+        link = there / file.relative_to(exported)
+        link.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(file, home / "blobs" / str(i))
+        link.symlink_to(os.path.relpath(home / "blobs" / str(i), link.parent))
+    loaded = load_model(there)
+    assert_trees_equal(loaded.params, fused.params)
+    assert model_config(there) == loaded.config  # of the model, not of its stock form
+    side = there / SIDE_FOLDER / SIDE_FILE
+    shutil.copy(side, tmp_path / "away")
+    side.unlink()
+    side.symlink_to(tmp_path / "away")
+    with pytest.raises(CheckpointError, match="is a link that leads out of"):
+        load_model(there)
+
+
+def test_the_base_of_an_export_is_not_called_as_the_export(exported: Path, tmp_path: Path) -> None:
+    """Adapters on it belong to the base; saved again, the export has the same base."""
+    fused = load_model(exported)
+    assert (fused.source, fused.base) == (str(exported), "plain")
+    base, adapters = unfuse(fused)
+    assert (base.source, base.base) == (fused.source, "plain")  # its other files are there still
+    assert unfuse(fuse(base, fused.adapter, adapters))[0].base == "plain"
+    save_peft(tmp_path / "peft", base, LORA, perturbed_adapters(base, LORA))
+    written = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
+    assert written["base_model_name_or_path"] == "plain"
+    save_hf(tmp_path / "again", fused)
+    assert manifest(tmp_path / "again")["base"]["name"] == "plain"
+
+
+# --- the scale of the state --------------------------------------------------------------------
+
+
+def trained_like(seed: int = 0, std: float = 0.02, **changes: object) -> Model:
+    """Adapters near their initialisation, as training leaves them."""
+    model = tiny_model(seed, num_layers=3, **changes)
+    return fuse(model, MINIMAL, perturbed_adapters(model, MINIMAL, std))
+
+
+def test_the_choice_follows_the_weights() -> None:
+    fused = trained_like()
+    share, d = state_share(fused), fused.config.norm_dim
+    assert choose_eps_z(fused, "bfloat16") >= 16 * choose_eps_z(fused, "float32")
+
+    def scaled(factor: float) -> Model:
+        """The state times `factor`: as a larger adapter would write it."""
+
+        def visit(name: str, x: jax.Array) -> jax.Array:
+            written = name.endswith(("o/kernel", "down/kernel"))
+            return x.at[..., d:].multiply(factor) if written else x
+
+        return Model(fused.config, trees.map_with_names(visit, fused.params), adapter=MINIMAL)
+
+    assert state_share(scaled(0.25)) == pytest.approx(share / 16, rel=1e-6)
+    for dtype in ("float32", "bfloat16"):
+        assert choose_eps_z(scaled(0.25), dtype) == 4 * choose_eps_z(fused, dtype)
+    assert choose_eps_z(scaled(0.0), "float32") == 1.0
+    assert choose_eps_z(scaled(1e6), "float32") == CHOICES[-1] == 2.0**-10
+    assert choose_eps_z(scaled(1e6), "float16") == 2.0**-4  # float16 cannot hold less
+    flat = Model(fused.config.replace(scan_layers=False), trees.unstack_layers(fused.params, 3))
+    assert state_share(flat) == pytest.approx(share, rel=1e-6)
+    assert state_share(tiny_model()) == 0.0 and choose_eps_z(tiny_model(), "float32") == 1.0
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_the_estimate_bounds_the_share_of_every_token(seed: int, tmp_path: Path) -> None:
+    """The safety factor covers the excess of single tokens over the estimate from the weights."""
+    fused = trained_like(seed, tie_word_embeddings=False)
+    want, gained = logits(fused), {}
+    for eps in (0.5, 0.25):  # large enough to be seen above the rounding of float32
+        save_hf(tmp_path / "out", fused, eps_z=eps)
+        wrong = np.abs(logits(load_stock(tmp_path / "out")) - want)
+        gained[eps] = wrong.max() / np.abs(want).max()
+        assert gained[eps] <= 4 * state_share(fused) * eps**2 / 2
+    assert gained[0.5] / gained[0.25] == pytest.approx(4, rel=0.3)  # the square of eps_z
+
+
+@pytest.mark.parametrize("eps", [2.0**-10, 0.0625, 1.0])
+def test_a_named_scale_is_written_and_read_back(eps: float, tmp_path: Path) -> None:
+    fused = trained_like()
+    assert (
+        save_hf(tmp_path / "out", fused, eps_z=eps)["eps_z"]
+        == eps
+        == manifest(tmp_path / "out")["eps_z"]
+    )
+    assert_trees_equal(load_model(tmp_path / "out").params, fused.params)
+    wrong = np.abs(logits(load_stock(tmp_path / "out")) - logits(fused)).max()
+    assert (wrong > TOLERANCE * np.abs(logits(fused)).max()) == (eps > 2**-7)
+
+
+def test_other_scales_are_refused_and_a_model_without_a_state_has_none(tmp_path: Path) -> None:
+    fused = trained_like()
+    for eps in (0.1, 2.0, 2.0**-11, 0.0, -0.5, float("nan")):
+        with pytest.raises(ConfigError, match=r"power of two from 2\^-10.*int8"):
+            save_hf(tmp_path / "out", fused, eps_z=eps)
+    with pytest.raises(ConfigError, match="this model has none"):
+        save_hf(tmp_path / "out", tiny_model(), eps_z=0.0625)
+    assert list(tmp_path.iterdir()) == []
+    report = save_hf(tmp_path / "out", tiny_model())
+    assert "eps_z" not in report and manifest(tmp_path / "out")["eps_z"] == 1

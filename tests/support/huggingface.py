@@ -21,14 +21,26 @@ LLAMA3 = {
     "original_max_position_embeddings": 64,
 }
 NAMES = {
-    **{
-        "input_layernorm": "attn_norm",
-        "post_attention_layernorm": "ffn_norm",
-        "self_attn.o_proj": "attn_output",
-    },
+    "model.embed_tokens": "token_embd",
+    "model.norm": "output_norm",
+    "lm_head": "output",
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+    "self_attn.o_proj": "attn_output",
     **{f"self_attn.{x}_proj": f"attn_{x}" for x in "qkv"},
     **{f"self_attn.{x}_norm": f"attn_{x}_norm" for x in "qk"},
     **{f"mlp.{x}_proj": f"ffn_{x}" for x in ("gate", "up", "down")},
+}
+SIZES = {"vocab_size": 259, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 2}
+SETTINGS = SIZES | {
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 12,
+    "rms_norm_eps": 1e-5,
+    "max_position_embeddings": 256,
+    "initializer_range": 0.2,
+    "tie_word_embeddings": False,
+    **{"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0},
 }
 
 
@@ -37,28 +49,9 @@ def hf_model(seed: int = 0, family: str = "llama", **changes: Any) -> Any:
     attention is far from uniform.
     """
     rope = {"rope_theta": 500.0, **changes.pop("rope", {"rope_type": "default"})}
-    settings = {
-        **{
-            "vocab_size": 259,
-            "hidden_size": 48,
-            "intermediate_size": 80,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-        },
-        **{
-            "head_dim": 12,
-            "rms_norm_eps": 1e-5,
-            "max_position_embeddings": 256,
-            "initializer_range": 0.2,
-            "tie_word_embeddings": False,
-        },
-        **{"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0},
-    }
+    settings = SETTINGS | changes | {"rope_parameters": rope, "attn_implementation": "eager"}
     torch.manual_seed(seed)
-    config = transformers.AutoConfig.for_model(
-        family, **(settings | changes), rope_parameters=rope, attn_implementation="eager"
-    )
+    config = transformers.AutoConfig.for_model(family, **settings)
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -87,9 +80,6 @@ def write_gguf(
     """
     c = model.config
     writer = gguf.GGUFWriter(str(path), metadata.pop("arch", c.model_type))
-    interleaved = ("self_attn.q_proj", "self_attn.k_proj")
-    if c.model_type.startswith("qwen"):
-        interleaved = ()
     writer.add_context_length(c.max_position_embeddings)
     writer.add_embedding_length(c.hidden_size)
     writer.add_block_count(metadata.pop("blocks", c.num_hidden_layers))
@@ -115,31 +105,22 @@ def write_gguf(
         writer.add_eos_token_id(257)
         writer.add_pad_token_id(258)
     for key, value in metadata.items():
-        (writer.add_string if isinstance(value, str) else writer.add_uint32)(
-            key.replace("__", "."), value
-        )
+        add = writer.add_string if isinstance(value, str) else writer.add_uint32
+        add(key.replace("__", "."), value)
     tensors = {}
+    heads = {"self_attn.q_proj": c.num_attention_heads, "self_attn.k_proj": c.num_key_value_heads}
     for name, tensor in model.state_dict().items():
-        array, parts = tensor.numpy(), name.split(".")
+        if name == "lm_head.weight" and c.tie_word_embeddings:
+            continue
+        array, (module, _, parameter) = tensor.numpy(), name.rpartition(".")
+        block = ""
         if name.startswith("model.layers."):
-            module = ".".join(parts[3:-1])
-            if module in interleaved:
-                heads = (
-                    c.num_attention_heads if module == "self_attn.q_proj" else c.num_key_value_heads
-                )
-                array = (
-                    array.reshape(heads, 2, -1, array.shape[-1]).swapaxes(1, 2).reshape(array.shape)
-                )
-            tensors[f"blk.{parts[2]}.{NAMES[module]}.{parts[-1]}"] = array
-        elif name != "lm_head.weight" or not c.tie_word_embeddings:
-            tensors[
-                {
-                    "model.embed_tokens": "token_embd",
-                    "model.norm": "output_norm",
-                    "lm_head": "output",
-                }[name.removesuffix(".weight")]
-                + ".weight"
-            ] = array
+            _, _, layer, module = module.split(".", 3)
+            block = f"blk.{layer}."
+        if module in heads and not c.model_type.startswith("qwen"):
+            halves = array.reshape(heads[module], 2, -1, array.shape[-1])
+            array = halves.swapaxes(1, 2).reshape(array.shape)
+        tensors[f"{block}{NAMES[module]}.{parameter}"] = array
     if edit:
         edit(tensors)
     for name, array in tensors.items():

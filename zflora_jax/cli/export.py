@@ -42,8 +42,8 @@ def add_options(parser: CommandParser) -> None:
         "TYPE",
         "gguf: type of the weights, f32, f16, bf16, q8_0 (default), q4_0, q4_1, or"
         " keep: the base's own blocks, of a run with quantize.kernels=keep; hf: kernels as codes"
-        " for vLLM and transformers (compressed-tensors), int8 (W8A16), w8a8, int4 (W4A16, groups"
-        " of 64), int4-g32, int4-g64 or int4-g128 (default: as numbers)",
+        " for vLLM and transformers (compressed-tensors), int8 (W8A16), w8a8 or int4 (W4A16,"
+        " groups of the base's codes, else of 64) (default: as numbers)",
     )
     parser.option(
         "--eps",

@@ -262,7 +262,8 @@ def _model_of(args: argparse.Namespace, run: RunConfig | None) -> Model:
     from zflora_jax.core.adapter_config import METHODS
     from zflora_jax.experiments.restore import load_fused
     from zflora_jax.hf.gguf.read import has_blocks
-    from zflora_jax.hf.load import load_model, locate
+    from zflora_jax.hf.hub import locate
+    from zflora_jax.hf.load import load_model
     from zflora_jax.hf.peft import load_peft
     from zflora_jax.nn.quantize_model import is_quantized, stored_text
 
@@ -272,7 +273,7 @@ def _model_of(args: argparse.Namespace, run: RunConfig | None) -> Model:
         return pack_for_decode(split_layers(model), donate=True)
     # The file's own blocks where nothing is merged into them.
     own = args.quantize is None and args.model.endswith(".gguf") and not args.adapter
-    keep = own and has_blocks(locate(args.model)[0])
+    keep = own and has_blocks(locate(args.model))
     dtype, how = args.dtype or "float32", args.quantize or ("keep" if keep else "none")
     # A tree per layer (`split_layers`), of which each is packed in turn: there is no second copy.
     model = load_model(args.model, dtype, scan_layers=False, mesh=mesh, quantize=how)

@@ -51,7 +51,7 @@ def describe(path: str | os.PathLike[str]) -> Facts:
     """
     source = as_path(path).expanduser()
     # A model in a bucket is copied without its weights.
-    there = source if (source / STARTS_FILE).is_file() else local_copy(path, weights=False)
+    there = source if (source / STARTS_FILE).is_file() else local_copy(path, ["*.json", WEIGHTS])
     return _described(there, os.fspath(path)) | {"path": str(source)}
 
 

@@ -10,9 +10,9 @@ adapter dim of the values has its own.
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +29,7 @@ from zflora_jax.core.fields import nearest, require, to_dict
 from zflora_jax.core.model import Model
 from zflora_jax.core.model_config import LlamaConfig
 from zflora_jax.core.quantize_config import QuantizeConfig
-from zflora_jax.hf.config import to_hf_config
-from zflora_jax.hf.keys import Slices, as_finite, hf_shapes, hf_table, members, quantized
+from zflora_jax.hf.keys import as_finite, hf_table, members, quantized
 from zflora_jax.hf.shards import FLOATS, Shards, Spec
 from zflora_jax.hf.stock import (
     CHOICES,
@@ -41,11 +40,11 @@ from zflora_jax.hf.stock import (
     round_up,
     state_share,
     stock_form,
+    stored_form,
 )
 from zflora_jax.nn.quantize_model import group_of
-from zflora_jax.ops.quantized import KINDS, QuantizedArray, cut, quantize_block
+from zflora_jax.ops.quantized import QuantizedArray, cut, quantize_block
 
-PACKED, PLAIN = "pack-quantized", "int-quantized"
 DTYPES = ("float32", "bfloat16")  # of unquantised tensors; vLLM casts scales to it too
 CODES = ("I8", "I32", "I64")  # safetensors' dtypes of codes, words and shapes
 MOST = 127  # the largest code of 8 bits that has a negative
@@ -58,38 +57,24 @@ _UNITS = tuple(sorted((2.0**k for k in range(-10, 11)), key=lambda power: abs(np
 class Quant:
     """A way to store the layers' kernels."""
 
-    kind: str  # type of their codes, a key of `KINDS`
+    kind: str  # type of their codes
+    bits: int  # of a code
+    format: str  # compressed-tensors' name of the layout
+    parts: tuple[str, ...]  # names of a kernel's tensors, in place of "weight"; the codes first
     text: str  # for messages and help
-    group: int | None = None  # inputs of a group; None: the type's default, or those of the codes
-    format: str = PACKED  # compressed-tensors' name of the layout
-    activations: bool = False  # whether the consumer rounds activations to 8 bits
-
-    @property
-    def bits(self) -> int:
-        """Bits of a code."""
-        return KINDS[self.kind].bits
-
-    @property
-    def parts(self) -> tuple[str, ...]:
-        """Names of a kernel's tensors, in place of "weight"; the codes come first."""
-        codes = ("weight",) if self.format == PLAIN else ("weight_packed", "weight_shape")
-        return (*codes, "weight_scale")
 
 
+_PACKED = ("pack-quantized", ("weight_packed", "weight_shape", "weight_scale"))
+_PLAIN = ("int-quantized", ("weight", "weight_scale"))  # consumers round activations to 8 bits
 QUANTS = {
-    "int8": Quant("int8", "W8A16, one scale for each output channel"),
-    "w8a8": Quant(
-        "int8", "the codes of int8, activations rounded to 8 bits", format=PLAIN, activations=True
-    ),
-    "int4": Quant("int4", "W4A16 in groups of 64, or of the codes that the model has"),
-    **{f"int4-g{n}": Quant("int4", f"W4A16 in groups of {n}", n) for n in KINDS["int4"].groups},
+    "int8": Quant("int8", 8, *_PACKED, "W8A16, one scale for each output channel"),
+    "w8a8": Quant("int8", 8, *_PLAIN, "the codes of int8, activations rounded to 8 bits"),
+    "int4": Quant("int4", 4, *_PACKED, "W4A16 in the groups of the model's codes, of floats in 64"),
 }
 
 
 def check_quant(quant: str, dtype: str | None = None) -> Quant:
-    """Looks up a quantisation; ConfigError for an unknown name, or for a dtype of the unquantised
-    tensors that it does not go with.
-    """
+    """Looks up a quantisation; ConfigError if it is unknown or does not go with `dtype`."""
     require(
         quant in QUANTS,
         f"quant={quant!r} of a Hugging Face directory: {nearest(quant, QUANTS)}. The types of"
@@ -112,18 +97,14 @@ class CompressedForm:
     native: LlamaConfig  # the model's config
     base: LlamaConfig  # its base's config
     stock: StockForm  # with filled heads and MLP units
-    # "o" or "down" -> powers of the adapter's units that it reads, per layer [kv heads or 1, e]
+    # "heads" or "mlp" -> powers that the adapter's units are stored times, per layer [R, e]
     units: dict[str, list[np.ndarray]] = field(default_factory=dict)
 
-    def report(self, quant: str) -> dict[str, Any]:
-        """Widths, filled channels, quantisation and groups."""
-        report = self.stock.report(self.native) | {"quant": f"{quant}: {self.quant.text}"}
-        if self.quant.kind == "int4":
-            sizes = sorted(set(self.groups.values()), reverse=True)
-            report["quant"] = f"{quant}: W4A16 in groups of {' and '.join(map(str, sizes))}"
-            of = {n: ", ".join(k for k in KERNELS if self.groups[k] == n) for n in sizes}
-            report["groups of inputs"] = "; ".join(f"{n}: {kernels}" for n, kernels in of.items())
-        return report
+    def powers(self, stream: str, layer: int) -> np.ndarray:
+        """Powers that the adapter's channels of a stream are stored times, [heads or 1, e or 1]."""
+        if stream in self.units:
+            return self.units[stream][layer]
+        return np.full((1, 1), self.stock.eps_z if stream == "residual" else 1, np.float32)
 
 
 def compressed_form(model: Model, quant: str, dtype: str, eps_z: float | None) -> CompressedForm:
@@ -132,7 +113,7 @@ def compressed_form(model: Model, quant: str, dtype: str, eps_z: float | None) -
     require_format(config.family, "compressed", config.base_head_dim is not None)
     widened = model.adapter is not None and METHODS[model.adapter.method].widens
     base = base_config(config, model.adapter) if widened and model.adapter else config
-    groups = _groups(model, quant, row, base)
+    groups = _groups(model, quant, base)
     chosen = stock_form(model, dtype, eps_z).eps_z
     inputs = round_up(config.intermediate_size, groups["down"] or _WORD)
     native = config.replace(intermediate_size=inputs)
@@ -145,10 +126,10 @@ def compressed_form(model: Model, quant: str, dtype: str, eps_z: float | None) -
     return form if row.kind == "int4" or base == config else _shared_scales(form, model, eps_z)
 
 
-def _groups(model: Model, quant: str, row: Quant, base: LlamaConfig) -> dict[str, int]:
+def _groups(model: Model, quant: str, base: LlamaConfig) -> dict[str, int]:
     """Each kernel's group size: that of its codes, or one that divides the base's inputs."""
-    how = QuantizeConfig(row.kind, group=row.group)  # type: ignore[arg-type]
-    found: dict[str, int] = {}
+    row, found = QUANTS[quant], dict[str, int]()
+    how = QuantizeConfig(row.kind)  # type: ignore[arg-type]
     for name, leaf in trees.flatten(model.params).items():
         kernel = name.split("/")[-2]
         if kernel not in KERNELS or not name.endswith("/kernel"):
@@ -156,13 +137,9 @@ def _groups(model: Model, quant: str, row: Quant, base: LlamaConfig) -> dict[str
         if not isinstance(leaf, QuantizedArray):
             found[kernel] = group_of(name, row.kind, how, kernel_shapes(base)[kernel][0][-1])
             continue
-        found[kernel] = wanted = leaf.group
-        if row.group is not None and leaf.kind == row.kind:
-            wanted = group_of(name, row.kind, how, leaf.base)
+        found[kernel] = leaf.group
         require(
-            leaf.kind == row.kind
-            and bool(leaf.group) == (row.kind == "int4")
-            and leaf.group == wanted,
+            leaf.kind == row.kind and bool(leaf.group) == (row.kind == "int4"),
             f"quant={quant!r} is {row.text}, and {name} is stored as {leaf.kind}, a scale for"
             f" {leaf.group or 'all'} inputs. Choose the quant of these codes (int8 without groups:"
             " 'int8' or 'w8a8'; int4: 'int4'), quantise the base otherwise, or make floats of it"
@@ -193,6 +170,24 @@ class _Kernel:
         used[:, self.outputs :] = False
         return used
 
+    def joined(self, powers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Codes [R, w + e, N, o] and scales, with the rows divided by `powers` [R, e, 1, 1]."""
+        codes, scales = self.codes, self.scales
+        if self.own is not None:
+            codes = np.concatenate([codes, self.own[0]], axis=1)
+            return codes, np.concatenate([scales, self.own[1] / powers], axis=1)
+        if not self.rows.size:
+            return codes, scales
+        rows = self.rows / powers
+        need = np.abs(rows).max(axis=(0, 1)) / MOST
+        wider = ~self.shared & (need > scales[0, 0])
+        if wider.any():
+            again = np.rint(codes * (scales / np.where(wider, need, 1)))
+            codes = np.where(wider, again, codes).astype(np.int8)
+            scales = np.where(wider, need, scales).astype(np.float32)
+        own = np.clip(np.rint(rows / np.where(scales > 0, scales, 1)), -MOST, MOST)
+        return np.concatenate([codes, own.astype(np.int8)], axis=1), scales
+
 
 def _kernel(form: CompressedForm, model: Model, name: str) -> _Kernel:
     """Splits a kernel of `hf_table`; floats are quantised. Processes call this together."""
@@ -203,11 +198,7 @@ def _kernel(form: CompressedForm, model: Model, name: str) -> _Kernel:
     extra: Any = None
     rows: Any = np.zeros((*place.shape[: reads - 1], 0, *place.shape[reads:]))
     if isinstance(leaf, QuantizedArray):
-        if not np.isfinite(np.asarray(leaf.scales, np.float32)).all():
-            raise CheckpointError(
-                f"the model: the scales of {name} hold NaN or infinite values; quantise the base"
-                " again."
-            )
+        as_finite(np.asarray(leaf.scales), np.float32, f"the scales of {name}", "the model")
         top = cut(leaf, leaf.axis, slice(0, leaf.base))
         if leaf.base < leaf.shape[leaf.axis]:
             extra = cut(leaf, leaf.axis, slice(leaf.base, None))
@@ -220,15 +211,14 @@ def _kernel(form: CompressedForm, model: Model, name: str) -> _Kernel:
         if rows.size and kind == "int4":
             extra = jax.jit(quantize_block)(rows, top)
 
-    def plain(part: Any, dtype: Any) -> np.ndarray:
+    def plain(part: Any, dtype: Any = np.float32) -> np.ndarray:
         shape = [1] * (2 - reads) + list(part.shape[:reads]) + [1] * (2 - writes)
         return np.asarray(part).astype(dtype).reshape(*shape, *part.shape[reads:])
 
     own = None
     if kind == "int4" and extra is not None:
-        own = plain(extra.codes, np.int8), plain(extra.scales, np.float32)
-    codes, scales = plain(top.codes, np.int8), plain(top.scales, np.float32)
-    return _Kernel(codes, scales, plain(rows, np.float32), own, base[-1])
+        own = plain(extra.codes, np.int8), plain(extra.scales)
+    return _Kernel(plain(top.codes, np.int8), plain(top.scales), plain(rows), own, base[-1])
 
 
 def _shared_scales(form: CompressedForm, model: Model, eps_z: float | None) -> CompressedForm:
@@ -251,19 +241,19 @@ def _shared_scales(form: CompressedForm, model: Model, eps_z: float | None) -> C
         parts = _kernel(form, model, name) if kernel in KERNELS else None
         if parts is None or not parts.rows.size:
             continue
-        state = KERNELS[kernel][0] == "residual"
-        shared = parts.shared
+        stream, shared = KERNELS[kernel][0], parts.shared
         rows, scales = parts.rows[..., shared], parts.scales[0, 0][shared]
-        found = np.stack([error_of(rows, p * scales) for p in (CHOICES if state else _UNITS)])
-        if state:
+        choices = CHOICES if stream == "residual" else _UNITS
+        found = np.stack([error_of(rows, power * scales) for power in choices])
+        if stream == "residual":
             base = parts.codes[..., shared] * scales
             error += found.reshape(len(found), -1).sum(axis=1)
             energy, counts = energy + float(np.sum(base**2)), counts + (rows.size, base.size)
             continue
-        if kernel == "o":  # the heads of a group read one value
+        if stream == "heads":  # the heads of a group read one value
             found = found.reshape(len(_UNITS), form.native.num_kv_heads, -1, found.shape[-1]).sum(2)
         best = np.asarray(_UNITS, np.float32)[found.argmin(axis=0)]
-        units.setdefault(kernel, []).append(best)
+        units.setdefault(stream, []).append(best)
     stock = form.stock
     if eps_z is None and counts[0]:
         share, each = state_share(model), (error / counts[0]) / (energy / counts[1])
@@ -277,7 +267,7 @@ def compressed(model: Model, quant: str, dtype: str, eps_z: float | None) -> Sto
 
     Args:
       model: A base or fused model, not packed.
-      quant: Key of `QUANTS`; int4 without a group takes the groups of the model's codes, else 64.
+      quant: Key of `QUANTS`.
       dtype: Data type of embedding, head, norms and biases.
       eps_z: Scale of the stored state; None: chosen from the weights.
 
@@ -287,114 +277,75 @@ def compressed(model: Model, quant: str, dtype: str, eps_z: float | None) -> Sto
     """
     form = compressed_form(model, quant, dtype, eps_z)
     row, table = form.quant, hf_table(form.stock.config)
+    floats = stored_form(model, form.stock, dtype)
     names, specs = members(table), dict[str, Spec]()
+    kernels = {name for name, (first, *_) in names.items() if module_of(table[first]) in KERNELS}
     scale_dtype = "bfloat16" if row.kind == "int4" and dtype == "bfloat16" else "float32"
-    part_of: dict[str, tuple[str, str]] = {}  # tensor -> (tensor of floats, part)
-    for name, shape in hf_shapes(table).items():
-        kernel = module_of(table[names[name][0]])
-        if kernel not in KERNELS:
+    for name, (shape, _) in floats.specs.items():
+        if name not in kernels:
             specs[name] = shape, dtype
             continue
-        (rows, width), group = shape, form.groups[kernel]
+        (rows, width), group = shape, form.groups[module_of(table[names[name][0]])]
         parts = {
             "weight": (shape, "int8"),
             "weight_packed": ((rows, -(-width * row.bits // 32)), "int32"),
             "weight_scale": ((rows, width // group if group else 1), scale_dtype),
             "weight_shape": ((2,), "int64"),
         }
-        for part in row.parts:
-            tensor_name = name.removesuffix("weight") + part
-            specs[tensor_name], part_of[tensor_name] = parts[part], (name, part)
+        specs |= {name.removesuffix("weight") + part: parts[part] for part in row.parts}
 
-    @lru_cache(maxsize=1)  # the tensors of a kernel are asked for one after the other
+    @functools.lru_cache(maxsize=1)  # the tensors of a kernel are asked for one after the other
     def kernel_of(name: str) -> tuple[np.ndarray, np.ndarray]:
         made = [_stock_kernel(form, model, part) for part in names[name]]
         codes, scales = (np.concatenate(parts) for parts in zip(*made, strict=True))
         return codes, scales
 
     def tensor(name: str) -> np.ndarray:
-        if name not in part_of:
-            x = form.stock.tensor(model, name)
-            return as_finite(x, np.dtype(dtype), name, "the model")
-        whole, part = part_of[name]
-        codes, scales = kernel_of(whole)
+        stem, _, part = name.rpartition(".")
+        if f"{stem}.weight" not in kernels or part == "bias":
+            return floats.tensor(name)
+        codes, scales = kernel_of(f"{stem}.weight")
         if part == "weight_shape":
             return np.array(codes.shape, np.int64)
         if part == "weight_scale":
             return as_finite(scales, np.dtype(scale_dtype), name, "the model")
-        return codes if row.format == PLAIN else pack(codes, row.bits)
+        return pack(codes, row.bits) if part == "weight_packed" else codes
 
-    config = to_hf_config(form.stock.config, dtype, form.stock.rope)
-    config["quantization_config"] = _quantization_config(form)
+    config = {**floats.config, "quantization_config": _quantization_config(form)}
     stored = {"stored_config": to_dict(form.stock.native), "multiple": form.stock.multiple}
-    manifest = {"quant": quant, **stored}
-    return Stored(form.stock, config, specs, tensor, form.report(quant), manifest)
-
-
-def _filled(part: np.ndarray, axis: int, size: int, value: int) -> np.ndarray:
-    """`part` with an axis filled up to a size."""
-    pads = [(0, 0)] * part.ndim
-    pads[axis] = (0, size - part.shape[axis])
-    return np.pad(part, pads, constant_values=value)
+    report = {**floats.report, "quant": f"{quant}: {row.text}"}
+    return Stored(form.stock, config, specs, tensor, report, {"quant": quant, **stored})
 
 
 def _stock_kernel(form: CompressedForm, model: Model, name: str) -> tuple[np.ndarray, np.ndarray]:
     """Codes [out, in] int8 and scales [out, groups] float32 of a kernel in stock form."""
     place = hf_table(form.stock.config)[name]
     kernel, layer = module_of(place), int(name.split(".")[2])
-    parts = _kernel(form, model, name)
-    codes, scales, native = parts.codes, parts.scales, form.native
-    powers = np.ones((1, 1, 1, 1), np.float32)  # that the adapter's inputs are stored times
-    if KERNELS[kernel][0] == "residual":
-        powers *= np.float32(form.stock.eps_z)
-    elif kernel in form.units:
-        found = form.units[kernel][layer]
-        powers = np.repeat(found, len(codes) // len(found), axis=0)[..., None, None]
-    if parts.own is not None:
-        codes = np.concatenate([codes, parts.own[0]], axis=1)
-        scales = np.concatenate([scales, parts.own[1] / powers], axis=1)
-    elif parts.rows.size:
-        codes, scales = _rows_on_base_scales(parts, parts.rows / powers)
-    width, group = place.shape[(place.in_axes or 1) - 1], form.groups[kernel]
-    codes = _filled(codes, 1, width, 0)
-    scales = _filled(scales, 1, width // group if group else 1, 1)
-    outputs = codes.shape[-1]
-    columns = np.ones((codes.shape[-2], outputs), np.float32)
-    if KERNELS[kernel][1] == "residual":
-        columns[:, native.norm_dim :] = form.stock.eps_z
-    elif kernel in ("v", "up") and (reader := "o" if kernel == "v" else "down") in form.units:
-        found = form.units[reader][layer]
-        columns[:, outputs - found.shape[-1] :] = found
+    parts, (reads, writes) = _kernel(form, model, name), KERNELS[kernel]
+    powers = form.powers(reads, layer)
+    powers = np.repeat(powers, len(parts.codes) // len(powers) or 1, axis=0)
+    codes, scales = parts.joined(powers[..., None, None])
+    columns = np.ones(codes.shape[2:], np.float32)
+    if kernel not in ("q", "k", "gate"):
+        columns[:, parts.outputs :] = form.powers(writes, layer)
     elif form.stock.turned(kernel):
-        columns *= form.stock.head_scale(kernel, form.stock.eps_z)[:outputs]
-    codes = _filled(codes, -1, place.shape[-1], 0)
-    scales = _filled(scales * columns, -1, place.shape[-1], 1)
-    if form.stock.turned(kernel):
-        codes, scales = codes[..., form.stock.head_order], scales[..., form.stock.head_order]
+        columns *= form.stock.head_scale(kernel, form.stock.eps_z)[: codes.shape[-1]]
+    width, group = place.shape[(place.in_axes or 1) - 1], form.groups[kernel]
 
-    def flat(part: np.ndarray) -> np.ndarray:
-        outputs = part.shape[2] * part.shape[3]
-        return np.ascontiguousarray(part.transpose(2, 3, 0, 1).reshape(outputs, -1))
+    def filled(part: np.ndarray, inputs: int, value: int) -> np.ndarray:
+        """Filled up to the stored widths, [out, in]."""
+        pads = [(0, 0), (0, inputs - part.shape[1]), (0, 0), (0, place.shape[-1] - part.shape[3])]
+        part = np.pad(part, pads, constant_values=value)
+        if form.stock.turned(kernel):
+            part = part[..., form.stock.head_order]
+        return np.ascontiguousarray(part.transpose(2, 3, 0, 1).reshape(-1, part[:, :, 0, 0].size))
 
-    return flat(codes), flat(scales)
-
-
-def _rows_on_base_scales(parts: _Kernel, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Codes and scales where an adapter's `rows`, as stored, share the base's scales."""
-    codes, scales = parts.codes, parts.scales
-    need = np.abs(rows).max(axis=(0, 1)) / MOST
-    wider = ~parts.shared & (need > scales[0, 0])
-    if wider.any():
-        again = np.rint(codes * (scales / np.where(wider, need, 1)))
-        codes = np.where(wider, again, codes).astype(np.int8)
-        scales = np.where(wider, need, scales).astype(np.float32)
-    own = np.clip(np.rint(rows / np.where(scales > 0, scales, 1)), -MOST, MOST)
-    return np.concatenate([codes, own.astype(np.int8)], axis=1), scales
+    return filled(codes, width, 0), filled(scales * columns, width // group if group else 1, 1)
 
 
 def pack(codes: np.ndarray, bits: int) -> np.ndarray:
-    """Codes [out, in] int8 as words [out, in * bits / 32] int32: the first code in the lowest bits,
-    counted from the lowest code; rows end with zeros.
+    """Codes [out, in] int8 as words int32: the first code, counted from the lowest, in the lowest
+    bits; rows end with zeros.
     """
     each = 32 // bits
     counted = (codes.astype(np.int16) + (1 << (bits - 1))).astype(np.uint32)
@@ -416,26 +367,26 @@ def _quantization_config(form: CompressedForm) -> dict[str, Any]:
     """The quantization_config of config.json, as llm-compressor writes it."""
     row, joined = form.quant, form.native.traits.joined
     module = {kernel: name for name, kernels in joined.items() for kernel in kernels}
-    targets: dict[int, dict[str, None]] = {n: {} for n in sorted(set(form.groups.values()))[::-1]}
-    for kernel in KERNELS:
-        targets[form.groups[kernel]][f"re:.*{module.get(kernel, kernel)}_proj$"] = None
+    sizes = sorted(set(form.groups.values()), reverse=True)
     common: dict[str, Any] = {"actorder": None, "block_structure": None, "observer_kwargs": {}}
     common |= {"symmetric": True, "type": "int"}
     rounded = {"num_bits": 8, "strategy": "token", "group_size": None, "dynamic": True}
-    schemes = [
-        {
+    activations = common | rounded | {"observer": None} if row.format == _PLAIN[0] else None
+    schemes = {}
+    for i, size in enumerate(sizes):
+        kernels = [kernel for kernel in KERNELS if form.groups[kernel] == size]
+        names = dict.fromkeys(f"re:.*{module.get(kernel, kernel)}_proj$" for kernel in kernels)
+        weights: dict[str, Any] = {"num_bits": row.bits, "strategy": "group" if size else "channel"}
+        weights |= {"group_size": size or None, "dynamic": False, "observer": "minmax"}
+        schemes[f"group_{i}"] = {
             "format": row.format,
-            "input_activations": common | rounded | {"observer": None} if row.activations else None,
+            "input_activations": activations,
             "output_activations": None,
-            "targets": [*names] if len(targets) > 1 else ["Linear"],
-            "weights": common
-            | {"num_bits": row.bits, "strategy": "group" if size else "channel"}
-            | {"group_size": size or None, "dynamic": False, "observer": "minmax"},
+            "targets": [*names] if len(sizes) > 1 else ["Linear"],
+            "weights": common | weights,
         }
-        for size, names in targets.items()
-    ]
     return {
-        "config_groups": {f"group_{i}": scheme for i, scheme in enumerate(schemes)},
+        "config_groups": schemes,
         "format": row.format,
         "global_compression_ratio": None,
         "ignore": ["lm_head", "model.embed_tokens", "re:.*norm$"],
@@ -455,26 +406,25 @@ class CompressedShards(Shards):
         self._stems = {name.removesuffix("weight_scale") for name in scaled}
         for stem in self._stems:
             found = [self.shapes.pop(stem + part) for part in self._quant.parts]
-            rows, width = shape = found[0]
-            if self._quant.format != PLAIN:
+            rows, words = shape = found[0]
+            if "weight_shape" in self._quant.parts:
                 shape = tuple(map(int, super().read(stem + "weight_shape")))
-                if shape[0] != rows or -(-shape[1] * self._quant.bits // 32) != width:
+                if (rows, words) != (shape[0], -(-shape[1] * self._quant.bits // 32)):
                     raise CheckpointError(
-                        f"{directory}: {stem}weight_packed is {rows} x {width} words, and"
+                        f"{directory}: {stem}weight_packed is {rows} x {words} words, and"
                         f" {stem}weight_shape says {shape}."
                     )
             self.shapes[stem + "weight"] = shape
 
-    def read(self, name: str, slices: Slices | None = None) -> np.ndarray:
-        """Reads a tensor, or a block of it; a quantised one as code times scale, float32."""
+    def read(self, name: str, rows: slice = slice(None)) -> np.ndarray:
+        """Reads rows of a tensor; of a quantised one as code times scale, float32."""
         stem = name.removesuffix("weight")
         if stem not in self._stems:
-            return super().read(name, slices)
-        rows, columns = slices or (slice(None), slice(None))
+            return super().read(name, rows)
         width = self.shapes[name][1]
-        scales = super().read(stem + "weight_scale")[rows].astype(np.float32)
-        codes = super().read(stem + self._quant.parts[0])[rows]
-        if self._quant.format != PLAIN:
+        scales = super().read(stem + "weight_scale", rows).astype(np.float32)
+        codes = super().read(stem + self._quant.parts[0], rows)
+        if "weight_shape" in self._quant.parts:
             codes = unpack(codes, self._quant.bits, width)
         values = codes * np.repeat(scales, width // scales.shape[1], axis=1)
-        return np.asarray(values[:, columns], np.float32)
+        return np.asarray(values, np.float32)

@@ -21,13 +21,21 @@ _ONLY: dict[str, tuple[Any, ...]] = {
     "partial_rotary_factor": (1, 1.0, None),
     "is_encoder_decoder": (False, None),
 }
-# LlamaConfig's field -> key of config.json
+# LlamaConfig's field -> key of config.json: whole numbers that it must have, and others with the
+# default of transformers.
 _SIZES = {
     "vocab_size": "vocab_size",
     "hidden_size": "hidden_size",
     "intermediate_size": "intermediate_size",
     "num_layers": "num_hidden_layers",
     "num_heads": "num_attention_heads",
+}
+_OTHERS: dict[str, tuple[str, Any]] = {
+    "num_kv_heads": ("num_key_value_heads", None),
+    "head_dim": ("head_dim", None),
+    "rms_norm_eps": ("rms_norm_eps", 1e-6),
+    "max_position_embeddings": ("max_position_embeddings", 2048),
+    "tie_word_embeddings": ("tie_word_embeddings", False),
 }
 
 
@@ -49,27 +57,27 @@ def from_hf_config(
     """
     _refuse(hf)
     hf = {**FAMILIES[hf["model_type"]].defaults, **hf}
-    heads, hidden, head_dim = hf["num_attention_heads"], hf["hidden_size"], hf.get("head_dim")
-    if head_dim is None:
+    heads, hidden = hf["num_attention_heads"], hf["hidden_size"]
+    values = {field: hf[key] for field, key in _SIZES.items()}
+    values |= {field: hf.get(key, default) for field, (key, default) in _OTHERS.items()}
+    if values["num_kv_heads"] is None:
+        values["num_kv_heads"] = heads
+    if values["head_dim"] is None:
         require(
             heads >= 1 and hidden % heads == 0,
             f"config.json: hidden_size={hidden} is not a multiple of num_attention_heads={heads}"
             " and there is no head_dim.",
         )
-        head_dim = hidden // heads
+        values["head_dim"] = hidden // heads
     theta, scaling = _rope(hf) if rope else (10000.0, None)
-    kv_heads = hf.get("num_key_value_heads")
-    values = {field: hf[key] for field, key in _SIZES.items()} | {
-        "num_kv_heads": heads if kv_heads is None else kv_heads,
-        "head_dim": head_dim,
-        "rms_norm_eps": hf.get("rms_norm_eps", 1e-6),
+    tokens = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": None}
+    bos, eos, pad = (_tokens(hf, generation, key, default) for key, default in tokens.items())
+    values |= {
         "rope_theta": theta,
         "rope_scaling": scaling,
-        "max_position_embeddings": hf.get("max_position_embeddings", 2048),
-        "tie_word_embeddings": bool(hf.get("tie_word_embeddings", False)),
-        "bos_token_id": (*_tokens(hf, generation, "bos_token_id", 1), None)[0],
-        "eos_token_ids": _tokens(hf, generation, "eos_token_id", 2),
-        "pad_token_id": (*_tokens(hf, generation, "pad_token_id", None), None)[0],
+        "bos_token_id": bos[0] if bos else None,
+        "eos_token_ids": eos,
+        "pad_token_id": pad[0] if pad else None,
         "family": hf["model_type"],
         "sliding_window": _window(hf),
         "nope_layers": _nope_layers(hf),
@@ -105,37 +113,32 @@ def _refuse(hf: Mapping[str, Any]) -> None:
         stock in architectures,
         f"config.json: architectures={architectures!r} is not supported; only {[stock]}.",
     )
-    code = hf.get("auto_map")
-    custom = code.get("AutoModelForCausalLM", stock) if isinstance(code, Mapping) else stock
-    require(
-        str(custom).rpartition(".")[2] == stock,  # Phi-3's files name a copy of the stock class
-        f"config.json: auto_map names custom modelling code, {custom}; only the stock {stock} is"
-        " supported.",
+    code = (hf.get("auto_map") or {}).get("AutoModelForCausalLM", stock)
+    require(  # Phi-3's files name a copy of the stock class
+        code.rpartition(".")[2] == stock,
+        f"config.json: auto_map names modelling code, {code}; only the stock {stock} is supported.",
     )
     for key in _SIZES.values():
-        require(
-            isinstance(hf.get(key), int),
-            f"config.json: {key}={hf.get(key)!r}: expected a whole number.",
-        )
+        value = hf.get(key)
+        require(isinstance(value, int), f"config.json: {key}={value!r}: expected a whole number.")
 
 
 def _window(hf: Mapping[str, Any]) -> int | None:
     """The sliding window of all layers, None without one."""
     window, layers, kinds = hf.get("sliding_window"), hf["num_hidden_layers"], hf.get("layer_types")
     family = FAMILIES[hf["model_type"]]
-    used = hf.get("use_sliding_window", bool(window) and not family.window_switch)
-    if not family.window:
-        require(
-            not (used and window),
-            f"config.json: sliding_window={window!r} is not supported for {hf['model_type']}; only"
-            " None.",
-        )
-        return None
-    if family.window_switch:
-        if kinds is None:
-            first = hf.get("max_window_layers", 28)
-            kinds = ["sliding_attention" if i >= first else "full_attention" for i in range(layers)]
-        window = window if used and "sliding_attention" in kinds else None
+    if not hf.get("use_sliding_window", not family.window_switch):
+        window = None
+    if family.window_switch and kinds is None:
+        first = hf.get("max_window_layers", 28)
+        kinds = ["sliding_attention" if i >= first else "full_attention" for i in range(layers)]
+    if family.window_switch and "sliding_attention" not in (kinds or ()):
+        window = None
+    require(
+        not window or family.window,
+        f"config.json: sliding_window={window!r} is not supported for {hf['model_type']}; only"
+        " None.",
+    )
     require(
         window is None or set(kinds or ()) <= {"sliding_attention"},
         f"config.json: a sliding window of {window} in some layers only is not supported; it must"
@@ -152,20 +155,15 @@ def _nope_layers(hf: Mapping[str, Any]) -> list[int]:
     """The layers without RoPE."""
     if not FAMILIES[hf["model_type"]].nope:
         return []
-    every, layers = hf.get("no_rope_layer_interval", 4), hf["num_hidden_layers"]
-    given = hf.get("no_rope_layers")
-    if given is None:
-        require(
-            isinstance(every, int) and every >= 1,
-            f"config.json: no_rope_layer_interval={every!r}: expected a number of at least 1.",
-        )
-        given = [int((i + 1) % every != 0) for i in range(layers)]
+    given, layers = hf.get("no_rope_layers"), range(hf["num_hidden_layers"])
+    if given is None and (every := hf.get("no_rope_layer_interval", 4)):
+        given = [int((i + 1) % every != 0) for i in layers]
     require(
-        isinstance(given, list) and len(given) >= layers,
+        isinstance(given, list) and len(given) >= len(layers),
         f"config.json: no_rope_layers={given!r}: expected 1 (with RoPE) or 0 for each of the"
-        f" {layers} layers.",
+        f" {len(layers)} layers.",
     )
-    return [i for i in range(layers) if not given[i]]
+    return [i for i, rotated in zip(layers, given or (), strict=False) if not rotated]
 
 
 def _tokens(
@@ -179,9 +177,7 @@ def _tokens(
 
 
 def _rope(hf: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
-    """(theta, scaling). A non-empty rope_scaling wins over rope_parameters, and a missing theta is
-    read from the top level.
-    """
+    """(theta, scaling). A rope_scaling wins over rope_parameters; theta may be at the top level."""
     rope = hf.get("rope_scaling") or hf.get("rope_parameters") or {}
     require(isinstance(rope, Mapping), f"config.json: rope_scaling={rope!r}: expected a table.")
     theta = rope.get("rope_theta", hf.get("rope_theta", 10000.0))
@@ -225,30 +221,22 @@ def to_hf_config(
     eos = config.eos_token_ids
     return {
         **{key: getattr(config, field) for field, key in _SIZES.items()},
+        **{key: getattr(config, field) for field, (key, _) in _OTHERS.items()},
         **_family_keys(config),
         "architectures": [config.traits.architecture],
         "attention_bias": False,
-        "attention_dropout": 0.0,
         "bos_token_id": config.bos_token_id,
         "dtype": dtype,
         "eos_token_id": list(eos) if len(eos) > 1 else eos[0] if eos else None,
-        "head_dim": config.head_dim,
         "hidden_act": "silu",
-        "initializer_range": 0.02,
-        "max_position_embeddings": config.max_position_embeddings,
         "mlp_bias": False,
         "model_type": config.family,
-        "num_key_value_heads": config.num_kv_heads,
         "pad_token_id": config.pad_token_id,
-        "pretraining_tp": 1,
-        "rms_norm_eps": config.rms_norm_eps,
         # Both spellings: transformers 4 reads a file without its own as theta 10000, unscaled.
         "rope_parameters": {"rope_theta": config.rope_theta, **(rope or {"rope_type": "default"})},
         "rope_scaling": dict(rope) if rope else None,
         "rope_theta": config.rope_theta,
-        "tie_word_embeddings": config.tie_word_embeddings,
         "torch_dtype": dtype,
-        "use_cache": True,
     }
 
 

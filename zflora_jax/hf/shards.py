@@ -16,12 +16,11 @@ from zflora_jax.hf.keys import (
     IGNORED,
     TOP_NAMES,
     Place,
-    Slices,
     as_finite,
     check_layer_count,
-    check_tensors,
+    check_shapes,
+    hf_shapes,
     hf_table,
-    slices_shape,
 )
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -70,7 +69,7 @@ def inside(directory: Path, name: str) -> Path:
             " directory it lives in."
         )
     if not path.is_file():
-        raise CheckpointError(f"{directory} lacks the file {name}; download the model again.")
+        raise CheckpointError(f"{directory} lacks {name}: copy it there, or download it again.")
     return path
 
 
@@ -104,36 +103,29 @@ class Shards:
                     " damaged. Download or export it again."
                 ) from error
             for name in handle.keys():  # noqa: SIM118 (a safe_open handle is no mapping)
+                wrong = ""
                 if name in self._files:
-                    raise CheckpointError(
-                        f"{directory}: tensor {name} is stored twice, in"
-                        f" {self._files[name][0].name} and {file}."
-                    )
-                if weight_map and weight_map.get(name) != file:
-                    raise CheckpointError(
-                        f"{directory}: {file} holds {name}, which {INDEX} places in"
-                        f" {weight_map.get(name)}."
-                    )
+                    wrong = f"is stored twice, also in {self._files[name][0].name}"
+                elif weight_map and weight_map.get(name) != file:
+                    wrong = f"is placed in {weight_map.get(name)} by {INDEX}"
+                elif not IGNORED.fullmatch(name):
+                    header = handle.get_slice(name)
+                    self.shapes[name], dtype = tuple(header.get_shape()), header.get_dtype()
+                    if dtype not in dtypes:
+                        wrong = f"has dtype {dtype}; expected {', '.join(FLOATS)}. Dequantise it"
+                if wrong:
+                    raise CheckpointError(f"{path}: {name} {wrong}.")
                 self._files[name] = (path, handle)
-                if IGNORED.fullmatch(name):
-                    continue
-                header = handle.get_slice(name)
-                if header.get_dtype() not in dtypes:
-                    raise CheckpointError(
-                        f"{path}: {name} has dtype {header.get_dtype()}; expected"
-                        f" {', '.join(FLOATS)}. Dequantise a quantised checkpoint first."
-                    )
-                self.shapes[name] = tuple(header.get_shape())
         if weight_map and (diff := difference(weight_map, self._files)):
             raise CheckpointError(
                 f"{directory}: {INDEX} and the shards do not hold the same tensors:\n{diff}"
             )
 
-    def read(self, name: str, slices: Slices | None = None) -> np.ndarray:
-        """Copies a tensor, or only a block of it, out of the file, in its stored dtype."""
+    def read(self, name: str, rows: slice = slice(None)) -> np.ndarray:
+        """Copies rows of a tensor out of the file, in its stored dtype."""
         path, handle = self._files[name]
         try:
-            return handle.get_tensor(name) if slices is None else handle.get_slice(name)[slices]
+            return handle.get_slice(name)[rows]
         except Exception as error:  # the library raises several types for damaged data
             raise CheckpointError(f"{path}: {name} cannot be read: {error}.") from error
 
@@ -170,41 +162,30 @@ def checked_table(shards: Shards, config: LlamaConfig) -> Mapping[str, Place]:
     """
     what, shapes = str(shards.directory), dict(shards.shapes)
     head, embedding = TOP_NAMES["lm_head/kernel"], TOP_NAMES["embed/embedding"]
-    repeated = config.tie_word_embeddings and {head, embedding} <= shapes.keys()
-    if repeated and (shapes.pop(head) != shapes[embedding] or not _equal(shards, head, embedding)):
-        raise CheckpointError(
-            f"{what}: config.json ties the head to the embedding, but {head} differs from"
-            f" {embedding}. Set tie_word_embeddings to false in config.json if the head is to be"
-            " used, or remove the tensor."
-        )
+    if config.tie_word_embeddings and {head, embedding} <= shapes.keys():
+        shapes.pop(head)
+        if not np.array_equal(shards.read(head), shards.read(embedding)):
+            raise CheckpointError(
+                f"{what}: config.json ties the head to the embedding, but {head} differs from"
+                f" {embedding}. Set tie_word_embeddings to false in config.json if the head is to"
+                " be used, or remove the tensor."
+            )
     check_layer_count(shapes, config.num_layers, what)
-    check_tensors(hf_table(config), shapes, what, config.num_layers)
-    return hf_table(config)
+    table = hf_table(config)
+    check_shapes(hf_shapes(table), shapes, what, "its config")
+    return table
 
 
-def _equal(shards: Shards, one: str, other: str) -> bool:
-    """Whether two tensors [rows, width] of one shape hold the same, a few rows at a time."""
-    rows, width = shards.shapes[one]
-    each = max(1, (1 << 24) // width)
-    pieces = ((slice(i, min(i + each, rows)), slice(0, width)) for i in range(0, rows, each))
-    return all(np.array_equal(shards.read(one, at), shards.read(other, at)) for at in pieces)
-
-
-def read_block(
-    shards: Shards, name: str, place: Place, block: Slices, dtype: Any = np.float32
-) -> np.ndarray:
-    """Reads a block, given by native slices, in native layout; CheckpointError with the place's
-    `name` where a value is not finite.
-    """
-    x = shards.read(place.tensor, place.hf_slices(block))
-    return place.to_native(as_finite(x, dtype, name, str(shards.directory)), slices_shape(block))
+def read_place(shards: Shards, name: str, place: Place, dtype: Any = np.float32) -> np.ndarray:
+    """Reads a place in native layout; CheckpointError with its `name` unless it is finite."""
+    x = shards.read(place.tensor, slice(place.row, place.row + place.hf_shape[0]))
+    return place.to_native(as_finite(x, dtype, name, str(shards.directory)))
 
 
 def write_tensors(
     path: Path | None,
     specs: Mapping[str, Spec],
     tensor: Callable[[str], np.ndarray],
-    metadata: Mapping[str, str] | None = None,
 ) -> None:
     """Writes a safetensors file tensor by tensor, so that only one of them is in memory; the bytes
     are those of `safetensors.numpy.save_file` but for the order of several dtypes.
@@ -217,7 +198,7 @@ def write_tensors(
         for name in names:
             tensor(name)
         return
-    header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     for name in names:
         (shape, dtype), end = specs[name], at + tensor_bytes(specs[name])
         header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [at, end]}

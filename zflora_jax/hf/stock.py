@@ -33,11 +33,11 @@ import numpy as np
 from zflora_jax.core import trees
 from zflora_jax.core.architecture import QK_NORMS, count_base
 from zflora_jax.core.families import require_format
-from zflora_jax.core.fields import ConfigError, require
+from zflora_jax.core.fields import require
 from zflora_jax.core.model import Model
 from zflora_jax.core.model_config import LlamaConfig
 from zflora_jax.hf.config import to_hf_config
-from zflora_jax.hf.keys import Place, Slices, as_finite, hf_shapes, hf_table, members
+from zflora_jax.hf.keys import Place, as_finite, hf_shapes, hf_table, members
 from zflora_jax.ops.rope import paired_order, rope_frequencies
 
 _READS = ("q", "k", "v", "gate", "up")
@@ -61,9 +61,7 @@ NO_ROTATION = 1e30
 
 
 def longrope_powers(config: LlamaConfig) -> np.ndarray:
-    """theta^(2i/head_dim) [head_dim/2], computed in float32 as transformers does, as float64; its
-    inverse frequencies are 1 / (factor * power).
-    """
+    """theta^(2i/head_dim) [head_dim/2] float64, computed in float32 as transformers does."""
     exponents = np.arange(0, config.head_dim, 2, dtype=np.float32) / np.float32(config.head_dim)
     return (np.float32(config.rope_theta) ** exponents).astype(np.float64)
 
@@ -108,15 +106,10 @@ class StockForm:
         """The rope_scaling that gives widened heads the frequencies of the base, else None."""
         if self.native.base_head_dim is None:
             return None
-        factors = self.rope_divisors.tolist()
-        return {
-            "rope_type": "longrope",
-            "factor": 1.0,
-            "attention_factor": 1.0,
-            "original_max_position_embeddings": self.native.max_position_embeddings,
-            "short_factor": factors,
-            "long_factor": factors,
-        }
+        factors, length = self.rope_divisors.tolist(), self.native.max_position_embeddings
+        rope = {"rope_type": "longrope", "factor": 1.0, "attention_factor": 1.0}
+        rope |= {"original_max_position_embeddings": length}
+        return rope | {"short_factor": factors, "long_factor": factors}
 
     @property
     def rope_divisors(self) -> np.ndarray:
@@ -131,12 +124,6 @@ class StockForm:
         """[k+e]: the native head dim at each stock position, base halves first in each half."""
         return paired_order(self.native.rotary_dim, self.native.head_dim)
 
-    def report(self, native: LlamaConfig) -> dict[str, Any]:
-        """Parameters, widths, filled channels and eps_z, for a report."""
-        eps_z = {"eps_z": self.eps_z} if scales_state(native) else {}
-        parameters = {"parameters": count_base(self.config)}
-        return parameters | widths_report(native, self.config) | eps_z
-
     def restored(self, module: str) -> bool:
         """Whether stock form rounds a module, so that an export stores its native floats too."""
         n = self.native
@@ -150,28 +137,27 @@ class StockForm:
         this form. Processes call this together.
         """
         place, x = native_tensor(model, name)
-        if x.shape != (wanted := hf_table(self.native)[name].shape):
-            x = np.pad(x, [(0, b - a) for a, b in zip(x.shape, wanted, strict=True)])
+        wanted = hf_table(self.native)[name].shape
+        x = np.pad(x, [(0, b - a) for a, b in zip(x.shape, wanted, strict=True)])
         return hf_table(self.config)[name].to_hf(self.forward(module_of(place), x))
 
     def forward(self, module: str, x: np.ndarray) -> np.ndarray:
-        """Bring a native leaf of one layer, float32, into stock form."""
+        """Brings a native leaf of one layer, float32, into stock form."""
         if self.turned(module):
             x = (x * self.head_scale(module, self.eps_z))[..., self.head_order]
-        axis = _residual_axis(module, x.ndim)
-        if self.native.base_hidden_size is None or axis is None:
+        axis = self._residual_axis(module, x.ndim)
+        if axis is None:
             return x
-        padding = [(0, self.width - n if i == axis else 0) for i, n in enumerate(x.shape)]
-        return np.pad(x, padding) * self._scale(module, self.width, axis, x.ndim)
+        x = np.moveaxis(x, axis, -1)
+        x = np.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, self.width - x.shape[-1])])
+        return np.moveaxis(x * self._scale(module, self.width), -1, axis)
 
-    def inverse(self, module: str, x: np.ndarray, at: Slices) -> np.ndarray:
-        """The inverse of `forward` on a block with all dims of heads, at slices `at` in the native
-        leaf and in stock form (padding comes last); exact unless `restored`.
-        """
-        n, axis = self.native, _residual_axis(module, x.ndim)
-        if n.base_hidden_size is not None and axis is not None:
-            scale = self._scale(module, n.hidden_size, axis, x.ndim)
-            x = x / np.take(scale, range(at[axis].start, at[axis].stop), axis)
+    def inverse(self, module: str, x: np.ndarray) -> np.ndarray:
+        """The inverse of `forward`, of a leaf without its padding; exact unless `restored`."""
+        axis = self._residual_axis(module, x.ndim)
+        if axis is not None:
+            scale = self._scale(module, x.shape[axis])
+            x = np.moveaxis(np.moveaxis(x, axis, -1) / scale, -1, axis)
         return self.inverse_heads(module, x)
 
     def turned(self, module: str) -> bool:
@@ -194,14 +180,22 @@ class StockForm:
         scale[n.rotary_dim :] = 1 / eps_z if module in QK_NORMS else eps_z
         return scale / np.float32(wider if module == "k_norm" else 1)
 
-    def _scale(self, module: str, width: int, axis: int, ndim: int) -> np.ndarray:
-        """The factors of a leaf's residual channels, shaped to broadcast along `axis`."""
+    def _residual_axis(self, module: str, ndim: int) -> int | None:
+        """The axis of a native leaf (one layer) that runs over a widened residual stream."""
+        if self.native.base_hidden_size is None:
+            return None
+        if module in _READS or module in _NORMS or module == "lm_head":
+            return 0
+        return ndim - 1 if module in _WRITES or module == "embed" else None
+
+    def _scale(self, module: str, width: int) -> np.ndarray:
+        """The factors of a leaf's residual channels."""
         scale, d = np.ones(width, np.float32), self.native.norm_dim
         if module in _NORMS:
             scale[:] = math.sqrt(d / self.width)
         elif module not in TABLES:
             scale[d:] = 1 / self.eps_z if module in _READS else self.eps_z
-        return scale.reshape([-1 if i == axis else 1 for i in range(ndim)])
+        return scale
 
 
 @dataclass(frozen=True)
@@ -216,13 +210,6 @@ class Stored:
     manifest: Mapping[str, Any] = field(default_factory=dict)  # more entries of zflora.json
 
 
-def _residual_axis(module: str, ndim: int) -> int | None:
-    """The axis of a native leaf (one layer) that runs over the residual stream."""
-    if module in _READS or module in _NORMS or module == "lm_head":
-        return 0
-    return ndim - 1 if module in _WRITES or module == "embed" else None
-
-
 def module_of(place: Place) -> str:
     """The parent of a leaf in the native tree: "q", "embed", ...; of a bias "q_bias"."""
     module, parameter = place.leaf.split("/")[-2:]
@@ -233,13 +220,25 @@ def stock_form(model: Model, dtype: str, eps_z: float | None = None) -> StockFor
     """The stock form of a model, eps_z as given or chosen for the export's `dtype`; ConfigError if
     the model is packed or eps_z cannot be used.
     """
-    if model.config.execution.packed:
-        raise ConfigError(
-            "a packed model is a layout for decode and cannot be exported; export the model it was"
-            " packed from."
-        )
-    chosen = choose_eps_z(model, dtype) if eps_z is None else check_eps_z(model, eps_z)
-    return StockForm(model.config, chosen)
+    require(
+        not model.config.execution.packed,
+        "a packed model is a layout for decode and cannot be exported; export the model it was"
+        " packed from.",
+    )
+    if eps_z is None:
+        return StockForm(model.config, choose_eps_z(model, dtype))
+    require(
+        eps_z in CHOICES,
+        f"eps_z={eps_z!r}: must be a power of two from 2^-10 = {CHOICES[-1]} to 1, e.g. 0.0625."
+        " Small values keep float logits exact, large ones (0.0625 and above) keep int8 consumers"
+        " exact; leave it out to have it chosen from the weights.",
+    )
+    require(
+        scales_state(model.config),
+        f"eps_z={eps_z!r} scales the residual state of the zflora methods (and the adapter dims of"
+        " heads that are normed), and this model has none; leave it out.",
+    )
+    return StockForm(model.config, eps_z)
 
 
 def round_up(width: int, multiple: int) -> int:
@@ -281,7 +280,11 @@ def to_stock(model: Model, dtype: str, eps_z: float | None = None) -> Stored:
     copied bit for bit. Tensors raise CheckpointError if not finite in `dtype`.
     """
     require_format(model.config.family, "hf", model.config.base_head_dim is not None)
-    form = stock_form(model, dtype, eps_z)
+    return stored_form(model, stock_form(model, dtype, eps_z), dtype)
+
+
+def stored_form(model: Model, form: StockForm, dtype: str) -> Stored:
+    """A model in a given stock form; see `to_stock`."""
     table = hf_table(form.config)
     names, specs = members(table), {n: (shape, dtype) for n, shape in hf_shapes(table).items()}
 
@@ -293,15 +296,17 @@ def to_stock(model: Model, dtype: str, eps_z: float | None = None) -> Stored:
         return np.concatenate([first, *others]) if others else first
 
     config = to_hf_config(form.config, dtype, form.rope)
-    return Stored(form, config, specs, tensor, form.report(model.config))
+    report = {"parameters": count_base(form.config), **widths_report(model.config, form.config)}
+    report |= {"eps_z": form.eps_z} if scales_state(model.config) else {}
+    return Stored(form, config, specs, tensor, report)
 
 
 # --- eps_z ----------------------------------------------------------------------------------------
 
 
 def choose_eps_z(model: Model, dtype: str) -> float:
-    """The largest power of two in 2^-10..1 whose estimated effect on a fused model's logits, times
-    4, is below the rounding of the export's `dtype`; 1 for a model without a state.
+    """The largest power of two in 2^-10..1 whose estimated effect on the logits, times 4, is below
+    the rounding of `dtype`; 1 for a model without a state.
     """
     share = state_share(model)
     fits = [eps for eps in CHOICES if _SAFETY * share * eps**2 / 2 <= _ERROR[dtype]]
@@ -343,19 +348,3 @@ def scales_state(config: LlamaConfig) -> bool:
 def _energy(leaf: Any, axes: tuple[int, ...]) -> jax.Array:
     """Sum of squares over `axes`, float32; compiled, so that no float32 copy is made."""
     return jnp.sum(jnp.square(leaf.astype(jnp.float32)), axis=axes)
-
-
-def check_eps_z(model: Model, eps_z: float) -> float:
-    """Returns a user's eps_z; ConfigError unless it is in `CHOICES` and the model has a state."""
-    require(
-        eps_z in CHOICES,
-        f"eps_z={eps_z!r}: must be a power of two from 2^-10 = {CHOICES[-1]} to 1, e.g. 0.0625."
-        " Small values keep float logits exact, large ones (0.0625 and above) keep int8 consumers"
-        " exact; leave it out to have it chosen from the weights.",
-    )
-    require(
-        scales_state(model.config),
-        f"eps_z={eps_z!r} scales the residual state of the zflora methods (and the adapter dims of"
-        " heads that are normed), and this model has none; leave it out.",
-    )
-    return eps_z

@@ -26,8 +26,8 @@ _ADDED = ("content", "lstrip", "normalized", "rstrip", "single_word", "special")
 
 
 def load_tokenizer(directory: Path) -> Any:
-    """Loads the transformers tokenizer of a directory, None where it has no tokenizer files; custom
-    code is never run. CheckpointError if the files cannot be loaded.
+    """Loads a directory's tokenizer without custom code; None if it has no files of one.
+    CheckpointError if they cannot be loaded.
     """
     names = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
     if not any((directory / name).exists() for name in names):
@@ -48,22 +48,14 @@ def write_tokenizer_files(folder: Path, tokenizer: Any, base: Path | None) -> No
     model came from, if they give this tokenizer, else from the tokenizer.
     """
     names = [name for name in TOKENIZER_FILES if base and (base / name).is_file()]
-    if base is not None and names and (tokenizer is None or _is_of(tokenizer, base)):
+    own = load_tokenizer(base) if base and tokenizer is not None else None
+    if base and names and tokenizer_state(own) == tokenizer_state(tokenizer):
         for path in (*(base / name for name in names), *(base / TEMPLATES).glob("*.jinja")):
             copy = folder / path.relative_to(base)
             copy.parent.mkdir(exist_ok=True)
             shutil.copyfile(path, copy)
     elif tokenizer is not None:
         write_tokenizer(folder, tokenizer)
-
-
-def _is_of(tokenizer: Any, base: Path) -> bool:
-    """Whether the files of `base` give this tokenizer; false where they cannot be read."""
-    try:
-        own = load_tokenizer(base)
-    except CheckpointError:
-        return False
-    return own is not None and tokenizer_state(own) == tokenizer_state(tokenizer)
 
 
 def write_generation_config(
@@ -76,8 +68,6 @@ def write_generation_config(
     if base is not None and (base / GENERATION).is_file():
         values = read_json(base / GENERATION)
         given = values.get("eos_token_id")
-        if given is None:
-            given = read_json(base / "config.json").get("eos_token_id")
         given = given if isinstance(given, list) else [] if given is None else [given]
         if set(ids) <= set(given):
             shutil.copyfile(base / GENERATION, folder / GENERATION)
@@ -93,21 +83,16 @@ def tokenizer_state(tokenizer: Any) -> dict[str, Any] | None:
         return None
     backend = getattr(tokenizer, "backend_tokenizer", None)
     names = ("chat_template", "padding_side", "truncation_side", "model_max_length")
+    tokens = tokenizer.added_tokens_decoder.items()
     return {
         "class": type(tokenizer).__name__,
         "backend": None if backend is None else json.loads(_plain(backend).to_str()),
         "vocabulary": len(tokenizer),
-        "added": _added(tokenizer),
+        "added": {i: {name: getattr(token, name) for name in _ADDED} for i, token in tokens},
         "special": {name: getattr(tokenizer, f"{name}_token") for name in _NAMED},
         "more": sorted(tokenizer.all_special_tokens),
         **{name: getattr(tokenizer, name) for name in names},
     }
-
-
-def _added(tokenizer: Any) -> dict[str, Any]:
-    """The added tokens, as tokenizer_config.json lists them."""
-    tokens = tokenizer.added_tokens_decoder.items()
-    return {str(i): {name: getattr(token, name) for name in _ADDED} for i, token in tokens}
 
 
 def _plain(backend: Any) -> Any:
@@ -121,31 +106,16 @@ def _plain(backend: Any) -> Any:
 
 
 def write_tokenizer(folder: Path, tokenizer: Any) -> None:
-    """Writes tokenizer.json, and tokenizer_config.json with a class name known to transformers 4
-    and 5.
-    """
+    """Writes a tokenizer's files, of a class that transformers 4 and 5 know."""
+    tokenizer.save_pretrained(folder)
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
-        tokenizer.save_pretrained(folder)
         return
     _plain(backend).save(str(folder / "tokenizer.json"))
-    special = {f"{name}_token": getattr(tokenizer, f"{name}_token") for name in _NAMED}
-    named = {name: str(token) for name, token in special.items() if token is not None}
-    more = [t for token in tokenizer.all_special_tokens if (t := str(token)) not in named.values()]
-    template = tokenizer.chat_template
-    if isinstance(template, dict):  # several by name; the file lists them
-        template = [{"name": name, "template": text} for name, text in template.items()]
-    config = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "added_tokens_decoder": _added(tokenizer),
-        "clean_up_tokenization_spaces": False,
-        # Version 4 would add token_type_ids, which a Llama does not take.
-        "model_input_names": ["input_ids", "attention_mask"],
-        "model_max_length": tokenizer.model_max_length,
-        "padding_side": tokenizer.padding_side,
-        "truncation_side": tokenizer.truncation_side,
-        **({"chat_template": template} if template else {}),
-        **({"additional_special_tokens": more} if more else {}),
-        **named,
-    }
+    config = read_json(folder / "tokenizer_config.json")
+    if isinstance(config.get("extra_special_tokens"), list):  # version 4 has a table there
+        config["additional_special_tokens"] = config.pop("extra_special_tokens")
+    config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    # Version 4 would add token_type_ids, which a Llama does not take.
+    config["model_input_names"] = ["input_ids", "attention_mask"]
     write_json(folder / "tokenizer_config.json", config)

@@ -35,17 +35,16 @@ from zflora_jax.hf.gguf.tokenizer import END_IDS, SENTENCEPIECE_IDS, TOKENIZER, 
 from zflora_jax.hf.keys import (
     Place,
     QuantizedLeaves,
-    Slices,
     as_finite,
     check_layer_count,
-    check_tensors,
+    check_shapes,
     gather,
+    hf_shapes,
     native_blocks,
     whole_groups,
 )
 from zflora_jax.hf.stock import NO_ROTATION, StockForm, module_of
 from zflora_jax.ops.quantized import QuantizedArray
-from zflora_jax.parallel.sharding import placement
 
 log = logging.getLogger(__name__)
 
@@ -61,13 +60,12 @@ def load_gguf(
     config = gguf_config(file).replace(dtype=dtype, scan_layers=scan_layers)  # type: ignore[arg-type]
     table = {name: replace(place, tensor=name) for name, place in gguf_table(config).items()}
     shapes = {name: t.shape for name, t in file.tensors.items() if name != ROPE_DIVISORS}
-    check_tensors(table, shapes, str(path), config.num_layers)
+    check_shapes(hf_shapes(table), shapes, str(path), "its config")
     tensors = _Tensors(file, config)
     leaves = QuantizedLeaves(
-        config, how or QuantizeConfig(), mesh, tensors.read, tensors.in_file, tensors.blocks
+        config, how or QuantizeConfig(), tensors.read, tensors.in_file, tensors.blocks
     )
-    sharding = None if mesh is None else partial(placement, mesh)
-    params = unflatten(gather(table, tensors.read, dtype, sharding, leaves))
+    params = unflatten(gather(table, tensors.read, mesh, leaves))
     if leaves.left:
         log.warning(
             "%s: dequantised to %s, as only blocks of %s are kept: %s",
@@ -88,13 +86,14 @@ class _Tensors:
     file: GGUFFile
     config: LlamaConfig
 
-    def read(self, name: str, place: Place, slices: Slices) -> np.ndarray:
-        """A block of a dequantised tensor, which is read whole."""
+    def read(self, name: str, place: Place) -> np.ndarray:
+        """A dequantised tensor."""
         array = self._native_order(place, self.file.dequantised(self.file.tensors[name]))
         # The q of wider heads is scaled, which is undone before the one cast.
         dtype = np.float32 if self.config.base_head_dim else self.config.execution.dtype
         array = place.to_native(as_finite(array, dtype, name, str(self.file.path)))
-        return self._stock.inverse_heads(module_of(place), array)[slices]
+        array = self._stock.inverse_heads(module_of(place), array)
+        return array.astype(self.config.execution.dtype, copy=False)
 
     def in_file(self, name: str, place: Place) -> tuple[str, str | None]:
         """The type of a tensor, and why its blocks cannot be kept; see `QuantizedLeaves`."""

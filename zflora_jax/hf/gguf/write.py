@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 
+from zflora_jax import __version__
 from zflora_jax.core import trees
 from zflora_jax.core.architecture import KERNELS, count_base
 from zflora_jax.core.errors import CheckpointError
@@ -46,7 +47,7 @@ from zflora_jax.hf.gguf.file import (
     paired,
 )
 from zflora_jax.hf.gguf.tokenizer import tokenizer_metadata
-from zflora_jax.hf.hub import base_name, locate, project_version
+from zflora_jax.hf.hub import base_name, locate
 from zflora_jax.hf.keys import Place, hf_table
 from zflora_jax.hf.stock import (
     StockForm,
@@ -353,7 +354,7 @@ def _source_file(model: Model) -> GGUFFile | None:
     if model.source is None:
         return None
     try:
-        path = locate(model.source)[0]
+        path = locate(model.source)
         return GGUFFile(path) if path.suffix == ".gguf" else None
     except CheckpointError:  # moved away, or the hub cannot be reached
         return None
@@ -411,7 +412,7 @@ def _metadata(model: Model, form: GGUFForm, file_type: str) -> dict[str, Any]:
         "general.name": name if adapter is None else f"{name} {adapter}",
         "general.file_type": int(LlamaFileType[file_type]),
         "general.quantization_version": GGML_QUANT_VERSION,
-        MARK: project_version(),
+        MARK: __version__,
         **form.metadata(),
     }
 
