@@ -20,6 +20,7 @@ from zflora_jax.core.presets import preset
 from zflora_jax.core.run_config import QuantizeConfig, RunConfig
 from zflora_jax.experiments.base import as_base
 from zflora_jax.experiments.export import export_run
+from zflora_jax.experiments.info import describe
 from zflora_jax.experiments.plan import stored_bytes
 from zflora_jax.experiments.restore import load_fused
 from zflora_jax.experiments.train import train
@@ -27,8 +28,9 @@ from zflora_jax.hf import load
 from zflora_jax.hf.gguf.file import GGUFFile
 from zflora_jax.hf.keys import quantized
 from zflora_jax.hf.load import load_model
+from zflora_jax.hf.save import save_hf
 from zflora_jax.nn.llama import forward
-from zflora_jax.nn.quantize_model import is_quantized, quantize_model
+from zflora_jax.nn.quantize_model import dequantize_model, is_quantized, quantize_model
 from zflora_jax.ops.quantized import QuantizedArray
 from zflora_jax.parallel import devices as on_devices
 
@@ -154,3 +156,14 @@ def test_codes_of_a_model_in_memory_are_made_there_too(monkeypatch):
     codes = [leaf.codes for leaf in made.values() if isinstance(leaf, QuantizedArray)]
     assert asked == ["cpu"] * len(codes) and len(codes) == 7
     assert {device for leaf in codes for device in leaf.devices()} == {devices[5]}
+
+
+def test_an_export_as_numbers_comes_back_as_numbers(tmp_path):
+    """Its manifest has a fingerprint of the base's codes, none of floats."""
+    base = quantized_tiny("q4_1", num_layers=1)
+    save_hf(tmp_path / "x", base, dtype="bfloat16")
+    facts, codes = describe(tmp_path / "x"), trees.fingerprint(base.params)
+    assert facts["codes_fingerprint"] == codes and "base_fingerprint" not in facts
+    back = trees.flatten(load_model(tmp_path / "x", "bfloat16").params)
+    for name, leaf in trees.flatten(dequantize_model(base).params).items():
+        np.testing.assert_array_equal(back[name], leaf.astype("bfloat16"), err_msg=name)

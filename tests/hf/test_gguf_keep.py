@@ -78,19 +78,24 @@ def assert_computes(path: Path, fused: Model, eps_z: float | None) -> None:
         assert np.abs(np.asarray(logits) - want).max() <= 2.0**-9 * np.abs(want).max()
 
 
-@pytest.mark.parametrize("kind", ["q8_0", "q4_0", "q4_1"])
-def test_a_base_alone_is_its_file(kind: str, tmp_path: Path) -> None:
-    base = kept_file(tmp_path / "base.gguf", kind, tie_word_embeddings=False)
-    report = save_gguf(tmp_path / "x.gguf", base, "keep")
-    old, new = GGUFFile(tmp_path / "base.gguf"), GGUFFile(tmp_path / "x.gguf")
+def assert_same_tensors(before: Path, after: Path) -> tuple[GGUFFile, GGUFFile]:
+    """Two files with the same tensors, byte for byte."""
+    old, new = GGUFFile(before), GGUFFile(after)
     assert old.tensors.keys() == new.tensors.keys()
     for name, tensor in old.tensors.items():
         found = new.tensors[name]
         assert (found.type, found.shape) == (tensor.type, tensor.shape), name
         np.testing.assert_array_equal(found.data, tensor.data, err_msg=name)
+    return old, new
+
+
+@pytest.mark.parametrize("kind", ["q8_0", "q4_0", "q4_1"])
+def test_a_base_alone_is_its_file(kind: str, tmp_path: Path) -> None:
+    base = kept_file(tmp_path / "base.gguf", kind, tie_word_embeddings=False)
+    report = save_gguf(tmp_path / "x.gguf", base, "keep")
+    _, new = assert_same_tensors(tmp_path / "base.gguf", tmp_path / "x.gguf")
     assert report["fallback"] == "none" and kind.upper() in report["types"]
-    want = gguf.LlamaFileType[f"MOSTLY_{kind.upper()}"]
-    assert new.get("general.file_type") == int(want)
+    assert new.get("general.file_type") == int(gguf.LlamaFileType[f"MOSTLY_{kind.upper()}"])
 
 
 SCALED = {"rope_scaling": RopeScaling(8.0, 1.0, 4.0, 64)}
@@ -135,9 +140,7 @@ def test_what_is_read_back_is_written_again_the_same(tmp_path: Path) -> None:
     save_gguf(tmp_path / "x.gguf", fused, "keep")
     again = load_model(tmp_path / "x.gguf", quantize="keep")
     save_gguf(tmp_path / "y.gguf", again, "keep")
-    old, new = GGUFFile(tmp_path / "x.gguf"), GGUFFile(tmp_path / "y.gguf")
-    for name, tensor in old.tensors.items():
-        np.testing.assert_array_equal(tensor.data, new.tensors[name].data, err_msg=name)
+    old, _ = assert_same_tensors(tmp_path / "x.gguf", tmp_path / "y.gguf")
     assert old.get(f"llama.{ATTENTION_FACTOR}") == pytest.approx((64 / 32) ** 0.25)
     save_gguf(tmp_path / "z.gguf", fused, "q8_0")
     assert GGUFFile(tmp_path / "z.gguf").get(f"llama.{ATTENTION_FACTOR}") is None

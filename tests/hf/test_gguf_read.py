@@ -85,14 +85,16 @@ def test_llama3_scaling_is_read_from_its_divisors(tmp_path: Path) -> None:
         load(divisors.astype(np.int8))
 
 
-def edited(**tensors: Any) -> dict[str, Any]:
-    """Tensors of a file to replace, by names without dots; None: to leave out."""
+ONES = np.ones((24, 48), np.float32)
+
+
+def edited(name: str, array: Any) -> dict[str, Any]:
+    """A tensor of a file to replace; None: to leave out."""
 
     def edit(given: dict[str, Any]) -> None:
-        for name, array in tensors.items():
-            given[name.replace("__", ".")] = array
-            if array is None:
-                del given[name.replace("__", ".")]
+        given[name] = array
+        if array is None:
+            del given[name]
 
     return {"edit": edit}
 
@@ -109,19 +111,13 @@ def edited(**tensors: Any) -> dict[str, Any]:
         ({"llama__attention__head_count": "4"}, "head_count='4' is not supported"),
         ({"blocks": 2**31}, "belong to 2"),
         ({"split__count": 3}, "one of the 3 files of a split model.*--merge"),
-        (edited(blk__1__ffn_up__weight=None), r"missing +blk\.1\.ffn_up\.weight"),
+        (edited("blk.1.ffn_up.weight", None), r"missing +blk\.1\.ffn_up\.weight"),
+        (edited("blk.0.attn_q.bias", ONES[0]), r"unexpected +blk\.0\.attn_q\.bias"),
         (
-            edited(blk__0__attn_q__bias=np.ones(48, np.float32)),
-            r"unexpected +blk\.0\.attn_q\.bias",
-        ),
-        (
-            edited(blk__0__attn_v__weight=np.full((24, 48), np.nan, np.float32)),
+            edited("blk.0.attn_v.weight", ONES * np.nan),
             r"blk\.0\.attn_v\.weight holds NaN",
         ),
-        (
-            edited(blk__0__attn_v__weight=np.ones((24, 47), np.float32)),
-            r"\(24, 47\), expected \(24, 48\)",
-        ),
+        (edited("blk.0.attn_v.weight", ONES[:, 1:]), r"\(24, 47\), expected \(24, 48\)"),
     ],
 )
 def test_unsupported_and_incomplete_files(

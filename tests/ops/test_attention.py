@@ -34,7 +34,7 @@ from zflora_jax.parallel.sharding import make_mesh
 
 PADDED = ["causal", "left", "right", "filler"]
 KINDS = [*PADDED, "packed"]
-WIDTHS = [(64, 136), (80, 200), (96, 128), (128, 256), (160, 130)]  # head dim, T
+WIDTHS = [(64, 136), (80, 200), (128, 256), (160, 130)]  # head dim, T
 
 
 def value_and_gradients(function: Any, arrays: Any, dtype: Any) -> list[np.ndarray]:

@@ -32,9 +32,8 @@ FLASH: dict[str, Callable[..., Array]] = {"splash": splash_attention, "cudnn": c
 
 
 def attention(q: Array, k: Array, v: Array, mask: AttentionMask, scale: float) -> Array:
-    """Attention of q [B, T, H, k], k [B, K, k, S] and v [B, K, S, k], softmax in float32 -> [B, T,
-    H, k], equal to `plain_attention` but at padding, where it is any finite number. scale: Factor
-    of the scores.
+    """`plain_attention` of q [B, T, H, k], k [B, K, k, S] and v [B, K, S, k] -> [B, T, H, k], with
+    its softmax in float32; at padding any finite number.
     """
     q, k, v = (save_for_backward(x, "heads") for x in (q, k, v))
     kernel, _ = attention_choice(q.shape, k.shape[1], q.dtype, mask)

@@ -2,10 +2,7 @@
 
 Both take q, k and v as `attention.attention` does, with S = T, and compute causal attention within
 segments ([B, T] bool, real tokens and padding, or int32; None for one) and a window. Not run on a
-TPU or a GPU by this project.
-
-Legend: B batch, T positions, H query heads, K key/value heads, G query heads of a key head, k head
-dim.
+TPU or a GPU by this project. Letters as in `attention`.
 """
 
 from __future__ import annotations

@@ -66,8 +66,8 @@ class AttentionMask:
         )
 
     def query_blocks(self, blocks: int, length: int) -> AttentionMask:
-        """The masks of `blocks` equal blocks of the T = `length` queries, on a new leading axis n
-        of `queries` and `first`; `keys`, which all blocks share, are left out.
+        """The masks of equal blocks of the T = `length` queries, on a new leading axis n, without
+        `keys`, which all share.
         """
         starts = jnp.arange(blocks, dtype=jnp.int32) * (length // blocks)
         first = starts if self.first is None else self.first + starts

@@ -1,6 +1,4 @@
-"""Bitwise copies: elements picked from arrays and written into them, each equal to the gather or
-update that it is named after.
-"""
+"""Bitwise copies: elements picked from arrays and written into them."""
 
 from __future__ import annotations
 
@@ -43,9 +41,7 @@ def _copy_bits_jvp(
 
 
 def take_rows(table: Array, rows: Array, width: int | None = None) -> Array:
-    """Rows, int32 [...], of a table [n, d] -> [*rows, width], zeros from d on; NaN for a missing
-    row.
-    """
+    """Rows of a table [n, d] -> [*rows, width], zeros from d on; NaN for a missing row."""
     # Missing rows are tested after the zeros: XLA's GPU compiler then fuses all of it.
     x = copy_bits(partial(jnp.take, axis=0, mode="clip"), (table,), (rows,))
     if width is not None and width > table.shape[1]:

@@ -42,9 +42,7 @@ def output_logits(x: Array, kernel: Any, tied: bool) -> Array:
 
 
 def table_rows(table: Any, rows: Array, width: int, dtype: DTypeLike) -> Array:
-    """Rows of a table [V, d] in `dtype`, zeros from d up to `width`; NaN for a row that does not
-    exist.
-    """
+    """Rows of a table [V, d] in `dtype`, zeros from d up to `width`; NaN for a missing row."""
     if not isinstance(table, QuantizedArray):
         return take_rows(table, rows, width).astype(dtype)
     x = dequantize(jax.tree.map(lambda part: jnp.take(part, rows, axis=0, mode="clip"), table))
@@ -75,9 +73,9 @@ quantized_tensordot.defvjp(lambda x, w: (quantized_tensordot(x, w), w), _tensord
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
 def quantized_linear(x: Array, w: QuantizedArray, dtype: DTypeLike | None = None) -> Array:
-    """x [B, T, i] against a packed kernel (`adapters.packing.joined`) or a head [i, j], in the
-    fastest form for the device -> [B, T, j] in `dtype` (None: x's), equal to
-    `plain_quantized_linear`. On a CPU, int8 in one group rounds x to 15 bits.
+    """`plain_quantized_linear` in the fastest form for the device: x [B, T, i] against a packed
+    kernel or a head [i, j] -> [B, T, j] in `dtype` (None: x's). On a CPU, int8 in one group rounds
+    x to 15 bits.
     """
     dtype = x.dtype if dtype is None else dtype
     plain = partial(plain_quantized_linear, dtype=dtype)

@@ -1,5 +1,4 @@
-"""Products with float kernels and their gradients, each equal to a plain one: `plain_product`,
-`plain_logits`, `jnp.tensordot` for `project`, `jnp.matmul` for `matmul`.
+"""Products with float kernels and their gradients, each equal to a plain one.
 
 Einsum legend: B batch, T positions, n tokens, i and j a kernel's axes, h halves of a kernel, r
 rank, d residual width, V vocabulary.

@@ -1,6 +1,4 @@
-"""Choosing tokens from logits: the likeliest token, and the nucleus of top-p. Letters: B rows, V
-vocabulary.
-"""
+"""Choosing tokens from logits [B, V]: the likeliest token, and the nucleus of top-p."""
 
 from __future__ import annotations
 

@@ -53,8 +53,7 @@ def load_gguf(
     path: Path, dtype: str, scan_layers: bool, mesh: Any = None, how: QuantizeConfig | None = None
 ) -> Model:
     """Loads the model in a GGUF file; arguments, result and errors are those of `load.load_model`.
-    Each tensor is dequantised in float32 and cast; the log names tensors that `how` asks to keep
-    but cannot.
+    The log names tensors that `how` asks to keep but cannot.
     """
     file = GGUFFile(path)
     config = gguf_config(file).replace(dtype=dtype, scan_layers=scan_layers)  # type: ignore[arg-type]
@@ -129,7 +128,6 @@ class _Tensors:
 
 # --- the config -----------------------------------------------------------------------------------
 
-
 _FLOATS = {"rope_theta": 10000.0, "rms_norm_eps": 1e-5}  # where a file does not say
 
 
@@ -140,9 +138,8 @@ def gguf_config(file: GGUFFile) -> LlamaConfig:
     family, architecture = _family(file), file.get("general.architecture")
     _refuse_scaling(file)
     heads, width = file.setting("attention.head_count"), file.setting("embedding_length")
-    silent = _FLOATS | {"num_kv_heads": heads}
-    if isinstance(heads, int) and isinstance(width, int) and heads:
-        silent |= {"head_dim": width // heads}
+    whole = isinstance(heads, int) and isinstance(width, int) and heads
+    silent = _FLOATS | {"num_kv_heads": heads, "head_dim": width // heads if whole else None}
     values = {field: file.setting(key, silent.get(field)) for key, field in SETTINGS.items()}
     for key, field in SETTINGS.items():
         require(

@@ -178,16 +178,15 @@ _PROBES = (
     "the   three\n\n\nspaces ",
 )
 _REMEDY = (
-    "Export a Hugging Face directory (--format hf) and convert it with llama.cpp's"
-    " convert_hf_to_gguf.py, load the base from a .gguf file, whose tokenizer is copied, or set"
-    " model.tokenizer = None to write the file without one."
+    "Convert a Hugging Face export (--format hf) with llama.cpp's convert_hf_to_gguf.py, load the"
+    " base from a .gguf file, whose tokenizer is copied, or set model.tokenizer = None."
 )
 
 
 def tokenizer_metadata(model: Model, source: GGUFFile | None) -> tuple[dict[str, Any], str]:
-    """The tokenizer keys of a model's GGUF file, and their origin for the report: the keys of
-    `source`, the GGUF file that the model came from, if it still has that tokenizer; else those of
-    a byte-level BPE. ConfigError for a tokenizer that a file cannot express.
+    """The tokenizer keys of a model's file, and their origin for the report: those of `source`, the
+    GGUF file that it came from, if it still has that tokenizer, else of a byte-level BPE.
+    ConfigError for a tokenizer that a file cannot express.
     """
     values, origin = _copied(model, source), "copied from the base's file"
     if values is None:

@@ -1,12 +1,9 @@
 """Exports: base or fused models as GGUF files, which llama.cpp runs.
 
-llama.cpp quantises each row in blocks of 32 weights. So the residual stream, the MLP units and the
-dims of widened heads get channels of zeros up to a multiple of 32, beyond those of stock form, and
-the function stays the same.
-
-quant="keep" writes the base's blocks with the same bytes: a fused adapter's inputs append blocks to
-each row, its outputs append rows. Norm gains and epsilon are floats, eps_z goes into the scales of
-the state's blocks only, and the factor of widened heads' scores is a metadata key of RoPE.
+llama.cpp quantises rows in blocks of 32 weights, so all streams get channels of zeros up to a
+multiple of 32. quant="keep" writes the base's blocks with the same bytes: a fused adapter's inputs
+append blocks to each row, its outputs append rows. eps_z goes into the scales of the state's blocks
+only, and the factor of widened heads' scores is a metadata key of RoPE.
 """
 
 from __future__ import annotations
@@ -92,9 +89,7 @@ class GGUFForm:
 
     @property
     def rope_divisors(self) -> dict[str, np.ndarray]:
-        """The tensor that divides llama.cpp's angles, for RoPE of a part of a head or scaled as
-        Llama 3's; none for plain RoPE.
-        """
+        """The divisors of llama.cpp's angles, for RoPE of a part of a head or scaled; else none."""
         native = self.stock.native
         if native.base_head_dim is None and native.rope_scaling is None:
             return {}
@@ -107,9 +102,7 @@ class GGUFForm:
         return shapes | {name: x.shape for name, x in self.rope_divisors.items()}
 
     def tensors(self, model: Model) -> Iterator[tuple[str, Any]]:
-        """Yields names and float32 tensors, or QuantizedArrays. Processes go through them
-        together.
-        """
+        """Yields names and float32 arrays or codes. Processes go through them together."""
         for name, stored in gguf_table(self.config).items():
             place = hf_table(model.config)[stored.tensor]
             leaf = native_leaf(model, place) if self.keep else None
@@ -213,8 +206,8 @@ def gguf_form(model: Model, dtype: str, eps_z: float | None = None) -> GGUFForm:
 
 
 def keep_form(model: Model, eps_z: float | None = None) -> GGUFForm:
-    """The form of a model in a GGUF file that keeps its blocks. eps_z None: chosen for the rounding
-    of float32, or the next larger one with the scales of the state's blocks in float16's range.
+    """The form that keeps blocks. eps_z None: chosen for float32's rounding, or the next larger one
+    with the scales of the state's blocks in float16's range.
     """
     require_blocks(model)
     form = gguf_form(model, "float32", eps_z)
@@ -369,11 +362,8 @@ def _plan(
     """
     from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
-    flat, places, table = (
-        trees.flatten(model.params),
-        hf_table(model.config),
-        gguf_table(form.config),
-    )
+    flat, places = trees.flatten(model.params), hf_table(model.config)
+    table = gguf_table(form.config)
     tensors, fallback = list[Tensor](), dict[str, None]()
     for name, shape in form.shapes.items():
         place = table.get(name)
