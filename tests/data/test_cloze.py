@@ -65,14 +65,15 @@ def test_options_become_continuations(name):
 
 
 LISTED = "Please choose the correct answer to the question: x\n\nAnswer1: a"
+FORMAT = "\n\nAnswer format: answer1/answer2"
 
 
 @pytest.mark.parametrize(
     ("prompt", "message"),
     [
         ("Which is soft? Answer1: a", "'Which is soft. Answer1: a' is another"),
-        (f"{LISTED}\n\nAnswer format: answer1/answer2", "lists no 'Answer2'"),
-        (f"{LISTED} Answer2:\n\nAnswer format: answer1/answer2", "an option of .* is empty"),
+        (LISTED + FORMAT, "lists no 'Answer2'"),
+        (f"{LISTED} Answer2:{FORMAT}", "an option of .* is empty"),
     ],
 )
 def test_rows_in_other_words_are_refused(prompt, message):

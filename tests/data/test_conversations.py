@@ -125,7 +125,7 @@ LATE = CHATML.replace("assistant\n' -}}{%- endif", "assistant\n<think>' -}}{%- e
     [
         (CHATML, ""),
         (ENDLESS, "ends with no token of its own"),
-        (LATE, "marked behind other tokens than generation starts from"),
+        (LATE, "marked behind other tokens"),
     ],
 )
 def test_warnings_of_a_template_are_given_once(template, warned, tmp_path, caplog):
@@ -174,12 +174,8 @@ def test_a_long_conversation_is_cut_behind_an_answer(tmp_path, caplog):
 # --- what is refused ------------------------------------------------------------------------------
 
 
-CALL = [
-    SHORT[0],
-    {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "add"}}]},
-    turn("tool", "4"),
-    SHORT[1],
-]
+ADD = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "add"}}]}
+CALL, SEE = [SHORT[0], ADD, turn("tool", "4"), SHORT[1]], turn("assistant", "see <eos> here")
 DROPS_SYSTEM = "{% for m in messages if m.role != 'system' %}" + THINKING.split("-%}", 1)[1]
 
 
@@ -191,11 +187,7 @@ DROPS_SYSTEM = "{% for m in messages if m.role != 'system' %}" + THINKING.split(
         (DROPS_SYSTEM, WITH_SYSTEM, r"leaves out or changes turn 1 \(system\): 'Be short.'"),
         (unmarked(CHATML), SHORT[1:], r"begins with the assistant"),
         (CHANNELS, LONG, r"where turn 2 ends cannot be told"),
-        (
-            THINKING,
-            [SHORT[0], turn("assistant", "see <eos> here"), *LONG[2:]],
-            r"where turn 2 ends cannot be told",
-        ),
+        (THINKING, [SHORT[0], SEE, *LONG[2:]], r"where turn 2 ends cannot be told"),
         (LLAMA, CALL, r"leaves out the tool calls of turn 2"),
         (None, SHORT, r"needs a tokenizer with a chat template"),
     ],
@@ -203,6 +195,9 @@ DROPS_SYSTEM = "{% for m in messages if m.role != 'system' %}" + THINKING.split(
 def test_what_a_template_cannot_write(template, turns, message, tmp_path):
     with pytest.raises(ConfigError, match=message):
         rows_of(tmp_path, *messages(turns), template=template)
+    data = DataConfig(bucket_lengths=(1024,), prompt_style="alpaca")
+    with pytest.raises(ConfigError, match=r"data.prompt_style='alpaca' must be 'chat'"):
+        rows_of(tmp_path, *messages(turns), template=template, data=data)
 
 
 def test_an_answer_that_merges_with_the_template():
@@ -218,9 +213,3 @@ def test_an_answer_that_merges_with_the_template():
 
 def _examples(conversations):
     return [Example("", "", turns=tuple(turns)) for turns in conversations]
-
-
-def test_conversations_are_for_the_chat_template(tmp_path):
-    data = DataConfig(bucket_lengths=(1024,), prompt_style="alpaca")
-    with pytest.raises(ConfigError, match=r"data.prompt_style='alpaca' must be 'chat'"):
-        rows_of(tmp_path, *messages(SHORT), data=data)

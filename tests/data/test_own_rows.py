@@ -172,19 +172,18 @@ def test_a_usual_opening_stays_in_train(tmp_path):
 # --- forms ----------------------------------------------------------------------------------------
 
 
-def test_sharegpt_and_parts_of_text(tmp_path):
+def test_sharegpt_and_parts_of_text():
     names = {"user": "human", "assistant": "gpt"}
     turns = [{"from": names[t["role"]], "value": t["content"]} for t in LONG]
     turns.insert(2, {"from": "observation", "value": "4"})
-    path = write(tmp_path / "a.jsonl", {"conversations": turns, "system": "Be short."})
-    (example,) = load("rows", "train", path)
-    roles = [turn["role"] for turn in example.turns]
-    assert roles == ["system", "user", "assistant", "tool", "user", "assistant"]
-    assert example.turns[-1] == LONG[-1] and example.turns[0]["content"] == "Be short."
+    row = {"conversations": turns, "system": "Be short."}
+    [found] = read_rows([("", row)])
+    tool = turn("tool", "4")
+    assert found["turns"] == [turn("system", "Be short."), *LONG[:2], tool, *LONG[2:]]
     parts = [{"type": "text", "text": "Hel"}, {"type": "text", "text": "lo"}]
     rows = [{"messages": [{"role": "user", "content": parts}, SHORT[1]]}]
     rows += [{"messages": {name: [turn[name] for turn in SHORT] for name in SHORT[0]}}]  # of TFDS
-    assert [list(found["turns"]) for found in read_rows([("", row) for row in rows])] == [SHORT] * 2
+    assert [found["turns"] for found in read_rows([("", row) for row in rows])] == [SHORT] * 2
 
 
 def test_what_own_rows_say_is_taken_as_it_stands():
@@ -207,9 +206,9 @@ def test_what_own_rows_say_is_taken_as_it_stands():
 INSTRUCTION, QUESTION = {"instruction": "a", "output": "b"}, {"question": "a", "answer": "#### 1"}
 
 
-@pytest.mark.parametrize(
-    ("row", "form"),
-    [
+def test_a_form_is_recognised_by_all_that_it_needs():
+    """As rendered prompts stand next to what they were made of."""
+    for row, form in (
         (INSTRUCTION | {"input": "", "prompt": "### a"}, "instruction"),
         (QUESTION | {"prompt": "### a"}, "question"),
         ({"prompt": "### a", "text": "### a b"}, "text"),
@@ -217,11 +216,8 @@ INSTRUCTION, QUESTION = {"instruction": "a", "output": "b"}, {"question": "a", "
         ({"instruction": "a", "answer": "b", "output": ""}, "instruction"),
         (QUESTION | {"instruction": "Solve"}, "question"),
         ({"text": "Once.", "messages": SHORT}, "messages"),
-    ],
-)
-def test_a_form_is_recognised_by_all_that_it_needs(row, form):
-    """As rendered prompts stand next to what they were made of."""
-    assert [found["form"] for found in read_rows([("row 1", row)])] == [form]
+    ):
+        assert [found["form"] for found in read_rows([("row 1", row)])] == [form]
 
 
 def test_a_form_that_is_named(tmp_path):

@@ -131,24 +131,19 @@ def test_resuming_at_a_step_goes_on_as_if_uninterrupted():
     assert len(late["tokens"]) == 4
 
 
-def test_every_epoch_is_another_permutation_of_all_rows():
+def test_every_epoch_of_a_seed_is_another_permutation_of_all_rows():
     data = DataConfig(batch_size=4, bucket_lengths=(8,))
-    order = row_ids(first(train_batches(encoded_rows(10), data), 10))
-    epochs = [order[i : i + 10] for i in range(0, 40, 10)]
+
+    def order(count, **changes):
+        return row_ids(first(train_batches(encoded_rows(count), replace(data, **changes)), 10))
+
+    epochs = [order(10)[i : i + 10] for i in range(0, 40, 10)]
     assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) == 4
-    few = row_ids(first(train_batches(encoded_rows(3), replace(data, batch_size=8)), 1))
-    assert sorted(np.bincount(few)) == [2, 3, 3]  # a dataset smaller than a batch repeats
-
-
-def test_the_order_depends_on_the_seed():
-    data = DataConfig(batch_size=5, bucket_lengths=(8,))
-    orders = [
-        row_ids(first(train_batches(encoded_rows(50), replace(data, seed=seed)), 20))
-        for seed in (0, 0, 1)
-    ]
-    assert orders[0] == orders[1] != orders[2]
-    assert orders[0][50:] != orders[2][:50]  # a seed's second epoch is not the next seed's first
+    assert order(20, seed=0) == order(20) != order(20, seed=1)
+    assert order(20)[20:] != order(20, seed=1)[:20]  # the next seed does not go on where one ends
+    few = order(3, batch_size=8)[:8]  # a dataset smaller than a batch repeats
+    assert sorted(np.bincount(few)) == [2, 3, 3]
 
 
 def test_batches_are_padded_right_to_the_smallest_length_that_fits():
@@ -257,7 +252,7 @@ def test_a_mixture_is_its_tasks_one_after_the_other(two_tasks):
     assert [*map(len, few.parts)] == [2, 2]
 
 
-def test_weights_set_how_often_a_task_is_drawn():
+def test_weights_set_how_often_a_task_is_drawn(two_tasks):
     """Two tasks of 10 and 1000 rows at 1 to 3; resuming goes on as if uninterrupted."""
     rows = tuple(sequence([int(i >= 10)] * 2) for i in range(1010))
     encoded = Encoded(rows, 0, PAD, parts=(10, 1000), weights=(1.0, 3.0))
@@ -265,13 +260,11 @@ def test_weights_set_how_often_a_task_is_drawn():
     batches = first(train_batches(encoded, data), 50)
     assert np.mean(row_ids(batches)) == pytest.approx(0.75, abs=0.01)
     assert_same_batches(first(train_batches(encoded, data, 20), 30), batches[20:])
-
-
-def test_parts_count_the_rows_that_are_left(two_tasks):
+    # Parts count the rows that are left.
     mixture = load_mixture(replace(two_tasks, task="gsm8k*1+rows*1"), "train")
-    whole = tokenize_examples(mixture, byte_tokenizer(), two_tasks)
+    tokenizer = byte_tokenizer()
+    whole = tokenize_examples(mixture, tokenizer, two_tasks)
     longest = max(len(row.tokens) for row in whole.rows)
-    data = replace(two_tasks, bucket_lengths=(longest - 1,))
-    encoded = tokenize_examples(mixture, byte_tokenizer(), data)
-    assert 0 < encoded.dropped < 64 and sum(encoded.parts) == len(encoded)
-    assert encoded.parts[0] == encoded.parts[1] and encoded.weights == (1.0, 1.0)
+    some = tokenize_examples(mixture, tokenizer, replace(two_tasks, bucket_lengths=(longest - 1,)))
+    assert 0 < some.dropped < 64 and sum(some.parts) == len(some)
+    assert some.parts[0] == some.parts[1] and some.weights == (1.0, 1.0)

@@ -72,17 +72,13 @@ def summary(what, *texts):
     return Example(prompt, texts[0], "", "Long.", (), texts, document=True)
 
 
-def reply(before, text):
-    prompt = "Write the next reply of Speaker 2 in the following dialogue."
-    return Example(prompt, text, "", before, (), (text,))
-
-
+PROMPT = "Write the next reply of Speaker 2 in the following dialogue."
+FIRST, SECOND = "Speaker 1: Hi .", "Hello you ."
+BOTH = f"{FIRST}\nSpeaker 2: {SECOND}\nSpeaker 1: Bye ."
 REPLIES = [
-    reply("Speaker 1: Hi .", "Hello you ."),
-    reply("Speaker 1: Hi .\nSpeaker 2: Hello you .\nSpeaker 1: Bye .", "Bye ."),
+    Example(PROMPT, text, "", before, (), (text,))
+    for before, text in ((FIRST, SECOND), (BOTH, "Bye ."))
 ]
-
-
 CNN = {"article": "Long.", "highlights": "Short. "}
 THREE = {"dialogue": "Long."} | {f"summary{i}": f"{i}." for i in (1, 2, 3)}
 TURN_TABLE = [{"speaker": "USER", "utterance": utterance} for utterance in UTTERANCES]

@@ -9,18 +9,7 @@ from support.tasks import load, prompts_of, write_questions
 from zflora_jax.core.fields import ConfigError
 from zflora_jax.core.run_config import DataConfig
 from zflora_jax.data.splits import normalise
-from zflora_jax.data.tasks import GROUPS, HOLD_OUT, SPLITS, TASKS, Example, load_examples
-
-
-def test_the_papers_18_tasks():
-    sizes = {name: len(tasks) for name, tasks in GROUPS.items()}
-    assert sizes == {"commonsense": 8, "math": 6, "summary": 4}
-    for group, names in GROUPS.items():
-        assert all(TASKS[name].group == group for name in names)
-    assert "mawps" not in GROUPS["math"] and TASKS["mawps"].group == "math"
-    assert {task.group for task in TASKS.values()} == {*GROUPS, "other"}
-    assert all(name == task.name for name, task in TASKS.items())
-
+from zflora_jax.data.tasks import HOLD_OUT, SPLITS, load_examples
 
 # --- files ----------------------------------------------------------------------------------------
 
@@ -36,14 +25,6 @@ def test_the_first_folder_that_has_files_is_read(tmp_path):
     aqua = tmp_path / "aqua"  # in another case
     write_questions(aqua / "test.jsonl", ["q"], answer="B")
     assert prompts_of("test", aqua, "aqua") == ["q"]
-
-
-def test_training_sets_are_found_by_name(tmp_path):
-    path = tmp_path / "ft-training_set" / "commonsense_15k.json"
-    write_questions(path, [f"q{i}" for i in range(40)])
-    for given in (tmp_path, path.parent):
-        sizes = [len(prompts_of(split, given, "commonsense_15k")) for split in SPLITS]
-        assert sizes == [32, 4, 4]
 
 
 ADDSUB = r"Tried: \S+/AddSub, \S+/dataset/AddSub, \S+/llm_adapters/dataset/AddSub, .*that holds"
@@ -80,16 +61,6 @@ def test_missing_files(asked, file, below, message, tmp_path):
 
 
 # --- examples -------------------------------------------------------------------------------------
-
-
-def test_examples_are_a_sequence(tmp_path):
-    write_questions(tmp_path / "test.json", ["a", "b", "c"], input="more")
-    examples = load_examples("rows", "test", DataConfig(data_dir=str(tmp_path)))
-    assert examples[0] == Example("a", "A: The answer is 0.", "0", "more", form="instruction")
-    assert [e.prompt for e in examples] == ["a", "b", "c"]
-    assert [e.prompt for e in examples[1:]] == ["b", "c"] and examples[-1].prompt == "c"
-    with pytest.raises(IndexError):
-        examples[3]
 
 
 def choice(directory, answer="answer2", output="the correct answer is answer2", allowed=3):
@@ -172,7 +143,6 @@ def test_a_hold_out_has_a_bound_and_keeps_equal_questions_together(tmp_path):
 
 def test_train_limit_takes_a_nested_sample_of_train_alone(tmp_path):
     write_questions(tmp_path / "train.json", [f"q{i}" for i in range(100)])
-    few, more = (prompts_of("train", tmp_path, train_limit=limit) for limit in (5, 20))
-    assert more[:5] == few and len(more) == 20
+    few, more, all_rows = (prompts_of("train", tmp_path, train_limit=n) for n in (5, 20, 10**6))
+    assert more[:5] == few and (len(more), len(all_rows)) == (20, 80)
     assert len(prompts_of("test", tmp_path, train_limit=5)) == 10
-    assert len(prompts_of("train", tmp_path, train_limit=10**6)) == 80
