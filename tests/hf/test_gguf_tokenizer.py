@@ -111,8 +111,7 @@ def with_tokenizer(tokenizer: Any) -> Model:
 @pytest.mark.parametrize("name", NAMES)
 def test_byte_level_tokenizers_make_the_round(name: str, tmp_path: Path) -> None:
     model = with_tokenizer(merging(name))
-    report = save_gguf(tmp_path / "x.gguf", model, "f32")
-    assert f"pre-tokenizer {name}" in report["tokenizer"]
+    save_gguf(tmp_path / "x.gguf", model, "f32")
     file, found = GGUFFile(tmp_path / "x.gguf"), load_model(tmp_path / "x.gguf")
     assert file.get("tokenizer.ggml.pre") == name
     assert file.get("tokenizer.ggml.tokens")[-1].startswith("[PAD")  # ids without a token
@@ -149,9 +148,8 @@ def test_sentencepiece_vocabularies_are_copied(space: bool, tmp_path: Path) -> N
 
 def spaced() -> Any:
     """A special token that takes the space before it: a GGUF file has no word for that."""
-    tokenizer, token = merging(), AddedToken("<tool>", lstrip=True, special=True)
-    tokenizer.add_tokens([token], special_tokens=True)
-    tokenizer.add_special_tokens({"sep_token": AddedToken("<tool>", lstrip=True)})
+    tokenizer = merging()
+    tokenizer.add_special_tokens({"sep_token": AddedToken("<tool>", lstrip=True, special=True)})
     return tokenizer
 
 

@@ -38,59 +38,43 @@ def fused_by(method: str, rank: int = 5, **changes: Any) -> Model:
     return fuse(base, adapter, perturb(init_adapters(jax.random.key(0), base, adapter)))
 
 
-def written(path: Path, model: Model, quant: str = "f32") -> tuple[dict[str, Any], GGUFFile, Model]:
-    """The report, the file and the model that it holds, which computes what `model` does."""
-    report = save_gguf(path / "x.gguf", model, quant)
-    found = load_model(path / "x.gguf")
-    assert_logits_close(forward(found, TOKENS), forward(model, TOKENS))
-    return report, GGUFFile(path / "x.gguf"), found
-
-
-@pytest.mark.parametrize(
-    ("method", "changes", "heads"),
-    [
-        ("ffba", {"head_dim": 64}, 96),  # 80 -> 96: each head is padded by itself
-        ("zflora-minimal", {"tie_word_embeddings": False}, 16),
-    ],
-)
-def test_widths_are_padded_and_the_function_stays(
-    method: str, changes: dict[str, Any], heads: int, tmp_path: Path
-) -> None:
-    """No width of the model is a multiple of 32."""
-    fused = fused_by(method, hidden_size=72, intermediate_size=100, **changes)
-    report, file, _ = written(tmp_path, fused)
-    assert ("output.weight" in file.tensors) == ("tie_word_embeddings" in changes)
-    assert f"hidden {fused.config.hidden_size} -> 96" in report["filled with zeros"]
-    assert "MLP" in report["filled with zeros"] and "hidden 96" in report["widths"]
-    for key in ("attention.key_length", "attention.value_length", "rope.dimension_count"):
-        assert file.get(f"llama.{key}") == heads
-    assert ("rope_freqs.weight" in file.tensors) == (heads != 16)
-    for tensor in file.tensors.values():  # 4 heads of 16 dims are a multiple too
-        assert tensor.name == "rope_freqs.weight" or tensor.shape[-1] % 32 == 0, tensor.name
-
-
 SCALED = {"rope_scaling": RopeScaling(8.0, 1.0, 4.0, 64), "head_dim": 32}
+ODD = {"hidden_size": 72, "intermediate_size": 100}  # no multiples of 32
 
 
 @pytest.mark.parametrize(
-    ("method", "architecture", "changes"),
+    ("method", "changes", "architecture", "heads"),
     [
-        ("base", "llama", SCALED),
-        ("ffba", "llama", SCALED),
-        ("base", "qwen2", {"family": "qwen2"}),
+        ("ffba", ODD | {"head_dim": 64}, "llama", 96),  # 80 -> 96: each head is padded by itself
+        ("zflora-minimal", ODD | {"tie_word_embeddings": False}, "llama", 16),
+        ("base", SCALED, "llama", 32),
+        ("ffba", SCALED, "llama", 64),
+        ("base", {"family": "qwen2"}, "qwen2", 16),
         # llama.cpp's qwen2 refuses heads that are not as wide as the residual stream.
-        ("zflora-uniform", "llama", {"family": "qwen2"}),
-        ("base", "llama", {"family": "mistral", "sliding_window": 32}),
+        ("zflora-uniform", {"family": "qwen2"}, "llama", 32),
+        ("base", {"family": "mistral", "sliding_window": 32}, "llama", 16),
     ],
 )
-def test_architectures_and_what_limits_them(
-    method: str, architecture: str, changes: dict[str, Any], tmp_path: Path
+def test_the_file_computes_what_the_model_does(
+    method: str, changes: dict[str, Any], architecture: str, heads: int, tmp_path: Path
 ) -> None:
     """All families: test_formats."""
     model = fused_by(method, **changes)
-    report, file, found = written(tmp_path, model)
+    report = save_gguf(tmp_path / "x.gguf", model, "f32")
+    found, file = load_model(tmp_path / "x.gguf"), GGUFFile(tmp_path / "x.gguf")
+    assert_logits_close(forward(found, TOKENS), forward(model, TOKENS))
     assert file.get("general.architecture") == architecture
+    for key in ("attention.key_length", "attention.value_length", "rope.dimension_count"):
+        assert file.get(f"{architecture}.{key}") == heads
+    assert ("output.weight" in file.tensors) == (not model.config.tie_word_embeddings)
+    divided = model.config.base_head_dim is not None or "rope_scaling" in changes
+    assert ("rope_freqs.weight" in file.tensors) == divided
     assert found.config.rope_scaling == model.config.rope_scaling
+    if "hidden_size" in changes:
+        assert f"hidden {model.config.hidden_size} -> 96" in report["filled with zeros"]
+        assert "MLP" in report["filled with zeros"] and "hidden 96" in report["widths"]
+        for tensor in file.tensors.values():  # 4 heads of 16 dims are a multiple too
+            assert tensor.name == "rope_freqs.weight" or tensor.shape[-1] % 32 == 0, tensor.name
     if "sliding_window" in changes:
         assert report["context"].startswith("32 of 512: the sliding window")
         assert file.get("llama.context_length") == 32

@@ -5,7 +5,6 @@ test_attention.py.
 
 from __future__ import annotations
 
-import importlib.util
 import re
 from collections import Counter
 from functools import partial
@@ -25,7 +24,6 @@ from zflora_jax.ops.attention import attention, attention_choice
 from zflora_jax.ops.attention_mask import AttentionMask
 from zflora_jax.ops.remat import POLICIES
 from zflora_jax.parallel import devices
-from zflora_jax.parallel.compile_cache import no_compile_cache
 from zflora_jax.parallel.devices import (
     device_in_use,
     named_device,
@@ -33,7 +31,6 @@ from zflora_jax.parallel.devices import (
     widest_head,
 )
 from zflora_jax.parallel.sharding import make_mesh
-from zflora_jax.parallel.targets import target
 
 H100, A100, V5E = "NVIDIA H100 80GB HBM3", "NVIDIA A100-SXM4-40GB", "TPU v5 lite"
 IDS = jnp.zeros((2, 256), jnp.int32)
@@ -139,27 +136,6 @@ def test_kernels_are_called_for_by_name_and_run_forward_once(kind, mask, on):
     assert lowered(kind, "none", mask) == once
     assert lowered(kind, POLICIES["dots"], mask) == once
     assert lowered(kind, None, mask) == once + Counter([forward])
-
-
-@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs: pip install libtpu")
-def test_the_compiler_of_a_tpu_takes_the_kernel_for_a_mesh_that_is_absent():
-    """Chosen by the mesh in use; memory grows with the length, not with its square."""
-    there, temporaries = target("tpu:v5e:2x2").devices(), []
-
-    def loss(q, k, v, ids):
-        return jnp.sum(attention(q, k, v, AttentionMask(ids, ids), 0.125).astype(jnp.float32))
-
-    with jax.set_mesh(make_mesh(MeshConfig(fsdp=2, tensor=2), there)), no_compile_cache():
-        device = device_in_use()
-        assert (device.platform, device.kind, device.here) == ("tpu", "TPU v5 lite", False)
-        for length in (512, 1024, 2048):
-            shapes = ((2, length, 4, 80), (2, 2, 80, length), (2, 2, length, 80))
-            arrays = [jax.ShapeDtypeStruct(s, jnp.bfloat16) for s in shapes]
-            ids = jax.ShapeDtypeStruct((2, length), jnp.int32)
-            found = jax.jit(jax.grad(loss, (0, 1, 2))).lower(*arrays, ids).compile()
-            assert found.as_text().count("tpu_custom_call") == 3
-            temporaries.append(found.memory_analysis().temp_size_in_bytes)
-    assert temporaries[2] - temporaries[1] <= 2.5 * (temporaries[1] - temporaries[0])
 
 
 def test_devices_are_known_by_their_kind():
