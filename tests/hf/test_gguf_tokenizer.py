@@ -141,6 +141,12 @@ def test_sentencepiece_vocabularies_are_copied(space: bool, tmp_path: Path) -> N
     found = load_model(new)
     for text in ("abb a ab", "b"):
         assert found.tokenizer(text)["input_ids"] == model.tokenizer(text)["input_ids"]
+    size = len(PIECES) + 3  # new rows have names
+    longer = resize_vocab(found, size)
+    assert save_gguf(tmp_path / "longer.gguf", longer)["tokenizer"].startswith("copied")
+    tokens = GGUFFile(tmp_path / "longer.gguf").get("tokenizer.ggml.tokens")
+    assert len(tokens) == size and tokens[-1] == f"[PAD{size - 1}]"
+    assert load_model(tmp_path / "longer.gguf").config.vocab_size == size
     model.source = None
     with pytest.raises(ConfigError, match=r"no byte-level BPE.*convert_hf_to.*base from a \.gguf"):
         save_gguf(tmp_path / "other.gguf", model)
@@ -198,15 +204,3 @@ def test_end_tokens_and_the_template_are_the_models(tmp_path: Path) -> None:
     model.config = model.config.replace(eos_token_ids=(1, 2, 3, 4))
     with pytest.raises(ConfigError, match="room for 3 end tokens"):
         saved("z.gguf")
-
-
-def test_a_vocabulary_of_a_file_may_be_made_longer(tmp_path: Path) -> None:
-    """By a number: the new rows have names."""
-    model = with_tokenizer(byte_tokenizer())
-    size = model.config.vocab_size + 12
-    save_gguf(tmp_path / "a.gguf", model)
-    longer = resize_vocab(load_model(tmp_path / "a.gguf"), size)
-    assert save_gguf(tmp_path / "b.gguf", longer)["tokenizer"].startswith("copied")
-    tokens = GGUFFile(tmp_path / "b.gguf").get("tokenizer.ggml.tokens")
-    assert len(tokens) == size and tokens[-1] == f"[PAD{size - 1}]"
-    assert load_model(tmp_path / "b.gguf").config.vocab_size == size
