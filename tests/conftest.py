@@ -129,14 +129,10 @@ def optimised():
 @pytest.fixture
 def own_programs():
     """As a process starts: without the directory that the tests share, or a program in memory."""
-    shared, least = (
-        jax.config.jax_compilation_cache_dir,
-        jax.config.jax_persistent_cache_min_compile_time_secs,
-    )
-    cache_module._use(None, 1.0)
-    jax.clear_caches()
-    yield
-    cache_module._use(shared, least)
+    name = "jax_persistent_cache_min_compile_time_secs"
+    with cache_module._configured({"jax_compilation_cache_dir": None, name: 1.0}):
+        jax.clear_caches()
+        yield
 
 
 @pytest.fixture

@@ -206,7 +206,7 @@ def test_the_loss_of_layers_apart_gathers_no_kernel():
 def test_several_processes_divide_a_model_over_all_their_devices(monkeypatch):
     """A model that each of them held whole would be loaded, and evaluated, by each alone."""
     monkeypatch.setattr(jax, "process_count", lambda: 2)
-    with pytest.raises(ConfigError, match=r"mesh.fsdp=2 .* is 2 devices of 8 in 2 processes"):
+    with pytest.raises(ConfigError, match=r"mesh.fsdp=2 .* needs 2 devices; there are 8 in 2"):
         mesh_if_there(MeshConfig(fsdp=2))
     with pytest.raises(ConfigError, match=r"2 processes divide .* --set mesh.fsdp=8"):
         mesh_asked({}, None)

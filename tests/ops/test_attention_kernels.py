@@ -14,10 +14,7 @@ import jax
 import jax.export
 import jax.numpy as jnp
 import pytest
-from support.models import tiny_model
 
-from zflora_jax.adapters.init import init_adapters
-from zflora_jax.core.adapter_config import AdapterConfig
 from zflora_jax.core.run_config import MeshConfig
 from zflora_jax.ops import attention as attention_ops
 from zflora_jax.ops.attention import attention, attention_choice
@@ -25,9 +22,9 @@ from zflora_jax.ops.attention_mask import AttentionMask
 from zflora_jax.ops.remat import POLICIES
 from zflora_jax.parallel import devices
 from zflora_jax.parallel.devices import (
+    Device,
     device_in_use,
     named_device,
-    widest_cudnn_head,
     widest_head,
 )
 from zflora_jax.parallel.sharding import make_mesh
@@ -146,20 +143,19 @@ def test_devices_are_known_by_their_kind():
 
 
 @pytest.mark.parametrize(
-    ("capability", "cudnn", "widest"),
-    [((7, 5), 91800, 0), ((8, 9), 91800, 128), ((9, 0), 90400, 128), ((9, 0), 91800, 256)]
-    + [((9, 0), 0, 128)]  # a version that is not known
-    + [((10, 0), 91000, 128), ((10, 3), 91000, 0), ((10, 3), 91100, 128), ((12, 0), 91800, 128)],
+    ("capability", "widest"),
+    [((7, 5), 0), ((8, 0), 128), ((8, 9), 128), ((9, 0), 256), ((10, 0), 128), ((12, 0), 128)],
     ids=str,
 )
-def test_the_widest_head_of_a_gpu(capability, cudnn, widest, monkeypatch):
+def test_the_widest_head_of_a_gpu(capability, widest, monkeypatch):
     """Never wider than what jax itself lets through."""
     from jax._src.cudnn import fused_attention_stablehlo as theirs
 
     def parsed(text: str) -> tuple[int, ...]:
         return tuple(map(int, text.split(".")))
 
-    assert widest_cudnn_head(capability, cudnn) == widest
+    monkeypatch.setattr(devices, "device_in_use", lambda: Device("gpu", "a GPU", capability))
+    assert widest_head() == widest
     at_least, equal = (lambda c: capability >= parsed(c)), (lambda c: capability == parsed(c))
     monkeypatch.setattr(theirs, "check_compute_capability", at_least)
     monkeypatch.setattr(theirs, "is_cuda_compute_capability_equal", equal)
@@ -167,22 +163,4 @@ def test_the_widest_head_of_a_gpu(capability, cudnn, widest, monkeypatch):
     for width in range(8, widest + 1, 8):
         q = jax.ShapeDtypeStruct((1, 4, 2, width), jnp.bfloat16)
         for training in (True, False):
-            theirs.check_is_flash_attention(q, q, q, layout, cudnn, True, training)
-
-
-@pytest.mark.parametrize(
-    ("limit", "dtype", "warns"),
-    # Where the kernel is there for neither, nothing is lost.
-    [(128, "bfloat16", True), (256, "bfloat16", False), (0, "bfloat16", False)]
-    + [(128, "float32", False)],
-)
-def test_widening_heads_beyond_the_kernel_is_warned_of(limit, dtype, warns, monkeypatch, recwarn):
-    """As heads of 128 + 32 are, on every GPU but Hopper's."""
-    monkeypatch.setattr("zflora_jax.adapters.init.widest_head", lambda: limit)
-    model = tiny_model(num_layers=1, head_dim=128, dtype=dtype)
-    init_adapters(jax.random.key(0), model, AdapterConfig("zflora-minimal", rank=2))
-    assert not recwarn.list
-    init_adapters(jax.random.key(0), model, AdapterConfig("ffba", rank=2))
-    said = "".join(str(warning.message) for warning in recwarn.list)
-    assert warns == ("head_dim 128 + 32 = 160: cuDNN's attention takes heads up to 128" in said)
-    assert warns == ("'zflora-minimal' leaves the heads as they are" in said) == bool(said)
+            theirs.check_is_flash_attention(q, q, q, layout, 90800, True, training)

@@ -142,15 +142,12 @@ def test_a_signal_before_the_first_step_of_a_resumed_run_stops_it(monkeypatch):
     assert not signals.requested(6) and asked[-1] == 6
 
 
-@pytest.fixture
-def both_say_the_same(monkeypatch):
-    """Process 0 of two; what it gathers from the other one is its own."""
+def test_whatever_process_0_raises_reaches_the_others(monkeypatch):
+    """Process 0 of two, which gathers its own bytes from the other one, and then process 1."""
     monkeypatch.setattr(distributed.jax, "process_count", lambda: 2)
     both = lambda own: np.stack([jnp.asarray(own)] * 2)  # noqa: E731  # with jax's integers
     monkeypatch.setattr(distributed.multihost_utils, "process_allgather", both)
-
-
-def test_whatever_process_0_raises_reaches_the_others(both_say_the_same, monkeypatch):
+    assert distributed.gather_bytes(b"abc") == [b"abc"] * 2
     told = []
     real = distributed.from_process_0
     monkeypatch.setattr(distributed, "from_process_0", lambda x: (told.append(x), real(x))[1])
@@ -163,33 +160,11 @@ def test_whatever_process_0_raises_reaches_the_others(both_say_the_same, monkeyp
         distributed.on_main(lambda: pytest.fail("not process 0"))
 
 
-def test_sizes_above_two_gib_are_exchanged(both_say_the_same):
-    assert distributed._gather_size(5 << 30) == [5 << 30] * 2
-    assert distributed.gather_bytes(b"abc") == [b"abc"] * 2
-
-
 def test_all_processes_tell_their_templates_the_day_of_process_0(run, monkeypatch):
     """Also where each has put today into the settings, some before and some after midnight."""
     monkeypatch.setattr(distributed, "from_process_0", lambda _: "2026-11-25")
     for own in (None, "2026-11-26"):
         assert one_day(override(run, {"data.date": own})).data.date == "2026-11-25"
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (("localhost:1",), r"needs --num-processes \(or ZFLORA_NUM_PROCESSES\), --process-id"),
-        (("localhost", 2, 0), "expected HOST:PORT"),
-        (("localhost:1", 2, 2), "numbered from 0 to 1"),
-        (("localhost:1", 2, 0, True), "leave out --coordinator"),
-        ((None, None, None, True), r"did not start by detection \(SLURM"),
-    ],
-)
-def test_wrong_start_ups(arguments, message, monkeypatch):
-    for name in distributed.ENVIRONMENT.values():
-        monkeypatch.delenv(name, raising=False)
-    with pytest.raises(ConfigError, match=message):
-        distributed.start(*arguments[:3], detect=len(arguments) > 3)
 
 
 @pytest.fixture
@@ -203,21 +178,33 @@ def started(monkeypatch) -> list[tuple]:
 
 
 def test_the_environment_can_start_a_run(started, monkeypatch):
+    distributed.start()
+    distributed.start("localhost:1", 1, 0)
+    assert distributed.is_main() and not started  # a run without the flags is one process
     values = ("10.0.0.1:1234", "4", "3")
     for name, value in zip(distributed.ENVIRONMENT.values(), values, strict=True):
         monkeypatch.setenv(name, value)
     distributed.start()
     distributed.start(process_id=0)
     assert started == [("10.0.0.1:1234", 4, 3), ("10.0.0.1:1234", 4, 0)]
-    monkeypatch.setenv("ZFLORA_PROCESS_ID", "three")
-    with pytest.raises(ConfigError, match="--process-id 'three': expected a whole number"):
-        distributed.start()
 
 
-def test_a_run_without_the_flags_is_one_process(started):
-    distributed.start()
-    distributed.start("localhost:1", 1, 0)
-    assert distributed.is_main() and not started
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("localhost:1",), r"needs --num-processes \(or ZFLORA_NUM_PROCESSES\), --process-id"),
+        (("localhost:1", 2, "three"), "--process-id 'three': expected a whole number"),
+        (("localhost", 2, 0), r"did not start with --coordinator localhost \(HOST:PORT"),
+        (("localhost:1", 2, 2), "numbered from 0 to 1"),
+        (("localhost:1", 2, 0, True), "leave out --coordinator"),
+        ((None, None, None, True), r"did not start by detection \(SLURM"),
+    ],
+)
+def test_wrong_start_ups(arguments, message, monkeypatch):
+    for name in distributed.ENVIRONMENT.values():
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(ConfigError, match=message):
+        distributed.start(*arguments[:3], detect=len(arguments) > 3)
 
 
 def test_a_bug_in_one_process_does_not_keep_the_others_waiting(monkeypatch):

@@ -2,8 +2,6 @@
 parameter; wrong meshes say what to change.
 """
 
-import dataclasses
-import itertools
 import re
 
 import jax
@@ -11,9 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
-from support.byte_tokenizer import byte_tokenizer
 from support.cases import DORA, adapter_cases, case_id
-from support.checks import assert_trees_equal, compiled
+from support.checks import compiled
 from support.grids import always
 from support.sharded import sharded_model, sharded_step, three_steps
 
@@ -21,28 +18,18 @@ from zflora_jax.adapters.methods import adapter_shapes
 from zflora_jax.core import trees
 from zflora_jax.core.adapter_config import METHODS, AdapterConfig
 from zflora_jax.core.architecture import param_shapes
-from zflora_jax.core.fields import ConfigError
+from zflora_jax.core.errors import Preempted
+from zflora_jax.core.fields import ConfigError, override
 from zflora_jax.core.presets import PRESETS, preset
 from zflora_jax.core.run_config import (
     DataConfig,
-    EvalConfig,
     MeshConfig,
-    OptimConfig,
     RunConfig,
-    TrainConfig,
 )
-from zflora_jax.experiments.restore import load_run
 from zflora_jax.experiments.train import train
-from zflora_jax.hf.save import save_hf
 from zflora_jax.parallel import sharding
+from zflora_jax.parallel.distributed import StopSignals
 from zflora_jax.reporting.metrics import read_metrics
-from zflora_jax.training.checkpoint import Checkpoints
-
-MESHES = [
-    MeshConfig(*(2**i for i in powers))
-    for powers in itertools.product(range(4), repeat=3)
-    if 1 <= sum(powers) <= 3
-]
 
 
 def rank_6(method):
@@ -59,31 +46,24 @@ def rank_6(method):
     ids=case_id,
 )
 def test_a_mesh_of_every_axis_gives_the_numbers_of_one_device(adapter):
-    compare_meshes(adapter, [MeshConfig(2, 2, 2)])
-
-
-@pytest.mark.soak
-@pytest.mark.parametrize("method", METHODS)
-def test_the_whole_grid_of_meshes_gives_the_numbers_of_one_device(method):
-    compare_meshes(rank_6(method), MESHES)
-
-
-def compare_meshes(adapter, meshes):
     model = sharded_model()
     wanted, adapters = three_steps(model, adapter, MeshConfig())
     assert wanted[2, 0] < wanted[0, 0]
-    for mesh in meshes:
-        accumulate = 2 if mesh.tensor == 2 else 1
-        metrics, found = three_steps(model, adapter, mesh, grad_accum_steps=accumulate)
-        np.testing.assert_allclose(metrics, wanted, rtol=2e-5, err_msg=str(mesh))
-        for leaf, value in trees.flatten(found).items():
-            np.testing.assert_allclose(
-                value, trees.flatten(adapters)[leaf], atol=2e-5, err_msg=f"{mesh}: {leaf}"
-            )
+    metrics, found = three_steps(model, adapter, MeshConfig(2, 2, 2), grad_accum_steps=2)
+    np.testing.assert_allclose(metrics, wanted, rtol=2e-5)
+    for leaf, value in trees.flatten(found).items():
+        np.testing.assert_allclose(value, trees.flatten(adapters)[leaf], atol=2e-5, err_msg=leaf)
 
 
 def shapes_in(pattern, text):
     return {tuple(map(int, dims.split(","))) for dims in re.findall(pattern, text)}
+
+
+def program(model, adapter, config):
+    """The text of the compiled train step, and its arguments."""
+    mesh, step, arguments = sharded_step(model, adapter, config)
+    with jax.set_mesh(mesh):
+        return compiled(step.lower(*arguments)).as_text(), arguments
 
 
 @pytest.mark.parametrize("scan_layers", always([True, False], bool))
@@ -92,11 +72,7 @@ def test_fsdp_gathers_one_layer_at_a_time(scan_layers):
     own, in each pass anew.
     """
     model = sharded_model(scan_layers=scan_layers, num_layers=3)
-    mesh, step, arguments = sharded_step(
-        model, AdapterConfig("zflora-minimal", rank=6), MeshConfig(fsdp=4)
-    )
-    with jax.set_mesh(mesh):
-        text = compiled(step.lower(*arguments)).as_text()
+    text, _ = program(model, rank_6("zflora-minimal"), MeshConfig(fsdp=4))
     gathered = shapes_in(r"= f32\[([\d,]+)\]\S* all-gather", text)
     assert gathered
     shapes = {
@@ -120,9 +96,7 @@ def test_fsdp_gathers_one_layer_at_a_time(scan_layers):
 def test_the_head_is_gathered_and_its_gradient_summed_once_a_step(method, tied):
     """Not in the loop over chunks, of which there are two."""
     model = sharded_model(tie_word_embeddings=tied)
-    mesh, step, arguments = sharded_step(model, AdapterConfig(method, rank=6), MeshConfig(fsdp=4))
-    with jax.set_mesh(mesh):
-        text = compiled(step.lower(*arguments)).as_text()
+    text, _ = program(model, rank_6(method), MeshConfig(fsdp=4))
     found = []
     for computation in text.split("\n\n"):
         for shapes, kind in re.findall(
@@ -136,23 +110,19 @@ def test_the_head_is_gathered_and_its_gradient_summed_once_a_step(method, tied):
 
 
 @pytest.mark.parametrize(
-    "mesh_config",
+    "config",
     always(
         [MeshConfig(2, 2, 2), MeshConfig(2, 4, 1), MeshConfig(1, 4, 2)],
         lambda mesh: mesh.devices == 8 and mesh.data == mesh.tensor,
     ),
     ids=str,
 )
-def test_no_device_holds_the_embeddings_of_the_whole_batch(mesh_config):
+def test_no_device_holds_the_embeddings_of_the_whole_batch(config):
     model = sharded_model()
-    mesh, step, arguments = sharded_step(
-        model, AdapterConfig("zflora-minimal", rank=6), mesh_config
-    )
-    with jax.set_mesh(mesh):
-        text = compiled(step.lower(*arguments)).as_text()
-    rows, length = arguments[2]["tokens"].shape
+    text, (_, _, batch) = program(model, rank_6("zflora-minimal"), config)
+    rows, length = batch["tokens"].shape
     shapes, d = shapes_in(r"f32\[([\d,]+)\]", text), model.config.hidden_size
-    assert (rows // mesh_config.row_parts, length, d) in shapes
+    assert (rows // config.row_parts, length, d) in shapes
     assert (rows, length, d) not in shapes
 
 
@@ -183,6 +153,12 @@ def test_large_kernels_are_divided_over_all_of_fsdp_and_tensor():
     [
         (lambda: MeshConfig(data=0), r"mesh.data=0: must be at least 1"),
         (lambda: sharding.make_mesh(MeshConfig(3, 3, 3)), r"needs 27 devices; there are 8"),
+        (  # before a model is looked for
+            lambda: train(
+                RunConfig("none", data=DataConfig(batch_size=64), mesh=MeshConfig(data=64)), "w"
+            ),
+            r"needs 64 devices; there are 8",
+        ),
         (
             lambda: sharding.spec(
                 "layers/attn/k/kernel", (30, 576, 3, 64), sharding.make_mesh(MeshConfig(tensor=2))
@@ -203,81 +179,43 @@ def test_wrong_meshes(make, message):
         make()
 
 
-def test_a_run_goes_on_under_another_mesh(tmp_path, monkeypatch):
-    """Saved on one mesh, resumed on others: the state comes back bit for bit, and the losses are
-    those of the run on one device.
-    """
-    model = sharded_model(max_position_embeddings=400)
-    model.tokenizer = byte_tokenizer()
-    save_hf(tmp_path / "model", model)
-    whole = RunConfig(
-        model=str(tmp_path / "model"),
-        adapter=AdapterConfig("zflora-minimal", rank=4),
-        data=DataConfig(batch_size=4, bucket_lengths=(320,), train_limit=16),
-        optim=OptimConfig(warmup_steps=1, learning_rate=1e-2, schedule="constant"),
-        train=TrainConfig(steps=4, save_every=2, loss_chunk=128, log_every=1),
-        eval=EvalConfig(limit=4),
-    )
-
-    def losses(path):
-        return [r["loss"] for r in read_metrics(path / "metrics.jsonl") if r["split"] == "train"]
-
-    train(whole, tmp_path / "one", console=False)
-    meshed = dataclasses.replace(whole, mesh=MeshConfig(data=2, tensor=2))
-    real = Checkpoints.save
-
-    def stop(self, step, state, meta, loss=None):
-        real(self, step, state, meta, loss)
-        if step == 2:
-            saved.append(jax.device_get(state))
-            raise KeyboardInterrupt
-
-    saved: list = []
-    with monkeypatch.context() as patch:
-        patch.setattr(Checkpoints, "save", stop)
-        with pytest.raises(KeyboardInterrupt):
-            train(meshed, tmp_path / "many", console=False)
-    restored = load_run(tmp_path / "many")
-    assert restored[3] == 2
-    assert_trees_equal(restored[2], saved[0].adapters)
-    trained = train(
-        dataclasses.replace(whole, mesh=MeshConfig(fsdp=4)), tmp_path / "many", console=False
-    )
+def test_a_run_goes_on_under_another_mesh(run, tmp_path, monkeypatch):
+    """Stopped on one mesh and resumed on another, it has the losses of the run on one device."""
+    run = override(run, {"train.steps": 4, "data.grad_accum_steps": 1})
+    meshes = [
+        override(run, changes) for changes in ({"mesh.data": 2, "mesh.tensor": 2}, {"mesh.fsdp": 4})
+    ]
+    train(run, tmp_path / "one", console=False)
+    with monkeypatch.context() as patch, pytest.raises(Preempted):
+        patch.setattr(StopSignals, "requested", lambda self, step: step == 2)
+        train(override(run, meshes[0]), tmp_path / "many", console=False)
+    trained = train(override(run, meshes[1]), tmp_path / "many", console=False)
     assert trained.report["resumed_from"] == 2
-    np.testing.assert_allclose(losses(tmp_path / "many"), losses(tmp_path / "one"), rtol=1e-5)
     assert trained.adapters["layers"]["mlp"]["up"]["backward"].sharding.mesh.shape["fsdp"] == 4
-
-
-def test_too_few_devices_are_said_before_a_model_is_looked_for(tmp_path):
-    run = RunConfig(
-        model=str(tmp_path / "none"), data=DataConfig(batch_size=64), mesh=MeshConfig(data=64)
+    found, wanted = (
+        [
+            r["loss"]
+            for r in read_metrics(tmp_path / name / "metrics.jsonl")
+            if r["split"] == "train"
+        ]
+        for name in ("many", "one")
     )
-    with pytest.raises(ConfigError, match="needs 64 devices; there are 8"):
-        train(run, tmp_path / "w")
+    np.testing.assert_allclose(found, wanted, rtol=2e-5)
 
 
 def test_without_a_mesh_nothing_is_constrained():
     x = jnp.ones((4, 8))
-    assert sharding.batch_shards() == 1 and sharding.divide_rows(x) is x
-    mesh = sharding.make_mesh(MeshConfig(2, 2, 2))
-    with jax.set_mesh(mesh):
+    assert sharding.batch_shards() == 1 and sharding.divide(x, sharding.BATCH) is x
+    with jax.set_mesh(sharding.make_mesh(MeshConfig(2, 2, 2))):
         assert sharding.batch_shards() == 4
-        assert jax.jit(sharding.divide_rows)(x).sharding.spec == P(("data", "fsdp"))
+        divided = jax.jit(lambda x: sharding.divide(x, sharding.BATCH))(x)
+        assert divided.sharding.spec == P(("data", "fsdp"))
 
 
-def test_a_process_puts_its_own_rows_where_they_belong(monkeypatch):
+def test_a_process_puts_its_rows_where_they_belong():
+    """Several processes: test_mesh_use.py."""
     rows = {"tokens": np.arange(8 * 3, dtype=np.int32).reshape(8, 3)}
     for config in (MeshConfig(data=2, fsdp=4), MeshConfig(fsdp=2, tensor=2), MeshConfig()):
         mesh = sharding.make_mesh(config)
         assert sharding.own_rows(8, mesh) == list(range(8))
         np.testing.assert_array_equal(sharding.put_rows(rows, 8, mesh)["tokens"], rows["tokens"])
-    # A process that holds the last three rows alone, in an order of its own.
-    monkeypatch.setattr(sharding, "own_rows", lambda *_: [5, 6, 7])
-    asked = {}
-    monkeypatch.setattr(
-        sharding.jax,
-        "make_array_from_callback",
-        lambda shape, _, read: asked.update({shape: read((slice(6, 8), slice(None)))}),
-    )
-    sharding.put_rows({"tokens": rows["tokens"][5:]}, 8, mesh)
-    np.testing.assert_array_equal(asked[8, 3], rows["tokens"][6:])

@@ -38,22 +38,23 @@ def test_the_devices_of_a_slice_are_neighbours():
     assert ids(MeshConfig(data=4, fsdp=2, slices=4), by_process) == ids(two, by_process)
 
 
-def torus(*size):
-    """A TPU v5e of so many columns and rows; each host has 2 x 2 of them."""
+def torus(*size, slices=1):
+    """TPU v5e slices of so many columns and rows; each host has 2 x 2 of them."""
     hosts = [(x, y) for y in range(0, size[1], 2) for x in range(0, size[0], 2)]
-    coords = [(x + dx, y + dy, 0) for x, y in hosts for dy in (0, 1) for dx in (0, 1)]
-    kind = SimpleNamespace(platform="tpu", device_kind="TPU v5 lite", core_on_chip=0)
+    coords = [(x + dx, y + dy, 0) for x, y in hosts for dy in (0, 1) for dx in (0, 1)] * slices
+    kind = {"platform": "tpu", "device_kind": "TPU v5 lite", "core_on_chip": 0}
     return [
-        SimpleNamespace(**vars(kind), id=i, process_index=i // 4, slice_index=0, coords=found)
+        SimpleNamespace(
+            **kind, id=i, process_index=i // 4, slice_index=i * slices // len(coords), coords=found
+        )
         for i, found in enumerate(coords)
     ]
 
 
 @pytest.mark.parametrize("shape", [(1, 4, 4), (4, 4, 1), (1, 16, 1), (2, 2, 4)])
 def test_devices_along_an_axis_are_linked(shape):
-    config = MeshConfig(data=shape[0], fsdp=shape[1], tensor=shape[2])
     coords = np.vectorize(lambda device: device.coords, otypes=[object])
-    found = coords(arrange(config, torus(4, 4)))
+    found = coords(arrange(MeshConfig(*shape), torus(4, 4)))
     assert {*found.flat} == {device.coords for device in torus(4, 4)}
     for axis in (1, 2):  # data talks once a step
         pairs = zip(found.flat, np.roll(found, -1, axis).flat, strict=True)
@@ -61,12 +62,13 @@ def test_devices_along_an_axis_are_linked(shape):
         assert {*steps} == {min(shape[axis] - 1, 1)}
 
 
-@pytest.mark.parametrize("slices", [1, 2])
-def test_devices_that_fill_no_box_stay_in_order(slices):
-    one = [device for device in torus(4, 4) if device.id < 6]
-    two = [SimpleNamespace(**vars(device) | {"slice_index": 1}) for device in one]
-    found = ids(MeshConfig(data=slices, fsdp=6, slices=slices), [one, one + two][slices - 1])
-    assert found == [[[i] for i in range(6)]] * slices
+def test_devices_that_fill_no_box_or_are_in_other_slices_stay_in_order(caplog):
+    six = [device for device in torus(4, 4) if device.id < 6]
+    assert ids(MeshConfig(fsdp=6), six) == [[[i] for i in range(6)]]
+    assert not caplog.text
+    two = torus(2, 2, slices=2)  # fsdp stays within a slice
+    assert ids(MeshConfig(data=2, fsdp=4), two) == [[[0], [1], [2], [3]], [[4], [5], [6], [7]]]
+    assert "the devices are in 2 slices, and mesh.slices is 1" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -83,17 +85,6 @@ def test_devices_in_other_slices_are_refused(found, groups):
         arrange(MeshConfig(data=2, fsdp=4, slices=2), found)
 
 
-def test_slices_that_nobody_asked_for_are_named(caplog):
-    two = [
-        SimpleNamespace(**vars(device) | {"id": 4 * i + device.id, "slice_index": i})
-        for i in range(2)
-        for device in torus(2, 2)
-    ]
-    # fsdp stays within a slice.
-    assert ids(MeshConfig(data=2, fsdp=4), two) == [[[0], [1], [2], [3]], [[4], [5], [6], [7]]]
-    assert "the devices are in 2 slices, and mesh.slices is 1" in caplog.text
-
-
-def test_a_run_of_two_slices_is_loaded_onto_one(monkeypatch):
+def test_a_run_of_two_slices_is_loaded_onto_one():
     """Eight devices of one process, which are no two slices."""
     assert mesh_module.mesh_if_there(MeshConfig(data=2, fsdp=4, slices=2)).shape["data"] == 2

@@ -29,7 +29,9 @@ def as_on_a_tpu(monkeypatch):
 def exported(function, *arguments):
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), arguments)
     with jax.numpy_dtype_promotion("standard"):
-        return jax.export.export(function, platforms=["tpu"])(*shapes)
+        program = jax.export.export(function, platforms=["tpu"])(*shapes)
+    assert program.platforms == ("tpu",)
+    return program
 
 
 # zflora-uniform has the blocks of ffba and zflora-minimal.
@@ -38,25 +40,14 @@ def test_the_train_step_lowers(method):
     model, adapter = tiny_model(dtype="bfloat16", remat="block"), AdapterConfig(method, rank=8)
     model.params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), model.params)
     state = init_state(init_adapters(jax.random.key(0), model, adapter), OptimConfig(), 10)
-    batch = {
-        name: jnp.ones((4, 2048), dtype)
-        for name, dtype in (("tokens", jnp.int32), ("loss_mask", bool), ("segments", jnp.int32))
-    }
-    program = exported(
-        make_train_step(
-            model.config.replace(max_position_embeddings=2048),
-            adapter,
-            OptimConfig(),
-            10,
-            objective=CrossEntropy(64),
-            grad_accum_steps=2,
-        ),
-        model.params,
-        state,
-        batch,
+    dtypes = {"tokens": jnp.int32, "loss_mask": bool, "segments": jnp.int32}
+    batch = {name: jnp.ones((4, 2048), dtype) for name, dtype in dtypes.items()}
+    config = model.config.replace(max_position_embeddings=2048)
+    step = make_train_step(
+        config, adapter, OptimConfig(), 10, objective=CrossEntropy(64), grad_accum_steps=2
     )
-    text = program.mlir_module()
-    assert program.platforms == ("tpu",) and "bf16" in text and "splash_mqa_dkv" in text
+    text = exported(step, model.params, state, batch).mlir_module()
+    assert "bf16" in text and "splash_mqa_dkv" in text
 
 
 @pytest.mark.parametrize("method", ["zflora-minimal", "zflora-uniform"])
@@ -64,16 +55,13 @@ def test_decoding_lowers(method):
     model, adapter = tiny_model(dtype="bfloat16"), AdapterConfig(method, rank=8)
     model.params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), model.params)
     ready = packed(fuse(model, adapter, perturb(init_adapters(jax.random.key(0), model, adapter))))
-    tokens = jnp.ones((2, 128), jnp.int32)
-
     generation = DecodeProgram(ready.config, None, Sampler(0.7, top_k=5, top_p=0.9), (257,))
 
     @jax.jit
     def run(params, tokens, valid, keys):
         return generation.decode({"params": params}, tokens, valid, keys, 8)
 
-    program = exported(
-        run, ready.params, tokens, tokens > 0, jax.random.split(jax.random.key(0), 2)
-    )
-    assert program.platforms == ("tpu",) and program.out_avals[0].shape == (2, 8)
+    tokens, keys = jnp.ones((2, 128), jnp.int32), jax.random.split(jax.random.key(0), 2)
+    program = exported(run, ready.params, tokens, tokens > 0, keys)
+    assert program.out_avals[0].shape == (2, 8)
     assert program.mlir_module().count("splash_mqa_fwd") > 0

@@ -8,12 +8,10 @@ import json
 import sys
 
 from zflora_jax.cli.main import main
-from zflora_jax.parallel import distributed
 
 
 def run(commands: list[list[str]]) -> int:
     """Run `commands` until one fails; returns its exit code."""
-    distributed.PIECE = 1000  # bytes; what the processes exchange is more
     for argv in commands:
         print(f"--- {argv[0]}", flush=True)
         if code := main(argv):

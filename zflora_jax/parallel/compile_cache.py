@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -32,31 +32,31 @@ def compile_cache(directory: str | Path) -> Iterator[None]:
         yield
         return
     least = config.jax_persistent_cache_min_compile_time_secs
-    _use(str(local_folder(as_path(directory))), min(least, KEPT_FROM_SECONDS))
-    try:
+    settings = {
+        "jax_compilation_cache_dir": str(local_folder(as_path(directory))),
+        "jax_persistent_cache_min_compile_time_secs": min(least, KEPT_FROM_SECONDS),
+    }
+    with _configured(settings):
         yield
-    finally:
-        _use(None, least)
+
+
+def no_compile_cache() -> AbstractContextManager[None]:
+    """Compiles without any cache: a program for an absent device cannot be read from one."""
+    return _configured({"jax_enable_compilation_cache": False})
 
 
 @contextmanager
-def no_compile_cache() -> Iterator[None]:
-    """Compile without any cache: a program for an absent device cannot be read from one."""
-    was = jax.config.jax_enable_compilation_cache  # type: ignore[attr-defined]
-    _enable(False)
+def _configured(settings: dict[str, Any]) -> Iterator[None]:
+    """Settings of jax, which else keeps to the cache that its first program found."""
+    before = {name: getattr(jax.config, name) for name in settings}
+    _set(settings)
     try:
         yield
     finally:
-        _enable(was)
+        _set(before)
 
 
-def _enable(cached: bool) -> None:
-    jax.config.update("jax_enable_compilation_cache", cached)
-    # jax else keeps to what it found at its first program.
+def _set(settings: dict[str, Any]) -> None:
+    for name, value in settings.items():
+        jax.config.update(name, value)
     compilation_cache.reset_cache()  # type: ignore[no-untyped-call]
-
-
-def _use(directory: str | None, least: float) -> None:
-    jax.config.update("jax_compilation_cache_dir", directory)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", least)
-    compilation_cache.reset_cache()  # type: ignore[no-untyped-call]  # else the first directory of a process is used for good

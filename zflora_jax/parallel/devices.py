@@ -28,20 +28,12 @@ ASSUMED_CUDNN = 91100  # of an absent GPU; jax 0.10 ships with a newer one
 
 @dataclass(frozen=True)
 class Device:
-    """The device that programs are made for.
+    """The device that programs are made for."""
 
-    Attributes:
-      platform: "tpu", "gpu" (NVIDIA's only) or "cpu"; another as jax names it.
-      kind: jax's name of the device: "TPU v5 lite", "NVIDIA H100 80GB HBM3".
-      capability: A GPU's compute capability, (9, 0) for Hopper; None for others, and for an absent
-        GPU that is not in GPUS.
-      here: Whether this process has such a device.
-    """
-
-    platform: str
-    kind: str
-    capability: tuple[int, int] | None = None
-    here: bool = True
+    platform: str  # "tpu", "gpu" (NVIDIA's only) or "cpu"; another as jax names it
+    kind: str  # jax's name: "TPU v5 lite", "NVIDIA H100 80GB HBM3"
+    capability: tuple[int, int] | None = None  # of a GPU, (9, 0) for Hopper; None if not known
+    here: bool = True  # whether this process has such a device
 
 
 def device_in_use() -> Device:
@@ -63,39 +55,20 @@ def device_in_use() -> Device:
 
 
 def named_device(platform: str, kind: str) -> Device:
-    """An absent device.
-
-    Args:
-      platform: "tpu" or "gpu", as jax names it.
-      kind: jax's name of the device.
-    """
+    """A "tpu" or "gpu" that this process does not have, of a kind as jax names it."""
     known = (GPUS[part] for part in GPUS if platform == "gpu" and part in kind)
     return Device(platform, kind, next(known, None), here=False)
 
 
 def widest_head() -> int:
-    """`widest_cudnn_head` of the device in use; 0 where it has no such kernel."""
-    device = device_in_use()
-    if device.capability is None:
-        return 0
-    version = _cudnn_version() if device.here else ASSUMED_CUDNN
-    return widest_cudnn_head(device.capability, version)
-
-
-def widest_cudnn_head(capability: tuple[int, int], cudnn: int) -> int:
-    """The widest head, in channels, of 16-bit attention forward and backward; 0 for none.
-
-    Narrower than jax's own check (256 since Hopper, 128 since Ampere; nothing on 10.3 before cuDNN
-    9.11): by cuDNN's table of support the backward pass takes 128 on Blackwell, as on Ampere and
-    Ada (256 itself in its newest releases), and 256 on Hopper since cuDNN 9.5.
-
-    Args:
-      capability: The GPU's compute capability, (9, 0) for Hopper.
-      cudnn: The library's version, 91100 for 9.11.0; 0 if unknown.
+    """The widest head, in channels, of cuDNN's 16-bit attention forward and backward on the device
+    in use; 0 where it has none. Narrower than jax's own check: by cuDNN's table of support the
+    backward pass takes 256 on Hopper only.
     """
-    if capability < (8, 0) or (capability == (10, 3) and cudnn < 91100):
+    capability = device_in_use().capability
+    if capability is None or capability < (8, 0):
         return 0
-    return 256 if capability[0] == 9 and cudnn >= 90500 else 128
+    return 256 if capability[0] == 9 else 128
 
 
 def allow_absent_cudnn() -> None:
@@ -131,22 +104,11 @@ def on_cpu() -> AbstractContextManager[None]:
     device; on the default device where JAX_PLATFORMS leaves the CPU out.
     """
     try:
-        cpu = jax.local_devices(backend="cpu")[0]
+        return jax.default_device(jax.local_devices(backend="cpu")[0])
     except RuntimeError:
         return nullcontext()
-    return jax.default_device(cpu)
 
 
 def _capability(text: str) -> tuple[int, int]:
     major, minor = (int(part) for part in text.split("."))
     return major, minor
-
-
-def _cudnn_version() -> int:
-    """The version of cuDNN that jax has loaded, 0 if unknown; jax has no public name for it."""
-    try:
-        from jax._src.cudnn import fused_attention_stablehlo
-
-        return int(fused_attention_stablehlo.check_cudnn_version())
-    except (ImportError, AttributeError, RuntimeError):
-        return 0

@@ -30,7 +30,6 @@ from zflora_jax.core.storage import as_path
 
 T = TypeVar("T")
 
-PIECE = 1 << 23  # bytes that a process sends at a time
 SHARED_WITHIN = 10.0  # seconds until every process must see a new file
 
 ENVIRONMENT = {
@@ -61,8 +60,7 @@ def start(
         `kubernetes`), Cloud TPU.
 
     Raises:
-      ConfigError: Only some of the three are given, a value is impossible, or the runtime does not
-        start.
+      ConfigError: Some of the three are missing or impossible, or the runtime does not start.
     """
     if jax.distributed.is_initialized():
         return
@@ -74,7 +72,7 @@ def start(
     missing = [name for name, value in values.items() if value in (None, "")]
     if len(missing) == 3:
         if detect:
-            _initialize(None, None, None)
+            _initialize("by detection (SLURM, Open MPI, Kubernetes, Cloud TPU)")
         return
     require(
         not detect,
@@ -89,14 +87,11 @@ def start(
         f"--process-id {number} of --num-processes {count}: processes are numbered from 0 to"
         f" {count - 1}.",
     )
-    address = str(values["coordinator"])
-    host, _, port = address.rpartition(":")
-    require(
-        bool(host) and port.isdigit(),
-        f"--coordinator {address!r}: expected HOST:PORT of process 0, e.g. 10.0.0.1:1234.",
-    )
     if count > 1:
-        _initialize(address, count, number)
+        address = str(values["coordinator"])
+        _initialize(
+            f"with --coordinator {address} (HOST:PORT of process 0)", address, count, number
+        )
 
 
 def _whole(name: str, value: object) -> int:
@@ -104,18 +99,14 @@ def _whole(name: str, value: object) -> int:
     return int(str(value))
 
 
-def _initialize(coordinator: str | None, num_processes: int | None, process_id: int | None) -> None:
+def _initialize(how: str, *given: Any) -> None:
     try:
-        jax.distributed.initialize(coordinator, num_processes, process_id)
+        jax.distributed.initialize(*given)
     except (ValueError, RuntimeError) as error:
-        where = f"with coordinator {coordinator}"
-        hint = "Check that process 0 runs and that its port can be reached."
-        if coordinator is None:
-            where = "by detection (SLURM, Open MPI, Kubernetes, Cloud TPU)"
-            hint = "Give --coordinator, --num-processes, --process-id."
         raise ConfigError(
-            f"JAX's distributed runtime did not start {where}: {first_line(error).rstrip('.')}."
-            f" {hint}"
+            f"JAX's distributed runtime did not start {how}: {first_line(error).rstrip('.')}."
+            " Check that process 0 runs and that its port can be reached, or give --coordinator,"
+            " --num-processes and --process-id."
         ) from error
     if not is_main():
         logging.getLogger("zflora_jax").setLevel(logging.WARNING)
@@ -127,13 +118,8 @@ def is_main() -> bool:
 
 
 def on_main(action: Callable[[], T]) -> T | None:
-    """Runs `action` on process 0; the others wait for it.
-
-    Returns:
-      Its result on process 0, None on the others.
-
-    Raises:
-      Exception: On process 0 the error of `action`, on the others then a ConfigError.
+    """Runs `action` on process 0, while the others wait, and returns its result there, None on the
+    others. Its error is raised on process 0, and a ConfigError on the others.
     """
     result, error = None, None
     try:
@@ -148,54 +134,39 @@ def on_main(action: Callable[[], T]) -> T | None:
 
 
 def gather_bytes(own: bytes) -> list[bytes]:
-    """The bytes of every process, in order; all processes call this."""
+    """The bytes of every process, in order, less than 2 GiB of each; all processes call this."""
     if jax.process_count() == 1:
         return [own]
-    sizes = _gather_size(len(own))
-    parts: list[list[bytes]] = [[] for _ in sizes]
-    for start in range(0, max(sizes), PIECE):
-        width = min(PIECE, max(sizes) - start)
-        piece = np.frombuffer(own[start : start + width], np.uint8)
-        piece = np.pad(piece, (0, width - len(piece)))
-        for part, row in zip(parts, multihost_utils.process_allgather(piece), strict=True):
-            part.append(row.tobytes())
-    return [b"".join(part)[:size] for part, size in zip(parts, sizes, strict=True)]
-
-
-def _gather_size(own: int) -> list[int]:
-    """The sizes of all processes, sent as bytes: jax's own integers have 32 bits."""
-    rows = multihost_utils.process_allgather(np.frombuffer(own.to_bytes(8, "little"), np.uint8))
-    return [int.from_bytes(row.tobytes(), "little") for row in rows]
+    sizes = multihost_utils.process_allgather(np.int32(len(own)))
+    padded = np.frombuffer(own.ljust(int(max(sizes)), b"\0"), np.uint8)
+    rows = multihost_utils.process_allgather(padded)
+    return [row[:size].tobytes() for row, size in zip(rows, sizes, strict=True)]
 
 
 def from_process_0(value: Any) -> Any:
-    """A JSON value of process 0, in all processes; all of them call this, and the values of the
-    others are ignored. One process gets its value unchanged.
-    """
+    """A JSON value of process 0, in all processes, which all call this; one gets its own."""
     if jax.process_count() == 1:
         return value
     return json.loads(gather_bytes(json.dumps(value).encode() if is_main() else b"")[0])
 
 
 def require_shared(folder: str | os.PathLike[str], name: str = "workdir") -> None:
-    """Checks that all processes see the files that process 0 writes into `folder`. Otherwise the
-    first save would make processes with different workdirs wait for each other forever.
-
-    Args:
-      folder: The directory or URL.
-      name: Its name in the message.
-
-    Raises:
-      ConfigError: In every process, if one of them does not see the file.
+    """ConfigError in all processes, unless all see what process 0 writes into `folder`, a directory
+    or URL that the message calls `name`. Otherwise the first save would make processes with
+    different workdirs wait for each other forever.
     """
     if jax.process_count() == 1:
         return
     # A file of an earlier start has another name.
-    nonce = from_process_0(secrets.randbelow(2**31))
-    file = as_path(f"{os.fspath(folder)}/.shared-{nonce:08x}", name)
-    on_main(lambda: _write_nonce(file))
+    file = as_path(f"{os.fspath(folder)}/.shared-{from_process_0(secrets.token_hex(4))}", name)
+
+    def write() -> None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(file.name, encoding="utf-8")
+
+    on_main(write)
     try:
-        sees = np.asarray(_appears(file, SHARED_WITHIN))
+        sees = np.asarray(_appears(file))
         blind = np.flatnonzero(~np.asarray(multihost_utils.process_allgather(sees))).tolist()
     finally:
         if is_main():
@@ -210,27 +181,15 @@ def require_shared(folder: str | os.PathLike[str], name: str = "workdir") -> Non
     )
 
 
-def _write_nonce(file: Path) -> None:
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(file.name, encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(
-            f"cannot write to {file.parent}: {error.strerror or error}. Choose a directory that you"
-            " may write to."
-        ) from None
-
-
-def _appears(file: Path, seconds: float) -> bool:
-    """Whether `file` becomes readable within `seconds`; network file systems are late."""
-    deadline = time.monotonic() + seconds
-    while True:
+def _appears(file: Path) -> bool:
+    """Whether `file` becomes readable within SHARED_WITHIN; network file systems are late."""
+    deadline = time.monotonic() + SHARED_WITHIN
+    while time.monotonic() < deadline:
         with contextlib.suppress(OSError):
             if file.read_text(encoding="utf-8") == file.name:
                 return True
-        if time.monotonic() > deadline:
-            return False
         time.sleep(0.1)
+    return False
 
 
 def leave(code: int, error: Exception | None = None) -> None:
@@ -288,18 +247,15 @@ class StopSignals:
             os.kill(os.getpid(), signal.SIGTERM)
 
     def __enter__(self) -> StopSignals:
+        self._shared = StopSignals._of_main
         if threading.current_thread() is threading.main_thread():
-            caught = (
-                (signal.SIGINT,) if jax.process_count() > 1 else (signal.SIGINT, signal.SIGTERM)
-            )
+            caught = [signal.SIGINT] + [signal.SIGTERM] * (jax.process_count() == 1)
             self._before = {number: signal.signal(number, self._ask) for number in caught}
-            self._shared, StopSignals._of_main = StopSignals._of_main, self
-        else:
-            self._shared = StopSignals._of_main
+            StopSignals._of_main = self
         return self
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
-        if threading.current_thread() is threading.main_thread():
+        if StopSignals._of_main is self:
             StopSignals._of_main = self._shared

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import logging
-import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
@@ -14,22 +13,23 @@ from jax.sharding import Mesh, NamedSharding
 
 from zflora_jax.core.run_config import MeshConfig
 from zflora_jax.core.trees import Tree
-from zflora_jax.parallel.sharding import AXES, BATCH, make_mesh, own_mesh, shard, slice_groups
+from zflora_jax.parallel.sharding import (
+    AXES,
+    BATCH,
+    make_mesh,
+    own_mesh,
+    parts,
+    shard,
+    slice_groups,
+)
 
 log = logging.getLogger(__name__)
 
 
 def mesh_if_there(config: MeshConfig) -> Mesh | None:
-    """The mesh that a run was trained on, if there are enough devices.
-
-    Args:
-      config: The run's mesh; its devices may be in other slices here.
-
-    Returns:
-      The mesh; None for one device, and, with a warning, if there are fewer devices.
-
-    Raises:
-      ConfigError: There are several processes, and the mesh does not use all of their devices.
+    """The mesh that a run was trained on, whose devices may be in other slices here; None for one
+    device and, with a warning, if there are fewer devices. ConfigError if there are several
+    processes, and the mesh does not use all of their devices.
     """
     need, have = config.devices, jax.device_count()
     if 1 < need <= have or jax.process_count() > 1:
@@ -64,12 +64,7 @@ def mesh_in_use(tree: Mapping[str, Any]) -> Iterator[None]:
 
 
 def place_like(params: Mapping[str, Any], adapters: Mapping[str, Any]) -> Tree:
-    """Puts adapters on the mesh of a model's parameters; on one device they stay.
-
-    Args:
-      params: The model's parameters.
-      adapters: Its adapters, for all rows, or with leading axes of rows or tasks.
-    """
+    """Adapters on the mesh of a model's parameters; on one device they stay."""
     mesh = mesh_of(params)
     return dict(adapters) if mesh is None else shard(adapters, mesh, fused=True)
 
@@ -86,10 +81,7 @@ def batch_axes(rows: int) -> tuple[str, ...] | None:
     """
     if (mesh := own_mesh()) is None:
         return None
-    for axes in (BATCH, BATCH[:1]):
-        if rows % math.prod(mesh.shape[axis] for axis in axes) == 0:
-            return axes
-    return None
+    return next((axes for axes in (BATCH, BATCH[:1]) if rows % parts(mesh, axes) == 0), None)
 
 
 def has_values_here(array: Any) -> bool:
@@ -97,8 +89,8 @@ def has_values_here(array: Any) -> bool:
     return not isinstance(array, jax.core.Tracer) and getattr(array, "is_fully_addressable", True)
 
 
-def fill_rows(rows: int, tree: Mapping[str, Any], axes: Sequence[str] = ("data",)) -> int:
+def fill_rows(rows: int, tree: Mapping[str, Any], axes: tuple[str, ...] = BATCH[:1]) -> int:
     """The smallest number of rows, at least `rows`, that the mesh of `tree` divides by `axes`."""
     mesh = mesh_of(tree)
-    parts = 1 if mesh is None else math.prod(mesh.shape[axis] for axis in axes)
-    return -(-rows // parts) * parts
+    count = 1 if mesh is None else parts(mesh, axes)
+    return -(-rows // count) * count

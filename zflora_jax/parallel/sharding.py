@@ -2,13 +2,11 @@
 division of activations.
 
 data: copies of the model, each with its own rows of the batch. fsdp: rows of the batch too, and the
-weights are stored in slices. XLA gathers one layer's kernels at a time where they are used, because
+weights are stored in parts. XLA gathers one layer's kernels at a time where they are used, because
 the rows are divided over the same axis (a constraint that asks for the gather would make the
 backward pass keep the gathered kernels of all layers). tensor: heads, MLP units and the vocabulary
-are divided, as in Megatron-LM (arXiv 1909.08053). Adapter blocks are separate from their kernels in
-training, so the mesh need not divide an adapter's width. A slice is a group of devices with fast
-links (a TPU slice and its ICI); slices are connected by the network of the data centre (DCN), and
-follow each other along data.
+are divided, as in Megatron-LM (arXiv 1909.08053). A slice is a group of devices with fast links (a
+TPU slice and its ICI); slices follow each other along data.
 
 Shapes: B rows of a batch, T tokens, d residual width.
 """
@@ -19,7 +17,7 @@ import functools
 import logging
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from itertools import chain
 from typing import Any
@@ -67,6 +65,9 @@ RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
 )
 
 
+Axes = str | tuple[str, ...] | None  # axes of the mesh that divide one dimension of an array
+
+
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """Makes the mesh of a run.
 
@@ -80,76 +81,59 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     need, have = config.devices, jax.devices() if devices is None else list(devices)
     axes = f"mesh.data={config.data} x mesh.fsdp={config.fsdp} x mesh.tensor={config.tensor}"
     require(
-        need <= len(have),
-        f"{axes} needs {need} devices; there are {len(have)}. Lower one of them, or start on more"
-        " devices.",
-    )
-    require(
-        need == len(have) or jax.process_count() == 1,
-        f"{axes} is {need} devices of {len(have)} in {jax.process_count()} processes: a run of"
-        " several processes uses all of them. Raise mesh.data or mesh.fsdp.",
+        need == len(have) or (need < len(have) and jax.process_count() == 1),
+        f"{axes} needs {need} devices; there are {len(have)} in {jax.process_count()} processes"
+        " (several use all of them). Change mesh.*, or start on other devices.",
     )
     if devices is None and need < len(have):
-        times = len(have) // need
-        more = f"mesh.data={config.data * times} or mesh.fsdp={config.fsdp * times}"
-        advice = f"set {more} to use {'them' if times * need == len(have) else 'most of them'}"
         _warn(
-            f"the mesh uses {need} of {len(have)} devices, {len(have) - need} stay idle"
-            + (f": {advice}" if times > 1 else "")
+            f"the mesh uses {need} of {len(have)} devices, {len(have) - need} stay idle: raise"
+            " mesh.data or mesh.fsdp to use more of them"
         )
     return Mesh(arrange(config, have[:need]), AXES, axis_types=(AxisType.Auto,) * 3)
 
 
 def slice_groups(devices: Sequence[Any], slices: int) -> list[list[Any]]:
-    """The devices of each slice, by `slice_index` of TPUs, otherwise by neighbouring processes.
-
-    Returns:
-      The groups in order; fewer or more than `slices` if the devices are not in that many.
+    """The devices of each slice, by `slice_index` of TPUs, otherwise by neighbouring processes;
+    fewer or more groups than `slices` if the devices are not in that many.
     """
-    for attribute in ("slice_index", "process_index"):
+
+    def grouped(attribute: str) -> list[list[Any]]:
         found: dict[int, list[Any]] = {}
         for device in devices:
             found.setdefault(getattr(device, attribute, None) or 0, []).append(device)
-        groups = [found[index] for index in sorted(found)]
-        if len(groups) > 1:
-            break
-    each = len(groups) // slices
-    if attribute == "slice_index" or each * slices != len(groups):
-        return groups
-    return [list(chain(*groups[i : i + each])) for i in range(0, len(groups), each)]
+        return [found[index] for index in sorted(found)]
+
+    groups = grouped("slice_index")
+    if len(groups) == 1:
+        groups = grouped("process_index")
+        each, rest = divmod(len(groups), slices)
+        if not rest:
+            groups = [list(chain(*groups[i : i + each])) for i in range(0, len(groups), each)]
+    return groups
 
 
 def arrange(config: MeshConfig, devices: Sequence[Any]) -> np.ndarray:
-    """Arranges the devices of a mesh.
-
-    Args:
-      config: The sizes of the axes.
-      devices: As many devices as the mesh has.
-
-    Returns:
-      Devices [data, fsdp, tensor]; slices follow each other along data.
-
-    Raises:
-      ConfigError: The devices are not in mesh.slices slices of equal size.
+    """The devices of a mesh as [data, fsdp, tensor]; slices follow each other along data.
+    ConfigError if the devices are not in `config.slices` slices of equal size.
     """
     shape = (config.data // config.slices, config.fsdp, config.tensor)
     if config.slices == 1:
         count = len({getattr(device, "slice_index", None) for device in devices})
-        if count > 1:
-            log.warning(
-                "the devices are in %d slices, and mesh.slices is 1: weights may be gathered over"
-                " the network between them. Set mesh.slices=%d, and mesh.data to a multiple of it",
-                *(count, count),
-            )
-            return np.asarray(devices).reshape(shape)
-        return _neighbours(shape, devices)
+        if count == 1:
+            return _neighbours(shape, devices)
+        log.warning(
+            "the devices are in %d slices, and mesh.slices is 1: weights may be gathered over the"
+            " network between them. Set mesh.slices=%d, and mesh.data to a multiple of it",
+            *(count, count),
+        )
+        return np.asarray(devices).reshape(shape)
     groups = slice_groups(devices, config.slices)
     require(
         len(groups) == config.slices and len({len(group) for group in groups}) == 1,
         f"mesh.slices={config.slices}: the {len(devices)} devices of the mesh are in groups of"
         f" {', '.join(str(len(group)) for group in groups)} (TPU slices, or else processes). Set"
-        " mesh.slices to their number, or to 1 where all links are equally fast, and mesh.data,"
-        " mesh.fsdp and mesh.tensor to use all devices.",
+        " mesh.slices to their number, or to 1 where all links are equally fast.",
     )
     return np.concatenate([_neighbours(shape, group) for group in groups])
 
@@ -160,6 +144,19 @@ def _neighbours(shape: tuple[int, ...], devices: Sequence[Any]) -> np.ndarray:
         return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
     except (AssertionError, NotImplementedError):
         return np.asarray(devices).reshape(shape)
+
+
+def parts(mesh: Any, axes: Axes) -> int:
+    """The number of parts that axes of a mesh divide a dimension into."""
+    return math.prod(
+        mesh.shape[axis] for axis in ((axes,) if isinstance(axes, str) else axes or ())
+    )
+
+
+def _dividing(mesh: Any, axes: Iterable[Axes], shape: Sequence[int]) -> P:
+    """The axes of the dimensions of an array, without those that do not divide theirs."""
+    sizes = zip(axes, shape, strict=False)
+    return P(*(at if size % parts(mesh, at) == 0 else None for at, size in sizes))
 
 
 def in_layer(name: str) -> str:
@@ -179,7 +176,8 @@ def axes_of(name: str) -> tuple[str | None, ...]:
 
 
 def spec(name: str, shape: tuple[int, ...], mesh: Any, *, fused: bool = False) -> P:
-    """The PartitionSpec of a leaf.
+    """The PartitionSpec of a leaf; ConfigError if an axis of the mesh does not divide its dimension
+    (but for the vocabulary, which every device along that axis then holds whole).
 
     Args:
       name: The leaf's name, as in `axes_of`.
@@ -187,79 +185,62 @@ def spec(name: str, shape: tuple[int, ...], mesh: Any, *, fused: bool = False) -
       mesh: A Mesh or an AbstractMesh.
       fused: Whether the leaf is of a fused model. Its widths depend on the adapter, so an axis of
         the mesh that does not divide its dimension moves to another dimension of the leaf.
-
-    Raises:
-      ConfigError: An axis of the mesh does not divide its dimension of a base or adapter leaf. (If
-        it is the vocabulary, every device along that axis holds it whole.)
     """
     axes = axes_of(name)
     first = len(shape) - len(axes)  # stacked layers stay whole: scan takes one at a time
-    parts: list[tuple[str, ...]] = [()] * first + [(axis,) if axis else () for axis in axes]
+    found: list[tuple[str, ...]] = [()] * first + [(axis,) if axis else () for axis in axes]
     for at, axis in enumerate(axes, first):
-        count = mesh.shape[axis] if axis else 1
+        count = parts(mesh, axis)
         if axis is None or shape[at] % count == 0:
             continue
-        if (name, at - first) in VOCABULARY:
+        found[at] = ()
+        if (name, at) in VOCABULARY:
             _warn(
-                f"mesh.{axis}={count} does not divide the vocabulary of {shape[at]}: every device "
-                f"along {axis} holds all rows of {name} and computes all logits, not 1/{count} of "
-                f"them. Train on mesh.{axis}=1, or on a model whose vocabulary is padded."
+                f"mesh.{axis}={count} does not divide the vocabulary of {shape[at]}: every device"
+                f" along {axis} holds all rows of {name} and computes all logits, not 1/{count} of"
+                f" them. Train on mesh.{axis}=1, or on a model whose vocabulary is padded."
             )
-            parts[at] = ()
             continue
-        if not fused:
-            fits = [n for n in range(1, count) if shape[at] % n == 0]
-            raise ConfigError(
-                f"mesh.{axis}={count} does not divide {name}, shape {shape}, at the dimension of "
-                f"{shape[at]}. Choose a mesh.{axis} that does, e.g. {max(fits)}."
-            )
-        parts[at] = ()
-        divides = {
-            i: len(part)
-            for i, part in enumerate(parts)
-            if i not in (at, *range(first))
-            and shape[i] % math.prod((count, *(mesh.shape[other] for other in part))) == 0
-        }
-        if divides:  # one that is divided already, so that heads and units stay in one piece
-            to = max(divides, key=lambda i: (divides[i], shape[i]))
-            parts[to] = (*parts[to], axis)
+        fits = max(n for n in range(1, count) if shape[at] % n == 0)
+        require(
+            fused,
+            f"mesh.{axis}={count} does not divide {name}, shape {shape}, at the dimension of"
+            f" {shape[at]}. Choose a mesh.{axis} that does, e.g. {fits}.",
+        )
+        others = [
+            i
+            for i in range(first, len(shape))
+            if i != at and shape[i] % (count * parts(mesh, found[i])) == 0
+        ]
+        if others:  # one that is divided already, so that heads and units stay in one piece
+            to = max(others, key=lambda i: (len(found[i]), shape[i]))
+            found[to] = (*found[to], axis)
         else:
             _warn(  # once for all layers
-                f"mesh.{axis}={count} divides no dimension of"
-                f" {in_layer(name)}, shape {shape[first:]}: every device"
-                f" along {axis} holds it whole. Train with an adapter that widens the stream of"
-                f" {shape[at]} by {-shape[at] % count} more (rank, extra_head_dim or"
-                " extra_mlp_units)."
+                f"mesh.{axis}={count} divides no dimension of {in_layer(name)}, shape"
+                f" {shape[first:]}: every device along {axis} holds it whole. Train with an adapter"
+                f" that widens the stream of {shape[at]} by {-shape[at] % count} more (rank,"
+                " extra_head_dim or extra_mlp_units)."
             )
-    return P(*(part[0] if len(part) == 1 else part or None for part in parts))
+    return P(*(part[0] if len(part) == 1 else part or None for part in found))
 
 
 def specs(name: str, leaf: Any, mesh: Any, *, fused: bool = False) -> Any:
-    """The PartitionSpec of each array of a leaf, as a tree of the leaf's structure: one, or those
-    of codes and scales. A scale is divided like its codes where the axis divides it.
-
-    Args:
-      name, mesh, fused: As in `spec`.
-      leaf: Leaf of arrays or ShapeDtypeStructs.
+    """The PartitionSpecs of a leaf's arrays, as a tree of the leaf's structure: one, or those of
+    codes and scales. A scale is divided like its codes where the axis divides it.
     """
     whole = spec(name, tuple(leaf.shape), mesh, fused=fused)
 
     def of_part(part: Any) -> P:
-        if tuple(part.shape) == tuple(leaf.shape):
-            return whole
-        counts = [
-            math.prod(mesh.shape[axis] for axis in ((at,) if isinstance(at, str) else at or ()))
-            for at in whole
-        ]
-        sizes = zip(whole, part.shape, counts, strict=True)
-        return P(*(at if size % count == 0 else None for at, size, count in sizes))
+        same = tuple(part.shape) == tuple(leaf.shape)
+        return whole if same else _dividing(mesh, whole, part.shape)
 
     return jax.tree.map(of_part, leaf)
 
 
 @functools.cache
 def _warn(text: str) -> None:
-    """Warn in the log, once per process."""
+    """Warns in the log, once per process."""
     log.warning("%s", text)
 
 
@@ -270,19 +251,13 @@ def placement(
     return NamedSharding(mesh, spec(name, shape, mesh, fused=fused))
 
 
+def _tree_specs(tree: Mapping[str, Any], mesh: Any, fused: bool) -> trees.Tree:
+    return trees.map_with_names(lambda name, leaf: specs(name, leaf, mesh, fused=fused), tree)
+
+
 def shardings(tree: Mapping[str, Any], mesh: Mesh, *, fused: bool = False) -> trees.Tree:
-    """The sharding of every leaf of a tree.
-
-    Args:
-      tree: Parameters or adapters, as arrays or ShapeDtypeStructs.
-      mesh: The mesh that they go to.
-      fused: As in `spec`.
-    """
-
-    def place(name: str, leaf: Any) -> Any:
-        return jax.tree.map(partial(NamedSharding, mesh), specs(name, leaf, mesh, fused=fused))
-
-    return trees.map_with_names(place, tree)
+    """The sharding of every leaf of a tree of arrays or ShapeDtypeStructs; fused: as in `spec`."""
+    return jax.tree.map(partial(NamedSharding, mesh), _tree_specs(tree, mesh, fused))
 
 
 def own_mesh() -> Any:
@@ -292,29 +267,17 @@ def own_mesh() -> Any:
 
 
 def constrain(tree: Mapping[str, Any], *, fused: bool = False) -> trees.Tree:
-    """Divides a tree over the mesh in use, in a compiled function; without a mesh it stays.
-
-    Args:
-      tree: Parameters or adapters.
-      fused: As in `spec`.
+    """Divides parameters or adapters over the mesh in use, in a compiled function; without a mesh
+    they stay. fused: as in `spec`.
     """
     if (mesh := own_mesh()) is None:
         return dict(tree)
-
-    def place(name: str, leaf: Any) -> Any:
-        return jax.lax.with_sharding_constraint(leaf, specs(name, leaf, mesh, fused=fused))
-
-    return trees.map_with_names(place, tree)
+    return jax.lax.with_sharding_constraint(dict(tree), _tree_specs(tree, mesh, fused))
 
 
 def shard(tree: Mapping[str, Any], mesh: Mesh, *, fused: bool = False) -> trees.Tree:
-    """Puts a tree on the devices of a mesh, divided by `spec`.
-
-    Args:
-      tree: Parameters or adapters. With several processes, each has the whole tree, or has loaded
-        it on this mesh.
-      mesh: The mesh that they go to.
-      fused: As in `spec`.
+    """Parameters or adapters on the devices of a mesh, divided by `spec`. Each of several processes
+    has the whole tree, or has loaded it on this mesh.
     """
 
     def place(leaf: Any, where: NamedSharding) -> jax.Array:
@@ -328,10 +291,9 @@ def shard(tree: Mapping[str, Any], mesh: Mesh, *, fused: bool = False) -> trees.
 
 
 def state_shardings(state: Any, mesh: Mesh) -> Any:
-    """Shardings for a TrainState of arrays or ShapeDtypeStructs.
-
-    Adapters, and optimizer state of their shapes, are divided by the rules. Scalars, and optimizer
-    state of other shapes (as Adafactor's sums over rows and columns), are whole on all devices.
+    """Shardings for a TrainState of arrays or ShapeDtypeStructs. Adapters, and optimizer state of
+    their shapes, are divided by the rules; other leaves (scalars, Adafactor's sums over rows and
+    columns) are whole on all devices.
     """
     shapes = {name: tuple(leaf.shape) for name, leaf in trees.flatten(state.adapters).items()}
 
@@ -351,39 +313,21 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 def own_rows(rows: int, mesh: Mesh) -> list[int]:
     """The indices of the rows of a batch of `rows` rows that lie on this process's devices."""
     held = batch_sharding(mesh).addressable_devices_indices_map((rows,)).values()
-    return sorted(
-        {row for index in held if index is not None for row in range(*index[0].indices(rows))}
-    )
+    return sorted({row for index in held if index for row in range(*index[0].indices(rows))})
 
 
 def put_rows(batch: Mapping[str, np.ndarray], rows: int, mesh: Mesh) -> dict[str, jax.Array]:
-    """Puts a batch on a mesh.
-
-    Args:
-      batch: Arrays [own, T] of the rows that `own_rows` lists, in that order.
-      rows: Rows of the whole batch, B.
-      mesh: The mesh that it goes to.
-
-    Returns:
-      Arrays [B, T].
+    """A batch of `rows` rows, arrays [B, T], on a mesh, from arrays [own, T] of the rows that
+    `own_rows` lists, in that order.
     """
-    at = {row: position for position, row in enumerate(own_rows(rows, mesh))}
-
-    def put(own: np.ndarray) -> jax.Array:
-        def held(index: tuple[slice, ...] | None) -> np.ndarray:
-            return (
-                own if index is None else own[[at[row] for row in range(*index[0].indices(rows))]]
-            )
-
-        return jax.make_array_from_callback((rows, *own.shape[1:]), batch_sharding(mesh), held)
-
-    return {name: put(own) for name, own in batch.items()}
+    shapes = {name: (rows, *own.shape[1:]) for name, own in batch.items()}
+    return jax.make_array_from_process_local_data(batch_sharding(mesh), dict(batch), shapes)
 
 
 def batch_shards() -> int:
     """The number of parts that the mesh in use divides a batch's rows into; 1 without a mesh."""
     mesh = own_mesh()
-    return 1 if mesh is None else math.prod(mesh.shape[axis] for axis in BATCH)
+    return 1 if mesh is None else parts(mesh, BATCH)
 
 
 def gather_fsdp(name: str, leaf: jax.Array) -> jax.Array:
@@ -399,41 +343,21 @@ def gather_fsdp(name: str, leaf: jax.Array) -> jax.Array:
 
 
 def divide_embeddings(x: jax.Array, *, rows: bool) -> jax.Array:
-    """Divides embeddings as the layers compute them.
-
-    Rows are divided over fsdp in a second step, an all-to-all: in one step XLA would replicate the
-    embeddings of the whole batch on meshes of several axes.
-
-    Args:
-      x: Rows of a table whose d is divided over fsdp, [B, T, d].
-      rows: Whether to divide the rows over fsdp, as in training, where each layer gathers its
-        kernels. Otherwise d stays divided: kernels stay in place and products are summed, which
-        moves less data for few tokens, as in decode.
+    """Embeddings [B, T, d] of a table whose d is divided over fsdp, divided as the layers compute
+    them: with `rows`, by rows over fsdp, as in training, where each layer gathers its kernels.
+    Otherwise d stays divided: kernels stay in place and products are summed, which moves less data
+    for few tokens, as in decode.
     """
+    # In two steps, of which the second is an all-to-all: in one step XLA would replicate the
+    # embeddings of the whole batch on meshes of several axes.
     x = divide(x, "data", None, "fsdp")
-    return divide_rows(x) if rows and x.shape[0] % batch_shards() == 0 else x
+    return divide(x, BATCH) if rows and x.shape[0] % batch_shards() == 0 else x
 
 
-def divide_rows(x: jax.Array) -> jax.Array:
-    """Divides x [B, ...] by rows over data and fsdp."""
-    return divide(x, BATCH)
-
-
-def divide(x: jax.Array, *axes: str | tuple[str, ...] | None) -> jax.Array:
-    """Divides the first dimensions of an array over axes of the mesh in use that divide them.
-
-    Args:
-      x: An array in a compiled function.
-      axes: One axis, several, or None for each of the first dimensions.
+def divide(x: jax.Array, *axes: Axes) -> jax.Array:
+    """An array, in a compiled function, with its first dimensions divided over axes of the mesh in
+    use; those that do not divide one are left out.
     """
     if (mesh := own_mesh()) is None:
         return x
-
-    def count(axis: str | tuple[str, ...] | None) -> int:
-        names = (axis,) if isinstance(axis, str) else axis or ()
-        return math.prod(mesh.shape[name] for name in names)
-
-    fits = (
-        axis if size % count(axis) == 0 else None for axis, size in zip(axes, x.shape, strict=False)
-    )
-    return jax.lax.with_sharding_constraint(x, P(*fits))
+    return jax.lax.with_sharding_constraint(x, _dividing(mesh, axes, x.shape))
