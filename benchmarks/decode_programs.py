@@ -73,7 +73,7 @@ class DecodeCase:
         """Returns the config of the packed model for a target."""
         config = fused_config(self.config, self.fused) if self.fused else self.config
         config, kind = config.replace(dtype=DTYPE), KINDS[where.platform]
-        return packed_config(config, kind, self.fused, group_multiple(self._base()))
+        return packed_config(config, kind, self.fused, group_multiple(self._base(), kind))
 
     def _base(self) -> trees.Tree:
         """The stacked base as ShapeDtypeStructs, quantised if it is."""

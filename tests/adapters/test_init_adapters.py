@@ -1,4 +1,6 @@
-"""Initial adapters: their values, what they depend on, warnings of head sizes, FFA's factor."""
+"""Initial adapters: their values, what they depend on, warnings of head sizes, FFA's factor; blocks
+that can change nothing are not counted and stay zero.
+"""
 
 from __future__ import annotations
 
@@ -9,17 +11,29 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from support.cases import LAYERS, adapter_cases, case_id, dead_slices, is_few
 from support.checks import assert_trees_equal
+from support.grids import always
+from support.models import perturb, tiny_model
 
 from zflora_jax.adapters.init import init_adapters
-from zflora_jax.adapters.methods import SERVED_HEAD_DIMS, live_layers, resolve_adapter
+from zflora_jax.adapters.methods import (
+    SERVED_HEAD_DIMS,
+    adapter_shapes,
+    live_layers,
+    resolve_adapter,
+)
 from zflora_jax.adapters.widths import count_params
 from zflora_jax.core import trees
 from zflora_jax.core.adapter_config import METHODS, AdapterConfig
 from zflora_jax.core.architecture import param_shapes
+from zflora_jax.core.fields import ConfigError
 from zflora_jax.core.model import Model
 from zflora_jax.core.presets import preset
+from zflora_jax.core.run_config import OptimConfig
 from zflora_jax.ops.linear import tile
+from zflora_jax.training.objective import CrossEntropy
+from zflora_jax.training.trainer import init_state, make_train_step
 
 TINY = preset("tiny")  # d 64, heads 4/2 of 16, f 96, 2 layers
 
@@ -41,34 +55,52 @@ def test_initial_values(method):
     """forward: N(0, 1/in), lora_a uniform within +-1/sqrt(in), q's forward zero; everything else
     zero.
     """
-    model = a_model(hidden_size=128, intermediate_size=160, num_layers=3)
-    adapters = init_adapters(
-        jax.random.key(5),
-        model,
-        AdapterConfig(method, rank=12, extra_head_dim=16 if METHODS[method].heads else None),
-    )
-    inputs, live = {"o": 64, "down": 160}, live_layers(model.config, AdapterConfig(method, rank=12))
-    drawn, row = 0, METHODS[method]
-    for name, leaf in trees.flatten(adapters).items():
+    model, row = a_model(hidden_size=128, intermediate_size=160, num_layers=3), METHODS[method]
+    adapter = AdapterConfig(method, rank=12, extra_head_dim=16 if row.heads else None)
+    adapters = trees.flatten(init_adapters(jax.random.key(5), model, adapter))
+    inputs, live, drawn = {"o": 64, "down": 160}, live_layers(model.config, adapter), 0
+    for name, leaf in adapters.items():
         _, _, kernel, block = name.split("/")
         assert leaf.dtype == np.float32
         dead = [i for i in range(3) if i not in live[kernel][block]]
         assert not np.any(np.asarray(leaf)[dead])
         value = np.delete(np.asarray(leaf, np.float64), dead, axis=0)
-        if block in ("forward", "lora_a") and (kernel, block) != ("q", "forward"):
-            drawn += 1
-            std, n = (
-                1 / math.sqrt(inputs.get(kernel, 128) * (3 if block == "lora_a" else 1)),
-                value.size,
-            )
-            assert abs(value.mean()) < 5 * std / math.sqrt(n), name
-            assert abs(value.std() / std - 1) < 5 / math.sqrt(2 * n), name
-            assert len(np.unique(value)) > 0.99 * n, name  # layers do not share their values
-        else:
+        if block not in ("forward", "lora_a") or (kernel, block) == ("q", "forward"):
             assert not value.any(), name
+            continue
+        drawn, n = drawn + 1, value.size
+        std = 1 / math.sqrt(inputs.get(kernel, 128) * (3 if block == "lora_a" else 1))
+        assert abs(value.mean()) < 5 * std / math.sqrt(n), name
+        assert abs(value.std() / std - 1) < 5 / math.sqrt(2 * n), name
+        assert len(np.unique(value)) > 0.99 * n, name  # layers do not share their values
     # Two kernels write each stream with random blocks: o and down, k and v (q's is zero), gate and
     # up.
     assert drawn == {"lora": 7, "ffa": 0}.get(method, 2 * (row.residual + row.heads + row.mlp))
+    if row.widens:  # the start may be chosen
+        starts = {
+            init: trees.flatten(init_adapters(jax.random.key(5), model, adapter.replace(init=init)))
+            for init in ("normal", "kaiming_uniform")
+        }
+        assert_trees_equal(starts["normal"], adapters)
+        for name, leaf in starts["kaiming_uniform"].items():
+            bound = 1 / math.sqrt(inputs.get(name.split("/")[2], 128))
+            assert np.any(leaf) == np.any(adapters[name]) and np.abs(leaf).max() <= bound, name
+            assert not np.any(leaf) or np.abs(adapters[name]).max() > bound, name
+
+
+@pytest.mark.parametrize(
+    ("method", "init", "message"),
+    [
+        *(
+            (m, "normal", f"'normal': method '{m}' does not have it.*unset")
+            for m in ("ffa", "full")
+        ),
+        ("lora", "gaussian", "'gaussian': .*Allowed: kaiming_uniform, normal"),
+    ],
+)
+def test_starts_that_do_not_exist(method, init, message):
+    with pytest.raises(ConfigError, match=rf"adapter\.init={message}"):
+        AdapterConfig(method, init=init)
 
 
 def test_full_starts_as_a_copy_of_the_base():
@@ -79,8 +111,9 @@ def test_full_starts_as_a_copy_of_the_base():
     assert count_params(TINY, AdapterConfig("full")) == trees.size(model.params)
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_initial_values_depend_on_the_key_alone(method):
+@pytest.mark.parametrize("method", [m for m in METHODS if m not in ("ffa", "full")])
+def test_initial_values_depend_on_the_key_and_the_leaf_s_name(method):
+    """Not on how layers are stored, nor on the leaves beside it."""
     adapter = AdapterConfig(method, rank=6)
     stacked, apart = (a_model(scan_layers=scan) for scan in (True, False))
     apart.params = trees.unstack_layers(stacked.params, 2)
@@ -89,44 +122,26 @@ def test_initial_values_depend_on_the_key_alone(method):
     assert_trees_equal(
         trees.stack_layers(init_adapters(jax.random.key(1), apart, adapter), 2), adapters
     )
-    if method in ("ffa", "full"):
-        return
+    every = trees.flatten(adapters)
     other = trees.flatten(init_adapters(jax.random.key(2), stacked, adapter))
-    random = [name for name, leaf in trees.flatten(adapters).items() if np.any(leaf)]
-    assert random and not any(
-        np.array_equal(other[name], trees.flatten(adapters)[name]) for name in random
-    )
+    random = [name for name, leaf in every.items() if np.any(leaf)]
+    assert random and not any(np.array_equal(other[name], every[name]) for name in random)
+    firsts = [np.ravel(every[name])[:8].tobytes() for name in random]
+    assert len(set(firsts)) == len(random)
+    if method == "lora":
+        some = init_adapters(jax.random.key(1), stacked, adapter.replace(targets="down|q"))
+        assert_trees_equal(some, {n: every[n] for n in trees.flatten(some)})
 
 
-def test_a_leaf_does_not_change_with_the_leaves_beside_it():
-    """Values come from the leaf's name, and no two kernels share them."""
-    model, lora = a_model(), AdapterConfig("lora", rank=6)
-    every, some = (
-        trees.flatten(init_adapters(jax.random.key(1), model, lora.replace(targets=targets)))
-        for targets in ("all", "down|q")
-    )
-    assert set(some) < set(every)
-    assert_trees_equal(some, {name: every[name] for name in some})
-    firsts = [np.ravel(x)[:8].tobytes() for name, x in every.items() if name.endswith("lora_a")]
-    assert len(set(firsts)) == 7
-
-
-@pytest.mark.parametrize(
-    ("base", "extra", "advice"),
-    [
-        (16, 8, "extra_head_dim=16 is the smallest that they run"),
-        (256, 16, "no extra_head_dim gives one"),
-    ],
-)
-def test_a_head_size_that_servers_lack_is_allowed_with_a_warning(base, extra, advice):
-    message = rf"head_dim {base} \+ {extra} = {base + extra} is outside .*vLLM.*{advice}"
-    model = a_model(num_layers=1, head_dim=base)
-    with pytest.warns(UserWarning, match=message):
-        init_adapters(jax.random.key(0), model, AdapterConfig("ffba", extra_head_dim=extra))
-
-
-def test_served_head_sizes_and_untouched_heads_do_not_warn():
+def test_head_sizes_that_servers_lack_are_allowed_with_a_warning():
     ffba = AdapterConfig("ffba")
+    for base in (16, 256):
+        message = (
+            rf"head_dim {base} \+ 8 = {base + 8} is outside .*vLLM.*Leave extra_head_dim unset"
+        )
+        with pytest.warns(UserWarning, match=message):
+            model = a_model(num_layers=1, head_dim=base)
+            init_adapters(jax.random.key(0), model, ffba.replace(extra_head_dim=8))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for adapter in (
@@ -143,3 +158,77 @@ def test_the_tiling_is_that_of_the_design():
         [math.sqrt(rank / out) if j % rank == i else 0.0 for j in range(out)] for i in range(rank)
     ]
     np.testing.assert_allclose(tile(np.eye(rank, dtype=np.float32), out), want, rtol=1e-6)
+
+
+# --- dead layers ---------------------------------------------------------------------------------
+
+
+def test_counts_by_hand():
+    """Llama-3.2-1B, d 2048, 32 and 8 heads of 64, f 8192, 16 layers, r = m = 32: 2.0% of what is
+    stored is dead.
+    """
+    config, r = preset("llama-3.2-1b"), 32
+    adapter = AdapterConfig("zflora-minimal", rank=r)
+    read, written = r * (2048 + 512 + 512), 2048 * r
+    mlp = 2 * (2048 * r + r * 8192 + r * r) + (8192 * r + r * 2048 + r * r)
+    stored, dead = 16 * (read + written + mlp), read + 8192 * r + r * r
+    shapes = adapter_shapes(config, adapter).values()
+    assert stored == sum(math.prod(shape) for shape in shapes) == 18_399_232
+    assert count_params(config, adapter) == stored - dead == 18_037_760
+    only = adapter.replace(targets="attention")  # the last layer's o is dead then
+    assert count_params(config, only) == 15 * (read + written)
+    # With one layer, what o writes reaches gate and up only.
+    one, adapter = TINY.replace(num_layers=1), adapter.replace(rank=6)
+    assert count_params(one, adapter.replace(targets="attention")) == 0
+    assert count_params(one, adapter.replace(targets="o|up")) == 6 * (64 + 96)
+
+
+# Layers that are left out by choice stay as they are because they are zero.
+TRAINED_CASES = [
+    a
+    for a in adapter_cases()
+    if a.method != "full"
+    and a.layers_to_transform is None
+    and (METHODS[a.method].widens or a.targets == "all")
+]
+
+
+def a_batch() -> dict[str, np.ndarray]:
+    tokens = np.random.default_rng(0).integers(0, 256, (2, 9)).astype(np.int32)
+    ones = np.ones_like(tokens)
+    return {"tokens": tokens, "loss_mask": ones.astype(bool), "segments": ones}
+
+
+@pytest.mark.parametrize("adapter", always(TRAINED_CASES, is_few), ids=case_id)
+def test_gradients_are_zero_where_a_block_is_dead_and_nowhere_else(adapter):
+    model = tiny_model(num_layers=3)
+    adapters, batch = perturb(init_adapters(jax.random.key(0), model, adapter)), a_batch()
+
+    def loss(adapters: trees.Tree) -> jax.Array:
+        variables = {"params": model.params, "adapters": adapters}
+        return CrossEntropy(16)(model.config, adapter, variables, batch).loss
+
+    live = live_layers(model.config, adapter)
+    for name, gradient in trees.flatten(jax.jit(jax.grad(loss))(adapters)).items():
+        *_, kernel, block = name.split("/")
+        moved = [bool(np.any(layer)) for layer in np.asarray(gradient)]
+        assert moved == [i in live[kernel][block] for i in range(3)], name
+
+
+@pytest.mark.parametrize(
+    ("adapter", "count"),
+    # Backward and cross of q, k, v, forward and cross of down; two factors of seven kernels.
+    [(AdapterConfig("zflora-uniform", rank=4), 8), (LAYERS, 14)],
+    ids=["zflora-uniform", "layers_to_transform"],
+)
+def test_dead_layers_stay_zero_in_training(adapter, count):
+    """Weight decay included; nothing else stays zero."""
+    model, optim = tiny_model(), OptimConfig(warmup_steps=0, learning_rate=1e-2, weight_decay=0.1)
+    state = init_state(init_adapters(jax.random.key(0), model, adapter), optim, 5)
+    step, batch = make_train_step(model.config, adapter, optim, 5), a_batch()
+    for _ in range(2):
+        state, _ = step(model.params, state, batch)
+    dead = dead_slices(model.config, adapter, state.adapters)
+    assert len(dead) == count and not any(np.any(x) for x in dead)
+    zero = sum(int(np.sum(np.asarray(leaf) == 0)) for leaf in jax.tree.leaves(state.adapters))
+    assert zero == sum(x.size for x in dead)

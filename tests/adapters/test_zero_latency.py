@@ -5,21 +5,19 @@ token of the base. Compiled for a TPU, not run; results/accelerators.md has GPUs
 from __future__ import annotations
 
 import functools
-import importlib.util
 from typing import Any
 
 import pytest
 from decode_programs import DecodeCase, loop_row
 from support.grids import always
+from support.libtpu import needs_libtpu
 
 from zflora_jax.core.adapter_config import AdapterConfig
 from zflora_jax.core.model_config import LlamaConfig
 from zflora_jax.core.presets import preset
 from zflora_jax.parallel.targets import target
 
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None, reason="needs libtpu, of the extra target-tpu"
-)
+pytestmark = needs_libtpu
 
 # Two layers with heads of 64 and grouped queries, as Llama-3.2-1B has them, and narrow streams.
 CONFIG = preset("llama-3.2-1b").replace(
@@ -77,19 +75,6 @@ def test_a_fused_token_of_other_families(family: str) -> None:
     base, fused = row(None, "v5e", 1, config), row(adapter, "v5e", 1, config)
     assert base["copies"] == fused["copies"] == 0
     assert fused["kernels"] <= 1.02 * base["kernels"]
-
-
-@pytest.mark.soak
-def test_wide_heads_that_each_have_keys_of_their_own() -> None:
-    """Llama-2's: heads of 160 are no whole number of tiles, so activations are laid out anew, which
-    costs operations and hardly a cycle. Unless a query is multiplied on the matrix unit, the cache
-    itself is laid out for the vector unit, at two and a half times its size.
-    """
-    config = preset("llama-2-7b").replace(num_layers=2)  # smaller ones stay in a chip's own memory
-    base, fused = (row(a, "v5e", 8, config) for a in (None, AdapterConfig("ffba", rank=32)))
-    assert base["copies"] == fused["copies"] == 0
-    assert fused["kernels"] <= base["kernels"] + 4 * config.num_layers
-    assert fused["floor_share"] <= 1.02 * base["floor_share"]
 
 
 def test_lora_beside_the_base_does_not() -> None:

@@ -85,9 +85,9 @@ def test_a_base_in_memory_must_be_stored_as_the_run_says(run, base_dir):
         as_base(run, model)
     said = override(run, {"quantize.kernels": "int8"})
     assert as_base(said, model).params is model.params
-    with pytest.raises(ConfigError, match=r"stored as numbers, and the run says quantize.kernels="):
+    with pytest.raises(ConfigError, match=r"stored as floats, and the run says quantize.kernels="):
         as_base(said, load_model(base_dir))
-    with pytest.raises(ConfigError, match=r"embedding of the model is stored as numbers"):
+    with pytest.raises(ConfigError, match=r"embedding of the model is stored as floats"):
         as_base(override(said, {"quantize.embedding": "int8"}), model)
 
 

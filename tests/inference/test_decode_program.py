@@ -43,7 +43,7 @@ def test_packed_kernels_are_filled_up_with_zeros(kind: str) -> None:
         fused.config.hidden_size,
         fused.config.intermediate_size,
     )
-    wide_d, wide_f = d + -d % MULTIPLES[kind].residual, f + -f % MULTIPLES[kind].mlp
+    wide_d, wide_f = (n + -n % m for n, m in zip((d, f), MULTIPLES[kind], strict=True))
     mlp = ready.params["layers_0"]["mlp"]
     up, down = (np.asarray(mlp[name]["kernel"]) for name in ("gate_up", "down"))
     assert up.shape == (2 * wide_f, wide_d) and down.shape == (wide_d, wide_f)

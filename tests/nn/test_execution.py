@@ -16,15 +16,11 @@ from zflora_jax.nn.llama import Llama, forward
 CHANGES = {"dtype": "bfloat16", "scan_layers": False, "packed": True, "remat": "block"}
 
 
-def test_settings_of_execution_are_taken_by_their_own_names():
+def test_settings_of_execution_are_taken_by_their_names_and_written_under_execution():
     config = preset("tiny").replace(**CHANGES)
     assert config.execution == Execution(**CHANGES)
     assert config.replace(remat="none").execution == Execution(**CHANGES | {"remat": "none"})
     assert config.replace(vocab_size=300).execution == config.execution
-
-
-def test_files_hold_them_under_execution():
-    config = preset("tiny").replace(**CHANGES)
     written = json.loads(json.dumps(to_dict(config)))
     assert from_dict(LlamaConfig, written) == config
     del written["rope_theta"], written["execution"]["packed"]  # defaults
@@ -48,36 +44,29 @@ def test_wrong_values_are_refused_by_name(changes, message):
         from_dict(LlamaConfig, to_dict(preset("tiny")) | {"execution": execution})
 
 
-def test_tokens_and_masks_have_one_shape(tokens):
-    """Also beside a cache, which would take a mask of one row for the first row alone."""
-    model, mask = tiny_model(), jnp.ones((1, tokens.shape[1]), bool)
-    cache = init_cache(model.config, len(tokens), 64)
-    for given in ({}, {"cache": cache}):
-        with pytest.raises(ConfigError, match=r"padding_mask must have the tokens' shape"):
-            Llama(model.config).apply({"params": model.params}, tokens, padding_mask=mask, **given)
-    for wrong in ([1, 2], np.zeros((2, 0), int)):
-        with pytest.raises(ConfigError, match=r"tokens of shape \(2.*must be \[B, T\]"):
-            forward(model, wrong)
-    assert forward(model, [[1, 2]]).shape == (1, 2, 259)
-
-
-def test_a_full_cache_is_not_written_over(tokens):
-    model = tiny_model()
-    _, cache = Llama(model.config).apply(
-        {"params": model.params}, tokens, cache=init_cache(model.config, len(tokens), 64)
-    )
-    longer = jnp.ones((len(tokens), 65 - tokens.shape[1]), jnp.int32)
-    with pytest.raises(ConfigError, match=r"a cache of 64 slots has no room for \d+ more tokens"):
-        Llama(model.config).apply({"params": model.params}, longer, cache=cache)
-
-
-def test_segment_ids_stand_alone(tokens):
+def test_tokens_masks_and_caches_that_do_not_go_together(tokens):
     model, ids = tiny_model(), jnp.ones(tokens.shape, jnp.int32)
     cache = init_cache(model.config, len(tokens), 64)
+
+    def call(tokens, **given):
+        return Llama(model.config).apply({"params": model.params}, tokens, **given)
+
+    one_row = {"padding_mask": jnp.ones((1, tokens.shape[1]), bool)}
     for given, message in (
+        # Also beside a cache, which would take a mask of one row for the first row alone.
+        (one_row, r"padding_mask must have the tokens' shape"),
+        (one_row | {"cache": cache}, r"padding_mask must have the tokens' shape"),
         ({"padding_mask": ids > 0, "segment_ids": ids}, "give them or padding_mask, not both"),
         ({"padding_mask": ids}, r"padding_mask must be bool.* go to segment_ids"),
         ({"cache": cache, "segment_ids": ids}, "cannot be continued from a cache: give padding_"),
     ):
         with pytest.raises(ConfigError, match=message):
-            Llama(model.config).apply({"params": model.params}, tokens, **given)
+            call(tokens, **given)
+    _, cache = call(tokens, cache=cache)
+    longer = jnp.ones((len(tokens), 65 - tokens.shape[1]), jnp.int32)
+    with pytest.raises(ConfigError, match=r"a cache of 64 slots has no room for \d+ more tokens"):
+        call(longer, cache=cache)
+    for wrong in ([1, 2], np.zeros((2, 0), int)):
+        with pytest.raises(ConfigError, match=r"tokens of shape \(2.*must be \[B, T\]"):
+            forward(model, wrong)
+    assert forward(model, [[1, 2]]).shape == (1, 2, 259)

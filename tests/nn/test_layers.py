@@ -1,8 +1,6 @@
 """What a backward pass keeps; RoPE tables; tied logits; DoRA. Attention: test_attention.py."""
 
 import jax
-import jax.export
-import jax.extend.backend
 import jax.numpy as jnp
 import numpy as np
 import pytest

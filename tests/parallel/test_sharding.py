@@ -182,9 +182,7 @@ def test_wrong_meshes(make, message):
 def test_a_run_goes_on_under_another_mesh(run, tmp_path, monkeypatch):
     """Stopped on one mesh and resumed on another, it has the losses of the run on one device."""
     run = override(run, {"train.steps": 4, "data.grad_accum_steps": 1})
-    meshes = [
-        override(run, changes) for changes in ({"mesh.data": 2, "mesh.tensor": 2}, {"mesh.fsdp": 4})
-    ]
+    meshes = {"mesh.data": 2, "mesh.tensor": 2}, {"mesh.fsdp": 4}
     train(run, tmp_path / "one", console=False)
     with monkeypatch.context() as patch, pytest.raises(Preempted):
         patch.setattr(StopSignals, "requested", lambda self, step: step == 2)
@@ -192,14 +190,8 @@ def test_a_run_goes_on_under_another_mesh(run, tmp_path, monkeypatch):
     trained = train(override(run, meshes[1]), tmp_path / "many", console=False)
     assert trained.report["resumed_from"] == 2
     assert trained.adapters["layers"]["mlp"]["up"]["backward"].sharding.mesh.shape["fsdp"] == 4
-    found, wanted = (
-        [
-            r["loss"]
-            for r in read_metrics(tmp_path / name / "metrics.jsonl")
-            if r["split"] == "train"
-        ]
-        for name in ("many", "one")
-    )
+    records = (read_metrics(tmp_path / name / "metrics.jsonl") for name in ("many", "one"))
+    found, wanted = ([r["loss"] for r in each if r["split"] == "train"] for each in records)
     np.testing.assert_allclose(found, wanted, rtol=2e-5)
 
 

@@ -20,7 +20,7 @@ from zflora_jax.training.objective import CrossEntropy
 from zflora_jax.training.trainer import init_state, make_train_step
 
 
-# twin of the others: test_live_layers, where every block of theirs has a gradient
+# twin of the others: test_init_adapters, where every block of theirs has a gradient
 @pytest.mark.parametrize("adapter", always(CASES, [*BY_METHOD, DORA].__contains__), ids=case_id)
 def test_only_adapters_move_and_no_base_gradient_is_formed(adapter, tokens):
     model = tiny_model()

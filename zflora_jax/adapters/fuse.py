@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from zflora_jax.adapters.kernel_adapter import BLOCKS, Widening
+from zflora_jax.adapters.kernel_adapter import Widening
 from zflora_jax.adapters.methods import base_config, check_adapters, fused_config, resolve_adapter
 from zflora_jax.adapters.packing import head_order, state_scale
 from zflora_jax.core import trees
@@ -38,11 +38,13 @@ from zflora_jax.ops.copies import write_divided, write_pieces
 from zflora_jax.ops.quantized import (
     QuantizedArray,
     corner,
+    each_part,
     filled,
     group_count,
     padded,
     quantize_block,
     quantized_names,
+    scaled_outputs,
     widen,
 )
 from zflora_jax.parallel.mesh import mesh_in_use, place_like, several_devices
@@ -54,8 +56,7 @@ def fuse(model: Model, adapter: AdapterConfig, adapters: Tree, *, donate: bool =
 
     Blocks are built in float32 and cast once to the base's dtype; a base block is copied, never
     recomputed. LoRA and FFA are added in float32 and cast once; "full" replaces the tree. On a mesh
-    the fused model is divided as the base is, and no device holds a whole kernel (except for widths
-    that the mesh does not divide).
+    the fused model is divided as the base is.
 
     Args:
       model: The base, not packed; or a model that another adapter was merged into by addition,
@@ -66,14 +67,13 @@ def fuse(model: Model, adapter: AdapterConfig, adapters: Tree, *, donate: bool =
         are never in memory together. `model` cannot be used afterwards.
 
     Returns:
-      A Model with the wider config and plain parameters that computes what the adapted model
-      computes.
+      A Model with plain parameters that computes what the adapted model computes.
 
     Raises:
       ConfigError: the method merges by addition, and the base is quantised.
       ValueError: leaves are missing, unexpected, misshapen or not finite.
     """
-    config = model.config
+    config, row = model.config, METHODS[adapter.method]
     if model.adapter is not None and METHODS[model.adapter.method].widens:
         raise ValueError(
             f"this model is already fused ({model.adapter.method}); unfuse it, or use swap to"
@@ -83,12 +83,11 @@ def fuse(model: Model, adapter: AdapterConfig, adapters: Tree, *, donate: bool =
         raise ValueError("this model is packed for decode; fuse first, then pack.")
     codes = quantized_names(model.params)
     require(
-        METHODS[adapter.method].widens or not codes,
+        row.widens or not codes,
         f"method {adapter.method!r} is merged by addition, and {codes[:1]} of this base is stored"
-        " as codes, which would have to be computed anew, with an error as large as their own."
-        " Keep the adapters beside the base (generate(model, ..., adapter=, adapters=)), or"
-        " dequantise the base first (zf.dequantize_model); methods that widen are fused as they"
-        " are.",
+        " as codes, which would be rounded a second time. Keep the adapters beside the base"
+        " (generate(model, ..., adapter=, adapters=)), or dequantise the base first"
+        " (zf.dequantize_model); methods that widen are fused as they are.",
     )
     with mesh_in_use(model.params):
         adapters = place_like(model.params, adapters)
@@ -105,12 +104,12 @@ def _fuse_by_leaf(
 ) -> Tree:
     """`_fuse`, a program per leaf, which is taken out of `params`."""
     full, blocks = METHODS[adapter.method].in_place == "full", trees.flatten(adapters)
-    fused = {}
+    fused: dict[str, Any] = {}
     for name, leaf in trees.taken(params):
         beside = name if full else f"{name.rpartition('/')[0]}/"
         own = {block: x for block, x in blocks.items() if block.startswith(beside)}
         part = _fuse(config, adapter, trees.unflatten({name: leaf}), trees.unflatten(own))
-        (fused[name],) = jax.block_until_ready(trees.flatten(part)).values()
+        fused |= jax.block_until_ready(trees.flatten(part))
         del leaf, part
     return trees.unflatten(fused)
 
@@ -120,21 +119,21 @@ def _fuse(config: LlamaConfig, adapter: AdapterConfig, params: Tree, adapters: T
     if METHODS[adapter.method].in_place == "full":
         fused = jax.tree.map(lambda new, old: new.astype(old.dtype), adapters, params)
         return constrain(fused, fused=True)
-    flat, p = trees.flatten(adapters), resolve_adapter(config, adapter)
+    flat, resolved = trees.flatten(adapters), resolve_adapter(config, adapter)
 
     def visit(name: str, leaf: Any) -> Any:
         module, parameter = name.split("/")[-2:]
         if module in KERNELS and parameter == "kernel":
             axis = -len(kernel_shapes(config)[module][1]) - 1
-            wide, beside = widen(leaf, axis, *p.extra(module)), p.kernels
-            if module not in beside:
+            wide = widen(leaf, axis, *resolved.extra(module))
+            beside = resolved.kernels.get(module)
+            if beside is None:
                 return wide
-            own = {b: flat[name.removesuffix("kernel") + b] for b in beside[module].shapes}
-            return beside[module].fuse(wide, own)
+            return beside.fuse(wide, {b: flat[f"{name[:-6]}{b}"] for b in beside.shapes})
         if parameter == "bias":  # of heads, whose adapter dims have none
-            return padded(leaf, {-1: p.heads})
+            return padded(leaf, {-1: resolved.heads})
         if parameter == "scale":
-            extra = p.heads if module in QK_NORMS else p.residual
+            extra = resolved.heads if module in QK_NORMS else resolved.residual
             return padded(leaf, {-1: extra}, value=1)
         # The state starts at zero and is dropped before the head, which both keep the base's width.
         return leaf
@@ -155,7 +154,7 @@ def unfuse(fused: Model) -> tuple[Model, Tree]:
     Raises:
       ValueError: the model is not fused, or its method merges by addition (lora, ffa, full).
     """
-    adapter = require_widened(fused, "unfuse")
+    adapter = _require_widened(fused, "unfuse")
     if fused.config.execution.packed:
         raise ValueError("cannot unfuse a packed model; unfuse the model it was packed from.")
     config = base_config(fused.config, adapter)
@@ -169,20 +168,20 @@ def _unfuse(config: LlamaConfig, adapter: AdapterConfig, params: Tree) -> tuple[
     flat, shapes = trees.flatten(params), param_shapes(config)
     base = {name: corner(leaf, shapes[name]) for name, leaf in flat.items()}
     back: dict[str, Any] = {}
-    for kernel, beside in widenings(config, adapter).items():
+    for kernel, beside in _widenings(config, adapter).items():
         for name in (name for name in flat if name.endswith(f"/{kernel}/kernel")):
             blocks = beside.unfuse(flat[name]).items()
             back |= {name.removesuffix("kernel") + block: value for block, value in blocks}
     return tuple(constrain(trees.unflatten(found), fused=True) for found in (base, back))  # type: ignore[return-value]
 
 
-def widenings(config: LlamaConfig, adapter: AdapterConfig) -> dict[str, Widening]:
+def _widenings(config: LlamaConfig, adapter: AdapterConfig) -> dict[str, Widening]:
     """The adapters of a method that widens, by kernel."""
     kernels = resolve_adapter(config, adapter).kernels.items()
     return {kernel: beside for kernel, beside in kernels if isinstance(beside, Widening)}
 
 
-def require_widened(fused: Model, verb: str) -> AdapterConfig:
+def _require_widened(fused: Model, verb: str) -> AdapterConfig:
     """The adapter of a fused model; ValueError unless it widens the model, as `verb` needs."""
     if fused.adapter is None:
         raise ValueError(f"cannot {verb}: this model is not fused (model.adapter is None).")
@@ -192,9 +191,6 @@ def require_widened(fused: Model, verb: str) -> AdapterConfig:
             " addition, which cannot be undone exactly; keep the base and the adapters."
         )
     return fused.adapter
-
-
-Array = jax.Array
 
 
 def swap(fused: Model, adapters: Tree) -> Model:
@@ -209,19 +205,15 @@ def swap(fused: Model, adapters: Tree) -> Model:
         used afterwards.
       adapters: Adapters of the same AdapterConfig, float32.
 
-    Returns:
-      The model with the new adapters.
-
     Raises:
       ValueError: as for `fuse`, and for a method that merges by addition.
     """
-    adapter = require_widened(fused, "swap")
+    adapter = _require_widened(fused, "swap")
     plain = fused.config.replace(packed=False, fill_residual=0, fill_mlp=0)
     base = base_config(plain, adapter)
-    given = base.replace(scan_layers="layers" in adapters)
     with mesh_in_use(fused.params):
         adapters = place_like(fused.params, adapters)
-        check_adapters(adapters, given, adapter)
+        check_adapters(adapters, base.replace(scan_layers="layers" in adapters), adapter)
         params = _swap(fused.config, base, adapter, fused.params, adapters)
     return replace(fused, params=params)
 
@@ -234,20 +226,20 @@ def _swap(
     arrange = trees.stack_layers if execution.scan_layers else trees.unstack_layers
     layers, divided = arrange(adapters, base.num_layers), several_devices()
     write = write_divided if divided else _write_in_place
-    for kernel, beside in widenings(base, adapter).items():
+    for kernel, beside in _widenings(base, adapter).items():
+        path = f"{group(kernel)}/{kernel}"
+        leaf = packed_rows(config)[kernel][0] if execution.packed else path
         for layer in layers:
-            blocks = layers[layer][group(kernel)][kernel]
+            blocks, name = layers[layer][group(kernel)][kernel], f"{layer}/{leaf}/kernel"
             if execution.packed:
-                name = f"{layer}/{packed_rows(config)[kernel][0]}/kernel"
                 flat[name] = _swap_packed(config, kernel, beside, flat[name], blocks)
             else:
-                name = f"{layer}/{group(kernel)}/{kernel}/kernel"
                 flat[name] = beside.fuse(flat[name], blocks, write)
     swapped = trees.unflatten(flat)
     return constrain(swapped, fused=True) if divided else swapped
 
 
-def _write_in_place(x: Array, value: Array, spans: dict[int, slice]) -> Array:
+def _write_in_place(x: jax.Array, value: jax.Array, spans: dict[int, slice]) -> jax.Array:
     """`ops.copies.write_divided` on one device, in place."""
     start = tuple((spans[axis].start or 0) if axis in spans else 0 for axis in range(-x.ndim, 0))
     return write_pieces(x, [value], [start])
@@ -256,64 +248,47 @@ def _write_in_place(x: Array, value: Array, spans: dict[int, slice]) -> Array:
 def _swap_packed(
     config: LlamaConfig, kernel: str, beside: Widening, leaf: Any, blocks: Tree
 ) -> Any:
-    """A packed leaf [out, in] with the blocks of one of its kernels written in."""
+    """A packed leaf (`packing.joined`) with the blocks of one of its kernels written in."""
     inputs, outputs = kernel_shapes(config)[kernel]
     _, start, _ = packed_rows(config)[kernel]
     order = head_order(config, kernel)
     place = np.arange(outputs[-1]) if order is None else np.argsort(order)
     heads = outputs[-1] * np.arange(math.prod(outputs[:-1]))
     for name, block in blocks.items():
-        extra_in, extra_out = BLOCKS[name]
         reads, writes = beside.spans(name)
         rows = (start + heads[:, None] + place[writes]).reshape(-1)
         value = beside.stored(name, block)
-        scale = state_scale(config, kernel) if extra_out else 1.0
         if isinstance(leaf, QuantizedArray):
             like = replace(leaf, reads=len(inputs), writes=len(outputs))
-            coded = quantize_block(value, like)
-            leaf = _write_codes(leaf, filled(coded, coded.shape), rows, extra_in, scale)
-        else:
-            columns = np.arange(math.prod(inputs)).reshape(inputs)[..., reads].reshape(-1)
-            flat = (value * scale).reshape(len(columns), len(rows)).T
-            leaf = _write_at(leaf, flat, rows, columns)
+            value = filled(quantize_block(value, like), value.shape)
+        if writes.start:
+            scale = state_scale(config, kernel)
+            value = scaled_outputs(value, jnp.full(value.shape[-1:], scale))
+        write = partial(_write_rows, reads.start or 0, rows, len(inputs))
+        leaf = each_part(write, leaf, value)
     return leaf
 
 
-def _write_codes(
-    leaf: QuantizedArray, block: QuantizedArray, rows: np.ndarray, extra: bool, scale: float
-) -> QuantizedArray:
-    """A packed kernel (`packing.joined`) with a quantised block [*in, *out] of whole groups written
-    in. rows: of its outputs; extra: whether its inputs are an adapter's; scale: of its outputs, a
-    power of two.
+def _write_rows(
+    first: int, rows: np.ndarray, reads: int, x: jax.Array, each: int, value: jax.Array
+) -> jax.Array:
+    """A packed array [out, in], or [groups, inputs of a group, out], with value [*inputs, *outputs]
+    written at `rows`, from input `first` of each head on, in place: a piece for each run of
+    consecutive rows and inputs (see `write_pieces`). reads: number of input axes; each: inputs that
+    share one of x.
     """
-    heads = leaf.inputs // leaf.inner
-
-    def write(part: Array, new: Array, heads: int, first: int) -> Array:
-        count = new.shape[block.axis]
-        width = (part.size // part.shape[-1] if part.ndim == 3 else part.shape[1]) // heads
-        columns = (np.arange(heads)[:, None] * width + first + np.arange(count)).reshape(-1)
-        return _write_at(part, new.reshape(len(columns), len(rows)).T, rows, columns)
-
-    def scales(part: Array, new: Array) -> Array:
-        first = group_count(leaf.base, leaf.group) if extra else 0
-        new = new.astype(jnp.float32) * scale
-        return write(part, new, heads if leaf.group else 1, first)
-
-    first = leaf.base if extra else 0
-    return leaf.map(lambda part, new: write(part, new, heads, first), scales, block)
-
-
-def _write_at(x: Array, value: Array, rows: np.ndarray, columns: np.ndarray) -> Array:
-    """A packed array [out, in], or [groups, inputs of a group, out], with `value` written at rows
-    and columns, in place: a piece for each run of consecutive ones (see `write_pieces`).
-    """
+    first = group_count(first, each)
+    heads, count = math.prod(value.shape[: reads - 1]), value.shape[reads - 1]
+    inner = x.shape[1]
+    width = (inner if x.ndim == 2 else x.shape[0] * inner) // heads
+    columns = (np.arange(heads)[:, None] * width + first + np.arange(count)).reshape(-1)
+    flat = value.reshape(len(columns), len(rows)).T
     pieces, starts = [], []
     for at, row, height in _runs(rows):
-        for to, column, width in _runs(columns):
-            piece, start = value[at : at + height, to : to + width], (row, column)
+        for to, column, size in _runs(columns):
+            piece, start = flat[at : at + height, to : to + size], (row, column)
             if x.ndim == 3:
-                each = x.shape[1]
-                piece, start = piece.T.reshape(-1, each, height), (column // each, 0, row)  # type: ignore[assignment]
+                piece, start = piece.T.reshape(-1, inner, height), (column // inner, 0, row)  # type: ignore[assignment]
             pieces.append(piece)
             starts.append(start)
     return write_pieces(x, pieces, starts)

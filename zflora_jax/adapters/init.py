@@ -8,7 +8,6 @@ import dataclasses
 import math
 import warnings
 import zlib
-from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -16,11 +15,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from zflora_jax.adapters.kernel_adapter import DoRA, LowRank
+from zflora_jax.adapters.kernel_adapter import DoRA
 from zflora_jax.adapters.methods import (
     SERVED_HEAD_DIMS,
     adapter_shapes,
-    default_extra_head_dim,
     live_layers,
     resolve_adapter,
 )
@@ -32,7 +30,6 @@ from zflora_jax.core.model import Model
 from zflora_jax.core.model_config import LlamaConfig
 from zflora_jax.core.trees import Tree
 from zflora_jax.ops.quantized import quantized_names
-from zflora_jax.parallel.devices import widest_head
 from zflora_jax.parallel.mesh import mesh_in_use
 from zflora_jax.parallel.sharding import constrain
 
@@ -71,13 +68,20 @@ def init_adapters(key: jax.Array, model: Model, adapter: AdapterConfig) -> trees
         " zf.split_base(model, adapter), and that base from then on.",
     )
     config = model.config
-    _warn_of_wide_heads(config, adapter)
-    kernels, live = resolve_adapter(config, adapter).kernels, live_layers(config, adapter)
-    start = adapter.explicit().init
+    resolved, live = resolve_adapter(config, adapter), live_layers(config, adapter)
+    start, width = adapter.explicit().init, config.rotary_dim + resolved.heads
+    if resolved.heads and width not in SERVED_HEAD_DIMS:
+        warnings.warn(
+            f"head_dim {config.rotary_dim} + {resolved.heads} = {width} is outside"
+            f" {SERVED_HEAD_DIMS}: transformers runs it, but attention kernels of servers may"
+            " refuse it (vLLM's CPU build does). Leave extra_head_dim unset for the smallest that"
+            " they run, if there is one.",
+            stacklevel=2,
+        )
 
     def draw(name: str, shape: tuple[int, ...]) -> jax.Array:
         _, _, kernel, block = name.split("/")
-        beside = kernels[kernel]
+        beside = resolved.kernels[kernel]
         if isinstance(beside, DoRA) and block == "magnitude":
             return jax.lax.map(beside.start, _stacked(model, kernel))
         if block not in beside.random:
@@ -99,40 +103,12 @@ def init_adapters(key: jax.Array, model: Model, adapter: AdapterConfig) -> trees
 
 def _stacked(model: Model, kernel: str) -> Any:
     """A kernel of all layers, float or quantised."""
-    tree = trees.stack_layers(
-        {
-            layer: part[group(kernel)][kernel]["kernel"]
-            for layer, part in model.params.items()
-            if layer.startswith("layers")
-        },
-        model.config.num_layers,
-    )
-    return tree["layers"]
-
-
-def _warn_of_wide_heads(config: LlamaConfig, adapter: AdapterConfig) -> None:
-    """Warns of heads that the attention kernels of servers, or of this GPU, do not take."""
-    base, extra = config.rotary_dim, resolve_adapter(config, adapter).heads
-    heads = f"head_dim {base} + {extra} = {base + extra}"
-    if extra and base + extra not in SERVED_HEAD_DIMS:
-        advice = "no extra_head_dim gives one that they run"
-        if base < max(SERVED_HEAD_DIMS):
-            least = default_extra_head_dim(base)
-            advice = f"extra_head_dim={least} is the smallest that they run"
-        warnings.warn(
-            f"{heads} is outside {SERVED_HEAD_DIMS}: transformers runs it, but attention kernels of"
-            f" servers may refuse it (vLLM's CPU build does); {advice}.",
-            stacklevel=3,
-        )
-    limit = widest_head() if config.execution.dtype in ("bfloat16", "float16") else 0
-    if base <= limit < base + extra:
-        warnings.warn(
-            f"{heads}: cuDNN's attention takes heads up to {limit} on this GPU, so attention is"
-            " computed by plain products, which take more time and memory for long sequences."
-            " Method 'zflora-minimal' leaves the heads as they are; so does extra_head_dim=0 where"
-            " the method widens other streams too.",
-            stacklevel=3,
-        )
+    layers = {
+        layer: part[group(kernel)][kernel]["kernel"]
+        for layer, part in model.params.items()
+        if layer.startswith("layers")
+    }
+    return trees.stack_layers(layers, model.config.num_layers)["layers"]
 
 
 def split_base(model: Model, adapter: AdapterConfig) -> tuple[Model, Tree | None]:
@@ -164,13 +140,9 @@ def split_base(model: Model, adapter: AdapterConfig) -> tuple[Model, Tree | None
     )
     kernels = resolve_adapter(model.config, adapter).kernels
     for kernel, beside in kernels.items():
-        side = min(math.prod(beside.inputs), math.prod(beside.outputs))
-        rank = adapter.rank_of(kernel)
-        require(
-            rank <= side,
-            f"adapter.init={adapter.init!r}: rank {rank} is above the smaller side of {kernel},"
-            f" {side}.",
-        )
+        side, rank = min(map(math.prod, (beside.inputs, beside.outputs))), adapter.rank_of(kernel)
+        above = f"rank {rank} is above the smaller side of {kernel}, {side}."
+        require(rank <= side, f"adapter.init={adapter.init!r}: {above}")
     adapters = init_adapters(jax.random.key(0), model, adapter.replace(init=None))
     with mesh_in_use(model.params):
         params, adapters = _split(model.config, adapter, model.params, adapters)
@@ -181,31 +153,22 @@ def split_base(model: Model, adapter: AdapterConfig) -> tuple[Model, Tree | None
 def _split(
     config: LlamaConfig, adapter: AdapterConfig, params: Tree, adapters: Tree
 ) -> tuple[Tree, Tree]:
-    base, found, live = trees.flatten(params), trees.flatten(adapters), live_layers(config, adapter)
+    live, count = live_layers(config, adapter), config.num_layers
+    base, found = (trees.flatten(trees.stack_layers(tree, count)) for tree in (params, adapters))
     for kernel, beside in resolve_adapter(config, adapter).kernels.items():
-        path, layers = f"{group(kernel)}/{kernel}", live[kernel]["lora_a"]
-        assert isinstance(beside, LowRank)
+        path, at = f"layers/{group(kernel)}/{kernel}", np.asarray(live[kernel]["lora_a"])
         cut = partial(_cut, str(adapter.init), beside)
-        updates: dict[str, tuple[jax.Array, ...]]
-        if config.execution.scan_layers:
-            updates = {f"layers/{path}": _in_layers(cut, base[f"layers/{path}/kernel"], layers)}
-        else:
-            updates = {f"layers_{i}/{path}": cut(base[f"layers_{i}/{path}/kernel"]) for i in layers}
-        for name, (kernel_left, a, b) in updates.items():
-            base[f"{name}/kernel"] = kernel_left
-            found |= {f"{name}/lora_a": a, f"{name}/lora_b": b}
-    return constrain(trees.unflatten(base)), constrain(trees.unflatten(found))
+        parts = jax.lax.map(cut, base[f"{path}/kernel"][at])  # one layer at a time
+        for leaf, part in zip(("kernel", "lora_a", "lora_b"), parts, strict=True):
+            tree, name = base if leaf == "kernel" else found, f"{path}/{leaf}"
+            tree[name] = tree[name].at[at].set(part)
+    left, start = trees.unflatten(base), trees.unflatten(found)
+    if not config.execution.scan_layers:
+        left, start = (trees.unstack_layers(tree, count) for tree in (left, start))
+    return constrain(left), constrain(start)
 
 
-def _in_layers(cut: Any, stacked: jax.Array, layers: Sequence[int]) -> tuple[jax.Array, ...]:
-    """`cut` of the `layers` of a stacked kernel, one at a time; zero factors in the others."""
-    at = np.asarray(layers)
-    left, a, b = jax.lax.map(cut, stacked[at])
-    factors = (jnp.zeros((len(stacked), *x.shape[1:])).at[at].set(x) for x in (a, b))
-    return stacked.at[at].set(left), *factors
-
-
-def _cut(start: str, beside: LowRank, kernel: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+def _cut(start: str, beside: Any, kernel: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """(W - s A B, A [in, r], B [r, out]) of a kernel of one layer, A and B as PEFT takes them."""
     matrix, rank = kernel.astype(jnp.float32).reshape(math.prod(beside.inputs), -1), beside.rank
     if start == "olora":  # QR of the transpose (arXiv 2406.01775); its first columns suffice
@@ -227,9 +190,6 @@ def plain_lora(adapter: AdapterConfig, adapters: Tree, start: Tree) -> tuple[Ada
       adapter: Their config, with init="pissa" or "olora".
       adapters: The trained adapters.
       start: The adapters that `split_base` returned.
-
-    Returns:
-      (The config of the plain adapters, the adapters.)
     """
     first, found = trees.flatten(start), trees.flatten(adapters)
     for name in [name for name in found if name.endswith("/lora_a")]:

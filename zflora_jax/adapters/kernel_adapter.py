@@ -23,36 +23,22 @@ Blocks = Mapping[str, Array]
 
 
 class Base(NamedTuple):
-    """The layer next to an adapter.
+    """The layer next to an adapter, as DoRA needs it."""
 
-    Attributes:
-      kernel: W, float or quantised; None where it is packed.
-      bias: The bias as y adds it, or None.
-      dropped: Whether some of the adapter's inputs have dropped out.
-    """
-
-    kernel: Any = None
-    bias: Array | None = None
-    dropped: bool = False
+    kernel: Any  # W, float or quantised; None where it is packed
+    bias: Array | None  # as y adds it
+    dropped: bool  # whether some of the adapter's inputs have dropped out
 
 
 @dataclass(frozen=True)
 class KernelAdapter:
-    """The adapter of one kernel.
+    """The adapter of one kernel W."""
 
-    Attributes:
-      inputs: Input axes of W.
-      outputs: Output axes of W.
-      scale: s = alpha / rank.
-      dropout: Share of the inputs that a training step drops.
-      random: Blocks that start at random; the others start at zero.
-    """
-
-    inputs: tuple[int, ...]
+    inputs: tuple[int, ...]  # axes of W
     outputs: tuple[int, ...]
-    scale: float
-    dropout: float = field(default=0.0, kw_only=True)
-    random: ClassVar[tuple[str, ...]] = ()
+    scale: float  # s = alpha / rank
+    dropout: float = field(default=0.0, kw_only=True)  # share of the inputs, in a training step
+    random: ClassVar[tuple[str, ...]] = ()  # blocks that start at random; others start at zero
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -62,17 +48,9 @@ class KernelAdapter:
     def __call__(
         self, blocks: Blocks, x: Array, z: Array | None, y: Array, base: Base
     ) -> tuple[Array, Array | None]:
-        """Adds the adapter's products.
-
-        Args:
-          blocks: The blocks of one layer.
-          x: Base channels of the input [B, T, *inputs], after dropout.
-          z: Adapter channels of the input [B, T, *inputs with the extra width], or None.
-          y: x W [B, T, *outputs].
-          base: The layer that the adapter is next to.
-
-        Returns:
-          y, and the adapter channels of the output or None.
+        """y = x W [B, T, *outputs] with the adapter's products added, and the adapter channels of
+        the output or None. blocks: of one layer; x: base channels of the input [B, T, *inputs],
+        after dropout; z: its adapter channels [B, T, *inputs with the extra width], or None.
         """
         raise NotImplementedError
 
@@ -82,23 +60,18 @@ class KernelAdapter:
 
 
 # Block -> whether it reads, and whether it writes, adapter channels.
-BLOCKS = {"forward": (False, True), "backward": (True, False), "cross": (True, True)}
+_BLOCKS = {"forward": (False, True), "backward": (True, False), "cross": (True, True)}
 
 
 @dataclass(frozen=True)
 class Widening(KernelAdapter):
     """y = x W + s z B and y_z = x A + z C: a wider kernel [[W, A], [s B, C]] of forward A, backward
     B and cross C.
-
-    Attributes:
-      extra_in: Adapter channels of the input stream.
-      extra_out: Adapter channels of the output stream.
-      starts: Whether forward starts at random. Not in q: added scores start at zero.
     """
 
-    extra_in: int
+    extra_in: int  # adapter channels of the input stream
     extra_out: int
-    starts: bool = True
+    starts: bool = True  # forward at random; not in q, whose added scores start at zero
 
     @property
     def random(self) -> tuple[str, ...]:  # type: ignore[override]
@@ -106,10 +79,9 @@ class Widening(KernelAdapter):
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        z_in = (*self.inputs[:-1], self.extra_in)
-        z_out = (*self.outputs[:-1], self.extra_out)
-        every = {"forward": self.inputs + z_out, "backward": z_in + self.outputs}
-        every["cross"] = z_in + z_out
+        reads = self.inputs, (*self.inputs[:-1], self.extra_in)
+        writes = self.outputs, (*self.outputs[:-1], self.extra_out)
+        every = {name: reads[z_in] + writes[z_out] for name, (z_in, z_out) in _BLOCKS.items()}
         return {name: shape for name, shape in every.items() if math.prod(shape)}
 
     def __call__(
@@ -132,7 +104,7 @@ class Widening(KernelAdapter):
         """The inputs (along `axis`) and outputs (along the last axis) of a block in the wide
         kernel.
         """
-        widths = zip(BLOCKS[block], (self.inputs[-1], self.outputs[-1]), strict=True)
+        widths = zip(_BLOCKS[block], (self.inputs[-1], self.outputs[-1]), strict=True)
         reads, writes = (slice(n, None) if extra else slice(0, n) for extra, n in widths)
         return reads, writes
 

@@ -2,8 +2,7 @@
 of the adapters, and the layers where they are live.
 
 The methods are this project's reconstruction of zFLoRA (arXiv 2510.25784) and FLoRA (arXiv
-2511.00050), whose method sections could not be obtained; see README. Letters: d residual width, k
-head dim, f MLP units; r, e, m the channels that an adapter adds to them.
+2511.00050), whose method sections could not be obtained; see README.
 """
 
 from __future__ import annotations
@@ -19,12 +18,20 @@ import jax.numpy as jnp
 from zflora_jax.adapters.kernel_adapter import DoRA, KernelAdapter, LowRank, Tiled, Widening
 from zflora_jax.core import trees
 from zflora_jax.core.adapter_config import METHODS, AdapterConfig
-from zflora_jax.core.architecture import ATTENTION, KERNELS, MLP, group, kernel_shapes, param_shapes
+from zflora_jax.core.architecture import (
+    ATTENTION,
+    KERNELS,
+    MLP,
+    PACKED,
+    group,
+    kernel_shapes,
+    param_shapes,
+)
 from zflora_jax.core.fields import ConfigError, nearest, require
 from zflora_jax.core.model_config import LlamaConfig
-from zflora_jax.core.trees import Tree
 
-_STAGE = {"q": 0, "k": 0, "v": 0, "o": 1, "gate": 2, "up": 2, "down": 3}  # the order within a layer
+# Kernels of one stage read the same stream at once: q, k, v; o; gate, up; down.
+_STAGE = {kernel: i for i, kernels in enumerate(PACKED.values()) for kernel in kernels}
 
 _NEEDS = {  # what a stream needs to be widened
     "residual": "the residual state needs o or down and one of q, k, v, gate, up",
@@ -38,24 +45,17 @@ SERVED_HEAD_DIMS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256)
 
 @dataclass(frozen=True)
 class ResolvedAdapter:
-    """An adapter on a model of certain widths.
+    """An adapter on a model: the extra widths of streams, and the adapter of each kernel."""
 
-    Attributes:
-      residual: r, extra channels of the residual stream.
-      heads: e, extra dims of each head.
-      mlp: m, extra MLP units.
-      kernels: Adapter of each kernel that has one.
-    """
-
-    residual: int = 0
-    heads: int = 0
-    mlp: int = 0
+    residual: int = 0  # r
+    heads: int = 0  # e, of each head
+    mlp: int = 0  # m
     kernels: dict[str, KernelAdapter] = field(default_factory=dict)
 
     @property
-    def blocks(self) -> dict[str, tuple[str, ...]]:
-        """Kernel -> its block names, in the order of initialisation."""
-        return {kernel: tuple(beside.shapes) for kernel, beside in self.kernels.items()}
+    def blocks(self) -> dict[str, dict[str, tuple[int, ...]]]:
+        """Kernel -> block name -> shape in one layer, in the order of initialisation."""
+        return {kernel: beside.shapes for kernel, beside in self.kernels.items()}
 
     def extra(self, kernel: str) -> tuple[int, int]:
         """The extra widths of the streams that a kernel reads and writes."""
@@ -94,8 +94,9 @@ def default_extra_head_dim(head_dim: int) -> int:
     return served - head_dim
 
 
-def resolve_adapter(config: LlamaConfig, adapter: AdapterConfig) -> ResolvedAdapter:
-    """Resolves `adapter` on a base model: the extra widths and the adapter of each kernel.
+def resolve_adapter(config: LlamaConfig, adapter: AdapterConfig | None) -> ResolvedAdapter:
+    """Resolves `adapter` on a base model: the extra widths and the adapter of each kernel. None
+    widens nothing.
 
     A stream is widened only where a targeted kernel writes its adapter channels and another reads
     them (`_NEEDS`).
@@ -104,8 +105,10 @@ def resolve_adapter(config: LlamaConfig, adapter: AdapterConfig) -> ResolvedAdap
       ConfigError: the targets match no kernel or leave no stream to widen, or the method widens and
         the model is widened already.
     """
+    if adapter is None:
+        return ResolvedAdapter()
     row, axes = METHODS[adapter.method], kernel_shapes(config)
-    chosen = [k for k in KERNELS if k in target_kernels(adapter.targets)]
+    chosen = target_kernels(adapter.targets)
     if row.in_place == "full":
         require(
             adapter.targets == "all",
@@ -113,12 +116,10 @@ def resolve_adapter(config: LlamaConfig, adapter: AdapterConfig) -> ResolvedAdap
             " targets at 'all'.",
         )
         return ResolvedAdapter()
-    if row.in_place == "ffa":
-        tiled = {k: Tiled(*axes[k], adapter.scale, adapter.rank) for k in chosen}
-        return ResolvedAdapter(kernels=dict(tiled))
-    if row.in_place == "lora":
+    if not row.widens:
         _check_lora(config, adapter, chosen)
-        make, s, r = DoRA if adapter.use_dora else LowRank, adapter.scale_of, adapter.rank_of
+        make = Tiled if row.in_place == "ffa" else DoRA if adapter.use_dora else LowRank
+        s, r = adapter.scale_of, adapter.rank_of
         return ResolvedAdapter(
             kernels={k: make(*axes[k], s(k), r(k), dropout=adapter.dropout) for k in chosen}
         )
@@ -128,9 +129,8 @@ def resolve_adapter(config: LlamaConfig, adapter: AdapterConfig) -> ResolvedAdap
         " adapter is fused into it. Use its base (`unfuse`); 'lora', 'ffa' and 'full' can run"
         " beside it, but are not fused into it.",
     )
-    heads = {*"vo"} if {*"vo"} <= {*chosen} else set()  # kernels of the extra head dims
-    if adapter.head_scores and {*"qk"} <= {*chosen}:
-        heads |= {*"qk"}
+    pairs = [{"v", "o"}, {"q", "k"}] if adapter.head_scores else [{"v", "o"}]
+    heads = set().union(*(pair for pair in pairs if pair <= {*chosen}))
     widths = _extra_widths(config, adapter, {*chosen}, heads=bool(heads))
     kernels: dict[str, KernelAdapter] = {}
     for kernel in chosen:
@@ -143,22 +143,19 @@ def resolve_adapter(config: LlamaConfig, adapter: AdapterConfig) -> ResolvedAdap
     return ResolvedAdapter(**widths, kernels=kernels)
 
 
-def _check_lora(config: LlamaConfig, adapter: AdapterConfig, chosen: list[str]) -> None:
-    """Checks the settings of method lora against the model."""
+def _check_lora(config: LlamaConfig, adapter: AdapterConfig, chosen: Sequence[str]) -> None:
     wrong = [i for i in adapter.layers_to_transform or () if i >= config.num_layers]
     require(
         not wrong,
         f"adapter.layers_to_transform has {wrong}: this model has the layers 0 to"
         f" {config.num_layers - 1}.",
     )
-    for name in ("rank_pattern", "alpha_pattern"):
-        for pattern, _ in getattr(adapter, name):
-            require(
-                any(re.fullmatch(pattern, kernel) for kernel in chosen),
-                f"adapter.{name}: {pattern!r} matches none of the kernels {', '.join(chosen)},"
-                f" which adapter.targets={adapter.targets!r} selects. Give a regex of whole names,"
-                " such as 'q|v'.",
-            )
+    for pattern, _ in (*adapter.rank_pattern, *adapter.alpha_pattern):
+        require(
+            any(re.fullmatch(pattern, kernel) for kernel in chosen),
+            f"adapter.rank_pattern or alpha_pattern: {pattern!r} matches none of the kernels"
+            f" {', '.join(chosen)}. Give a regex of whole names, such as 'q|v'.",
+        )
 
 
 def _extra_widths(
@@ -234,31 +231,20 @@ def live_layers(config: LlamaConfig, adapter: AdapterConfig) -> dict[str, dict[s
             _STAGE[k] for k, b in blocks.items() if KERNELS[k][end] == "residual" and block in b
         ]
 
+    first_writer = min(stages(1, "forward"), default=len(PACKED))
+    last_reader = max(stages(0, "backward"), default=-1)
+
     def live(kernel: str, block: str) -> Sequence[int]:
         if adapter.layers_to_transform is not None:
             return adapter.layers_to_transform
-        (reads, writes), stage = KERNELS[kernel], _STAGE[kernel]
-        first, end = 0, config.num_layers
-        if reads == "residual" and block in ("backward", "cross"):
-            first = int(all(writer > stage for writer in stages(1, "forward")))
-        if writes == "residual" and block in ("forward", "cross"):
-            end -= int(all(reader < stage for reader in stages(0, "backward")))
-        return range(first, end)
+        reads, writes = (stream == "residual" for stream in KERNELS[kernel])
+        early = reads and block in ("backward", "cross") and _STAGE[kernel] < first_writer
+        late = writes and block in ("forward", "cross") and _STAGE[kernel] > last_reader
+        return range(int(early), config.num_layers - int(late))
 
     return {
         kernel: {block: live(kernel, block) for block in names} for kernel, names in blocks.items()
     }
-
-
-def block_shapes(
-    config: LlamaConfig, adapter: AdapterConfig
-) -> dict[str, dict[str, tuple[int, ...]]]:
-    """Kernel -> block name -> shape in one layer: forward [*in, *out_z], backward [*in_z, *out],
-    cross [*in_z, *out_z], where z axes have the extra width for the stream's; over flattened axes
-    lora_a [in, r], lora_b [r, out], ffa_a [in, r], magnitude [out].
-    """
-    kernels = resolve_adapter(config, adapter).kernels
-    return {kernel: beside.shapes for kernel, beside in kernels.items()}
 
 
 def adapter_shapes(config: LlamaConfig, adapter: AdapterConfig) -> dict[str, tuple[int, ...]]:
@@ -269,7 +255,7 @@ def adapter_shapes(config: LlamaConfig, adapter: AdapterConfig) -> dict[str, tup
         return param_shapes(config)
     layer = {
         f"{group(k)}/{k}/{name}": shape
-        for k, blocks in block_shapes(config, adapter).items()
+        for k, blocks in resolve_adapter(config, adapter).blocks.items()
         for name, shape in blocks.items()
     }
     count = config.num_layers
@@ -278,31 +264,24 @@ def adapter_shapes(config: LlamaConfig, adapter: AdapterConfig) -> dict[str, tup
     return {f"layers_{i}/{name}": shape for i in range(count) for name, shape in layer.items()}
 
 
-def _expected(config: LlamaConfig, adapter: AdapterConfig) -> dict[str, jax.ShapeDtypeStruct]:
-    shapes = adapter_shapes(config, adapter).items()
-    return {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in shapes}
-
-
 def check_collection(
     config: LlamaConfig, adapter: AdapterConfig | None, given: Mapping[str, Any] | None
 ) -> None:
     """ValueError unless `given`, a model's `adapters` collection or None, is that of `adapter`."""
-    if adapter is None:
-        if given is None:
-            return
+    if (adapter is None) != (given is None):
         raise ValueError(
-            "an `adapters` collection was given to a Llama without an adapter: pass"
-            " Llama(config, adapter), or leave the collection out."
+            "Llama(config, adapter) needs apply({'params': ..., 'adapters': ...}, tokens), and"
+            f" Llama(config) no adapters; got adapter={adapter} and"
+            f" {'no' if given is None else 'an'} `adapters` collection."
         )
-    if given is None:
-        raise ValueError(
-            f"Llama has adapter method {adapter.method!r} but no `adapters` collection:"
-            " apply({'params': ..., 'adapters': ...}, tokens)."
-        )
-    what = f"the `adapters` collection of {adapter}"
-    trees.check_like(given, _expected(config, adapter), what, finite=False)
+    if adapter is not None and given is not None:
+        check_adapters(given, config, adapter, finite=False)
 
 
-def check_adapters(adapters: Tree, config: LlamaConfig, adapter: AdapterConfig) -> None:
-    """ValueError unless the adapters have the leaves and shapes of the method and are finite."""
-    trees.check_like(adapters, _expected(config, adapter), f"adapters of method {adapter.method!r}")
+def check_adapters(
+    adapters: Mapping[str, Any], config: LlamaConfig, adapter: AdapterConfig, finite: bool = True
+) -> None:
+    """ValueError unless adapters have the method's leaves and shapes and, if asked, are finite."""
+    shapes = adapter_shapes(config, adapter).items()
+    wanted = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in shapes}
+    trees.check_like(adapters, wanted, f"adapters of method {adapter.method!r}", finite)

@@ -41,12 +41,11 @@ def pack_for_decode(
 ) -> Model:
     """Brings a model, fused or not, into the layout for decode.
 
-    q|k|v are one kernel, with their biases, and gate|up another; kernels of layers are [out, in]:
-    qkv [(H + 2K) k, d], o [d, H k], gate_up [2f, d], down [d, f]. A fused model's residual and MLP
-    streams are padded with zero channels, its residual state is stored times `STATE_SCALE`, and the
-    dims of its widened heads are in `ops.rope.paired_order` in q and k. On a CPU, codes other than
-    int8 with one scale per output are dequantised: products with them are slower than with floats
-    (results/quantised.md).
+    q|k|v are one kernel, with their biases, and gate|up another; kernels of layers are [out, in]. A
+    fused model's residual and MLP streams are padded with zero channels, its residual state is
+    stored times `STATE_SCALE`, and the dims of its widened heads are in `ops.rope.paired_order` in
+    q and k. On a CPU, codes other than int8 with one scale per output are dequantised, because
+    products with floats are faster.
 
     Kernels stay separate, and only stacked layers become subtrees, on a mesh; for a fused model in
     float16, whose range is too small, or next to unfused adapters; for any model next to DoRA,
@@ -55,29 +54,27 @@ def pack_for_decode(
 
     Args:
       model: A base or fused model; a packed one is returned as it is.
-      kind: Type of device that the widths are for (`adapters.widths`): "cpu", "gpu" or "tpu". None
-        for this process's.
+      kind: Type of device, "cpu", "gpu" or "tpu"; None for this process's.
       beside: Config of adapters that are to run next to the model.
-      donate: Whether to take each layer, if it is a subtree, out of `model.params` as it is packed,
-        so that no two copies are in memory. `model` cannot be used afterwards.
+      donate: Whether to take leaves out of `model.params` as they are packed, so that no two copies
+        are in memory. `model` cannot be used afterwards.
     """
-    config, kind = model.config, kind or this_kind()
-    if config.execution.packed:
+    kind = kind or this_kind()
+    if model.config.execution.packed:
         return model
+    if donate:
+        model = split_layers(model)
+    config = model.config
     narrow = _fused(model) and config.execution.dtype == "float16"
     # On a mesh a slice of a joined kernel would lie where another's belongs.
     separate = mesh_of(model.params) is not None or narrow or apart_for(model, beside)
     if separate or not _joinable(model.params, kind):
         if not config.execution.scan_layers:
             return model
-        with mesh_in_use(model.params):
-            params = _unstack(config, model.params)
-        config = config.replace(scan_layers=False)
-    else:
-        group = 1 if kind == "cpu" else group_multiple(model.params)
-        config = packed_config(config, kind, model.adapter, group)
-        params = _pack(config, kind, model.params, donate)
-    return replace(model, config=config, params=params)
+        params = trees.unflatten(trees.flatten(model.params))  # `model` keeps its leaves
+        return split_layers(replace(model, params=params))
+    config = packed_config(config, kind, model.adapter, group_multiple(model.params, kind))
+    return replace(model, config=config, params=_pack(config, kind, model.params, donate))
 
 
 def _fused(model: Model) -> bool:
@@ -98,18 +95,23 @@ def packed_config(
     config = config.replace(scan_layers=False, packed=True)
     if adapter is None or not METHODS[adapter.method].widens:
         return config
-    wanted, base = multiples(kind), base_config(config, adapter)
+    (of_residual, of_mlp), base = multiples(kind), base_config(config, adapter)
     d, f = config.hidden_size, config.intermediate_size
     return config.replace(
-        fill_residual=-d % math.lcm(wanted.residual, group) if d > base.hidden_size else 0,
-        fill_mlp=-f % math.lcm(wanted.mlp, group) if f > base.intermediate_size else 0,
+        fill_residual=-d % math.lcm(of_residual, group) if d > base.hidden_size else 0,
+        fill_mlp=-f % math.lcm(of_mlp, group) if f > base.intermediate_size else 0,
     )
 
 
-def group_multiple(params: Tree) -> int:
-    """The multiple of inputs that makes all groups whole; 1 for a float model."""
+def _stays_codes(leaf: Any, kind: str) -> bool:
+    """Whether a leaf is of codes that a type of device multiplies with; others become floats."""
+    return isinstance(leaf, QuantizedArray) and (kind != "cpu" or leaf.one_scale)
+
+
+def group_multiple(params: Tree, kind: str) -> int:
+    """The multiple of inputs that makes all groups whole; 1 for floats."""
     leaves = trees.flatten(params).values()
-    return math.lcm(*(leaf.group or 1 for leaf in leaves if isinstance(leaf, QuantizedArray)))
+    return math.lcm(*(leaf.group or 1 for leaf in leaves if _stays_codes(leaf, kind)))
 
 
 def split_layers(model: Model) -> Model:
@@ -135,9 +137,8 @@ def _unstack(config: LlamaConfig, params: Tree) -> Tree:
 
 
 def _for_device(leaf: Any, kind: str, dtype: str) -> Any:
-    """A leaf with the codes that a type of device multiplies with, else floats."""
-    codes = isinstance(leaf, QuantizedArray) and kind == "cpu" and not leaf.one_scale
-    return dequantize(leaf, dtype) if codes else leaf
+    floats = isinstance(leaf, QuantizedArray) and not _stays_codes(leaf, kind)
+    return dequantize(leaf, dtype) if floats else leaf
 
 
 def _joinable(params: Tree, kind: str) -> bool:
@@ -148,8 +149,7 @@ def _joinable(params: Tree, kind: str) -> bool:
     for name, leaf in trees.flatten(params).items():
         if name.endswith("/kernel") and not name.startswith("lm_head"):
             layer, group, kernel, _ = name.split("/")
-            coded = isinstance(leaf, QuantizedArray) and (kind != "cpu" or leaf.one_scale)
-            form = (leaf.kind, leaf.group) if coded else None
+            form = (leaf.kind, leaf.group) if _stays_codes(leaf, kind) else None
             forms.setdefault("/".join((layer, group, KERNELS[kernel][0])), set()).add(form)
     return all(len(found) == 1 for found in forms.values())
 
@@ -184,13 +184,10 @@ def _row(stacked: Tree, i: int) -> Tree:
 
 @partial(jax.jit, static_argnums=(0, 1))
 def _pack_layer(config: LlamaConfig, kind: str, layer: Tree) -> Tree:
-    shapes, reads = param_shapes(config.stored), kernel_shapes(config)
-
-    def stored(name: str, leaf: Any) -> Any:
+    shapes, reads, flat = param_shapes(config.stored), kernel_shapes(config), {}
+    for name, leaf in trees.flatten(layer).items():
         leaf = _for_device(leaf, kind, config.execution.dtype)
-        return filled(_outputs(config, name, leaf), shapes[f"layers_0/{name}"])
-
-    flat = {name: stored(name, leaf) for name, leaf in trees.flatten(layer).items()}
+        flat[name] = filled(_outputs(config, name.split("/")[-2], leaf), shapes[f"layers_0/{name}"])
     packed = {name: leaf for name, leaf in flat.items() if name.endswith("/scale")}
     for name, kernels in PACKED.items():
         group, count = name.split("/")[0], len(reads[kernels[0]][0])
@@ -206,17 +203,14 @@ def state_scale(config: LlamaConfig, module: str) -> float:
     """The factor of a kernel's adapter outputs, or of a norm's gain, in a packed model: they are
     small where a norm follows, whose gain undoes it.
     """
-    if config.base_hidden_size is not None:
-        if module in ("attn_norm", "mlp_norm"):
-            return 1 / STATE_SCALE
-        if module in KERNELS and KERNELS[module][1] == "residual":
-            return STATE_SCALE
-    if config.base_head_dim is not None and config.traits.qk_norm:
-        if module in QK_NORMS:
-            return 1 / STATE_SCALE
-        if module in ("q", "k"):
-            return STATE_SCALE
-    return 1.0
+    if module in ("q", "k", *QK_NORMS):
+        small = config.base_head_dim is not None and config.traits.qk_norm
+    else:
+        writes = KERNELS[module][1] if module in KERNELS else "residual"  # else a norm
+        small = config.base_hidden_size is not None and writes == "residual"
+    if not small:
+        return 1.0
+    return 1 / STATE_SCALE if module.endswith("norm") else STATE_SCALE
 
 
 def head_order(config: LlamaConfig, module: str) -> Any:
@@ -227,12 +221,10 @@ def head_order(config: LlamaConfig, module: str) -> Any:
     return paired_order(config.rotary_dim, config.head_dim)
 
 
-def _outputs(config: LlamaConfig, name: str, leaf: Any) -> Any:
+def _outputs(config: LlamaConfig, module: str, leaf: Any) -> Any:
     """A leaf of one layer with its last axis scaled by `state_scale` and in `head_order`."""
-    module = name.split("/")[-2]
     if (scale := state_scale(config, module)) != 1:
-        heads = module in ("q", "k", *QK_NORMS)
-        base = config.rotary_dim if heads else config.norm_dim
+        base = config.rotary_dim if module in ("q", "k", *QK_NORMS) else config.norm_dim
         is_state = jnp.arange(leaf.shape[-1]) >= base
         leaf = scaled_outputs(leaf, jnp.where(is_state, scale, 1.0))
     if (order := head_order(config, module)) is not None:

@@ -2,31 +2,24 @@
 
 from __future__ import annotations
 
+import bisect
 import math
-from typing import NamedTuple
 
 import jax
 
-from zflora_jax.adapters.methods import block_shapes, fused_config, live_layers, resolve_adapter
+from zflora_jax.adapters.methods import fused_config, live_layers, resolve_adapter
 from zflora_jax.core.adapter_config import METHODS, AdapterConfig
 from zflora_jax.core.architecture import count_base
 from zflora_jax.core.fields import nearest, require
 from zflora_jax.core.model_config import LlamaConfig
 
-
-class Multiples(NamedTuple):
-    """The multiples that the widths of the streams should be of."""
-
-    residual: int
-    mlp: int
+# Type of device -> multiples that the widths of the residual and the MLP stream should be of. cpu:
+# the float32 of a 256-bit vector. gpu: for other widths XLA copies kernels in every token and adds
+# two kernels a layer. tpu: tiles have 128 columns, filled or not (benchmarks/accelerators.py).
+MULTIPLES = {"cpu": (8, 8), "gpu": (32, 128), "tpu": (128, 128)}
 
 
-# cpu: the float32 of a 256-bit vector. gpu: for other widths XLA copies kernels in every token and
-# adds two kernels a layer. tpu: tiles have 128 columns, filled or not (benchmarks/accelerators.py).
-MULTIPLES = {"cpu": Multiples(8, 8), "gpu": Multiples(32, 128), "tpu": Multiples(128, 128)}
-
-
-def multiples(kind: str) -> Multiples:
+def multiples(kind: str) -> tuple[int, int]:
     """The row of `MULTIPLES` for a type of device; ConfigError for an unknown one."""
     require(kind in MULTIPLES, f"device kind {kind!r}: {nearest(kind, MULTIPLES)}.")
     return MULTIPLES[kind]
@@ -54,12 +47,12 @@ def round_widths(config: LlamaConfig, adapter: AdapterConfig, kind: str) -> Adap
     Raises:
       ConfigError: unknown type of device.
     """
-    wanted = multiples(kind)
+    of_residual, of_mlp = multiples(kind)
     if not METHODS[adapter.method].widens:
         return adapter
     widths, wide = resolve_adapter(config, adapter), fused_config(config, adapter)
-    residual = -wide.hidden_size % wanted.residual if widths.residual else 0
-    mlp = -wide.intermediate_size % wanted.mlp if widths.mlp else 0
+    residual = -wide.hidden_size % of_residual if widths.residual else 0
+    mlp = -wide.intermediate_size % of_mlp if widths.mlp else 0
     if widths.mlp and (residual or mlp):  # explicit: unset, it would follow the rank
         adapter = adapter.replace(extra_mlp_units=widths.mlp + mlp)
     if not residual:
@@ -73,19 +66,18 @@ def width_advice(config: LlamaConfig, adapter: AdapterConfig) -> dict[str, str]:
     found, wide = {}, fused_config(config, adapter)
     for kind in MULTIPLES:
         better = round_widths(config, adapter, kind)
-        if better == adapter:
-            continue
-        filled = fused_config(config, better)
         changes = [
             f"adapter.{name}={getattr(better, name):g}"
             for name in ("rank", "alpha", "extra_mlp_units")
             if getattr(better, name) != getattr(adapter, name)
         ]
-        found[kind] = (
-            f"decode reads hidden {wide.hidden_size} as {filled.hidden_size} and MLP"
-            f" {wide.intermediate_size} as {filled.intermediate_size}, filled up with zeros;"
-            f" {' '.join(changes)} trains those channels at the same speed"
-        )
+        if changes:
+            filled = fused_config(config, better)
+            found[kind] = (
+                f"decode reads hidden {wide.hidden_size} as {filled.hidden_size} and MLP"
+                f" {wide.intermediate_size} as {filled.intermediate_size}, filled up with zeros;"
+                f" {' '.join(changes)} trains those channels at the same speed"
+            )
     return found
 
 
@@ -99,11 +91,10 @@ def count_params(config: LlamaConfig, adapter: AdapterConfig) -> int:
     if METHODS[adapter.method].in_place == "full":
         return count_base(config)
     live = live_layers(config, adapter)
-    shapes = block_shapes(config, adapter)
     return sum(
-        len(layers) * math.prod(shapes[kernel][block])
-        for kernel, names in live.items()
-        for block, layers in names.items()
+        len(live[kernel][block]) * math.prod(shape)
+        for kernel, blocks in resolve_adapter(config, adapter).blocks.items()
+        for block, shape in blocks.items()
     )
 
 
@@ -124,10 +115,6 @@ def rank_for_budget(config: LlamaConfig, adapter: AdapterConfig, budget: int) ->
     """
     require(budget >= 1, f"budget={budget}: must be at least 1 parameter.")
     require(
-        METHODS[adapter.method].in_place != "full",
-        "method 'full' has no rank: it trains every base parameter.",
-    )
-    require(
         not adapter.rank_pattern and not adapter.alpha_pattern,
         "a budget sets one rank for all kernels: leave adapter.rank_pattern and alpha_pattern out.",
     )
@@ -136,24 +123,21 @@ def rank_for_budget(config: LlamaConfig, adapter: AdapterConfig, budget: int) ->
         kept = adapter.alpha is None or adapter.use_rslora
         return adapter.replace(rank=rank, alpha=adapter.alpha if kept else adapter.scale * rank)
 
-    low, high = 1, 2
+    def count(rank: int) -> int:
+        return count_params(config, at(rank))
+
     require(
-        count_params(config, at(low)) != count_params(config, at(high)),
+        count(1) != count(2),
         f"method {adapter.method!r} has no rank here: no width depends on it; set extra_head_dim"
         " or extra_mlp_units to the width you want, or leave extra_mlp_units unset.",
     )
-    while count_params(config, at(high)) < budget and high < config.hidden_size * 64:
-        low, high = high, high * 2
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if count_params(config, at(middle)) < budget else (low, middle)
-    best = min((at(low), at(high)), key=lambda a: abs(count_params(config, a) - budget))
-    found = count_params(config, best)
+    above = bisect.bisect_left(range(config.hidden_size * 64), budget, lo=2, key=count)
+    best = min((above - 1, above), key=lambda rank: abs(count(rank) - budget))
+    found = count(best)
     bound = "needs at least" if found > budget else "reaches no more than"
     require(
         budget / 1.5 <= found <= 1.5 * budget,
         f"method {adapter.method!r} {bound} {found:,} parameters here, whatever its rank; a budget"
         f" of {budget:,} cannot be met. Change extra_mlp_units, extra_head_dim or targets.",
     )
-    resolve_adapter(config, best)
-    return best
+    return at(best)

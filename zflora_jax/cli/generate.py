@@ -258,7 +258,7 @@ def _typed() -> Iterator[str]:
 def _model_of(args: argparse.Namespace, run: RunConfig | None) -> Model:
     """The model that --workdir or --model, with --adapter, name, packed as it is loaded."""
     from zflora_jax.adapters.fuse import fuse
-    from zflora_jax.adapters.packing import pack_for_decode, split_layers
+    from zflora_jax.adapters.packing import pack_for_decode
     from zflora_jax.core.adapter_config import METHODS
     from zflora_jax.experiments.restore import load_fused
     from zflora_jax.hf.gguf.read import has_blocks
@@ -270,12 +270,12 @@ def _model_of(args: argparse.Namespace, run: RunConfig | None) -> Model:
     mesh = mesh_asked(changes(args), run)
     if run:
         model = load_fused(args.workdir, args.checkpoint, mesh=mesh, decode=True)[0]
-        return pack_for_decode(split_layers(model), donate=True)
+        return pack_for_decode(model, donate=True)
     # The file's own blocks where nothing is merged into them.
     own = args.quantize is None and args.model.endswith(".gguf") and not args.adapter
     keep = own and has_blocks(locate(args.model))
     dtype, how = args.dtype or "float32", args.quantize or ("keep" if keep else "none")
-    # A tree per layer (`split_layers`), of which each is packed in turn: there is no second copy.
+    # A tree per layer, of which each is packed in turn: there is no second copy.
     model = load_model(args.model, dtype, scan_layers=False, mesh=mesh, quantize=how)
     if is_quantized(model):
         print(f"base: {stored_text(model)} (--quantize none: as floats)", file=sys.stderr)

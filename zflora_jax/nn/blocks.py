@@ -8,13 +8,14 @@ residual width, k head dim; r, e the channels an adapter adds to d, k.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
 
-from zflora_jax.adapters.methods import ResolvedAdapter, resolve_adapter
+from zflora_jax.adapters.methods import resolve_adapter
 from zflora_jax.core.adapter_config import AdapterConfig
 from zflora_jax.core.architecture import PACKED, has_bias, kernel_shapes, packed_rows
 from zflora_jax.core.fields import require
@@ -37,11 +38,9 @@ class Attention(nn.Module):
 
     def setup(self) -> None:
         c, adapter = self.config, self.adapter
-        self.extra = resolved(c, adapter).heads
-        if c.execution.packed:
-            self.qkv = packed_dense(c, "attn/qkv")
-        self.q, self.k, self.v = (dense(c, adapter, name) for name in "qkv")
-        self.o = dense(c, adapter, "o")
+        self.extra = resolve_adapter(c, adapter).heads
+        self.qkv = packed_dense(c, "attn/qkv")
+        self.q, self.k, self.v, self.o = (dense(c, adapter, name) for name in "qkvo")
         if c.traits.qk_norm:
             joint = c.execution.packed or c.execution.joint_head_norms
             self.q_norm, self.k_norm = (
@@ -51,28 +50,16 @@ class Attention(nn.Module):
     def __call__(
         self, h: Channels, context: Context, cache: LayerCache | None, turned: Array | None = None
     ) -> tuple[Channels, LayerCache | None]:
-        q, k, v = self.project(h)
+        heads = products(self.config, "attn/qkv", self.qkv, (self.q, self.k, self.v), h)
+        if self.config.traits.qk_norm:
+            heads[:2] = self.q_norm(*heads[0]), self.k_norm(*heads[1])
+        q, k, v = (self._widened(*x) for x in heads)
         q, k = (apply_rope(x, context.cos, context.sin, turned) for x in (q, k))
         alone = context.mask.first is None
         past, cache = KVCache.update(cache, k, v, context.index, alone)
         out = attention(q, past.keys, past.values, context.mask, self.config.rotary_dim**-0.5)
-        return self.merge(out), cache
-
-    def project(self, h: Channels) -> tuple[Array, Array, Array]:
-        """Queries [B, T, H, k+e], keys and values [B, T, K, k+e]."""
-        packed: dict[str, Array] = {}
-        if self.config.execution.packed:
-            packed = unpacked(self.config, "attn/qkv", self.qkv(h[0])[0])
-        x, kernels = beside(h[0]), {"q": self.q, "k": self.k, "v": self.v}
-        q, k, v = (kernel(*h, packed.get(name), x) for name, kernel in kernels.items())
-        if self.config.traits.qk_norm:
-            q, k = self.q_norm(*q), self.k_norm(*k)
-        return self._widened(*q), self._widened(*k), self._widened(*v)
-
-    def merge(self, out: Array) -> Channels:
-        """Output projection of the heads [B, T, H, k+e] to the residual stream."""
-        k = self.config.head_dim
-        return self.o(out[..., :k], out[..., k:]) if self.extra else self.o(out)
+        base = self.config.head_dim
+        return self.o(out[..., :base], out[..., base:]) if self.extra else self.o(out), cache
 
     def _widened(self, base: Array, extra: Array | None) -> Array:
         """Base and adapter dims of heads side by side; without head_scores q and k get zeros."""
@@ -91,19 +78,14 @@ class MLP(nn.Module):
 
     def setup(self) -> None:
         c = self.config
-        if c.execution.packed:
-            self.gate_up = packed_dense(c, "mlp/gate_up")
+        self.gate_up = packed_dense(c, "mlp/gate_up")
         self.gate, self.up, self.down = (
             dense(c, self.adapter, name) for name in ("gate", "up", "down")
         )
 
     def __call__(self, h: Channels) -> Channels:
-        packed: dict[str, Array] = {}
-        if self.config.execution.packed:
-            packed = unpacked(self.config, "mlp/gate_up", self.gate_up(h[0])[0])
-        x = beside(h[0])
-        gate, gate_z = self.gate(*h, packed.get("gate"), x)
-        up, up_z = self.up(*h, packed.get("up"), x)
+        kernels = self.gate, self.up
+        (gate, gate_z), (up, up_z) = products(self.config, "mlp/gate_up", self.gate_up, kernels, h)
         units = None if gate_z is None or up_z is None else swiglu(gate_z, up_z)
         return self.down(swiglu(gate, up), units)
 
@@ -135,32 +117,36 @@ class Block(nn.Module):
         return add(carry, self.mlp(self.mlp_norm(*carry))), cache
 
 
-def resolved(config: LlamaConfig, adapter: AdapterConfig | None) -> ResolvedAdapter:
-    """The adapter on this model; without one, nothing is widened."""
-    return resolve_adapter(config, adapter) if adapter else ResolvedAdapter()
-
-
 def dense(config: LlamaConfig, adapter: AdapterConfig | None, kernel: str) -> Dense:
     """The layer of a kernel, with its adapter."""
     axes = kernel_shapes(config)[kernel]
-    beside = resolved(config, adapter).kernels.get(kernel)
+    beside = resolve_adapter(config, adapter).kernels.get(kernel)
     return Dense(*axes, beside, has_bias(config, kernel), config.execution.packed)
 
 
-def packed_dense(config: LlamaConfig, leaf: str) -> Dense:
-    """The layer of kernels that are packed in one leaf."""
+def packed_dense(config: LlamaConfig, leaf: str) -> Dense | None:
+    """The layer of kernels that are packed in one leaf; None in a model that is not packed."""
+    if not config.execution.packed:
+        return None
     kernel, width = PACKED[leaf][0], packed_rows(config)[PACKED[leaf][-1]][2]
     inputs, _ = kernel_shapes(config)[kernel]
     return Dense(inputs, (width,), bias=has_bias(config, kernel), flat=True)
 
 
-def unpacked(config: LlamaConfig, leaf: str, y: Array) -> dict[str, Array]:
-    """The products [B, T, *out_axes] of the kernels in a packed leaf, from theirs [B, T, out]."""
-    rows, (_, *head) = packed_rows(config), kernel_shapes(config)[PACKED[leaf][0]][1]
-    # Split by heads: compilers make more kernels of flat parts that are reshaped.
-    heads = y.reshape(*y.shape[:2], -1, *head)
-    ends = [rows[kernel][2] // math.prod(head) for kernel in PACKED[leaf]]
-    return dict(zip(PACKED[leaf], jnp.split(heads, ends[:-1], axis=2), strict=True))
+def products(
+    config: LlamaConfig, leaf: str, packed: Dense | None, kernels: Sequence[Dense], h: Channels
+) -> list[Channels]:
+    """The outputs of kernels that read the same stream; `packed`: of all of them, in `leaf`."""
+    x, z = h
+    parts: Sequence[Array | None] = [None] * len(kernels)
+    if packed is not None:
+        rows, (_, *head) = packed_rows(config), kernel_shapes(config)[PACKED[leaf][0]][1]
+        # Split by heads: compilers make more kernels of flat parts that are reshaped.
+        heads = packed(x)[0].reshape(*x.shape[:2], -1, *head)
+        ends = [rows[kernel][2] // math.prod(head) for kernel in PACKED[leaf]]
+        parts = jnp.split(heads, ends[:-1], axis=2)
+    for_adapter = beside(x)
+    return [kernel(x, z, y, for_adapter) for kernel, y in zip(kernels, parts, strict=True)]
 
 
 def add(stream: Channels, update: Channels) -> Channels:

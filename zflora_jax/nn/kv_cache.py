@@ -56,18 +56,9 @@ class KVCache:
     def update(
         layer: LayerCache | None, k: Array, v: Array, index: Array | None, alone: bool
     ) -> tuple[LayerCache, LayerCache | None]:
-        """Writes keys and values [B, T, K, k+e] of new tokens into one layer's cache, from slot
-        `index` on.
-
-        Args:
-          layer: The layer's cache, None without one.
-          k: Keys of the new tokens.
-          v: Values of the new tokens.
-          index: int32, None without a cache.
-          alone: Whether the tokens attend to each other only.
-
-        Returns:
-          (The keys and values that attention reads, T if alone, else all S; the updated layer.)
+        """Writes keys and values [B, T, K, k+e] of new tokens into a layer's cache, if it has one,
+        from slot `index` on: (the keys and values that attention reads, T if the tokens attend to
+        each other `alone`, else all S; the updated layer).
         """
         new = LayerCache(k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3))
         if layer is None or index is None:
@@ -85,26 +76,15 @@ class KVCache:
         rows, heads = new.keys.shape[:2]
         return layer.map(lambda x, _: x.reshape(rows, heads, *x.shape[-2:])), layer
 
-    @property
-    def stacked(self) -> bool:
-        """Whether the layers are one LayerCache with a leading axis L."""
-        return isinstance(self.layers, LayerCache)
-
-    def map_layers(self, change: Callable[[Array, int], Array]) -> Any:
-        """`layers` with change(x, axis of the slots) for each of its arrays x."""
-        if self.stacked:
-            return self.layers.map(change)
-        return [layer.map(change) for layer in self.layers]
-
     def without_single_axes(self) -> KVCache:
         """The same without the axes B and K of size 1, for a loop's carry."""
 
         # XLA's CPU compiler then updates the cache in place; with them it copies every array four
         # times a token (test_the_compiled_loop_copies_no_cache).
-        def squeeze(x: Array, _: int) -> Array:
+        def squeeze(x: Array) -> Array:
             return jnp.squeeze(x, tuple(axis for axis in (ROWS, HEADS) if x.shape[axis] == 1))
 
-        return replace(self, layers=self.map_layers(squeeze))
+        return replace(self, layers=jax.tree.map(squeeze, self.layers))
 
     def with_axes_of(self, whole: KVCache) -> KVCache:
         """The inverse of `without_single_axes`, which made this of `whole`."""
@@ -120,7 +100,7 @@ class KVCache:
 
         valid = jnp.pad(self.valid[rows], ((0, 0), (0, slots)))
         index = jnp.asarray(self.valid.shape[1], jnp.int32)
-        return KVCache(self.map_layers(extended), valid, index)
+        return KVCache([layer.map(extended) for layer in self.layers], valid, index)
 
 
 def init_cache(
@@ -134,7 +114,7 @@ def init_cache(
       slots: Number of positions, S.
       adapter: Config of unfused adapters, whose head dims are added.
     """
-    width = config.head_dim + (resolve_adapter(config, adapter).heads if adapter else 0)
+    width = config.head_dim + resolve_adapter(config, adapter).heads
     count, scan = config.num_layers, config.execution.scan_layers
     stacked = (count,) if scan else ()
 

@@ -27,30 +27,18 @@ Channels = tuple[Array, Array | None]  # (x, z) of a stream
 
 
 class AdaptedModule(nn.Module):
-    """A module that may have variables in the `adapters` collection."""
+    """A module whose parameters method "full" replaces by those in the `adapters` collection."""
 
     def base_param(
         self, name: str, init: nn.initializers.Initializer, shape: tuple[int, ...]
     ) -> Any:
-        """The base parameter, float or quantised, or its replacement in the adapters (method
-        "full").
-        """
+        """The base parameter, float or quantised, or its replacement."""
         if self.has_variable("adapters", name):
             return self.get_variable("adapters", name)
         given: Any = self.get_variable("params", name)
         if isinstance(given, QuantizedArray):
             return given
         return self.param(name, init, shape, jnp.float32)
-
-    def block(self, name: str) -> Array:
-        """A leaf of the adapters; ValueError where it is missing."""
-        value: Array | None = self.get_variable("adapters", name)
-        if value is None:
-            raise ValueError(
-                f"the adapters lack {'/'.join((*self.path, name))}; make them with init_adapters"
-                " for this config and adapter."
-            )
-        return value
 
 
 class Dense(AdaptedModule):
@@ -89,45 +77,39 @@ class Dense(AdaptedModule):
         Returns:
           y [B, T, *out_axes], and y_z [B, T, *out_axes with the extra width] or None.
         """
+        bias: Array | None = None
         if y is None:
             y = self._product(x)
+            if self.bias:
+                bias = self.base_param("bias", nn.initializers.zeros, self.out_axes)
+                bias = bias.astype(y.dtype)[(None,) * (y.ndim - bias.ndim)]
+                y = y + bias
         if self.adapter is None or self.is_initializing():
             return y, None
         beside = x if beside is None else beside
-        blocks = {name: self.block(name) for name in self.adapter.shapes}
-        dropped = self._dropped(beside)
-        bias = self._bias(y) if self.bias and not self.flat else None  # packed with others'
+        blocks: dict[str, Any] = {
+            name: self.get_variable("adapters", name) for name in self.adapter.shapes
+        }
+        dropped = self._dropped(beside, self.adapter.dropout)
         base = Base(self.get_variable("params", "kernel"), bias, dropped is not beside)
         return self.adapter(blocks, dropped, z, y, base)
 
     def _product(self, x: Array) -> Array:
-        """x W and the bias: [B, T, *in_axes] -> [B, T, *out_axes]."""
+        """x W: [B, T, *in_axes] -> [B, T, *out_axes]."""
         n, shape = len(self.in_axes), self.in_axes + self.out_axes
         if self.flat:
             shape = math.prod(self.out_axes), math.prod(self.in_axes)
         kernel = self.base_param("kernel", nn.initializers.normal(0.02), shape)
         if self.has_variable("adapters", "kernel"):
-            y = project(x, kernel, n)
-        else:
-            y = kernel_product(x, kernel, n, self.flat).reshape(*x.shape[:-n], *self.out_axes)
-        if not self.bias:
-            return y
-        self.base_param("bias", nn.initializers.zeros, self.out_axes)
-        return y + self._bias(y)
+            return project(x, kernel, n)
+        return kernel_product(x, kernel, n, self.flat).reshape(*x.shape[:-n], *self.out_axes)
 
-    def _bias(self, y: Array) -> Array:
-        """The bias as y [B, T, *out_axes] adds it."""
-        own = "adapters" if self.has_variable("adapters", "bias") else "params"
-        bias: Any = self.get_variable(own, "bias")
-        return bias.astype(y.dtype)[(None,) * (y.ndim - bias.ndim)]  # type: ignore[no-any-return]
-
-    def _dropped(self, x: Array) -> Array:
-        """`x` with the adapter's dropout, where `apply` is given a random stream "dropout"."""
-        if self.adapter is None or not self.adapter.dropout or not self.has_rng("dropout"):
+    def _dropped(self, x: Array, share: float) -> Array:
+        """`x` without a share of its values, where `apply` is given a random stream "dropout"."""
+        if not share or not self.has_rng("dropout"):
             return x
-        share = 1 - self.adapter.dropout
-        stays = jax.random.bernoulli(self.make_rng("dropout"), share, x.shape)
-        return jnp.where(stays, x / share, jnp.zeros_like(x))
+        stays = jax.random.bernoulli(self.make_rng("dropout"), 1 - share, x.shape)
+        return jnp.where(stays, x / (1 - share), jnp.zeros_like(x))
 
 
 class RMSNorm(AdaptedModule):

@@ -15,14 +15,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from zflora_jax.adapters.methods import check_collection
+from zflora_jax.adapters.methods import check_collection, resolve_adapter
 from zflora_jax.core.adapter_config import METHODS, AdapterConfig
 from zflora_jax.core.fields import require
 from zflora_jax.core.model import Model
 from zflora_jax.core.model_config import LlamaConfig
 from zflora_jax.core.token_ids import check_ids
 from zflora_jax.core.trees import Tree
-from zflora_jax.nn.blocks import Block, Context, positions_and_mask, resolved
+from zflora_jax.nn.blocks import Block, Context, positions_and_mask
 from zflora_jax.nn.kv_cache import KVCache
 from zflora_jax.nn.layers import Channels, Embed, Head, RMSNorm
 from zflora_jax.ops.linear import Array
@@ -116,7 +116,7 @@ class Llama(nn.Module):
         # Outside a scan, XLA would gather all kernels of a fused model ahead of the first layer.
         rows = cache is None and (self.config.execution.scan_layers or self.adapter is not None)
         x = divide_embeddings(self.embed(tokens), rows=rows)
-        width = resolved(self.config, self.adapter).residual
+        width = resolve_adapter(self.config, self.adapter).residual
         carry: Channels = (x, jnp.zeros((*x.shape[:2], width), x.dtype) if width else None)
         carry, layers = self._run_layers(carry, None if cache is None else cache.layers, context)
         x = self.final_norm(*carry)[0][..., : self.config.norm_dim]  # the head reads no state

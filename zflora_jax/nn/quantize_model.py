@@ -25,7 +25,7 @@ from zflora_jax.ops.quantized import (
     quantized_names,
 )
 from zflora_jax.parallel.devices import on_cpu
-from zflora_jax.parallel.mesh import mesh_in_use
+from zflora_jax.parallel.mesh import has_values_here, mesh_in_use
 from zflora_jax.parallel.sharding import constrain
 
 
@@ -82,18 +82,16 @@ def require_stored_as(model: Model, how: QuantizeConfig) -> None:
     for name, leaf in trees.flatten(model.params).items():
         wanted, found = stored_as(name, how), "none"
         if isinstance(leaf, QuantizedArray):
-            found = leaf.kind
-            if wanted not in ("none", "keep"):
+            found = f"{leaf.kind} in groups of {leaf.group}"
+            if wanted in KINDS:
                 group = group_of(name, wanted, how, leaf.shape[leaf.axis])
                 wanted += f" in groups of {group}"
-                found += f" in groups of {leaf.group}"
         setting = {"embed": "embedding", "lm_head": "head"}.get(name.split("/")[-2], "kernels")
         require(
             wanted in ("keep", found),
-            f"{name} of the model is stored as {found.replace('none', 'numbers')}, and the run says"
+            f"{name} of the model is stored as {found.replace('none', 'floats')}, and the run says"
             f" quantize.{setting}={wanted}: set quantize.* to how the model was quantised, or load"
-            " it with load_model(..., quantize=run.quantize), so that eval and export load the"
-            " same.",
+            " it with load_model(..., quantize=run.quantize).",
         )
 
 
@@ -112,31 +110,33 @@ def quantize_model(model: Model, how: QuantizeConfig | str) -> Model:
       ConfigError: a packed or fused model, one that is stored as other codes already, or groups
         that do not divide a kernel's inputs.
     """
-    how = quantize_config(how)
+    how, config = quantize_config(how), model.config
     widened = model.adapter is not None and METHODS[model.adapter.method].widens
     require(
-        not model.config.execution.packed and not widened,
+        not config.execution.packed and not widened,
         "a packed or fused model cannot be quantised: quantise the base, then fuse, then pack.",
     )
-    require(
-        "keep" not in (how.kernels, how.embedding, how.head),
-        "'keep' is of a GGUF file's codes, and this model is in memory: load it with"
-        " load_model(FILE, quantize='keep'), or choose one of " + ", ".join(KINDS) + ".",
-    )
-    check_tables(model.config, how)
+    _require_types(config, how)
     with mesh_in_use(model.params):
-        params = trees.map_with_names(partial(_quantized_on_cpu, model.config, how), model.params)
+        params = trees.map_with_names(partial(_quantized, config, how), model.params)
     return dataclasses.replace(model, params=params)
 
 
-def _quantized_on_cpu(config: LlamaConfig, how: QuantizeConfig, name: str, leaf: Any) -> Any:
-    """`_quantized`; a whole leaf on the CPU, because other devices may round a code differently."""
-    whole = isinstance(leaf, jax.Array) and len(leaf.devices()) == 1
-    if not whole or stored_as(name, how) == "none":
-        return _quantized(config, how, name, leaf)
-    with on_cpu():
-        made = _quantized(config, how, name, np.asarray(leaf))
-    return jax.device_put(made, *leaf.devices())
+def quantized_shapes(config: LlamaConfig, how: QuantizeConfig, params: trees.Tree) -> trees.Tree:
+    """The ShapeDtypeStructs of a quantised tree; ConfigError if `how` keeps a file's blocks."""
+    _require_types(config, how)
+    return jax.eval_shape(
+        lambda tree: trees.map_with_names(partial(_quantized, config, how), tree), params
+    )
+
+
+def _require_types(config: LlamaConfig, how: QuantizeConfig) -> None:
+    require(
+        "keep" not in (how.kernels, how.embedding, how.head),
+        "quantize 'keep' is for the codes of a GGUF file, which only load_model(FILE,"
+        f" quantize='keep') reads: name a type, one of {', '.join(KINDS)}.",
+    )
+    check_tables(config, how)
 
 
 def _quantized(config: LlamaConfig, how: QuantizeConfig, name: str, leaf: Any) -> Any:
@@ -149,11 +149,16 @@ def _quantized(config: LlamaConfig, how: QuantizeConfig, name: str, leaf: Any) -
         require(
             (leaf.kind, leaf.group) == (kind, group),
             f"{name} is stored as {leaf.kind} in groups of {leaf.group} already, which {kind} in"
-            f" groups of {group} would round a second time: start from the model's numbers, or use"
+            f" groups of {group} would round a second time: start from the float model, or use"
             " zf.dequantize_model first.",
         )
         return leaf
-    return _quantize(name, kind, leaf, group, **axes)
+    whole = isinstance(leaf, jax.Array) and has_values_here(leaf) and len(leaf.devices()) == 1
+    if not whole:
+        return _quantize(name, kind, leaf, group, **axes)
+    with on_cpu():  # other devices may round a code differently
+        made = _quantize(name, kind, np.asarray(leaf), group, **axes)
+    return jax.device_put(made, *leaf.devices())
 
 
 @partial(jax.jit, static_argnames=("name", "kind", "group", "reads", "writes"))
@@ -162,38 +167,21 @@ def _quantize(name: str, kind: str, leaf: Any, group: int, reads: int, writes: i
     return trees.flatten(constrain({name: made}))[name]
 
 
-def quantized_shapes(config: LlamaConfig, how: QuantizeConfig, params: trees.Tree) -> trees.Tree:
-    """The ShapeDtypeStructs of a quantised tree; ConfigError if `how` keeps a file's blocks."""
-    require(
-        "keep" not in (how.kernels, how.embedding, how.head),
-        "quantize 'keep' takes what the file has, which a plan does not read: name the kind of its"
-        " blocks, such as quantize.kernels=q4_1.",
-    )
-    check_tables(config, how)
-    return jax.eval_shape(
-        lambda tree: trees.map_with_names(partial(_quantized, config, how), tree), params
-    )
-
-
 def dequantize_model(model: Model, dtype: str | None = None) -> Model:
     """A model of floats, which merging by addition and training of the base need.
 
     Args:
-      model: A model with or without quantised leaves.
+      model: A model with or without quantised leaves, not packed.
       dtype: Data type of the floats; None for that of the activations.
-
-    Raises:
-      ConfigError: a packed model, whose codes are laid out for decode.
     """
     require(
         not model.config.execution.packed,
         "a packed model cannot be dequantised: take the model that was packed.",
     )
-    wanted = dtype or model.config.execution.dtype
+    to_floats = jax.jit(partial(dequantize, dtype=dtype or model.config.execution.dtype))
 
     def visit(name: str, leaf: Any) -> Any:
-        codes = isinstance(leaf, QuantizedArray)
-        return jax.jit(dequantize, static_argnums=1)(leaf, wanted) if codes else leaf
+        return to_floats(leaf) if isinstance(leaf, QuantizedArray) else leaf
 
     with mesh_in_use(model.params):
         params = trees.map_with_names(visit, model.params)
