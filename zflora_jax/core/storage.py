@@ -121,9 +121,7 @@ def _connect(scheme: str, bucket: str, key: str) -> None:
 
 
 def is_store_error(error: BaseException) -> bool:
-    """Whether a library of object storage raised `error`: the store, the network or the
-    credentials failed.
-    """
+    """Whether a library of object storage raised `error`."""
     return any(kind.__module__.partition(".")[0] in _LIBRARIES for kind in type(error).__mro__)
 
 

@@ -14,9 +14,7 @@ _LINE_END = re.compile(r"\r\n|\r|\n")
 
 
 def decode(data: bytes, name: object) -> str:
-    """The text of the user's file `name`, without its byte order mark; ConfigError for others than
-    UTF-8.
-    """
+    """The text of the user's file `name` without its byte order mark; ConfigError if not UTF-8."""
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:

@@ -95,9 +95,8 @@ def grouped_bars(
     from matplotlib.figure import Figure
 
     groups = list(dict.fromkeys(group for series in values.values() for group in series))
-    wide = max(7.0, 0.8 + 0.28 * len(groups) * (len(values) + 1))
-    figure = Figure(figsize=(wide, 4.6), layout="constrained")
-    axes, width = figure.subplots(), 1 / (len(values) + 1)
+    width, wide = 1 / (len(values) + 1), max(7.0, 0.8 + 0.28 * len(groups) * (len(values) + 1))
+    axes = (figure := Figure(figsize=(wide, 4.6), layout="constrained")).subplots()
     axes.set(title=title, ylabel=label, axisbelow=True)
     axes.spines[["top", "right"]].set_visible(False)
     for i, (series, heights) in enumerate(values.items()):

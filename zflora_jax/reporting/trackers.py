@@ -1,6 +1,4 @@
-"""Trackers show a run's metrics elsewhere: TensorBoard, Weights & Biases, trackio. The record of a
-run is metrics.jsonl (see `metrics`), so a tracker may fail without loss.
-"""
+"""Trackers show a run's metrics elsewhere; as they are in metrics.jsonl, too, one may fail."""
 
 from __future__ import annotations
 
@@ -119,6 +117,5 @@ def require_trackers(names: Sequence[str]) -> None:
         package = TRACKERS[name].package
         require(
             not package or importlib.util.find_spec(package) is not None,
-            f"train.report_to names {name!r}, which is not installed: pip install {package}, or"
-            " leave it out of train.report_to.",
+            f"train.report_to: {name!r}, which is not installed: pip install {package}.",
         )

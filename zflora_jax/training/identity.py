@@ -25,9 +25,7 @@ ROUNDING = ("train/remat", "train/loss_chunk", "train/matmul_precision", "data/g
 
 
 def settings(run: RunConfig) -> dict[str, Any]:
-    """Every setting of `run`: name ("train/steps") -> value; adapter.init by name where it is left
-    to the method.
-    """
+    """Every setting of `run`, also adapter.init: name ("train/steps") -> value."""
     return flatten(to_dict(replace(run, adapter=run.adapter.explicit())))
 
 
