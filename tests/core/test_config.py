@@ -66,7 +66,6 @@ def test_a_run_decides_how_its_model_is_computed_and_not_what_it_is():
         ({"train": {"steps": 10.0}}, r"train\.steps=10\.0: expected int, got float"),
         ({"train": {"steps": True}}, r"train\.steps=True: expected int, got bool"),
         ({"data": {"packing": 1}}, r"data\.packing=1: expected bool \(True or False\), got int"),
-        ({"optim": {"learning_rate": "1e-3"}}, r"learning_rate='1e-3': expected float, got str"),
         ({"optim": {"learning_rate": True}}, r"learning_rate=True: expected float, got bool"),
         ({"optim": {"learning_rate": 10**400}}, r"learning_rate=10+: expected a finite number"),
         ({"optim": {"schedule": "cosin"}}, r"did you mean 'cosine'\? Allowed: constant, cosine, l"),
@@ -206,7 +205,6 @@ BEST = {"train.keep_best": True}
         *(({"adapter.rank": text}, "expected int") for text in ("8.0", "", "eight", "{[]: 1}")),
         ({"adapter.rank": "(" * 5000}, r"expected int"),
         ({"model.name": "x"}, r"'model\.name': 'model' has no fields of its own"),
-        ({"data.bucket_lengths": "12.5"}, r"lengths\[0\]=12\.5: expected int"),
         ({"data.prompt_style": "alpacca"}, r"did you mean 'alpaca'\? Allowed: alpaca, alpaca-eval"),
         ({"data.packing": "yes"}, r"packing='yes': expected bool \(True or False\)"),
         ({"train.steps": "None"}, r"steps=None: expected int"),
@@ -226,7 +224,6 @@ def test_impossible_runs(changes, message):
     [
         ("train.steps", "50", 50),
         ("optim.learning_rate", "1e-3", 1e-3),
-        ("optim.learning_rate", "2", 2.0),
         ("optim.clip_norm", "3", 3.0),
         ("train.save_every", "None", None),
         ("train.remat", "block", "block"),
@@ -243,7 +240,6 @@ def test_impossible_runs(changes, message):
         ("adapter.targets", "[qv]", "[qv]"),
         ("eval.generate", "false", False),
         ("optim.warmup_steps", 3, 3),
-        ("data.bucket_lengths", [5, 6], (5, 6)),
     ],
 )
 def test_overrides_are_parsed_as_the_field_declares(key, text, value):
@@ -261,8 +257,6 @@ def test_overrides_change_nothing_else_and_are_made_together():
     adapter = AdapterConfig("ffba", extra_head_dim=8)
     data = DataConfig(batch_size=12, grad_accum_steps=3)
     assert override(run, changes) == RunConfig(adapter=adapter, data=data)
-    later = override(run, {"optim.warmup_steps": "200", "train.steps": "300"})
-    assert later.optim.warmup_steps == 200
     table = "{'method': 'lora', 'rank': 3, 'targets': 'mlp'}"
     refined = override(run, {"adapter.rank": "5", "adapter": table}).adapter
     assert refined == AdapterConfig("lora", rank=5, targets="mlp")

@@ -146,9 +146,8 @@ def test_prompts_of_several_lengths_with_a_window() -> None:
     prompts = [rng.integers(0, 250, n).tolist() for n in (20, 31, 9)]
     together = generate_tokens(model, prompts, max_new_tokens=9, stop_token_ids=())
     for prompt, found in zip(prompts, together, strict=True):
-        assert list(found) == list(
-            generate_tokens(model, [prompt], max_new_tokens=9, stop_token_ids=())[0]
-        )
+        [alone] = generate_tokens(model, [prompt], max_new_tokens=9, stop_token_ids=())
+        assert list(found) == list(alone)
 
 
 @pytest.mark.parametrize("eps_z", [0.5, None])

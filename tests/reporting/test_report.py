@@ -41,9 +41,6 @@ def test_command_line_is_what_one_would_type(monkeypatch, tmp_path):
     spec = SimpleNamespace(name="demo.__main__")  # python -m demo
     monkeypatch.setattr(sys.modules["__main__"], "__spec__", spec)
     assert provenance.command_line() == "python -m demo --set model=org/name"
-
-
-def test_relative_paths_leaves_other_slashes_alone():
     text = "org/name ./a/b ../a ~/a https://example.org/a/b train.steps=50 a,b"
     assert provenance.relative_paths(text) == text
 

@@ -23,7 +23,6 @@ DROPS = {"adapter.dropout": 0.1}
         ({}, "adapter.rank", 8, False),
         ({}, "adapter.init", "normal", False),
         ({}, "adapter.init", "kaiming_uniform", True),  # what None means
-        ({}, "data.packing", True, False),
         ({}, "data.data_dir", "elsewhere", True),
         (OWN, "data.data_dir", "here/./a", True),
         (OWN, "data.data_dir", "here/b", False),

@@ -45,10 +45,8 @@ def test_dropout_keeps_a_share_of_the_inputs_and_divides_by_it():
     n = 64
     dense = Dense((n,), (n,), LowRank((n,), (n,), 1.0, n, dropout=0.3))
     x = jnp.asarray(np.random.default_rng(0).uniform(1, 2, (4, 32, n)), jnp.float32)
-    variables = {
-        "params": {"kernel": jnp.zeros((n, n))},
-        "adapters": {"lora_a": jnp.eye(n), "lora_b": jnp.eye(n)},
-    }
+    variables = {"params": {"kernel": jnp.zeros((n, n))}}
+    variables |= {"adapters": {"lora_a": jnp.eye(n), "lora_b": jnp.eye(n)}}
 
     def seen(key: int) -> jax.Array:
         return dense.apply(variables, x, rngs={"dropout": jax.random.key(key)})[0]

@@ -114,17 +114,12 @@ def test_a_name_without_a_row_is_refused_before_anything_is_made(key, value, mes
 # --- one update -----------------------------------------------------------------------------------
 
 
-def rates(steps: int, **changes: object) -> list[float]:
-    schedule = learning_rate_schedule(OptimConfig(**changes), steps)  # type: ignore[arg-type]
-    with jax.numpy_dtype_promotion("standard"):
-        return [float(schedule(step)) for step in range(steps + 1)]
-
-
 @pytest.mark.parametrize("warmup", [0, 8])
 @pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
 def test_the_rate_rises_to_its_peak_and_decays_to_the_final_fraction(schedule, warmup):
-    rate = {"learning_rate": 2.0, "warmup_steps": warmup, "final_lr_fraction": 0.1}
-    values = rates(warmup + 20, schedule=schedule, **rate)
+    rate = learning_rate_schedule(OptimConfig(2.0, schedule, warmup, 0.1), warmup + 20)
+    with jax.numpy_dtype_promotion("standard"):
+        values = [float(rate(step)) for step in range(warmup + 21)]
     rise = np.linspace(0.25, 2.0, 9)[:warmup]
     np.testing.assert_allclose(values[:warmup], rise, rtol=1e-5)
     done = np.arange(21) / 20

@@ -55,9 +55,7 @@ def workdir(finished: Path, tmp_path: Path) -> Path:
 
 
 def test_memory_settings_may_change_and_the_data_stays(run, tmp_path, monkeypatch, caplog):
-    """What the advice for too little memory names. Losses agree up to rounding, batches to the
-    byte.
-    """
+    """Losses agree up to rounding, batches to the byte."""
     run = override(run, {"train.steps": 5})
     whole = quiet_train(run, tmp_path / "whole")
     monkeypatch.setattr(StopSignals, "requested", lambda self, step: step == 3)
