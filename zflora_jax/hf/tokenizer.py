@@ -116,6 +116,9 @@ def write_tokenizer(folder: Path, tokenizer: Any) -> None:
     if isinstance(config.get("extra_special_tokens"), list):  # version 4 has a table there
         config["additional_special_tokens"] = config.pop("extra_special_tokens")
     config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    # transformers writes these as they were loaded.
+    names = ("padding_side", "truncation_side", "model_max_length")
+    config |= {name: getattr(tokenizer, name) for name in names}
     # Version 4 would add token_type_ids, which a Llama does not take.
     config["model_input_names"] = ["input_ids", "attention_mask"]
     write_json(folder / "tokenizer_config.json", config)
