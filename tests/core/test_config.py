@@ -224,7 +224,6 @@ def test_impossible_runs(changes, message):
     [
         ("train.steps", "50", 50),
         ("optim.learning_rate", "1e-3", 1e-3),
-        ("optim.clip_norm", "3", 3.0),
         ("train.save_every", "None", None),
         ("train.remat", "block", "block"),
         ("data.packing", "True", True),
