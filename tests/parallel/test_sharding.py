@@ -1,8 +1,14 @@
 """Sharded training equals training on one device, whatever the mesh; the rules cover every
-parameter; wrong meshes say what to change.
+parameter; widths that a mesh does not divide; slices of devices, between which only sums over the
+data axis cross (TPU programs: test_plan.py); wrong meshes say what to change.
 """
 
+from __future__ import annotations
+
+import dataclasses
+import logging
 import re
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -10,10 +16,14 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 from support.cases import DORA, adapter_cases, case_id
-from support.checks import compiled
+from support.checks import assert_trees_equal, compiled
 from support.grids import always
+from support.meshes import MESH, PROMPTS, adapter_of, assert_divided, model_for_meshes
+from support.models import perturb, tiny_model
 from support.sharded import sharded_model, sharded_step, three_steps
 
+from zflora_jax.adapters.fuse import fuse, unfuse
+from zflora_jax.adapters.init import init_adapters
 from zflora_jax.adapters.methods import adapter_shapes
 from zflora_jax.core import trees
 from zflora_jax.core.adapter_config import METHODS, AdapterConfig
@@ -21,14 +31,13 @@ from zflora_jax.core.architecture import param_shapes
 from zflora_jax.core.errors import Preempted
 from zflora_jax.core.fields import ConfigError, override
 from zflora_jax.core.presets import PRESETS, preset
-from zflora_jax.core.run_config import (
-    DataConfig,
-    MeshConfig,
-    RunConfig,
-)
+from zflora_jax.core.run_config import DataConfig, MeshConfig, RunConfig
 from zflora_jax.experiments.train import train
-from zflora_jax.parallel import sharding
+from zflora_jax.inference.decode import generate_tokens
+from zflora_jax.inference.likelihood import option_log_likelihoods
+from zflora_jax.parallel import mesh as mesh_module, sharding
 from zflora_jax.parallel.distributed import StopSignals
+from zflora_jax.parallel.sharding import arrange, make_mesh, shard
 from zflora_jax.reporting.metrics import read_metrics
 
 
@@ -211,3 +220,168 @@ def test_a_process_puts_its_rows_where_they_belong():
         mesh = sharding.make_mesh(config)
         assert sharding.own_rows(8, mesh) == list(range(8))
         np.testing.assert_array_equal(sharding.put_rows(rows, 8, mesh)["tokens"], rows["tokens"])
+
+
+# --- widths that a mesh does not divide ----------------------------------------------------------
+
+
+def test_a_vocabulary_that_tensor_does_not_divide_is_whole_along_it(caplog):
+    """Tokens 33 and 259 are real sizes' odd ends: 32001 with one token added. Everything else that
+    an axis does not divide stays refused.
+    """
+    sharding._warn.cache_clear()
+    mesh = make_mesh(MeshConfig(fsdp=2, tensor=2))
+    with caplog.at_level(logging.WARNING, "zflora_jax"):
+        assert sharding.spec("embed/embedding", (259, 64), mesh) == P(None, "fsdp")
+        assert sharding.spec("lm_head/kernel", (64, 259), mesh) == P("fsdp", None)
+        sharding.spec("lm_head/kernel", (64, 259), mesh)
+    said = "mesh.tensor=2 does not divide the vocabulary of 259: every device along tensor"
+    assert caplog.text.count(f"{said} holds all rows of lm_head/kernel") == 1
+    with pytest.raises(ConfigError, match=r"mesh.fsdp=2 does not divide embed/embedding"):
+        sharding.spec("embed/embedding", (259, 63), mesh)
+    with pytest.raises(ConfigError, match=r"mesh.tensor=2 does not divide layers_0/mlp/up/kernel"):
+        sharding.spec("layers_0/mlp/up/kernel", (64, 33), mesh)
+
+
+def test_an_undivided_vocabulary_trains_scores_and_decodes_as_on_one_device():
+    model = tiny_model(num_heads=4, num_kv_heads=4, vocab_size=259, num_layers=1)
+    adapter, found = adapter_of("zflora-minimal"), []
+    for config in (MeshConfig(), MeshConfig(fsdp=2, tensor=2)):
+        metrics, adapters = three_steps(model, adapter, config, std=0.05)
+        mesh = make_mesh(config)
+        divided = dataclasses.replace(model, params=shard(model.params, mesh))
+        fused = fuse(divided, adapter, shard(adapters, mesh))
+        scores = option_log_likelihoods(fused, PROMPTS[:1], [[[4, 9], [7]]])[0]
+        found.append(([*metrics.flat, *scores], generate_tokens(fused, PROMPTS, max_new_tokens=6)))
+    (wanted, answers), (floats, tokens) = found
+    np.testing.assert_allclose(floats, wanted, rtol=2e-5)
+    assert tokens == answers
+
+
+def test_an_axis_that_does_not_divide_a_fused_width_goes_to_another(caplog):
+    sharding._warn.cache_clear()
+    mesh = make_mesh(MeshConfig(fsdp=2, tensor=2))
+
+    def fused(name, *shape):
+        return sharding.spec(name, shape, mesh, fused=True)
+
+    # Whole heads.
+    assert fused("layers/attn/q/kernel", 3, 67, 4, 32) == P(None, None, ("tensor", "fsdp"), None)
+    assert fused("layers/attn/q/kernel", 3, 67, 2, 32) == P(None, None, "tensor", "fsdp")
+    assert fused("layers/attn/o/kernel", 3, 4, 32, 67) == P(None, ("tensor", "fsdp"), None, None)
+    assert fused("layers/mlp/gate/kernel", 3, 67, 132) == P(None, None, ("tensor", "fsdp"))
+    assert fused("layers/mlp/gate/kernel", 3, 64, 131) == P(None, ("fsdp", "tensor"), None)
+    assert fused("embed/embedding", 264, 67) == P(("tensor", "fsdp"), None)
+    with caplog.at_level(logging.WARNING, "zflora_jax"):
+        assert fused("layers/mlp/up/kernel", 3, 67, 130) == P(None, None, "tensor")
+    assert "mesh.fsdp=2 divides no dimension of mlp/up/kernel, shape (67, 130)" in caplog.text
+    assert (
+        "widens the stream of 67 by 1 more (rank, extra_head_dim or extra_mlp_units)" in caplog.text
+    )
+    with pytest.raises(ConfigError, match="does not divide"):
+        sharding.spec("layers/attn/q/kernel", (3, 67, 4, 32), mesh)
+
+
+def test_a_fused_model_of_an_odd_rank_is_divided_all_the_same():
+    adapter = AdapterConfig("zflora-minimal", rank=3, extra_mlp_units=4)
+    model = model_for_meshes(num_layers=1)
+    adapters = perturb(init_adapters(jax.random.key(0), model, adapter), std=0.05)
+    divided = dataclasses.replace(model, params=shard(model.params, make_mesh(MESH)))
+    whole, fused = fuse(model, adapter, adapters), fuse(divided, adapter, adapters)
+    assert fused.config.hidden_size == 67
+    assert_divided(fused.params)
+    assert_trees_equal(fused.params, whole.params)
+    answers = (generate_tokens(m, PROMPTS, max_new_tokens=6) for m in (fused, whole))
+    assert next(answers) == next(answers)
+    assert_trees_equal(unfuse(fused)[0].params, model.params)
+
+
+def test_devices_that_stay_idle_are_named(caplog):
+    sharding._warn.cache_clear()
+    with caplog.at_level(logging.WARNING, "zflora_jax"):
+        make_mesh(MeshConfig(), jax.devices()[:1])  # as a sweep gives each run its part
+        make_mesh(MeshConfig(data=8))
+        assert not caplog.text
+        for config in (MeshConfig(), MeshConfig(), MeshConfig(data=3)):
+            make_mesh(config)
+    first = "the mesh uses 1 of 8 devices, 7 stay idle: raise mesh.data or mesh.fsdp"
+    assert caplog.text.count(first) == 1
+    assert "3 of 8 devices, 5 stay idle: " in caplog.text
+
+
+# --- slices of devices ---------------------------------------------------------------------------
+
+
+def devices(count, slice_of=None, process_of=lambda i: 0):
+    found = []
+    for i in range(count):
+        of = {} if slice_of is None else {"slice_index": slice_of(i)}
+        of |= {"platform": "cpu", "device_kind": "cpu", "process_index": process_of(i)}
+        found.append(SimpleNamespace(id=i, **of))
+    return found
+
+
+def ids(config, found):
+    return np.vectorize(lambda device: device.id)(arrange(config, found)).tolist()
+
+
+def test_the_devices_of_a_slice_are_neighbours():
+    two = MeshConfig(data=4, fsdp=2, slices=2)
+    wanted = [[[0], [2]], [[4], [6]], [[1], [3]], [[5], [7]]]
+    assert ids(two, devices(8, lambda i: i % 2)) == wanted
+    # Devices that name no slice: by processes, as many neighbours in each.
+    by_process = devices(8, process_of=lambda i: i // 2)
+    assert ids(two, by_process) == [[[0], [1]], [[2], [3]], [[4], [5]], [[6], [7]]]
+    assert ids(MeshConfig(data=4, fsdp=2, slices=4), by_process) == ids(two, by_process)
+
+
+def torus(*size, slices=1):
+    """TPU v5e slices of so many columns and rows; each host has 2 x 2 of them."""
+    hosts = [(x, y) for y in range(0, size[1], 2) for x in range(0, size[0], 2)]
+    coords = [(x + dx, y + dy, 0) for x, y in hosts for dy in (0, 1) for dx in (0, 1)] * slices
+    kind = {"platform": "tpu", "device_kind": "TPU v5 lite", "core_on_chip": 0}
+    return [
+        SimpleNamespace(
+            **kind, id=i, process_index=i // 4, slice_index=i * slices // len(coords), coords=found
+        )
+        for i, found in enumerate(coords)
+    ]
+
+
+@pytest.mark.parametrize("shape", [(1, 4, 4), (4, 4, 1), (1, 16, 1), (2, 2, 4)])
+def test_devices_along_an_axis_are_linked(shape):
+    coords = np.vectorize(lambda device: device.coords, otypes=[object])
+    found = coords(arrange(MeshConfig(*shape), torus(4, 4)))
+    assert {*found.flat} == {device.coords for device in torus(4, 4)}
+    for axis in (1, 2):  # data talks once a step
+        pairs = zip(found.flat, np.roll(found, -1, axis).flat, strict=True)
+        steps = [sum(min((b - a) % 4, (a - b) % 4) for a, b in zip(*x, strict=True)) for x in pairs]
+        assert {*steps} == {min(shape[axis] - 1, 1)}
+
+
+def test_devices_that_fill_no_box_or_are_in_other_slices_stay_in_order(caplog):
+    six = [device for device in torus(4, 4) if device.id < 6]
+    assert ids(MeshConfig(fsdp=6), six) == [[[i] for i in range(6)]]
+    assert not caplog.text
+    two = torus(2, 2, slices=2)  # fsdp stays within a slice
+    assert ids(MeshConfig(data=2, fsdp=4), two) == [[[0], [1], [2], [3]], [[4], [5], [6], [7]]]
+    assert "the devices are in 2 slices, and mesh.slices is 1" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("found", "groups"),
+    [
+        (devices(8), "8"),  # one process
+        (devices(8, lambda i: i // 2), "2, 2, 2, 2"),
+        (devices(8, lambda i: int(i > 2)), "3, 5"),
+        (devices(8, process_of=lambda i: min(i, 2)), "1, 1, 6"),
+    ],
+)
+def test_devices_in_other_slices_are_refused(found, groups):
+    with pytest.raises(ConfigError, match=f"mesh.slices=2: the 8 devices .* of {groups} "):
+        arrange(MeshConfig(data=2, fsdp=4, slices=2), found)
+
+
+def test_a_run_of_two_slices_is_loaded_onto_one():
+    """Eight devices of one process, which are no two slices."""
+    assert mesh_module.mesh_if_there(MeshConfig(data=2, fsdp=4, slices=2)).shape["data"] == 2
