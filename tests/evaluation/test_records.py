@@ -180,10 +180,8 @@ def test_prompts_that_do_not_fit_are_said_before_the_first_answer(model, monkeyp
     """Batches of the longest prompts come last, so all answers would be lost."""
     monkeypatch.setattr(records_module, "generate_tokens", None)  # nothing is generated
     context = model.config.max_position_embeddings
-    rows = [
-        Example("a", "b", "b", where="f, row 1"),
-        Example("a" * context, "b", "b", where="f, row 2"),
-    ]
+    texts = {"f, row 1": "a", "f, row 2": "a" * context}
+    rows = [Example(text, "b", "b", where=where) for where, text in texts.items()]
     with pytest.raises(ConfigError, match=r"^f, row 2 has \d+ tokens; with eval.max_new_tokens=6 "):
         generation_records(model, "rows", rows, TASK_DATA, EVAL)
     long = dataclasses.replace(EVAL, max_new_tokens=context)

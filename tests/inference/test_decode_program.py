@@ -27,22 +27,16 @@ from zflora_jax.inference.batching import padded_length
 from zflora_jax.inference.decode import generate_tokens
 from zflora_jax.inference.generation_config import GenerationConfig, Sampler
 from zflora_jax.inference.program import DecodeProgram
-from zflora_jax.nn.kv_cache import init_cache
 from zflora_jax.nn.llama import forward
 
 
 @pytest.mark.parametrize("kind", ["cpu", "gpu", "tpu"])
 def test_packed_kernels_are_filled_up_with_zeros(kind: str) -> None:
-    """To the multiples of a kind of device; what is computed with them is what the fused model
-    computes.
-    """
+    """To the multiples of a type of device; they compute what the fused model computes."""
     model, adapter = untied(), AdapterConfig("zflora-minimal", rank=5)
     fused = fuse(model, adapter, perturb(init_adapters(jax.random.key(1), model, adapter)))
-    ready, d, f = (
-        pack_for_decode(fused, kind),
-        fused.config.hidden_size,
-        fused.config.intermediate_size,
-    )
+    ready = pack_for_decode(fused, kind)
+    d, f = fused.config.hidden_size, fused.config.intermediate_size
     wide_d, wide_f = (n + -n % m for n, m in zip((d, f), MULTIPLES[kind], strict=True))
     mlp = ready.params["layers_0"]["mlp"]
     up, down = (np.asarray(mlp[name]["kernel"]) for name in ("gate_up", "down"))
@@ -147,33 +141,18 @@ def test_greedy_is_the_argmax_of_whole_forwards(layout: str, batch: int, kv_head
     program = DecodeProgram(run.config)
     out = program.decode({"params": run.params}, tokens, tokens >= 0, keys, 6)
     whole = np.concatenate([tokens, out], axis=1)
-    assert (
-        np.array_equal(np.argmax(forward(model, whole), axis=-1)[:, 15:-1], out)
-        and len(np.unique(out)) > 2
-    )
+    found = np.argmax(forward(model, whole), axis=-1)[:, 15:-1]
+    assert np.array_equal(found, out) and len(np.unique(out)) > 2
 
 
-def test_how_a_prompt_is_computed_does_not_hang_on_how_many_tokens_follow(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """1 token or 40 after 16: the same number of cache slots, hence the same prefill."""
-    seen: list[int] = []
-    monkeypatch.setattr(
-        "zflora_jax.inference.program.init_cache",
-        lambda config, batch, slots, adapter: (
-            seen.append(slots) or init_cache(config, batch, slots)
-        ),
-    )
+def test_the_number_of_tokens_that_follow_does_not_change_the_prefill() -> None:
+    """1 token or 40 after 16: the same number of cache slots."""
     model = untied()
-    program = DecodeProgram(model.config)
     tokens, keys = jnp.ones((1, 16), jnp.int32), jax.random.split(jax.random.key(0), 1)
-    for new in (1, 40, 60):
-        jax.eval_shape(
-            lambda new=new: DecodeProgram.decode.__wrapped__(
-                program, {"params": model.params}, tokens, tokens > 0, keys, new
-            )
-        )
-    assert seen == [64, 64, 128]
+    given = {"params": model.params}, tokens, tokens > 0, keys
+    for new, slots in ((1, 64), (40, 64), (60, 128)):
+        state = jax.eval_shape(lambda new=new: DecodeProgram(model.config).prefill(*given, new))
+        assert state.cache.valid.shape == (1, slots)
 
 
 def test_prompts_of_similar_length_share_one_compilation() -> None:

@@ -41,12 +41,9 @@ def talker() -> Any:
 )
 def test_streamed_tokens_are_those_of_a_batch_of_one(talker, sampler, count):
     for prompt in ([5, 6, 7], list(range(1, 40))):
-        want = generate_tokens(talker, [prompt], max_new_tokens=count, sampler=sampler, seed=3)[0]
-        assert (
-            list(stream_tokens(talker, prompt, max_new_tokens=count, sampler=sampler, seed=3))
-            == want
-        )
-        assert len(want) == count
+        settings = {"max_new_tokens": count, "sampler": sampler, "seed": 3}
+        [want] = generate_tokens(talker, [prompt], **settings)
+        assert list(stream_tokens(talker, prompt, **settings)) == want and len(want) == count
 
 
 def test_a_stream_ends_with_its_stop_token(talker):
@@ -69,9 +66,8 @@ def test_a_stop_token_that_the_model_cannot_give_stops_nothing(talker):
     """A tokenizer may end with tokens that the embedding has no row for."""
     config = talker.config.replace(eos_token_ids=(*talker.config.eos_token_ids, 300))
     more = Model(config, talker.params, talker.tokenizer)
-    assert generate(more, [PROMPT], max_new_tokens=8) == generate(
-        talker, [PROMPT], max_new_tokens=8
-    )
+    want = generate(talker, [PROMPT], max_new_tokens=8)
+    assert generate(more, [PROMPT], max_new_tokens=8) == want
 
 
 @pytest.mark.parametrize("chat", [False, True])
