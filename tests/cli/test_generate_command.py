@@ -32,7 +32,7 @@ from zflora_jax.hf.save import save_hf
 from zflora_jax.inference import decode, text
 from zflora_jax.inference.generation_config import GenerationConfig, Sampler
 from zflora_jax.inference.text import generate
-from zflora_jax.training.workdir import read_config, read_starts
+from zflora_jax.training.workdir import read_config
 
 
 @pytest.fixture
@@ -115,39 +115,30 @@ def test_what_is_wrong_is_said(argv, message, base_dir, refused):
     assert message in refused("generate", "--model", base_dir, *argv)
 
 
-def test_a_run_is_asked_as_it_was_trained(trained_dir, said, refused, tmp_path):
-    """A run of alpaca prompts is asked in that form, with --prompt and --file alike; it holds no
-    conversation.
-    """
-    shutil.copytree(trained_dir, tmp_path / "run")
-    config = json.loads((tmp_path / "run" / "config.json").read_text())
-    config["data"]["prompt_style"] = "alpaca"
-    (tmp_path / "run" / "config.json").write_text(json.dumps(config))
-    model, _ = load_fused(tmp_path / "run")
-    [want] = generate(model, [render(model.tokenizer, "alpaca", "2 + 2?")], max_new_tokens=8)
-    run = ("--workdir", tmp_path / "run")
-    assert said(*run, "--prompt", "2 + 2?") == want + "\n"
-    (tmp_path / "lines.txt").write_text("2 + 2?\n")
+@pytest.mark.parametrize("style", ["alpaca", "plain"])
+def test_a_run_is_asked_as_it_was_trained(style, config_file, trained_dir, said, refused, tmp_path):
+    """In the form of its prompts, or with texts as they are; it holds no conversation."""
+    prompt, folder = "2 + 2?", tmp_path / "run"
+    if style == "plain":
+        rows = [{"prompt": f"{i}: ", "completion": "x"} for i in range(30)]
+        own = ["data.task=rows", f"data.data_dir={write(tmp_path / 'train.jsonl', *rows)}"]
+        given = ["--config", config_file, "--workdir", str(folder), "--set", *own]
+        assert main(["train", *given]) == 0
+    else:
+        shutil.copytree(trained_dir, folder)
+        config = (folder / "config.json").read_text()
+        changed = config.replace('"prompt_style": "chat"', f'"prompt_style": "{style}"')
+        (folder / "config.json").write_text(changed)
+    model, _ = load_fused(folder)
+    written = prompt if style == "plain" else render(model.tokenizer, style, prompt)
+    [want] = generate(model, [written], max_new_tokens=8)
+    run = ("--workdir", folder)
+    assert said(*run, "--prompt", prompt) == want + "\n"
+    (tmp_path / "lines.txt").write_text(f"{prompt}\n")
     lines = said(*run, "--file", tmp_path / "lines.txt")
-    assert json.loads(lines) == {"prompt": "2 + 2?", "output": want}
+    assert json.loads(lines) == {"prompt": prompt, "output": want}
     for wrong in ([], ["--prompt", "a", "--system", "b"]):
-        assert "the style 'alpaca' (that of the run)" in refused("generate", *run, *wrong)
-
-
-def test_a_run_on_texts_is_asked_with_texts(config_file, refused, tmp_path, monkeypatch):
-    """No chat template goes around a prompt where none was in training."""
-    write(tmp_path / "train.jsonl", *({"prompt": f"{i}: ", "completion": "x"} for i in range(30)))
-    run, own = tmp_path / "run", ["--set", "data.task=rows", f"data.data_dir={tmp_path}"]
-    assert main(["train", "--config", config_file, "--workdir", str(run), *own]) == 0
-    assert read_starts(run)[-1]["plain_texts"]
-    asked = []
-    monkeypatch.setattr(
-        text, "generate", lambda model, prompts, *_, chat, **__: asked.append(chat) or prompts
-    )
-    assert "the style 'plain' (that of the run)" in refused("generate", "--workdir", run)
-    (tmp_path / "asked.txt").write_text("7: ")
-    asks = ["generate", "--workdir", str(run), "--file", str(tmp_path / "asked.txt")]
-    assert main(asks) == 0 and asked == [False]
+        assert f"the style '{style}' (that of the run)" in refused("generate", *run, *wrong)
 
 
 # --- errors and signals ---------------------------------------------------------------------------
