@@ -68,20 +68,13 @@ def init_adapters(key: jax.Array, model: Model, adapter: AdapterConfig) -> trees
         " zf.split_base(model, adapter), and that base from then on.",
     )
     config = model.config
-    resolved, live = resolve_adapter(config, adapter), live_layers(config, adapter)
-    start, width = adapter.explicit().init, config.rotary_dim + resolved.heads
-    if resolved.heads and width not in SERVED_HEAD_DIMS:
-        warnings.warn(
-            f"head_dim {config.rotary_dim} + {resolved.heads} = {width} is outside"
-            f" {SERVED_HEAD_DIMS}: transformers runs it, but attention kernels of servers may"
-            " refuse it (vLLM's CPU build does). Leave extra_head_dim unset for the smallest that"
-            " they run, if there is one.",
-            stacklevel=2,
-        )
+    _warn_of_wide_heads(config, adapter)
+    kernels, live = resolve_adapter(config, adapter).kernels, live_layers(config, adapter)
+    start = adapter.explicit().init
 
     def draw(name: str, shape: tuple[int, ...]) -> jax.Array:
         _, _, kernel, block = name.split("/")
-        beside = resolved.kernels[kernel]
+        beside = kernels[kernel]
         if isinstance(beside, DoRA) and block == "magnitude":
             return jax.lax.map(beside.start, _stacked(model, kernel))
         if block not in beside.random:
@@ -99,6 +92,19 @@ def init_adapters(key: jax.Array, model: Model, adapter: AdapterConfig) -> trees
     stacked = adapter_shapes(config.replace(scan_layers=True), adapter)
     tree = trees.unflatten({name: draw(name, shape) for name, shape in stacked.items()})
     return tree if config.execution.scan_layers else trees.unstack_layers(tree, config.num_layers)
+
+
+def _warn_of_wide_heads(config: LlamaConfig, adapter: AdapterConfig) -> None:
+    extra = resolve_adapter(config, adapter).heads
+    width = config.rotary_dim + extra
+    if extra and width not in SERVED_HEAD_DIMS:
+        warnings.warn(
+            f"head_dim {config.rotary_dim} + {extra} = {width} is outside {SERVED_HEAD_DIMS}:"
+            " transformers runs it, but attention kernels of servers may refuse it (vLLM's CPU"
+            " build does). Leave extra_head_dim unset for the smallest that they run, if there is"
+            " one.",
+            stacklevel=3,
+        )
 
 
 def _stacked(model: Model, kernel: str) -> Any:
