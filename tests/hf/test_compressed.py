@@ -21,6 +21,7 @@ from support.quantized import WIDENED, how
 
 from zflora_jax import AdapterConfig, forward, fuse, load_model, quantize_model, save_hf
 from zflora_jax.core import trees
+from zflora_jax.core.architecture import KERNELS
 from zflora_jax.core.errors import CheckpointError
 from zflora_jax.core.fields import ConfigError
 from zflora_jax.core.model import Model
@@ -32,7 +33,6 @@ from zflora_jax.hf.restore import load_stock
 from zflora_jax.hf.stock import module_of
 
 TOKENS = np.random.default_rng(0).integers(0, 256, (2, 24)).astype(np.int32)
-KERNELS = ("q", "k", "v", "o", "gate", "up", "down")
 pytestmark = [
     pytest.mark.filterwarnings("ignore:head_dim 32"),
     pytest.mark.filterwarnings("ignore:.torch.jit"),  # in what compressed-tensors imports

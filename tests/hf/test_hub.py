@@ -112,10 +112,8 @@ def test_a_packaged_preset_is_not_the_hubs_model(
     (tmp_path / "smollm2-135m").rmdir()
     assert packaged("smollm2-135m") is not None
     monkeypatch.setattr(hub, "PACKAGED", {})
-    assert packaged("smollm2-135m") is None
-    assert _same_source("smollm2-135m", name)
+    assert packaged("smollm2-135m") is None and _same_source("smollm2-135m", name)
     assert f"| base | {name} |" in model_card(model, FACTS, {})
-    save_peft(tmp_path / "a", model, LORA, perturbed_adapters(base, LORA))
 
 
 def test_the_card(base: Model, tmp_path: Path) -> None:
@@ -129,8 +127,6 @@ def test_the_card(base: Model, tmp_path: Path) -> None:
         assert words in card
     assert "some-llama" in card and str(tmp_path) not in card
 
-
-# --- the packaged SmolLM2 -------------------------------------------------------------------------
 
 TEXTS = [
     *("Hello world", "12345 + 67 = 12412", " 1", "x=3.14e-10", "$1,234.56!!!  ...", "", "a" * 300),

@@ -60,12 +60,6 @@ _SAFETY = 4.0
 NO_ROTATION = 1e30
 
 
-def longrope_powers(config: LlamaConfig) -> np.ndarray:
-    """theta^(2i/head_dim) [head_dim/2] float64, computed in float32 as transformers does."""
-    exponents = np.arange(0, config.head_dim, 2, dtype=np.float32) / np.float32(config.head_dim)
-    return (np.float32(config.rope_theta) ** exponents).astype(np.float64)
-
-
 @dataclass(frozen=True)
 class StockForm:
     """The stock form of a native model.
@@ -114,9 +108,11 @@ class StockForm:
     @property
     def rope_divisors(self) -> np.ndarray:
         """Divisors [(k+e)/2] float64 that make the inverse frequencies of a head the base's."""
-        powers, wanted = longrope_powers(self.native), rope_frequencies(self.native)
+        n, wanted = self.native, rope_frequencies(self.native).astype(np.float64)
+        exponents = np.arange(0, n.head_dim, 2, dtype=np.float32) / np.float32(n.head_dim)
+        powers = (np.float32(n.rope_theta) ** exponents).astype(np.float64)  # as transformers does
         divisors = np.full(len(powers), NO_ROTATION)
-        divisors[: len(wanted)] = 1 / (wanted.astype(np.float64) * powers[: len(wanted)])
+        divisors[: len(wanted)] = 1 / (wanted * powers[: len(wanted)])
         return divisors
 
     @property
