@@ -1,13 +1,16 @@
-"""Published rows, of files and of the hub, become the prompts and answers of tasks; malformed ones
-are refused with their place.
+"""Published rows, of files, of TFDS and of the hub, become the prompts and answers of tasks;
+malformed ones are refused with their place.
 """
 
 import hashlib
 import json
 import sys
 import types
+from unittest.mock import Mock
 
 import pytest
+import requests
+import tensorflow_datasets as tfds
 from support.tasks import load, write
 
 from zflora_jax.core.fields import ConfigError
@@ -161,8 +164,95 @@ def test_prepared_rows_follow_the_content_of_the_file(tmp_path, monkeypatch):
 
 # --- public datasets ------------------------------------------------------------------------------
 
+# Rows of TFDS ("%" is another number in each), and the splits that are read for the task's.
+LETTERS = {"text": ["x", "y", "z"], "label": ["A", "B", "C"]}
+STEM = {"stem": "S% is"} | {f"choice_{letter}": letter.lower() for letter in "ABCD"}
+FACTS = {"fact1": "", "humanScore": 1.0, "clarity": 1.0, "turkIdAnonymized": ""}
+BAKING = {"activity_label": "Baking", "context": "he %", "split_type": "", "source_id": ""}
+ALL, LABELLED = ("train", "validation", "test"), ("train", "train", "validation")
+CHOOSE, FORMAT = "Please choose the correct", "Answer format:"
+TFDS_ROWS = {
+    "boolq": (
+        {"question": "is % cold", "answer": True, "passage": "p", "title": "t"},
+        "Please answer the following question with true or false, question: is % cold?\n\n"
+        f"{FORMAT} true/false",
+        ("true", LABELLED),
+    ),
+    "piqa": (
+        {"goal": "Cut %.", "sol1": "a", "sol2": "b", "label": 1, "id": ""},
+        f"{CHOOSE} solution to the question: Cut %.\n\nSolution1: a\n\nSolution2: b\n\n"
+        f"{FORMAT} solution1/solution2",
+        ("solution2", LABELLED),
+    ),
+    "hellaswag": (
+        BAKING | {"endings": list("abcd"), "label": 3},
+        f"{CHOOSE} ending to complete the given sentence: Baking: he %\n\nEnding1: a Ending2: b"
+        f" Ending3: c Ending4: d\n\n{FORMAT} ending1/ending2/ending3/ending4",
+        ("ending4", LABELLED),
+    ),
+    "winogrande": (
+        {"sentence": "_ won %.", "option1": "A", "option2": "B", "label": "2"},
+        f"{CHOOSE} answer to fill in the blank to complete the given sentence: _ won %.\n\n"
+        f"Option1: A Option2: B {FORMAT} option1/option2",
+        ("option2", ("train_xl", "train_xl", "validation")),
+    ),
+    "arc_easy": (
+        {"question": "Q%?", "choices": LETTERS, "answerKey": "C", "id": "1"},
+        f"{CHOOSE} answer to the question: Q%?\n\nAnswer1: x Answer2: y Answer3: z\n\n"
+        f"{FORMAT} answer1/answer2/answer3",
+        ("answer3", ALL),
+    ),
+    "openbookqa": (
+        FACTS | {"question": STEM, "answerKey": "B"},
+        f"{CHOOSE} answer to the question: S% is\n\nAnswer1: a Answer2: b Answer3: c Answer4: d"
+        f"\n\n{FORMAT} answer1/answer2/answer3/answer4",
+        ("answer2", ALL),
+    ),
+    "gsm8k": (
+        GSM8K | {"question": "How many %?", "annotation": "", "short_answer": ""},
+        "How many %?",
+        ("1012", ("train", "train", "test")),
+    ),
+}
+TFDS_ROWS["arc_challenge"] = TFDS_ROWS["arc_easy"]
+
+
+@pytest.mark.parametrize("task", TFDS_ROWS)
+def test_rows_of_tfds_are_worded_as_llm_adapters_words_them(task, monkeypatch):
+    """Encoded and decoded by the features of the real builders, as prepared datasets give them."""
+    row, prompt, (answer, wanted) = TFDS_ROWS[task]
+    monkeypatch.setattr(requests, "head", lambda *args, **kwargs: None)
+    opened = []
+
+    def as_data_source(builder, split, **_):
+        opened.append(split)
+        rows = [json.loads(json.dumps(row).replace("%", str(i))) for i in range(30)]
+        features = builder.info.features
+        encoded = [features.serialize_example(features.encode_example(row)) for row in rows]
+        return [features.deserialize_example_np(row) for row in encoded]
+
+    with tfds.testing.mock_data(as_data_source_fn=as_data_source):
+        found = [load(task, split) for split in ALL]
+    assert tuple(opened) == wanted  # validation is held out of train where it is the test split
+    assert [*map(len, found)] == ([30, 30, 30] if wanted == ALL else [27, 3, 30])
+    example, options = found[2][0], prompt.partition(f"{FORMAT} ")[2].split("/")
+    assert (example.prompt, example.answer) == (prompt.replace("%", "0"), answer)
+    assert example.options == tuple(f"the correct answer is {x}" for x in options if x)
+    assert task == "gsm8k" or example.target == f"the correct answer is {answer}"
+
+
+@pytest.mark.parametrize("task", ["boolq", "gsm8k"])
+def test_without_a_network_the_message_comes_at_once(task, monkeypatch):
+    monkeypatch.setattr(requests, "head", Mock(side_effect=requests.ConnectionError))
+    monkeypatch.setattr(tfds.core.DatasetBuilder, "download_and_prepare", None)  # not called
+    message = rf"'{task}': the TFDS dataset .* is not in \S+ and .* no connection to https://.*com"
+    with pytest.raises(ConfigError, match=message):
+        load(task, "test")
+
+
+SIQA = {"context": "Al.", "question": "Why?", "label": "2"} | {f"answer{x}": x for x in "ABC"}
 HUB_ROWS = {
-    "gsm8k": (GSM8K, "How many?", "1012"),
+    "social_i_qa": (SIQA, "question: Al. Why?\n\nAnswer1: A Answer2: B Answer3: C\n\n", "er2"),
     "cnn_dailymail": ({"article": "Long.", "highlights": "Short."}, "article", "Short."),
     "xsum": ({"document": "Long.", "summary": "Short."}, "article", "Short."),
     "samsum": ({"dialogue": "", "summary": "Short."}, "dialogue", "Short."),  # one is empty there
@@ -186,7 +276,7 @@ def test_rows_of_the_hub(task, monkeypatch):
     assert len(examples) == 3 and prompt in examples[0].prompt and target in examples[0].target
     (name, config), options = asked[0]
     assert name == dataset.source.name and options["split"] == dataset.splits["test"]
-    assert config == {"cnn_dailymail": "3.0.0", "gsm8k": "main"}.get(task)
+    assert config == ("3.0.0" if task == "cnn_dailymail" else None)
 
 
 @pytest.mark.parametrize(

@@ -92,7 +92,7 @@ def _open(task: Task, dataset: Dataset, split: str) -> Sequence[Row]:
     try:
         return dataset.open(split)
     except ConfigError as error:
-        or_files = "" if task.own else f" Or read files instead. {_fix(task)}"
+        or_files = "" if task.own else f" Or read files. {_fix(task, or_unset=False)}"
         raise ConfigError(f"task {task.name!r}: {error}{or_files}") from error
 
 
@@ -230,7 +230,7 @@ def _files(task: Task, folder: Path) -> dict[str, Found]:
     return found
 
 
-def _fix(task: Task) -> str:
+def _fix(task: Task, or_unset: bool = True) -> str:
     """Says what data.data_dir has to be."""
     if task.own:
         return (
@@ -245,5 +245,5 @@ def _fix(task: Task) -> str:
         f"Set data.data_dir to (--data-dir) the folder that holds {task.folder}/, or"
         f" dataset/{task.folder}/, or {task.folder} itself. The files"
         f" ({task.folder}/{{{files}}}) come from {task.origin}."
-        f"{unset if task.dataset in PUBLIC else ''}"
+        f"{unset if or_unset and task.dataset in PUBLIC else ''}"
     )

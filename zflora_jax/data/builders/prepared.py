@@ -14,7 +14,9 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
+from urllib.parse import urlsplit
 
+import requests
 import tensorflow_datasets as tfds
 
 from zflora_jax.core.fields import require
@@ -86,15 +88,23 @@ def cache_dir() -> Path:
     return Path(os.environ.get("ZFLORA_CACHE") or "~/.cache/zflora_jax/tfds").expanduser()
 
 
-def prepared(make: Callable[..., Any]) -> Any:
-    """Prepares a TFDS builder, `make` called with `data_dir` and `file_format`, in `cache_dir()`;
-    ConfigError if the directory cannot be written, or the builder refuses its source.
+def prepared(make: Callable[..., Any], url: str = "") -> Any:
+    """Prepares a TFDS builder in `cache_dir()`.
+
+    Args:
+      make: The function that returns it, called with `data_dir` and `file_format`.
+      url: A URL of its files, where the builder has no list of them.
+
+    Raises:
+      ConfigError: There is no connection to its files, the directory cannot be written, or the
+        builder refuses its source.
     """
     make = functools.partial(make, data_dir=cache_dir(), file_format="array_record")
     with _quiet():
         builder = make()
         if builder.is_prepared():
             return builder
+        _require_network(builder.name, builder.url_infos or [url])
         try:
             builder.download_and_prepare()
         except OSError as error:
@@ -106,6 +116,20 @@ def prepared(make: Callable[..., Any]) -> Any:
                 " the network, or set ZFLORA_CACHE to a directory that can be written.",
             )
         return builder
+
+
+def _require_network(name: str, urls: Iterable[str]) -> None:
+    """Asks the hosts of URLs: without a network, TFDS would try for minutes."""
+    hosts = sorted({"://".join(urlsplit(url)[:2]) for url in urls if url.startswith("http")})
+    for host in hosts:
+        with contextlib.suppress(requests.RequestException):
+            requests.head(host, timeout=10)
+            return
+    require(
+        not hosts,
+        f"the TFDS dataset {name!r} is not in {cache_dir()} and cannot be downloaded: no connection"
+        f" to {' or '.join(hosts)}.",
+    )
 
 
 _QUIET = threading.RLock()  # all threads share stdout, and a sweep may load several runs at once

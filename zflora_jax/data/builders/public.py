@@ -1,10 +1,15 @@
 """Public datasets of TFDS and the Hugging Face hub: those of tasks, and any that data.data_dir
-names. TFDS reads the datasets that it can build without TensorFlow.
+names.
+
+A task's dataset comes from TFDS where its builder runs without TensorFlow, else from the hub. The
+test rows are the published validation rows where the published test rows have no labels, as in
+LLM-Adapters' files.
 """
 
 from __future__ import annotations
 
 import functools
+import importlib
 import importlib.resources
 import re
 import sys
@@ -22,9 +27,17 @@ from zflora_jax.data.task import SPLIT_WORDS
 
 @dataclass(frozen=True)
 class Tfds:
-    """A dataset of TFDS: its name, with its config if it has several ("glue/cola")."""
+    """A dataset of TFDS.
+
+    Attributes:
+      name: Its name, with its config if it has several: "glue/cola".
+      module: The module that registers it, where TFDS does so only with TensorFlow.
+      url: A URL of its files, where TFDS has no list of them.
+    """
 
     name: str
+    module: str = ""
+    url: str = ""
 
     def splits(self) -> list[str]:
         """Returns the names of its splits; errors as for `open`."""
@@ -42,8 +55,10 @@ class Tfds:
 
         # TFDS reads its checksums through this backport of the standard library's module.
         sys.modules.setdefault("importlib_resources", importlib.resources)
+        if self.module:
+            importlib.import_module(f"tensorflow_datasets.text.{self.module}")
         try:
-            return prepared(functools.partial(tfds.builder, self.name, try_gcs=False))
+            return prepared(functools.partial(tfds.builder, self.name, try_gcs=False), self.url)
         except (
             ImportError,
             tfds.core.registered.DatasetNotFoundError,
@@ -112,8 +127,20 @@ class Dataset(NamedTuple):
 _ALL = {split: split for split in SPLIT_WORDS}
 _CONVERTED = "refs/convert/parquet"  # by the hub: `datasets` no longer runs loading scripts
 _DIALOGUES = ("li2017dailydialog/daily_dialog", "pfb30/multi_woz_v22")
+_LABELLED = {"train": "train", "test": "validation"}
+_GSM8K = Tfds("gsm8k", "gsm8k.gsm8k", "https://raw.githubusercontent.com")
 PUBLIC = {
-    "gsm8k": Dataset(Hub("openai/gsm8k", "main"), "gsm8k", {"train": "train", "test": "test"}),
+    "boolq": Dataset(Tfds("bool_q"), "boolq", _LABELLED),
+    "piqa": Dataset(Tfds("piqa"), "piqa", _LABELLED),
+    "social_i_qa": Dataset(Hub("lighteval/siqa"), "social_i_qa", _LABELLED),
+    "hellaswag": Dataset(Tfds("hellaswag", "hellaswag"), "hellaswag", _LABELLED),
+    "winogrande": Dataset(
+        Tfds("winogrande", "winogrande"), "winogrande", _LABELLED | {"train": "train_xl"}
+    ),
+    "arc_easy": Dataset(Tfds("ai2_arc/ARC-Easy"), "arc", _ALL),
+    "arc_challenge": Dataset(Tfds("ai2_arc/ARC-Challenge"), "arc", _ALL),
+    "openbookqa": Dataset(Tfds("openbookqa"), "openbookqa", _ALL),
+    "gsm8k": Dataset(_GSM8K, "gsm8k", {"train": "train", "test": "test"}),
     "cnn_dailymail": Dataset(Hub("abisee/cnn_dailymail", "3.0.0"), "summary", _ALL),
     "xsum": Dataset(Hub("EdinburghNLP/xsum", revision=_CONVERTED), "summary", _ALL),
     "samsum": Dataset(Hub("knkarthick/samsum"), "summary", _ALL),

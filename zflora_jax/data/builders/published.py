@@ -1,4 +1,5 @@
-"""Published rows as rows of a task, with this project's wording of summaries and dialogues.
+"""Published rows as rows of a task, with LLM-Adapters' wording of multiple choice and this
+project's of summaries and dialogues.
 
 A reader takes a row of a file or dataset and returns the rows of the task that it holds: prompt,
 target, answer, and if there are any input, references and unit (see `task.Example`). A new format
@@ -97,6 +98,62 @@ def _question(prompt: str, target: str, answer: str, input: str = "") -> list[Ro
     return [{"prompt": prompt, "input": input, "target": target, "answer": answer}]
 
 
+def _choice(
+    question: str, word: str, texts: list[str], gold: Any, between: str = " ", end: str = "\n\n"
+) -> list[Row]:
+    """Writes multiple choice; `gold` is the index of the right one of `texts`."""
+    listed = between.join(f"{word.title()}{i}: {text}" for i, text in enumerate(texts, 1))
+    allowed = "/".join(f"{word}{i}" for i in range(1, len(texts) + 1))
+    prompt = f"Please choose the correct {question}\n\n{listed}{end}Answer format: {allowed}"
+    return _labelled(prompt, f"{word}{int(gold) + 1}")
+
+
+def _labelled(prompt: str, answer: str) -> list[Row]:
+    return _question(prompt, f"the correct answer is {answer}", answer)
+
+
+def _answers(question: str, texts: list[str], gold: Any) -> list[Row]:
+    return _choice(f"answer to the question: {question}", "answer", texts, gold)
+
+
+def _boolq(row: Raw) -> list[Row]:
+    """BoolQ without the passage, as LLM-Adapters has it."""
+    prompt = f"Please answer the following question with true or false, question: {row['question']}"
+    answer = "true" if row["answer"] else "false"
+    return _labelled(f"{prompt}?\n\nAnswer format: true/false", answer)
+
+
+def _piqa(row: Raw) -> list[Row]:
+    question, texts = f"solution to the question: {row['goal']}", [row["sol1"], row["sol2"]]
+    return _choice(question, "solution", texts, row["label"], between="\n\n")
+
+
+def _social_i_qa(row: Raw) -> list[Row]:
+    texts = [row[f"answer{letter}"] for letter in "ABC"]
+    return _answers(f"{row['context']} {row['question']}", texts, int(row["label"]) - 1)
+
+
+def _hellaswag(row: Raw) -> list[Row]:
+    sentence = f"{row['activity_label']}: {row['context']}"
+    question = f"ending to complete the given sentence: {sentence}"
+    return _choice(question, "ending", row["endings"], row["label"])
+
+
+def _winogrande(row: Raw) -> list[Row]:
+    question = f"answer to fill in the blank to complete the given sentence: {row['sentence']}"
+    return _choice(question, "option", [row["option1"], row["option2"]], row["label"], end=" ")
+
+
+def _arc(row: Raw) -> list[Row]:
+    labels, texts = row["choices"]["label"], row["choices"]["text"]
+    return _answers(row["question"], texts, labels.index(row["answerKey"]))
+
+
+def _openbookqa(row: Raw) -> list[Row]:
+    texts = [row["question"][f"choice_{letter}"] for letter in "ABCD"]
+    return _answers(row["question"]["stem"], texts, row["answerKey"])
+
+
 _SUMMARIES = ("summary", "highlights", "summary1", "summary2", "summary3")
 
 
@@ -168,6 +225,13 @@ FORMATS = {
         " answer (GSM8K)",
     ),
     "gsm8k": Format(gsm8k, "question, answer"),
+    "boolq": Format(_boolq, "question, answer"),
+    "piqa": Format(_piqa, "goal, sol1, sol2, label"),
+    "social_i_qa": Format(_social_i_qa, "context, question, answerA to answerC, label"),
+    "hellaswag": Format(_hellaswag, "activity_label, context, endings, label"),
+    "winogrande": Format(_winogrande, "sentence, option1, option2, label"),
+    "arc": Format(_arc, "question, choices, answerKey"),
+    "openbookqa": Format(_openbookqa, "question, answerKey"),
     "summary": Format(
         _summary, "dialogue, article or document, and summary, highlights or summary1 to summary3"
     ),
