@@ -199,6 +199,9 @@ def test_tokenizer_and_generation_config(bases: dict[str, Model], tmp_path: Path
     for name in (*copied, "chat_template.jinja"):
         assert (tmp_path / "out" / name).read_bytes() == (source / name).read_bytes()
     assert load_model(tmp_path / "out").config == model.config
+    (source / "generation_config.json").write_text('{"do_sample":   true}')  # config.json has it
+    save_hf(tmp_path / "silent", load_model(source))
+    assert (tmp_path / "silent" / "generation_config.json").read_text() == '{"do_sample":   true}'
 
     tokenizer(["a", "bb"], padding=True, truncation=True, max_length=1)  # which is not to be saved
     save_hf(tmp_path / "written", Model(model.config, model.params, tokenizer))

@@ -68,6 +68,8 @@ def write_generation_config(
     if base is not None and (base / GENERATION).is_file():
         values = read_json(base / GENERATION)
         given = values.get("eos_token_id")
+        if given is None:
+            given = read_json(base / "config.json").get("eos_token_id")
         given = given if isinstance(given, list) else [] if given is None else [given]
         if set(ids) <= set(given):
             shutil.copyfile(base / GENERATION, folder / GENERATION)
