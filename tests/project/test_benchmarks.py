@@ -131,14 +131,6 @@ class _Done:
         self.stdout = stdout
 
 
-def test_a_process_that_fails_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    failed = _Done("")
-    failed.returncode, failed.stderr = 1, "RESOURCE_EXHAUSTED: no room"  # type: ignore[attr-defined]
-    monkeypatch.setattr(subprocess, "run", lambda *_, **__: failed)
-    with pytest.raises(RuntimeError, match=r"lora, Case.*ended with 1: RESOURCE_EXHAUSTED"):
-        training.in_a_process(training.Case("tiny"), "lora", "folder")
-
-
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

@@ -1,17 +1,13 @@
-"""What data must not depend on: the clock (the day that a chat template is told is a setting of the
-run), and the locale.
-"""
+"""Data does not depend on the clock: the day that a chat template is told is a setting."""
 
 from __future__ import annotations
 
-import ast
 import datetime
 import json
 
 import pytest
 from support.byte_tokenizer import byte_tokenizer
 from support.checks import assert_trees_equal
-from support.paths import ROOT
 from support.runs import quiet_train, saved_base, small_run
 
 from zflora_jax.cli.main import main
@@ -193,26 +189,3 @@ def test_a_model_is_evaluated_today_and_that_is_recorded(run, tmp_path, clock):
     assert json.loads((tmp_path / "out.json").read_text())["config"]["data"]["date"] == day
     asked = {"chat": True, "max_new_tokens": 2}
     assert generate(model, ["Hi"], **asked) == generate(model, ["Hi"], **asked, date=day)
-
-
-# --- the locale -----------------------------------------------------------------------------------
-
-
-def without_encoding(code: str) -> list[str]:
-    """The calls that read or write text in the encoding of the locale."""
-    found = []
-    for node in (n for n in ast.walk(ast.parse(code)) if isinstance(n, ast.Call)):
-        name = getattr(node.func, "attr", "") or f"{getattr(node.func, 'id', '')}()"
-        binary = any("b" in str(a.value) for a in node.args[1:] if isinstance(a, ast.Constant))
-        text = (name == "open()" and not binary) or name in ("read_text", "write_text")
-        if text and all(word.arg != "encoding" for word in node.keywords):
-            found.append(ast.unparse(node))
-    return found
-
-
-def test_text_files_are_utf_8_whatever_the_locale():
-    code = "open(p); p.read_text(); open(p, 'wb'); p.write_text(s, encoding='utf-8')"
-    assert without_encoding(code) == ["open(p)", "p.read_text()"]
-    for folder in ("zflora_jax", "tools", "benchmarks", "configs"):
-        for path in (ROOT / folder).rglob("*.py"):
-            assert not without_encoding(path.read_text(encoding="utf-8")), path

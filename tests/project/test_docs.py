@@ -147,12 +147,6 @@ def test_links_to_a_heading_have_one():
             assert anchor in slugs, f"{page}: {other}#{anchor}"
 
 
-def test_from_peft_to_a_fused_decode_in_five_lines():
-    first = fences("docs/howto.md", "python")[0]
-    lines = [line for line in first.splitlines() if line.strip()]
-    assert len(lines) == 5 and "load_peft" in first and "fuse" in first and "generate" in first
-
-
 def test_the_site_builds_without_a_warning_and_names_everything_public(tmp_path):
     command = [
         sys.executable,

@@ -47,25 +47,6 @@ def test_methods_have_the_same_number_of_parameters(known):
             assert label == "ffa" or abs(share - 1) < within or "rate" in name, (name, label)
 
 
-def test_the_papers_tables_have_llm_adapters_settings(known):
-    """By math_running_commands and finetune.py of its repository."""
-    tables = [study for name, study in known.items() if name.startswith("paper_")]
-    assert [len(s.tasks) for s in tables] == [8] * 3 + [6] * 3 + [4] * 3
-    for study in tables:
-        config = zf.preset(study.base.model)
-        counts = [zf.count_params(config, adapter) for adapter in study.methods.values()]
-        assert len(counts) == 5 and all(abs(n / counts[0] - 1) < 0.025 for n in counts)
-    study = known["paper_math_7b"]
-    lora, base = study.methods["lora"], study.base
-    assert (lora.rank, lora.alpha, lora.dropout) == (32, 64.0, 0.05)
-    assert lora.targets == "q|k|v|up|down"
-    optim = (base.data.batch_size, base.optim.warmup_steps, base.optim.schedule)
-    assert optim == (16, 100, "linear")
-    assert base.train.steps == 3 * 9919 // 16 and 3e-4 in study.learning_rates
-    assert base.data.train_on_prompt and base.data.prompt_style == "alpaca"
-    assert study.scoring.prompt_style == "alpaca-eval"
-
-
 def test_runs_differ_by_method_rate_seed_and_length():
     methods = LORA | {"plus": zf.AdapterConfig("lora")}
     optim = {"plus": {"optim.loraplus_ratio": 4.0}}
