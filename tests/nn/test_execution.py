@@ -10,6 +10,7 @@ from support.models import tiny_model
 from zflora_jax.core.fields import ConfigError, from_dict, to_dict
 from zflora_jax.core.model_config import Execution, LlamaConfig
 from zflora_jax.core.presets import preset
+from zflora_jax.nn.blocks import segment_positions
 from zflora_jax.nn.kv_cache import init_cache
 from zflora_jax.nn.llama import Llama, forward
 
@@ -70,3 +71,7 @@ def test_tokens_masks_and_caches_that_do_not_go_together(tokens):
         with pytest.raises(ConfigError, match=r"tokens of shape \(2.*must be \[B, T\]"):
             forward(model, wrong)
     assert forward(model, [[1, 2]]).shape == (1, 2, 259)
+
+
+def test_positions_start_at_0_in_every_segment():
+    assert segment_positions(jnp.asarray([[2, 2, 2, 5, 0, 0]])).tolist() == [[0, 1, 2, 0, 0, 1]]

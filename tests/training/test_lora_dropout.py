@@ -190,7 +190,7 @@ def test_dropout_drops_what_peft_drops(tmp_path, monkeypatch):
     adapter = AdapterConfig("lora", rank=4, alpha=6.0, dropout=0.5, use_dora=True)
     base = load_model(tmp_path)
     leaves = trees.flatten(init_adapters(jax.random.key(0), base, adapter))
-    monkeypatch.setattr(Dense, "_dropped", lambda self, x: 0.5 * x)
+    monkeypatch.setattr(Dense, "_dropped", lambda self, x, share: (1 - share) * x)
     leaves = {n: 1.3 * x if n.endswith("magnitude") else x for n, x in leaves.items()}
     variables = {"params": base.params, "adapters": trees.unflatten(leaves)}
     with jax.default_matmul_precision("highest"):
