@@ -138,7 +138,7 @@ def roofline(run: RunConfig, where: Target, link_bytes: int) -> dict[str, Any]:
     length = run.data.bucket_lengths[-1]
     tokens, passes = run.data.batch_size * length, 2 + int(run.train.remat == "block")
     layer = sum(math.prod(a + b) for a, b in kernel_shapes(config).values())
-    base = config.num_layers * layer + config.vocab_size * config.norm_dim
+    base = config.num_layers * layer + config.vocab_size * config.base_width
     trained = count_params(config, run.adapter)
     full = METHODS[run.adapter.method].in_place == "full"
     parameters = 2 * base * (passes + full) + (0 if full else 2 * trained * (passes + 1))

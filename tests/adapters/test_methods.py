@@ -82,7 +82,7 @@ def test_widths_and_their_defaults(method):
     assert (p.residual, p.heads, p.mlp) == widths
     fused = fused_config(TINY, AdapterConfig(method, rank=6))
     assert (fused.hidden_size - 64, fused.head_dim - 16, fused.intermediate_size - 96) == widths
-    assert (fused.norm_dim, fused.rotary_dim) == (64, 16)
+    assert (fused.base_width, fused.base_head_width) == (64, 16)
     if row.heads:  # without head_scores only v and o are widened
         full, values = (blocks_of(method, head_scores=s) for s in (True, False))
         read = {"q": B, "k": B} if row.residual else {}

@@ -166,10 +166,10 @@ def test_sweep_files_are_checked_too(refused, config_file, tmp_path):
         ),
         (
             "data.bucket_lengths=[16]",
-            "examples are longer than the longest of data.bucket_lengths=[16]",
+            "examples are longer than data.bucket_lengths=[16]",
         ),
         ("data.task=aritmetic", "unknown task 'aritmetic': did you mean 'arithmetic'?"),
-        ("data.task=rows", "data.data_dir is not set"),
+        ("data.task=rows", "data.data_dir=None is not set"),
         ("data.task=rows data.data_dir=not-here", "data.data_dir='not-here' does not exist"),
         (
             "adapter.targets=q_proj",
@@ -193,7 +193,7 @@ def test_empty_dataset(name, text, no_run, tmp_path):
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / name).write_text(text)
     message = no_run("data.task=rows", f"data.data_dir={tmp_path / 'data'}")
-    wanted = "no rows. Expected a JSON list of objects, or one JSON object per line."
+    wanted = "no rows. Expected a JSON list of objects, or one a line."
     assert f"{name}: {wanted}" in message
 
 

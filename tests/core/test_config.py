@@ -35,7 +35,7 @@ SCALING |= {"original_max_position_embeddings": 8}
 def test_presets_are_valid_and_round_trip(name):
     config = preset(name)
     assert from_dict(LlamaConfig, json.loads(json.dumps(to_dict(config)))) == config
-    assert config.norm_dim == config.hidden_size and config.rotary_dim == config.head_dim
+    assert config.base_width == config.hidden_size and config.base_head_width == config.head_dim
     assert max(config.bos_token_id, *config.eos_token_ids) < config.vocab_size
 
 

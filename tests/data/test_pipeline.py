@@ -18,7 +18,7 @@ from zflora_jax.core.fields import ConfigError
 from zflora_jax.core.run_config import DataConfig
 from zflora_jax.data.encoding import (
     Encoded,
-    TokenizedExample,
+    TokenizedSequence,
     encode_prompts,
     fit_documents,
     tokenize_examples,
@@ -33,7 +33,7 @@ from zflora_jax.training.trainer import eval_step
 def sequence(tokens, mask=None):
     ones = np.ones(len(tokens), np.int32)
     mask = ones.astype(bool) if mask is None else mask
-    return TokenizedExample(np.asarray(tokens, np.int32), mask, ones)
+    return TokenizedSequence(np.asarray(tokens, np.int32), mask, ones)
 
 
 def encoded_rows(count):

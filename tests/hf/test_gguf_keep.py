@@ -201,7 +201,7 @@ def test_scales_beyond_float16_make_eps_z_larger(
     adapter = WIDENED["zflora-minimal"]
     fused = fuse(base, adapter, moved(base, adapter))
     usual = save_gguf(tmp_path / "x.gguf", fused, "keep")["eps_z"]
-    mlp, d = fused.params["layers"]["mlp"], fused.config.norm_dim
+    mlp, d = fused.params["layers"]["mlp"], fused.config.base_width
     leaf = mlp[kernel]["kernel"]
     scales = np.asarray(leaf.scales).astype(np.float32)
     scales[(..., slice(d, None)) if kernel == "down" else np.s_[:, d // 32 :]] *= factor

@@ -252,7 +252,7 @@ def test_a_missing_side_file_and_a_state_in_the_embedding_are_refused(
         load_model(out)
     (out / "elsewhere").rename(out / SIDE_FOLDER)
     tensors, name = load_file(out / "model.safetensors"), "model.embed_tokens.weight"
-    tensors[name][3, fused.config.norm_dim] = 0.5
+    tensors[name][3, fused.config.base_width] = 0.5
     save_file(tensors, out / "model.safetensors")
     with pytest.raises(CheckpointError, match=rf"{name} has channels from .* that are not zero"):
         load_model(out)
@@ -306,7 +306,7 @@ def trained_like(seed: int = 0, std: float = 0.02, **changes: object) -> Model:
 
 def test_the_choice_follows_the_weights() -> None:
     fused = trained_like()
-    share, d = state_share(fused), fused.config.norm_dim
+    share, d = state_share(fused), fused.config.base_width
     assert choose_eps_z(fused, "bfloat16") >= 16 * choose_eps_z(fused, "float32")
 
     def scaled(factor: float) -> Model:

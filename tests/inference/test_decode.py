@@ -47,7 +47,7 @@ def test_adapters_beside_the_base_answer_as_fused(adapter):
     model = untied()
     adapters = perturb(init_adapters(jax.random.key(1), model, adapter))
     prompts = [[1, 2, 3], [9, 8, 7, 6, 5, 4], [100]]
-    fused, base = fuse(model, adapter, adapters), pack_for_decode(model, beside=adapter)
+    fused, base = fuse(model, adapter, adapters), pack_for_decode(model, unmerged=adapter)
     flat = trees.unstack_layers(adapters, model.config.num_layers)
     tokens = np.asarray([[1, 2, 3, 4], [7, 9, 100, 3]], np.int32)
     assert_logits_close(forward(base, tokens, adapter, flat), forward(fused, tokens))

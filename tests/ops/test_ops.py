@@ -109,7 +109,7 @@ def test_rotations(model: str) -> None:
     plain = plain_rope_tables(config, positions)
     for length in (ROPE_ROWS, ROPE_ROWS + 1):
         for got, want in zip(rope_tables(config, positions, length), plain, strict=True):
-            assert got.shape == (1, 6, 1, config.rotary_dim // 2) and got.dtype == jnp.float32
+            assert got.shape == (1, 6, 1, config.base_head_width // 2) and got.dtype == jnp.float32
             np.testing.assert_allclose(got, want, atol=2e-7)
     computed = [
         "cos" in str(jax.make_jaxpr(lambda p, n=n: rope_tables(config, p, n))(positions))

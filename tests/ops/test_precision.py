@@ -54,7 +54,7 @@ def programs(precision: str) -> dict[str, Any]:
     keys, program = jax.random.split(jax.random.key(0), 2), DecodeProgram(c)
     given, counts = (variables, tokens, tokens > 0), jnp.zeros(2, jnp.int32)
     prefilled = jax.eval_shape(lambda: program.prefill(*given, keys, 4))
-    hidden = jnp.zeros((2, 4, c.norm_dim))
+    hidden = jnp.zeros((2, 4, c.base_width))
     return {
         "train step": step.lower(model.params, state, batch),
         "held-out loss": eval_step.lower(

@@ -106,8 +106,8 @@ def _fuse_by_leaf(
     full, blocks = METHODS[adapter.method].in_place == "full", trees.flatten(adapters)
     fused: dict[str, Any] = {}
     for name, leaf in trees.taken(params):
-        beside = name if full else f"{name.rpartition('/')[0]}/"
-        own = {block: x for block, x in blocks.items() if block.startswith(beside)}
+        prefix = name if full else f"{name.rpartition('/')[0]}/"
+        own = {block: x for block, x in blocks.items() if block.startswith(prefix)}
         part = _fuse(config, adapter, trees.unflatten({name: leaf}), trees.unflatten(own))
         fused |= jax.block_until_ready(trees.flatten(part))
         del leaf, part
@@ -126,10 +126,12 @@ def _fuse(config: LlamaConfig, adapter: AdapterConfig, params: Tree, adapters: T
         if module in KERNELS and parameter == "kernel":
             axis = -len(kernel_shapes(config)[module][1]) - 1
             wide = widen(leaf, axis, *resolved.extra(module))
-            beside = resolved.kernels.get(module)
-            if beside is None:
+            kernel_adapter = resolved.kernels.get(module)
+            if kernel_adapter is None:
                 return wide
-            return beside.fuse(wide, {b: flat[f"{name[:-6]}{b}"] for b in beside.shapes})
+            return kernel_adapter.fuse(
+                wide, {b: flat[f"{name[:-6]}{b}"] for b in kernel_adapter.shapes}
+            )
         if parameter == "bias":  # of heads, whose adapter dims have none
             return padded(leaf, {-1: resolved.heads})
         if parameter == "scale":
@@ -168,9 +170,9 @@ def _unfuse(config: LlamaConfig, adapter: AdapterConfig, params: Tree) -> tuple[
     flat, shapes = trees.flatten(params), param_shapes(config)
     base = {name: corner(leaf, shapes[name]) for name, leaf in flat.items()}
     back: dict[str, Any] = {}
-    for kernel, beside in _widenings(config, adapter).items():
+    for kernel, kernel_adapter in _widenings(config, adapter).items():
         for name in (name for name in flat if name.endswith(f"/{kernel}/kernel")):
-            blocks = beside.unfuse(flat[name]).items()
+            blocks = kernel_adapter.unfuse(flat[name]).items()
             back |= {name.removesuffix("kernel") + block: value for block, value in blocks}
     return tuple(constrain(trees.unflatten(found), fused=True) for found in (base, back))  # type: ignore[return-value]
 
@@ -178,7 +180,11 @@ def _unfuse(config: LlamaConfig, adapter: AdapterConfig, params: Tree) -> tuple[
 def _widenings(config: LlamaConfig, adapter: AdapterConfig) -> dict[str, Widening]:
     """The adapters of a method that widens, by kernel."""
     kernels = resolve_adapter(config, adapter).kernels.items()
-    return {kernel: beside for kernel, beside in kernels if isinstance(beside, Widening)}
+    return {
+        kernel: kernel_adapter
+        for kernel, kernel_adapter in kernels
+        if isinstance(kernel_adapter, Widening)
+    }
 
 
 def _require_widened(fused: Model, verb: str) -> AdapterConfig:
@@ -226,15 +232,15 @@ def _swap(
     arrange = trees.stack_layers if execution.scan_layers else trees.unstack_layers
     layers, divided = arrange(adapters, base.num_layers), several_devices()
     write = write_divided if divided else _write_in_place
-    for kernel, beside in _widenings(base, adapter).items():
+    for kernel, kernel_adapter in _widenings(base, adapter).items():
         path = f"{group(kernel)}/{kernel}"
         leaf = packed_rows(config)[kernel][0] if execution.packed else path
         for layer in layers:
             blocks, name = layers[layer][group(kernel)][kernel], f"{layer}/{leaf}/kernel"
             if execution.packed:
-                flat[name] = _swap_packed(config, kernel, beside, flat[name], blocks)
+                flat[name] = _swap_packed(config, kernel, kernel_adapter, flat[name], blocks)
             else:
-                flat[name] = beside.fuse(flat[name], blocks, write)
+                flat[name] = kernel_adapter.fuse(flat[name], blocks, write)
     swapped = trees.unflatten(flat)
     return constrain(swapped, fused=True) if divided else swapped
 
@@ -246,7 +252,7 @@ def _write_in_place(x: jax.Array, value: jax.Array, spans: dict[int, slice]) -> 
 
 
 def _swap_packed(
-    config: LlamaConfig, kernel: str, beside: Widening, leaf: Any, blocks: Tree
+    config: LlamaConfig, kernel: str, kernel_adapter: Widening, leaf: Any, blocks: Tree
 ) -> Any:
     """A packed leaf (`packing.joined`) with the blocks of one of its kernels written in."""
     inputs, outputs = kernel_shapes(config)[kernel]
@@ -255,9 +261,9 @@ def _swap_packed(
     place = np.arange(outputs[-1]) if order is None else np.argsort(order)
     heads = outputs[-1] * np.arange(math.prod(outputs[:-1]))
     for name, block in blocks.items():
-        reads, writes = beside.spans(name)
+        reads, writes = kernel_adapter.spans(name)
         rows = (start + heads[:, None] + place[writes]).reshape(-1)
-        value = beside.stored(name, block)
+        value = kernel_adapter.stored(name, block)
         if isinstance(leaf, QuantizedArray):
             like = replace(leaf, reads=len(inputs), writes=len(outputs))
             value = filled(quantize_block(value, like), value.shape)

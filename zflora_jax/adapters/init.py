@@ -74,12 +74,12 @@ def init_adapters(key: jax.Array, model: Model, adapter: AdapterConfig) -> trees
 
     def draw(name: str, shape: tuple[int, ...]) -> jax.Array:
         _, _, kernel, block = name.split("/")
-        beside = kernels[kernel]
-        if isinstance(beside, DoRA) and block == "magnitude":
-            return jax.lax.map(beside.start, _stacked(model, kernel))
-        if block not in beside.random:
+        kernel_adapter = kernels[kernel]
+        if isinstance(kernel_adapter, DoRA) and block == "magnitude":
+            return jax.lax.map(kernel_adapter.start, _stacked(model, kernel))
+        if block not in kernel_adapter.random:
             return jnp.zeros(shape, jnp.float32)
-        bound = 1 / math.sqrt(math.prod(beside.inputs))
+        bound = 1 / math.sqrt(math.prod(kernel_adapter.inputs))
         own = jax.random.fold_in(key, np.uint32(zlib.crc32(name.encode())))
         if start == "kaiming_uniform":
             # With a = sqrt(5), as torch starts a linear layer and PEFT LoRA's A.
@@ -96,10 +96,10 @@ def init_adapters(key: jax.Array, model: Model, adapter: AdapterConfig) -> trees
 
 def _warn_of_wide_heads(config: LlamaConfig, adapter: AdapterConfig) -> None:
     extra = resolve_adapter(config, adapter).heads
-    width = config.rotary_dim + extra
+    width = config.base_head_width + extra
     if extra and width not in SERVED_HEAD_DIMS:
         warnings.warn(
-            f"head_dim {config.rotary_dim} + {extra} = {width} is outside {SERVED_HEAD_DIMS}:"
+            f"head_dim {config.base_head_width} + {extra} = {width} is outside {SERVED_HEAD_DIMS}:"
             " transformers runs it, but attention kernels of servers may refuse it (vLLM's CPU"
             " build does). Leave extra_head_dim unset for the smallest that they run, if there is"
             " one.",
@@ -145,8 +145,11 @@ def split_base(model: Model, adapter: AdapterConfig) -> tuple[Model, Tree | None
         " packed (zf.dequantize_model), or another init.",
     )
     kernels = resolve_adapter(model.config, adapter).kernels
-    for kernel, beside in kernels.items():
-        side, rank = min(map(math.prod, (beside.inputs, beside.outputs))), adapter.rank_of(kernel)
+    for kernel, kernel_adapter in kernels.items():
+        side, rank = (
+            min(map(math.prod, (kernel_adapter.inputs, kernel_adapter.outputs))),
+            adapter.rank_of(kernel),
+        )
         above = f"rank {rank} is above the smaller side of {kernel}, {side}."
         require(rank <= side, f"adapter.init={adapter.init!r}: {above}")
     adapters = init_adapters(jax.random.key(0), model, adapter.replace(init=None))
@@ -161,9 +164,9 @@ def _split(
 ) -> tuple[Tree, Tree]:
     live, count = live_layers(config, adapter), config.num_layers
     base, found = (trees.flatten(trees.stack_layers(tree, count)) for tree in (params, adapters))
-    for kernel, beside in resolve_adapter(config, adapter).kernels.items():
+    for kernel, kernel_adapter in resolve_adapter(config, adapter).kernels.items():
         path, at = f"layers/{group(kernel)}/{kernel}", np.asarray(live[kernel]["lora_a"])
-        cut = partial(_cut, str(adapter.init), beside)
+        cut = partial(_cut, str(adapter.init), kernel_adapter)
         parts = jax.lax.map(cut, base[f"{path}/kernel"][at])  # one layer at a time
         for leaf, part in zip(("kernel", "lora_a", "lora_b"), parts, strict=True):
             tree, name = base if leaf == "kernel" else found, f"{path}/{leaf}"
@@ -174,17 +177,22 @@ def _split(
     return constrain(left), constrain(start)
 
 
-def _cut(start: str, beside: Any, kernel: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+def _cut(
+    start: str, kernel_adapter: Any, kernel: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     """(W - s A B, A [in, r], B [r, out]) of a kernel of one layer, A and B as PEFT takes them."""
-    matrix, rank = kernel.astype(jnp.float32).reshape(math.prod(beside.inputs), -1), beside.rank
+    matrix, rank = (
+        kernel.astype(jnp.float32).reshape(math.prod(kernel_adapter.inputs), -1),
+        kernel_adapter.rank,
+    )
     if start == "olora":  # QR of the transpose (arXiv 2406.01775); its first columns suffice
         q, _ = jnp.linalg.qr(matrix.T[:, :rank])
         a, b = jnp.matmul(matrix, q, precision="highest"), q.T
     else:  # "pissa", the largest singular values (arXiv 2404.02948)
         u, values, v = jnp.linalg.svd(matrix, full_matrices=False)
-        roots = jnp.sqrt(values[:rank] / beside.scale)
+        roots = jnp.sqrt(values[:rank] / kernel_adapter.scale)
         a, b = u[:, :rank] * roots[None], roots[:, None] * v[:rank]
-    left = matrix - beside.scale * jnp.matmul(a, b, precision="highest")
+    left = matrix - kernel_adapter.scale * jnp.matmul(a, b, precision="highest")
     return left.reshape(kernel.shape).astype(kernel.dtype), a, b
 
 

@@ -55,7 +55,7 @@ class ResolvedAdapter:
     @property
     def blocks(self) -> dict[str, dict[str, tuple[int, ...]]]:
         """Kernel -> block name -> shape in one layer, in the order of initialisation."""
-        return {kernel: beside.shapes for kernel, beside in self.kernels.items()}
+        return {kernel: kernel_adapter.shapes for kernel, kernel_adapter in self.kernels.items()}
 
     def extra(self, kernel: str) -> tuple[int, int]:
         """The extra widths of the streams that a kernel reads and writes."""
@@ -167,7 +167,7 @@ def _extra_widths(
         widths["residual"] = adapter.rank
     if row.heads and heads:
         given = adapter.extra_head_dim
-        widths["heads"] = default_extra_head_dim(config.rotary_dim) if given is None else given
+        widths["heads"] = default_extra_head_dim(config.base_head_width) if given is None else given
     if row.mlp and {"gate", "up", "down"} <= chosen:
         units = adapter.extra_mlp_units
         widths["mlp"] = adapter.rank if units is None else units
@@ -201,8 +201,8 @@ def fused_config(config: LlamaConfig, adapter: AdapterConfig) -> LlamaConfig:
 def base_config(fused: LlamaConfig, adapter: AdapterConfig) -> LlamaConfig:
     """The inverse of `fused_config`; ConfigError if `adapter` on no base gives `fused`."""
     base = fused.replace(
-        hidden_size=fused.norm_dim,
-        head_dim=fused.rotary_dim,
+        hidden_size=fused.base_width,
+        head_dim=fused.base_head_width,
         base_hidden_size=None,
         base_head_dim=None,
     )

@@ -36,7 +36,7 @@ def pack_for_decode(
     model: Model,
     kind: str | None = None,
     *,
-    beside: AdapterConfig | None = None,
+    unmerged: AdapterConfig | None = None,
     donate: bool = False,
 ) -> Model:
     """Brings a model, fused or not, into the layout for decode.
@@ -55,7 +55,7 @@ def pack_for_decode(
     Args:
       model: A base or fused model; a packed one is returned as it is.
       kind: Type of device, "cpu", "gpu" or "tpu"; None for this process's.
-      beside: Config of adapters that are to run next to the model.
+      unmerged: Config of adapters that are to run next to the model.
       donate: Whether to take leaves out of `model.params` as they are packed, so that no two copies
         are in memory. `model` cannot be used afterwards.
     """
@@ -67,7 +67,7 @@ def pack_for_decode(
     config = model.config
     narrow = _fused(model) and config.execution.dtype == "float16"
     # On a mesh a slice of a joined kernel would lie where another's belongs.
-    separate = mesh_of(model.params) is not None or narrow or apart_for(model, beside)
+    separate = mesh_of(model.params) is not None or narrow or apart_for(model, unmerged)
     if separate or not _joinable(model.params, kind):
         if not config.execution.scan_layers:
             return model
@@ -81,9 +81,9 @@ def _fused(model: Model) -> bool:
     return model.config.widened or model.adapter is not None
 
 
-def apart_for(model: Model, beside: AdapterConfig | None) -> bool:
+def apart_for(model: Model, unmerged: AdapterConfig | None) -> bool:
     """Whether adapters next to a model need its kernels separate; see `pack_for_decode`."""
-    return beside is not None and (_fused(model) or beside.use_dora)
+    return unmerged is not None and (_fused(model) or unmerged.use_dora)
 
 
 def packed_config(
@@ -218,13 +218,13 @@ def head_order(config: LlamaConfig, module: str) -> Any:
     if config.base_head_dim is None or module not in ("q", "k", *QK_NORMS):
         return None
     # Whole widened heads are rotated, which takes no more operations than a base's.
-    return paired_order(config.rotary_dim, config.head_dim)
+    return paired_order(config.base_head_width, config.head_dim)
 
 
 def _outputs(config: LlamaConfig, module: str, leaf: Any) -> Any:
     """A leaf of one layer with its last axis scaled by `state_scale` and in `head_order`."""
     if (scale := state_scale(config, module)) != 1:
-        base = config.rotary_dim if module in ("q", "k", *QK_NORMS) else config.norm_dim
+        base = config.base_head_width if module in ("q", "k", *QK_NORMS) else config.base_width
         is_state = jnp.arange(leaf.shape[-1]) >= base
         leaf = scaled_outputs(leaf, jnp.where(is_state, scale, 1.0))
     if (order := head_order(config, module)) is not None:

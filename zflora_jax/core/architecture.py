@@ -99,11 +99,11 @@ def param_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
     d, v = config.hidden_size, config.vocab_size
     layer = {name: shape for name, (shape, _) in layer_shapes(config).items()}
     shapes: dict[str, tuple[int, ...]] = {
-        "embed/embedding": (v, config.norm_dim),
+        "embed/embedding": (v, config.base_width),
         "final_norm/scale": (d,),
     }
     if not config.tie_word_embeddings:
-        shapes["lm_head/kernel"] = (config.norm_dim, v)
+        shapes["lm_head/kernel"] = (config.base_width, v)
     if config.execution.scan_layers:
         shapes |= {f"layers/{name}": (config.num_layers, *shape) for name, shape in layer.items()}
     else:

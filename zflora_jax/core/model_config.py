@@ -107,8 +107,8 @@ class LlamaConfig:
             " grouped-query attention needs whole groups.",
         )
         require(
-            self.rotary_dim % 2 == 0,
-            f"base_head_dim={self.rotary_dim}: RoPE turns pairs of dims, so it must be even.",
+            self.base_head_width % 2 == 0,
+            f"base_head_dim={self.base_head_width}: RoPE turns pairs of dims, so it must be even.",
         )
         for name in ("head_dim", "hidden_size"):
             base, wide = getattr(self, f"base_{name}") or 0, getattr(self, name)
@@ -135,12 +135,12 @@ class LlamaConfig:
         return FAMILIES[self.family]
 
     @property
-    def norm_dim(self) -> int:
+    def base_width(self) -> int:
         """Residual channels of the base model, d."""
         return self.base_hidden_size or self.hidden_size
 
     @property
-    def rotary_dim(self) -> int:
+    def base_head_width(self) -> int:
         """Head dims of the base model, k."""
         return self.base_head_dim or self.head_dim
 
@@ -158,7 +158,7 @@ class LlamaConfig:
         return self.replace(
             hidden_size=self.hidden_size + d,
             intermediate_size=self.intermediate_size + f,
-            base_hidden_size=self.norm_dim if d else self.base_hidden_size,
+            base_hidden_size=self.base_width if d else self.base_hidden_size,
             fill_residual=0,
             fill_mlp=0,
         )

@@ -332,7 +332,7 @@ def _shorten(
 _CHUNK = 1000  # examples per tokenizer call
 
 
-class TokenizedExample(NamedTuple):
+class TokenizedSequence(NamedTuple):
     """One training sequence, of one example or several packed ones."""
 
     tokens: np.ndarray  # int32 [n]
@@ -344,7 +344,7 @@ class TokenizedExample(NamedTuple):
 class Encoded:
     """Tokenised examples, in the order of their source."""
 
-    rows: tuple[TokenizedExample, ...]
+    rows: tuple[TokenizedSequence, ...]
     dropped: int  # examples that were too long
     pad_id: int  # the token id that fills short rows of a batch
     truncated: int = 0  # documents and conversations that were cut to fit
@@ -387,13 +387,13 @@ def tokenize_examples(
         len(examples) > 0,
         "the dataset is empty: there is nothing to tokenise. Check data.task and data.data_dir.",
     )
-    rows, truncated = list[TokenizedExample](), 0
+    rows, truncated = list[TokenizedSequence](), 0
     for start in range(0, len(examples), _CHUNK):
         chunk = list(examples[start : start + _CHUNK])
         for example, whole in zip(chunk, encode_examples(chunk, tokenizer, data), strict=True):
             tokens, mask = cut_to_fit(example, whole, tokenizer, data)
             segments = np.ones(len(tokens), np.int32)
-            rows.append(TokenizedExample(tokens, mask | data.train_on_prompt, segments))
+            rows.append(TokenizedSequence(tokens, mask | data.train_on_prompt, segments))
             truncated += len(tokens) < len(whole[0])
     kept = [i for i, row in enumerate(rows) if len(row.tokens) <= data.bucket_lengths[-1]]
     _report_lengths([len(row.tokens) for row in rows], len(kept), truncated, data)

@@ -15,7 +15,7 @@ import numpy as np
 
 from zflora_jax.core.fields import require
 from zflora_jax.core.run_config import DataConfig
-from zflora_jax.data.encoding import Encoded, TokenizedExample
+from zflora_jax.data.encoding import Encoded, TokenizedSequence
 
 Batch = dict[str, np.ndarray]
 """tokens [B, T] int32, right-padded; loss_mask [B, T] bool, True where the token at that position
@@ -32,13 +32,13 @@ def pack_sequences(encoded: Encoded, capacity: int) -> Encoded:
     each task. The loss is that of the separate sequences: `segments` number the examples of a row,
     and nothing predicts the first token of a sequence, so it is masked.
     """
-    packed: list[TokenizedExample] = []
+    packed: list[TokenizedSequence] = []
     parts, start = [], 0
     for size in encoded.parts:
         rows = encoded.rows[start : start + size]
         start += size
         room: list[tuple[int, int]] = []  # (free tokens, bin), sorted
-        bins: list[list[TokenizedExample]] = []
+        bins: list[list[TokenizedSequence]] = []
         for i in sorted(range(size), key=lambda i: (-len(rows[i].tokens), i)):
             need = len(rows[i].tokens)
             at = bisect.bisect_left(room, (need, -1))
@@ -52,11 +52,11 @@ def pack_sequences(encoded: Encoded, capacity: int) -> Encoded:
     return replace(encoded, rows=tuple(packed), parts=tuple(parts))
 
 
-def _join(rows: Sequence[TokenizedExample]) -> TokenizedExample:
+def _join(rows: Sequence[TokenizedSequence]) -> TokenizedSequence:
     masks = [row.loss_mask & (np.arange(len(row.tokens)) > 0) for row in rows]
     segments = [np.full(len(row.tokens), i, np.int32) for i, row in enumerate(rows, 1)]
     tokens = np.concatenate([row.tokens for row in rows])
-    return TokenizedExample(tokens, np.concatenate(masks), np.concatenate(segments))
+    return TokenizedSequence(tokens, np.concatenate(masks), np.concatenate(segments))
 
 
 def train_batches(
@@ -79,7 +79,7 @@ def train_batches(
 
     require(len(encoded) > 0, "the dataset is empty: there is nothing to train on.")
 
-    def endless(rows: Sequence[TokenizedExample]) -> Any:
+    def endless(rows: Sequence[TokenizedSequence]) -> Any:
         return grain.MapDataset.source(rows).seed(data.seed).shuffle().repeat(_EPOCHS)
 
     if encoded.weights is None:
@@ -121,7 +121,7 @@ def eval_batches(encoded: Encoded, batch_size: int, lengths: Sequence[int]) -> I
 
 
 def pad(
-    rows: Sequence[TokenizedExample],
+    rows: Sequence[TokenizedSequence],
     lengths: Sequence[int],
     pad_id: int,
     own: Sequence[int] | None = None,

@@ -10,7 +10,7 @@ import numpy as np
 
 from zflora_jax.core.fields import require
 from zflora_jax.core.run_config import RunConfig
-from zflora_jax.data.encoding import TokenizedExample, tokenize_examples
+from zflora_jax.data.encoding import TokenizedSequence, tokenize_examples
 from zflora_jax.data.mixture import load_mixture
 from zflora_jax.data.pipeline import pack_sequences, train_batches
 
@@ -74,7 +74,7 @@ def data_view(
     return DataView(facts, histogram, [_spans(row, tokenizer) for row in packed.rows[:rows]])
 
 
-def _spans(row: TokenizedExample, tokenizer: Any) -> list[tuple[str, bool]]:
+def _spans(row: TokenizedSequence, tokenizer: Any) -> list[tuple[str, bool]]:
     changes = np.flatnonzero(np.diff(row.loss_mask.astype(np.int8))) + 1
     parts = zip(np.split(row.tokens, changes), np.split(row.loss_mask, changes), strict=True)
     return [(tokenizer.decode(x.tolist(), skip_special_tokens=False), bool(m[0])) for x, m in parts]

@@ -142,9 +142,9 @@ def write_hf(out: str | Path, run: TrainedRun, **settings: Any) -> dict[str, Any
 
 def check_gguf(out: Path, *, quant: str | None = None, **_: Any) -> None:
     """Refuses an `out` or `quant` that cannot be written."""
-    from zflora_jax.hf.gguf.write import check_target
+    from zflora_jax.hf.gguf.write import gguf_target
 
-    check_target(out, quant or "q8_0")
+    gguf_target(out, quant or "q8_0")
 
 
 def write_gguf(

@@ -33,8 +33,8 @@ from zflora_jax.hf.keys import as_finite, hf_table, members, quantized
 from zflora_jax.hf.shards import FLOATS, Shards, Spec
 from zflora_jax.hf.stock import (
     CHOICES,
+    HFContent,
     StockForm,
-    Stored,
     module_of,
     native_leaf,
     round_up,
@@ -262,7 +262,7 @@ def _shared_scales(form: CompressedForm, model: Model, eps_z: float | None) -> C
     return replace(form, stock=stock, units=units)
 
 
-def compressed(model: Model, quant: str, dtype: str, eps_z: float | None) -> Stored:
+def compressed(model: Model, quant: str, dtype: str, eps_z: float | None) -> HFContent:
     """The content of a directory with quantised kernels.
 
     Args:
@@ -314,7 +314,7 @@ def compressed(model: Model, quant: str, dtype: str, eps_z: float | None) -> Sto
     config = {**floats.config, "quantization_config": _quantization_config(form)}
     stored = {"stored_config": to_dict(form.stock.native), "multiple": form.stock.multiple}
     report = {**floats.report, "quant": f"{quant}: {row.text}"}
-    return Stored(form.stock, config, specs, tensor, report, {"quant": quant, **stored})
+    return HFContent(form.stock, config, specs, tensor, report, {"quant": quant, **stored})
 
 
 def _stock_kernel(form: CompressedForm, model: Model, name: str) -> tuple[np.ndarray, np.ndarray]:
@@ -328,7 +328,7 @@ def _stock_kernel(form: CompressedForm, model: Model, name: str) -> tuple[np.nda
     columns = np.ones(codes.shape[2:], np.float32)
     if kernel not in ("q", "k", "gate"):
         columns[:, parts.outputs :] = form.powers(writes, layer)
-    elif form.stock.turned(kernel):
+    elif form.stock.rotated(kernel):
         columns *= form.stock.head_scale(kernel, form.stock.eps_z)[: codes.shape[-1]]
     width, group = place.shape[(place.in_axes or 1) - 1], form.groups[kernel]
 
@@ -336,7 +336,7 @@ def _stock_kernel(form: CompressedForm, model: Model, name: str) -> tuple[np.nda
         """Filled up to the stored widths, [out, in]."""
         pads = [(0, 0), (0, inputs - part.shape[1]), (0, 0), (0, place.shape[-1] - part.shape[3])]
         part = np.pad(part, pads, constant_values=value)
-        if form.stock.turned(kernel):
+        if form.stock.rotated(kernel):
             part = part[..., form.stock.head_order]
         return np.ascontiguousarray(part.transpose(2, 3, 0, 1).reshape(-1, part[:, :, 0, 0].size))
 

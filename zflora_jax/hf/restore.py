@@ -119,7 +119,7 @@ def load_export(directory: Path, dtype: str, scan_layers: bool, mesh: Any = None
         # The adapter's state starts at zero, and the head does not read it.
         if module_of(place) in TABLES and np.count_nonzero(found) < np.count_nonzero(x):
             raise CheckpointError(
-                f"{directory}: {name} has channels from {native.norm_dim} on that are not zero."
+                f"{directory}: {name} has channels from {native.base_width} on that are not zero."
                 " They are the adapter's state, which other software has changed. Without"
                 f" {MANIFEST} the directory loads as an ordinary model."
             )
@@ -149,7 +149,7 @@ def load_stock(directory: Path, scan_layers: bool = True, mesh: Any = None) -> M
     shards = Shards(directory) if quant is None else CompressedShards(directory, quant)
 
     def read(name: str, place: Place) -> np.ndarray:
-        if quant is None and not form.turned(module_of(place)):
+        if quant is None and not form.rotated(module_of(place)):
             return read_place(shards, name, place, np.dtype(export.dtype))
         return form.inverse_heads(module_of(place), read_place(shards, name, place), state=False)
 

@@ -25,7 +25,7 @@ from zflora_jax.hf.hub import base_name, locate, packaged
 from zflora_jax.hf.keys import as_finite, hf_table
 from zflora_jax.hf.restore import FORMAT, MANIFEST, SIDE_FILE, SIDE_FOLDER, VERSION, read_manifest
 from zflora_jax.hf.shards import INDEX, tensor_bytes, write_tensors
-from zflora_jax.hf.stock import StockForm, Stored, module_of, native_tensor, to_stock
+from zflora_jax.hf.stock import HFContent, StockForm, module_of, native_tensor, to_stock
 from zflora_jax.hf.tokenizer import write_generation_config, write_tokenizer_files
 from zflora_jax.nn.quantize_model import is_quantized, stored_text
 from zflora_jax.ops.quantized import QuantizedArray
@@ -134,7 +134,7 @@ def _own_files(directory: Path) -> set[str] | None:
     return {str(name) for name in files} if isinstance(files, list) else None
 
 
-def _write_shards(folder: Path | None, stored: Stored, limit: int) -> None:
+def _write_shards(folder: Path | None, stored: HFContent, limit: int) -> None:
     """Writes model.safetensors, or shards with an index; nothing where `folder` is None."""
     from huggingface_hub import split_state_dict_into_shards_factory as split
 
@@ -167,7 +167,7 @@ def _write_side_file(folder: Path | None, model: Model, form: StockForm, dtype: 
     write_tensors(path, specs, tensor)
 
 
-def _manifest(model: Model, stored: Stored, dtype: str, given: str | None) -> dict[str, Any]:
+def _manifest(model: Model, stored: HFContent, dtype: str, given: str | None) -> dict[str, Any]:
     """The content of zflora.json but for its figures and files. given: The fingerprint of the base;
     None: that of the base that the model holds unchanged, if any. Processes call this together.
     """

@@ -78,7 +78,7 @@ class StockForm:
     @property
     def wider(self) -> float:
         """sqrt((k+e)/k), the factor that stock classes divide the scores by too much."""
-        return math.sqrt(self.native.head_dim / self.native.rotary_dim)
+        return math.sqrt(self.native.head_dim / self.native.base_head_width)
 
     @functools.cached_property
     def width(self) -> int:
@@ -90,7 +90,7 @@ class StockForm:
     @functools.cached_property
     def config(self) -> LlamaConfig:
         """The config with stock widths and rms_norm_eps, and the base's RoPE settings."""
-        eps = self.native.rms_norm_eps * self.native.norm_dim / self.width
+        eps = self.native.rms_norm_eps * self.native.base_width / self.width
         return self.native.replace(
             hidden_size=self.width, rms_norm_eps=eps, base_hidden_size=None, base_head_dim=None
         )
@@ -118,7 +118,7 @@ class StockForm:
     @property
     def head_order(self) -> np.ndarray:
         """[k+e]: the native head dim at each stock position, base halves first in each half."""
-        return paired_order(self.native.rotary_dim, self.native.head_dim)
+        return paired_order(self.native.base_head_width, self.native.head_dim)
 
     def restored(self, module: str) -> bool:
         """Whether stock form rounds a module, so that an export stores its native floats too."""
@@ -135,11 +135,11 @@ class StockForm:
         place, x = native_tensor(model, name)
         wanted = hf_table(self.native)[name].shape
         x = np.pad(x, [(0, b - a) for a, b in zip(x.shape, wanted, strict=True)])
-        return hf_table(self.config)[name].to_hf(self.forward(module_of(place), x))
+        return hf_table(self.config)[name].to_hf(self.convert(module_of(place), x))
 
-    def forward(self, module: str, x: np.ndarray) -> np.ndarray:
+    def convert(self, module: str, x: np.ndarray) -> np.ndarray:
         """Brings a native leaf of one layer, float32, into stock form."""
-        if self.turned(module):
+        if self.rotated(module):
             x = (x * self.head_scale(module, self.eps_z))[..., self.head_order]
         axis = self._residual_axis(module, x.ndim)
         if axis is None:
@@ -149,20 +149,20 @@ class StockForm:
         return np.moveaxis(x * self._scale(module, self.width), -1, axis)
 
     def inverse(self, module: str, x: np.ndarray) -> np.ndarray:
-        """The inverse of `forward`, of a leaf without its padding; exact unless `restored`."""
+        """The inverse of `convert`, of a leaf without its padding; exact unless `restored`."""
         axis = self._residual_axis(module, x.ndim)
         if axis is not None:
             scale = self._scale(module, x.shape[axis])
             x = np.moveaxis(np.moveaxis(x, axis, -1) / scale, -1, axis)
         return self.inverse_heads(module, x)
 
-    def turned(self, module: str) -> bool:
+    def rotated(self, module: str) -> bool:
         """Whether a leaf has dims of widened heads, reordered and scaled for stock RoPE."""
         return self.native.base_head_dim is not None and module in _ROTATED
 
     def inverse_heads(self, module: str, x: np.ndarray, *, state: bool = True) -> np.ndarray:
         """The part of `inverse` that concerns heads. state: Whether eps_z is undone."""
-        if not self.turned(module):
+        if not self.rotated(module):
             return x
         scale = self.head_scale(module, self.eps_z if state else 1.0)
         return x[..., np.argsort(self.head_order)] / scale
@@ -173,7 +173,7 @@ class StockForm:
         scale, wider = np.ones(n.head_dim, np.float32), 1.0 if self.scores_in_rope else self.wider
         if not n.traits.qk_norm:
             return scale * np.float32(wider if module.startswith("q") else 1)
-        scale[n.rotary_dim :] = 1 / eps_z if module in QK_NORMS else eps_z
+        scale[n.base_head_width :] = 1 / eps_z if module in QK_NORMS else eps_z
         return scale / np.float32(wider if module == "k_norm" else 1)
 
     def _residual_axis(self, module: str, ndim: int) -> int | None:
@@ -186,7 +186,7 @@ class StockForm:
 
     def _scale(self, module: str, width: int) -> np.ndarray:
         """The factors of a leaf's residual channels."""
-        scale, d = np.ones(width, np.float32), self.native.norm_dim
+        scale, d = np.ones(width, np.float32), self.native.base_width
         if module in _NORMS:
             scale[:] = math.sqrt(d / self.width)
         elif module not in TABLES:
@@ -195,7 +195,7 @@ class StockForm:
 
 
 @dataclass(frozen=True)
-class Stored:
+class HFContent:
     """The content of a Hugging Face directory, before it is written."""
 
     form: StockForm
@@ -269,7 +269,7 @@ def native_tensor(model: Model, name: str) -> tuple[Place, np.ndarray]:
     return place, np.asarray(native_leaf(model, place).astype(np.float32))
 
 
-def to_stock(model: Model, dtype: str, eps_z: float | None = None) -> Stored:
+def to_stock(model: Model, dtype: str, eps_z: float | None = None) -> HFContent:
     """A base or fused model in stock form; arguments and errors as for `stock_form`.
 
     Arithmetic is in float32 with one cast to `dtype`; values that stock form does not change are
@@ -279,7 +279,7 @@ def to_stock(model: Model, dtype: str, eps_z: float | None = None) -> Stored:
     return stored_form(model, stock_form(model, dtype, eps_z), dtype)
 
 
-def stored_form(model: Model, form: StockForm, dtype: str) -> Stored:
+def stored_form(model: Model, form: StockForm, dtype: str) -> HFContent:
     """A model in a given stock form; see `to_stock`."""
     table = hf_table(form.config)
     names, specs = members(table), {n: (shape, dtype) for n, shape in hf_shapes(table).items()}
@@ -294,7 +294,7 @@ def stored_form(model: Model, form: StockForm, dtype: str) -> Stored:
     config = to_hf_config(form.config, dtype, form.rope)
     report = {"parameters": count_base(form.config), **widths_report(model.config, form.config)}
     report |= {"eps_z": form.eps_z} if scales_state(model.config) else {}
-    return Stored(form, config, specs, tensor, report)
+    return HFContent(form, config, specs, tensor, report)
 
 
 # --- eps_z ----------------------------------------------------------------------------------------
@@ -321,9 +321,9 @@ def state_share(model: Model) -> float:
     """
     config, shares = model.config, [0.0]
     # kernel -> (channels of the base that it writes, axes of them)
-    writes = {"o": (config.norm_dim, 1), "down": (config.norm_dim, 1)}
+    writes = {"o": (config.base_width, 1), "down": (config.base_width, 1)}
     if config.traits.qk_norm:
-        writes |= {"q": (config.rotary_dim, 2), "k": (config.rotary_dim, 2)}
+        writes |= {"q": (config.base_head_width, 2), "k": (config.base_head_width, 2)}
     for name, leaf in trees.flatten(model.params).items():
         module, parameter = name.split("/")[-2:]
         base, axes = writes.get(module, (leaf.shape[-1], 1))

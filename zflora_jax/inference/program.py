@@ -44,7 +44,7 @@ def packed(model: Model, unmerged: AdapterConfig | None = None) -> Model:
     """
     kept = _unpacked if apart_for(model, unmerged) else _packed
     if model not in kept or kept[model][0] is not model.params:
-        made = pack_for_decode(model, beside=unmerged)
+        made = pack_for_decode(model, unmerged=unmerged)
         if made is model:
             return model
         kept[model] = model.params, made

@@ -24,14 +24,14 @@ from zflora_jax.nn.kv_cache import KVCache, LayerCache
 from zflora_jax.nn.layers import Channels, Dense, RMSNorm, swiglu
 from zflora_jax.ops.attention import attention
 from zflora_jax.ops.attention_mask import AttentionMask
-from zflora_jax.ops.linear import Array, beside
+from zflora_jax.ops.linear import Array, adapter_input
 from zflora_jax.ops.remat import save_for_backward
 from zflora_jax.ops.rope import apply_rope
 from zflora_jax.parallel.mesh import has_values_here
 
 
 class Attention(nn.Module):
-    """(x, z) -> (y, y_z), each [B, T, width]; and the layer's updated cache."""
+    """Maps a stream h = (x, z) to (y, y_z), each [B, T, width], and returns the updated cache."""
 
     config: LlamaConfig
     adapter: AdapterConfig | None
@@ -42,22 +42,24 @@ class Attention(nn.Module):
         self.qkv = packed_dense(c, "attn/qkv")
         self.q, self.k, self.v, self.o = (dense(c, adapter, name) for name in "qkvo")
         if c.traits.qk_norm:
-            joint = c.execution.packed or c.execution.joint_head_norms
+            # Packing scales the adapter's dims down: a sum over all dims is that of the base.
+            tiny = c.execution.packed or c.execution.joint_head_norms
             self.q_norm, self.k_norm = (
-                RMSNorm(c.head_dim, c.rotary_dim, c.rms_norm_eps, joint) for _ in "qk"
+                RMSNorm(c.head_dim, c.base_head_width, c.rms_norm_eps, tiny_state=tiny)
+                for _ in "qk"
             )
 
     def __call__(
-        self, h: Channels, context: Context, cache: LayerCache | None, turned: Array | None = None
+        self, h: Channels, context: Context, cache: LayerCache | None, use_rope: Array | None = None
     ) -> tuple[Channels, LayerCache | None]:
         heads = products(self.config, "attn/qkv", self.qkv, (self.q, self.k, self.v), h)
         if self.config.traits.qk_norm:
             heads[:2] = self.q_norm(*heads[0]), self.k_norm(*heads[1])
-        q, k, v = (self._widened(*x) for x in heads)
-        q, k = (apply_rope(x, context.cos, context.sin, turned) for x in (q, k))
-        alone = context.mask.first is None
-        past, cache = KVCache.update(cache, k, v, context.index, alone)
-        out = attention(q, past.keys, past.values, context.mask, self.config.rotary_dim**-0.5)
+        q, k, v = (self._widened(*pair) for pair in heads)
+        q, k = (apply_rope(x, context.cos, context.sin, use_rope) for x in (q, k))
+        empty = context.mask.first is None  # the tokens attend to each other only
+        seen, cache = KVCache.update(cache, k, v, context.index, empty)
+        out = attention(q, seen.keys, seen.values, context.mask, self.config.base_head_width**-0.5)
         base = self.config.head_dim
         return self.o(out[..., :base], out[..., base:]) if self.extra else self.o(out), cache
 
@@ -91,7 +93,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer, whose carry is the residual stream. `turned` is False in a layer without RoPE,
+    """One layer, whose carry is the residual stream. `use_rope` is False in a layer without RoPE,
     None where all layers have it.
     """
 
@@ -101,7 +103,8 @@ class Block(nn.Module):
     def setup(self) -> None:
         c = self.config
         self.attn_norm, self.mlp_norm = (
-            RMSNorm(c.hidden_size, c.norm_dim, c.rms_norm_eps, c.execution.packed) for _ in range(2)
+            RMSNorm(c.hidden_size, c.base_width, c.rms_norm_eps, tiny_state=c.execution.packed)
+            for _ in range(2)
         )
         self.attn, self.mlp = Attention(c, self.adapter), MLP(c, self.adapter)
 
@@ -109,10 +112,10 @@ class Block(nn.Module):
         self,
         carry: Channels,
         cache: LayerCache | None,
-        turned: Array | None,
+        use_rope: Array | None,
         context: Context,
     ) -> tuple[Channels, LayerCache | None]:
-        update, cache = self.attn(self.attn_norm(*carry), context, cache, turned)
+        update, cache = self.attn(self.attn_norm(*carry), context, cache, use_rope)
         carry = jax.tree.map(lambda x: save_for_backward(x, "residual"), add(carry, update))
         return add(carry, self.mlp(self.mlp_norm(*carry))), cache
 
@@ -120,8 +123,8 @@ class Block(nn.Module):
 def dense(config: LlamaConfig, adapter: AdapterConfig | None, kernel: str) -> Dense:
     """The layer of a kernel, with its adapter."""
     axes = kernel_shapes(config)[kernel]
-    beside = resolve_adapter(config, adapter).kernels.get(kernel)
-    return Dense(*axes, beside, has_bias(config, kernel), config.execution.packed)
+    kernel_adapter = resolve_adapter(config, adapter).kernels.get(kernel)
+    return Dense(*axes, kernel_adapter, has_bias(config, kernel), config.execution.packed)
 
 
 def packed_dense(config: LlamaConfig, leaf: str) -> Dense | None:
@@ -136,7 +139,9 @@ def packed_dense(config: LlamaConfig, leaf: str) -> Dense | None:
 def products(
     config: LlamaConfig, leaf: str, packed: Dense | None, kernels: Sequence[Dense], h: Channels
 ) -> list[Channels]:
-    """The outputs of kernels that read the same stream; `packed`: of all of them, in `leaf`."""
+    """The outputs of kernels that read the same stream. `packed` is the layer of all of them, whose
+    kernel is `leaf`; None where they are separate.
+    """
     x, z = h
     parts: Sequence[Array | None] = [None] * len(kernels)
     if packed is not None:
@@ -145,8 +150,8 @@ def products(
         heads = packed(x)[0].reshape(*x.shape[:2], -1, *head)
         ends = [rows[kernel][2] // math.prod(head) for kernel in PACKED[leaf]]
         parts = jnp.split(heads, ends[:-1], axis=2)
-    for_adapter = beside(x)
-    return [kernel(x, z, y, for_adapter) for kernel, y in zip(kernels, parts, strict=True)]
+    x_adapter = adapter_input(x)
+    return [kernel(x, z, y, x_adapter) for kernel, y in zip(kernels, parts, strict=True)]
 
 
 def add(stream: Channels, update: Channels) -> Channels:

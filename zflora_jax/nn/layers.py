@@ -1,10 +1,11 @@
 """Layers of a model whose streams may be widened.
 
-A stream is a pair (x, z): base channels and adapter channels, z = None where there are none. A
-fused model carries everything in x. RMSNorm takes its mean over the base channels; Dense adds the
-adapter's products to the base kernel's (docs/method.md; this project's reconstruction of zFLoRA).
+A stream is a pair (x, z): base channels and adapter channels (the adapter's state), z = None where
+there are none. A fused model carries everything in x. RMSNorm takes its mean over the base
+channels; Dense adds the adapter's products to the base kernel's (docs/method.md; this project's
+reconstruction of zFLoRA).
 
-Shapes in names: B batch, T positions, d residual width, V vocabulary.
+Shapes in names: B batch, T positions, d residual width, b the base's residual width, V vocabulary.
 """
 
 from __future__ import annotations
@@ -64,7 +65,7 @@ class Dense(AdaptedModule):
         x: Array,
         z: Array | None = None,
         y: Array | None = None,
-        beside: Array | None = None,
+        x_adapter: Array | None = None,
     ) -> tuple[Array, Array | None]:
         """The kernel's product and what the adapter adds.
 
@@ -72,7 +73,7 @@ class Dense(AdaptedModule):
           x: [B, T, *in_axes].
           z: [B, T, *in_axes with the extra width], or None.
           y: x W where W is packed with other kernels; None to compute it here.
-          beside: x for the adapter's products (`ops.linear.beside`); None for x itself.
+          x_adapter: x for the adapter's products (`ops.linear.adapter_input`); None for x itself.
 
         Returns:
           y [B, T, *out_axes], and y_z [B, T, *out_axes with the extra width] or None.
@@ -86,12 +87,12 @@ class Dense(AdaptedModule):
                 y = y + bias
         if self.adapter is None or self.is_initializing():
             return y, None
-        beside = x if beside is None else beside
+        x_adapter = x if x_adapter is None else x_adapter
         blocks: dict[str, Any] = {
             name: self.get_variable("adapters", name) for name in self.adapter.shapes
         }
-        dropped = self._dropped(beside, self.adapter.dropout)
-        base = Base(self.get_variable("params", "kernel"), bias, dropped is not beside)
+        dropped = self._dropped(x_adapter, self.adapter.dropout)
+        base = Base(self.get_variable("params", "kernel"), bias, dropped is not x_adapter)
         return self.adapter(blocks, dropped, z, y, base)
 
     def _product(self, x: Array) -> Array:
@@ -118,14 +119,14 @@ class RMSNorm(AdaptedModule):
 
     Attributes:
       dim: Channels of x.
-      norm_dim: Channels of the base, the first of them.
+      base_width: Channels of the base, the first of them.
       eps: Added to the mean square.
       tiny_state: Whether x's other channels are too small to count in a sum of squares over all
         (`adapters.packing.STATE_SCALE`).
     """
 
     dim: int
-    norm_dim: int
+    base_width: int
     eps: float
     tiny_state: bool = False
 
@@ -133,8 +134,8 @@ class RMSNorm(AdaptedModule):
     def __call__(self, x: Array, z: Array | None = None) -> tuple[Array, Array | None]:
         gain = self.base_param("scale", nn.initializers.ones, (self.dim,)).astype(jnp.float32)
         wide = x.astype(jnp.float32)
-        counted = wide if self.tiny_state else wide[..., : self.norm_dim]
-        mean = jnp.sum(jnp.square(counted), axis=-1, keepdims=True) / self.norm_dim
+        counted = wide if self.tiny_state else wide[..., : self.base_width]
+        mean = jnp.sum(jnp.square(counted), axis=-1, keepdims=True) / self.base_width
         inverse = jax.lax.rsqrt(mean + self.eps)
         y = (wide * inverse * gain.reshape((1,) * (x.ndim - 1) + gain.shape)).astype(x.dtype)
         return y, None if z is None else (z.astype(jnp.float32) * inverse).astype(z.dtype)
@@ -146,8 +147,8 @@ def swiglu(gate: Array, up: Array) -> Array:
 
 
 class Embed(AdaptedModule):
-    """Token embeddings [V, b], also a tied output head; b is the base's d. The other channels of
-    the stream, a fused adapter's state, start at zero.
+    """Token embeddings [V, b], also a tied output head. The other channels of the stream, a fused
+    adapter's state, start at zero.
     """
 
     config: LlamaConfig
@@ -156,7 +157,7 @@ class Embed(AdaptedModule):
         self.table = self.base_param(
             "embedding",
             nn.initializers.normal(0.02),
-            (self.config.vocab_size, self.config.norm_dim),
+            (self.config.vocab_size, self.config.base_width),
         )
 
     def __call__(self, tokens: Array) -> Array:
@@ -173,6 +174,6 @@ class Head(AdaptedModule):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        shape = (self.config.norm_dim, self.config.vocab_size)
+        shape = (self.config.base_width, self.config.vocab_size)
         kernel = self.base_param("kernel", nn.initializers.normal(0.02), shape)
         return output_logits(x, kernel, tied=False)

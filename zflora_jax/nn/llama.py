@@ -68,7 +68,7 @@ class Llama(nn.Module):
             )(c, adapter)
         else:
             self.layers = [block(c, adapter) for _ in range(c.num_layers)]
-        self.final_norm = RMSNorm(c.hidden_size, c.norm_dim, c.rms_norm_eps, execution.packed)
+        self.final_norm = RMSNorm(c.hidden_size, c.base_width, c.rms_norm_eps, execution.packed)
         if not c.tie_word_embeddings:
             self.lm_head = Head(c)
 
@@ -119,7 +119,7 @@ class Llama(nn.Module):
         width = resolve_adapter(self.config, self.adapter).residual
         carry: Channels = (x, jnp.zeros((*x.shape[:2], width), x.dtype) if width else None)
         carry, layers = self._run_layers(carry, None if cache is None else cache.layers, context)
-        x = self.final_norm(*carry)[0][..., : self.config.norm_dim]  # the head reads no state
+        x = self.final_norm(*carry)[0][..., : self.config.base_width]  # the head reads no state
         if cache is None:
             return x, None
         return x, KVCache(layers, slots, cache.index + tokens.shape[1])
@@ -130,12 +130,12 @@ class Llama(nn.Module):
 
     def _run_layers(self, carry: Channels, caches: Any, context: Context) -> tuple[Channels, Any]:
         c = self.config
-        turned = jnp.asarray([i not in c.nope_layers for i in range(c.num_layers)])
+        use_rope = jnp.asarray([i not in c.nope_layers for i in range(c.num_layers)])
         if c.execution.scan_layers:
-            return self.layers(carry, caches, turned if c.nope_layers else None, context)
+            return self.layers(carry, caches, use_rope if c.nope_layers else None, context)
         updated = []
         for i, layer in enumerate(self.layers):
-            here = turned[i] if i in c.nope_layers else None
+            here = use_rope[i] if i in c.nope_layers else None
             carry, cache = layer(carry, None if caches is None else caches[i], here, context)
             updated.append(cache)
         return carry, updated

@@ -164,7 +164,7 @@ def _quantized(config: LlamaConfig, how: QuantizeConfig, name: str, leaf: Any) -
 @partial(jax.jit, static_argnames=("name", "kind", "group", "reads", "writes"))
 def _quantize(name: str, kind: str, leaf: Any, group: int, reads: int, writes: int) -> Any:
     made = quantize(leaf, kind, reads=reads, writes=writes, group=group)
-    return trees.flatten(constrain({name: made}))[name]
+    return trees.flatten(constrain(trees.unflatten({name: made})))[name]
 
 
 def dequantize_model(model: Model, dtype: str | None = None) -> Model:

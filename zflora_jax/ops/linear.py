@@ -105,7 +105,7 @@ def project(x: Array, block: Array, axes: int = 1) -> Array:
 
 
 @jax.custom_vjp
-def beside(x: Array) -> Array:
+def adapter_input(x: Array) -> Array:
     """x, for the adapters' products of several kernels that read it."""
     # Gradients of x are summed in the order of its uses. XLA adds adjacent partial sums over
     # tensor-parallel devices before one all-reduce, as Megatron-LM does (arXiv 1909.08053). An
@@ -113,7 +113,7 @@ def beside(x: Array) -> Array:
     return x
 
 
-beside.defvjp(lambda x: (x, None), lambda _, dx: (dx,))
+adapter_input.defvjp(lambda x: (x, None), lambda _, dx: (dx,))
 
 
 @jax.custom_vjp
@@ -189,8 +189,8 @@ def column_norms(kernel: Array, a: Array, b: Array, scale: float) -> Array:
     w, a, b = (x.astype(jnp.float32) for x in (kernel, a, b))
     cross = jnp.einsum("ir,ij->rj", a, w, precision="highest")
     own = jnp.einsum("ir,is->rs", a, a, precision="highest")
-    beside = 2 * scale * cross + scale**2 * jnp.einsum("rs,sj->rj", own, b, precision="highest")
-    square = jnp.sum(w * w, axis=0) + jnp.sum(beside * b, axis=0)
+    change = 2 * scale * cross + scale**2 * jnp.einsum("rs,sj->rj", own, b, precision="highest")
+    square = jnp.sum(w * w, axis=0) + jnp.sum(change * b, axis=0)
     return jnp.sqrt(jnp.maximum(square, 0))  # what cancels may end below 0
 
 

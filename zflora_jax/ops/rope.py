@@ -15,7 +15,7 @@ def rope_frequencies(config: LlamaConfig) -> np.ndarray:
     """Inverse frequencies of the base head dims, [k/2] float32, with the config's Llama-3 scaling,
     as transformers computes them.
     """
-    k = config.rotary_dim
+    k = config.base_head_width
     exponents = np.arange(0, k, 2, dtype=np.float32) / np.float32(k)
     freq = (1.0 / np.float32(config.rope_theta) ** exponents).astype(np.float32)
     if (s := config.rope_scaling) is None:
@@ -60,17 +60,17 @@ def plain_rope_tables(config: LlamaConfig, positions: Array) -> tuple[Array, Arr
 def _frequencies(config: LlamaConfig) -> np.ndarray:
     """`rope_frequencies`; for a packed model with 0 for the pairs of adapter dims."""
     frequencies = rope_frequencies(config)
-    pairs = (config.head_dim if config.execution.packed else config.rotary_dim) // 2
+    pairs = (config.head_dim if config.execution.packed else config.base_head_width) // 2
     return np.pad(frequencies, (0, pairs - len(frequencies)))
 
 
-def apply_rope(x: Array, cos: Array, sin: Array, turned: Array | None = None) -> Array:
+def apply_rope(x: Array, cos: Array, sin: Array, use_rope: Array | None = None) -> Array:
     """Rotates the first k dims of heads x [B, T, heads, k or more] by `rope_tables`, in pairs (i, i
-    + k/2). Other dims pass through, as all do where `turned`, bool, is False (a layer without
+    + k/2). Other dims pass through, as all do where `use_rope`, bool, is False (a layer without
     RoPE).
     """
-    if turned is not None:
-        cos, sin = jnp.where(turned, cos, 1.0), jnp.where(turned, sin, 0.0)
+    if use_rope is not None:
+        cos, sin = jnp.where(use_rope, cos, 1.0), jnp.where(use_rope, sin, 0.0)
     half = cos.shape[-1]
     first = x[..., :half].astype(jnp.float32)
     second, rest = x[..., half : 2 * half].astype(jnp.float32), x[..., 2 * half :]

@@ -16,8 +16,8 @@ from zflora_jax.core.trees import Tree
 from zflora_jax.parallel.sharding import (
     AXES,
     BATCH,
+    active_mesh,
     make_mesh,
-    own_mesh,
     parts,
     shard,
     slice_groups,
@@ -79,7 +79,7 @@ def batch_axes(rows: int) -> tuple[str, ...] | None:
     """The axes of the mesh in use that divide a batch of `rows`: data and fsdp, as in training,
     else only data, as in decode; None if neither does, or the mesh has other axes.
     """
-    if (mesh := own_mesh()) is None:
+    if (mesh := active_mesh()) is None:
         return None
     return next((axes for axes in (BATCH, BATCH[:1]) if rows % parts(mesh, axes) == 0), None)
 

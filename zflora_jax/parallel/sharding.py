@@ -260,7 +260,7 @@ def shardings(tree: Mapping[str, Any], mesh: Mesh, *, fused: bool = False) -> tr
     return jax.tree.map(partial(NamedSharding, mesh), _tree_specs(tree, mesh, fused))
 
 
-def own_mesh() -> Any:
+def active_mesh() -> Any:
     """The mesh in use (`jax.set_mesh`) if it has the axes of `make_mesh`; otherwise None."""
     mesh = jax.sharding.get_abstract_mesh()
     return mesh if set(mesh.axis_names) == set(AXES) else None
@@ -270,7 +270,7 @@ def constrain(tree: Mapping[str, Any], *, fused: bool = False) -> trees.Tree:
     """Divides parameters or adapters over the mesh in use, in a compiled function; without a mesh
     they stay. fused: as in `spec`.
     """
-    if (mesh := own_mesh()) is None:
+    if (mesh := active_mesh()) is None:
         return dict(tree)
     return jax.lax.with_sharding_constraint(dict(tree), _tree_specs(tree, mesh, fused))
 
@@ -326,13 +326,13 @@ def put_rows(batch: Mapping[str, np.ndarray], rows: int, mesh: Mesh) -> dict[str
 
 def batch_shards() -> int:
     """The number of parts that the mesh in use divides a batch's rows into; 1 without a mesh."""
-    mesh = own_mesh()
+    mesh = active_mesh()
     return 1 if mesh is None else parts(mesh, BATCH)
 
 
 def gather_fsdp(name: str, leaf: jax.Array) -> jax.Array:
     """Gathers a leaf along fsdp, in a compiled function, ahead of a loop that reads it."""
-    if (mesh := own_mesh()) is None:
+    if (mesh := active_mesh()) is None:
         return leaf
 
     def gathered(part: jax.Array, at: P) -> jax.Array:
@@ -358,6 +358,6 @@ def divide(x: jax.Array, *axes: Axes) -> jax.Array:
     """An array, in a compiled function, with its first dimensions divided over axes of the mesh in
     use; those that do not divide one are left out.
     """
-    if (mesh := own_mesh()) is None:
+    if (mesh := active_mesh()) is None:
         return x
     return jax.lax.with_sharding_constraint(x, _dividing(mesh, axes, x.shape))

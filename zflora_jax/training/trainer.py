@@ -136,9 +136,10 @@ def make_train_step(
     state_sharding: Any = None,
     **settings: Any,
 ) -> StepFn:
-    """A `TrainStep` of these attributes as a jitted function that donates `state`. The same
-    arguments give the same function, so that runs of one process compile it once. state_sharding:
-    Where the new state lies (`sharding.state_shardings`); None on one device.
+    """A `TrainStep` of these attributes as a jitted function that donates `state`; runs get theirs
+    from `step_of`. The same arguments give the same function, so that runs of one process compile
+    it once. state_sharding: Where the new state lies (`sharding.state_shardings`); None on one
+    device.
     """
     if not adapter.dropout:
         settings["seed"] = 0

@@ -101,7 +101,7 @@ class _Tensors:
             return kind, ""
         if not whole_groups(place, SIZE):
             return kind, f", whose blocks of {SIZE} go across heads of {self.config.head_dim}"
-        if self._stock.turned(module_of(place)) and not self._stock.scores_in_rope:
+        if self._stock.rotated(module_of(place)) and not self._stock.scores_in_rope:
             return kind, ", which holds a factor of the widened heads"
         return kind, None
 
@@ -111,7 +111,7 @@ class _Tensors:
         found = from_blocks(tensor.data, tensor.type.name.lower())
         check_scales(found, name, str(self.file.path))
         found = native_blocks(jax.tree.map(partial(self._native_order, place), found), place)
-        if self._stock.turned(module_of(place)):
+        if self._stock.rotated(module_of(place)):
             native = np.argsort(self._stock.head_order)
             found = jax.tree.map(lambda part: part[..., native], found)
         return found
@@ -224,7 +224,7 @@ def _with_rope(file: GGUFFile, config: LlamaConfig) -> LlamaConfig:
     require(
         factor == 1 or abs(factor - wider) < 1e-6,
         f"{file.path}: {ATTENTION_FACTOR}={factor} is not supported; only {wider}, which belongs to"
-        f" heads of {config.head_dim} dims of which RoPE rotates {config.rotary_dim}.",
+        f" heads of {config.head_dim} dims of which RoPE rotates {config.base_head_width}.",
     )
     if tensor is None:
         return config

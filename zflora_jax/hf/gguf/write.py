@@ -127,10 +127,10 @@ class GGUFForm:
             padding = [(0, b - a) for a, b in zip(part.shape, shape, strict=True)]
             part = np.pad(np.asarray(part).astype(dtype), padding)
             if weights > 1 and writes == "residual":
-                part[..., native.norm_dim :] *= np.float32(self.stock.eps_z)
+                part[..., native.base_width :] *= np.float32(self.stock.eps_z)
             if weights > 1 and reads == "residual":
-                part[native.norm_dim // SIZE :] /= np.float32(self.stock.eps_z)
-            if self.stock.turned(module):
+                part[native.base_width // SIZE :] /= np.float32(self.stock.eps_z)
+            if self.stock.rotated(module):
                 part = part[..., self.stock.head_order]
             if stored.in_axes is not None:
                 part = part.reshape(-1, stored.hf_shape[0]).T
@@ -205,7 +205,7 @@ def gguf_form(model: Model, dtype: str, eps_z: float | None = None) -> GGUFForm:
 # --- keep -----------------------------------------------------------------------------------------
 
 
-def keep_form(model: Model, eps_z: float | None = None) -> GGUFForm:
+def kept_blocks_form(model: Model, eps_z: float | None = None) -> GGUFForm:
     """The form that keeps blocks. eps_z None: chosen for float32's rounding, or the next larger one
     with the scales of the state's blocks in float16's range.
     """
@@ -241,7 +241,7 @@ def _in_range(model: Model, eps_z: float) -> bool:
     """Whether float16 holds the scales of the state's blocks times or over eps_z: none is off by
     more than its rounding of the output's largest one, as subnormal ones may be.
     """
-    base = model.config.norm_dim
+    base = model.config.base_width
     for name, leaf in trees.flatten(model.params).items():
         reads, writes = KERNELS.get(name.split("/")[-2], ("", ""))
         if not isinstance(leaf, QuantizedArray) or "residual" not in (reads, writes):
@@ -301,11 +301,11 @@ def save_gguf(
       CheckpointError: A value is not finite in its type, the file must not be replaced, or it
         cannot be written.
     """
-    target = on_main(lambda: check_target(out, quant)) or Path(out)
+    target = on_main(lambda: gguf_target(out, quant)) or Path(out)
     source = on_main(lambda: _source_file(model))
     types = {name: t.type.name for name, t in source.tensors.items()} if source else {}
     keep = quant == KEEP
-    form = keep_form(model, eps_z) if keep else gguf_form(model, QUANTS[quant].dtype, eps_z)
+    form = kept_blocks_form(model, eps_z) if keep else gguf_form(model, QUANTS[quant].dtype, eps_z)
     tensors, file_type, report = _plan(form, model, quant, from_process_0(types))
     tokenizer, origin = on_main(lambda: tokenizer_metadata(model, source)) or ({}, "")
     more = {"tokenizer": origin, "parameters": count_base(form.config)}
@@ -323,7 +323,7 @@ def save_gguf(
     return from_process_0(whole | {"bytes": size})
 
 
-def check_target(out: str | os.PathLike[str], quant: str) -> Path:
+def gguf_target(out: str | os.PathLike[str], quant: str) -> Path:
     """The absolute path of the file, after checks of the arguments of `save_gguf` that need no
     model.
     """
