@@ -21,7 +21,7 @@ from support.tasks import write
 from zflora_jax.adapters.fuse import fuse
 from zflora_jax.adapters.init import init_adapters
 from zflora_jax.cli import generate as command
-from zflora_jax.cli.main import _parser, main
+from zflora_jax.cli.main import main
 from zflora_jax.core.adapter_config import AdapterConfig
 from zflora_jax.core.errors import NonFiniteError
 from zflora_jax.data.prompts import render, render_turns
@@ -32,7 +32,6 @@ from zflora_jax.hf.save import save_hf
 from zflora_jax.inference import decode, text
 from zflora_jax.inference.generation_config import GenerationConfig, Sampler
 from zflora_jax.inference.text import generate
-from zflora_jax.training.workdir import read_config
 
 
 @pytest.fixture
@@ -57,14 +56,6 @@ def test_one_prompt_a_file_and_a_conversation(trained_dir, said, tmp_path, monke
     monkeypatch.setattr("sys.stdin", io.StringIO("2 + 2?\n\n3 + 3?\n"))
     assert said(*run).startswith(one)
     assert said(*run, "--prompt", "2 + 2?", "--plain") != one
-
-
-def test_the_model_is_packed_as_it_is_loaded(base_dir, trained_dir):
-    """So that one copy of it is in memory."""
-    for source in (["--model", base_dir], ["--workdir", trained_dir]):
-        args = _parser().parse_args(["generate", *source])
-        run = read_config(args.workdir) if args.workdir else None
-        assert command._model_of(args, run).config.execution.packed
 
 
 def test_every_line_of_a_file_is_one_prompt_whole_and_without_a_byte_order_mark(
@@ -196,20 +187,6 @@ def test_sigterm_loses_no_answer(asks, monkeypatch, capsys):
     assert end.value.code == 128 + signal.SIGTERM
     assert signal.getsignal(signal.SIGTERM) is before
     assert [json.loads(line)["prompt"] for line in capsys.readouterr().out.splitlines()] == ["hi"]
-
-
-def test_an_answer_is_printed_once_those_before_it_are_there(asks, tmp_path, monkeypatch, capsys):
-    (tmp_path / "lines.txt").write_text("ab\ncd\n")
-    batches, found = decode.batches, []
-
-    def watched(*given):
-        for batch in batches(*given):
-            yield batch
-            found.append(capsys.readouterr().out)
-
-    monkeypatch.setattr(decode, "batches", watched)
-    assert main(asks) == 0
-    assert [json.loads(line)["prompt"] for line in found] == ["ab", "cd"]
 
 
 # --- conversations --------------------------------------------------------------------------------

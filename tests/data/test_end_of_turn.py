@@ -187,23 +187,6 @@ def test_a_changed_tokenizer_is_written_and_read_back(bos, directory, tmp_path):
     assert settings["tokenizer_class"] == "PreTrainedTokenizerFast"  # what transformers 4 knows too
 
 
-def test_use_does_not_change_a_tokenizer(directory, tmp_path):
-    """Padding and truncation, which a call leaves switched on, are no settings of the tokenizer."""
-    fresh, used, same = (load_model(directory) for _ in range(3))
-    for model in (fresh, used):
-        model.tokenizer.pad_token = model.tokenizer.eos_token
-    used.tokenizer(["a", "bcd"], padding=True, truncation=True, max_length=2)
-    same.tokenizer(["a" * 100], truncation=True, max_length=2)
-    written = []
-    for i, model in enumerate((fresh, used, same)):
-        save_hf(tmp_path / f"{i}", model)
-        written.append((tmp_path / f"{i}" / "tokenizer.json").read_bytes())
-    assert written[0] == written[1]
-    assert written[2] == (directory / "tokenizer.json").read_bytes()
-    found = json.loads(written[1])
-    assert found["padding"] is found["truncation"] is None
-
-
 def test_several_templates_and_no_tokenizer(directory, tmp_path):
     """Templates by name, as transformers writes them: a folder next to the default one; and the
     files of a base whose tokenizer was not loaded.

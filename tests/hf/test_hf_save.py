@@ -205,6 +205,8 @@ def test_tokenizer_and_generation_config(bases: dict[str, Model], tmp_path: Path
 
     tokenizer(["a", "bb"], padding=True, truncation=True, max_length=1)  # which is not to be saved
     save_hf(tmp_path / "written", Model(model.config, model.params, tokenizer))
+    found = json.loads((tmp_path / "written" / "tokenizer.json").read_text())
+    assert found["padding"] is found["truncation"] is None
     settings = json.loads((tmp_path / "written" / "tokenizer_config.json").read_text())
     assert settings["tokenizer_class"] == "PreTrainedTokenizerFast"
     generation = json.loads((tmp_path / "written" / "generation_config.json").read_text())

@@ -7,19 +7,15 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from support.byte_tokenizer import byte_tokenizer
 from support.checks import assert_logits_close, assert_trees_equal
-from support.models import perturb, tiny_model
+from support.models import tiny_model
 
-from zflora_jax.adapters.fuse import fuse
-from zflora_jax.adapters.init import init_adapters
 from zflora_jax.adapters.packing import pack_for_decode
 from zflora_jax.core import trees
-from zflora_jax.core.adapter_config import AdapterConfig
 from zflora_jax.core.architecture import param_shapes
 from zflora_jax.core.fields import ConfigError, override
 from zflora_jax.core.model import Model
@@ -135,24 +131,6 @@ def test_new_rows_are_the_mean_and_nothing_else_changes(changes, tokens):
     logits = forward(wider, tokens)
     assert_logits_close(logits[..., :259], forward(model, tokens))
     assert np.isfinite(forward(wider, ids(259, 1))).all()
-
-
-def test_the_mean_is_rounded_once():
-    model = tiny_model()
-    model.params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), model.params)
-    table = model.params["embed"]["embedding"]
-    new = resize_vocab(model, 261).params["embed"]["embedding"]
-    mean = jnp.mean(table.astype(jnp.float32), axis=0).astype(jnp.bfloat16)
-    np.testing.assert_array_equal(new, jnp.concatenate([table, mean[None], mean[None]]))
-
-
-def test_fused_models(tokens):
-    base, adapter = tiny_model(tie_word_embeddings=False), AdapterConfig("zflora-minimal", rank=6)
-    adapters = perturb(init_adapters(jax.random.key(1), base, adapter))
-    early = fuse(resize_vocab(base, 261), adapter, adapters)
-    late = resize_vocab(fuse(base, adapter, adapters), 261)
-    assert late.config == early.config and late.adapter == adapter
-    assert_trees_equal(late.params, early.params)
 
 
 def test_on_a_mesh():

@@ -11,7 +11,6 @@ import re
 from types import SimpleNamespace
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
@@ -204,15 +203,6 @@ def test_a_run_goes_on_under_another_mesh(run, tmp_path, monkeypatch):
     np.testing.assert_allclose(found, wanted, rtol=2e-5)
 
 
-def test_without_a_mesh_nothing_is_constrained():
-    x = jnp.ones((4, 8))
-    assert sharding.batch_shards() == 1 and sharding.divide(x, sharding.BATCH) is x
-    with jax.set_mesh(sharding.make_mesh(MeshConfig(2, 2, 2))):
-        assert sharding.batch_shards() == 4
-        divided = jax.jit(lambda x: sharding.divide(x, sharding.BATCH))(x)
-        assert divided.sharding.spec == P(("data", "fsdp"))
-
-
 def test_a_process_puts_its_rows_where_they_belong():
     """Several processes: test_mesh_use.py."""
     rows = {"tokens": np.arange(8 * 3, dtype=np.int32).reshape(8, 3)}
@@ -294,19 +284,6 @@ def test_a_fused_model_of_an_odd_rank_is_divided_all_the_same():
     answers = (generate_tokens(m, PROMPTS, max_new_tokens=6) for m in (fused, whole))
     assert next(answers) == next(answers)
     assert_trees_equal(unfuse(fused)[0].params, model.params)
-
-
-def test_devices_that_stay_idle_are_named(caplog):
-    sharding._warn.cache_clear()
-    with caplog.at_level(logging.WARNING, "zflora_jax"):
-        make_mesh(MeshConfig(), jax.devices()[:1])  # as a sweep gives each run its part
-        make_mesh(MeshConfig(data=8))
-        assert not caplog.text
-        for config in (MeshConfig(), MeshConfig(), MeshConfig(data=3)):
-            make_mesh(config)
-    first = "the mesh uses 1 of 8 devices, 7 stay idle: raise mesh.data or mesh.fsdp"
-    assert caplog.text.count(first) == 1
-    assert "3 of 8 devices, 5 stay idle: " in caplog.text
 
 
 # --- slices of devices ---------------------------------------------------------------------------

@@ -9,11 +9,9 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import accelerators
-import cost_quality
 import harness
 import jax
 import peft_baselines
@@ -211,37 +209,3 @@ def test_the_roofline_by_hand() -> None:
     codes = replace(run, quantize=QuantizeConfig("int8"))
     less = accelerators.roofline(codes, target("tpu:v5e:2x2"), 0)["hbm_bytes"]
     assert 0.5 < less / found["hbm_bytes"] < 1
-
-
-def test_a_method_without_all_its_seeds_is_left_out_of_the_cost_page() -> None:
-    gap = {"task": SimpleNamespace(mean=-1.0, low=-3.0, high=1.0)}
-    table = SimpleNamespace(differences=dict.fromkeys(["base", "dora", "b"], gap))
-    wide, merged = AdapterConfig("zflora-minimal", rank=4), AdapterConfig("lora", use_dora=True)
-    adapters = {"first": wide, "a": wide, "b": wide, "dora": merged}
-    found = cost_quality.quality(table, adapters)
-    assert found == {
-        "lora": {"points": [0.0] * 3, "program": cost_quality.MERGED},
-        "dora": {"points": [-1.0, -3.0, 1.0], "program": cost_quality.MERGED},
-        "b": {"points": [-1.0, -3.0, 1.0], "program": "first"},
-    }
-
-
-def test_the_cost_page_gives_every_method_the_costs_of_its_program() -> None:
-    names = {cost_quality.MERGED: 1, cost_quality.UNMERGED: 2, "ffba": 3}
-    turns = {"tpot_ratio": 1.0, "tpot_ratio_low": 1.0, "tpot_ratio_high": 1.0}
-    merged, points = cost_quality.MERGED, [0.0] * 3
-    result = {
-        "decode": dict.fromkeys(names, turns),
-        "compiled": {name: {"kernels": n, "read_bytes": 10 * n} for name, n in names.items()},
-        "quality": {
-            label: {"points": points, "program": program}
-            for label, program in (("lora", merged), ("dora", merged), ("ffba", "ffba"))
-        },
-    }
-    rows = {row["method"]: (row["kernels"], row["bytes"]) for row in cost_quality.rows(result)}
-    assert rows == {
-        "lora merged": (0, 1.0),
-        "lora unmerged": (1, 2.0),
-        "dora merged": (0, 1.0),
-        "ffba": (2, 3.0),
-    }

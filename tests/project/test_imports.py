@@ -159,8 +159,3 @@ def test_every_name_of_the_stub_is_where_it_says():
     assert sorted(listed) == zflora_jax.__all__
     for name, module in listed.items():
         assert getattr(importlib.import_module(module), name) is getattr(zflora_jax, name)
-
-
-def test_an_unknown_name_is_an_attribute_error():
-    with pytest.raises(AttributeError, match="No zflora_jax attribute fusee"):
-        zflora_jax.fusee  # noqa: B018

@@ -59,13 +59,6 @@ def test_intervals_cover_a_true_difference(case):
     assert seed or found["width"] < 1.5 * 2 * 1.96 * error**0.5
 
 
-def test_simulations_tell_intervals_of_rows_only():
-    moved = simulate(3, (50.0, 0.0, 1.0), 40, draws=20, resamples=200)
-    assert moved["°"] == 0.0 and moved["holds 0, of °"] is None and moved["holds 0"] > 0.5
-    still = simulate(3, (0.0, 10.0, 30.0), 40, draws=20, resamples=200)
-    assert 0.0 < still["°"] < 1.0 and still["holds 0, of °"] > 0.5
-
-
 def test_tasks_count_the_same():
     few, many = np.full((2, 10), 0.5), np.full((2, 1000), 0.1)
     found = paired_difference([few, many], [np.zeros_like(few), np.zeros_like(many)])
