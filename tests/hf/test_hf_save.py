@@ -69,6 +69,9 @@ def test_half_precision(dtype: str, bases: dict[str, Model], tmp_path: Path) -> 
     save_hf(tmp_path / "out", fused, dtype=dtype)
     eps_z = manifest(tmp_path / "out")["eps_z"]
     assert eps_z == choose_eps_z(fused, dtype) >= FLOAT16_LEAST
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == dtype
+    half = load_model(tmp_path / "out", "bfloat16")
+    assert save_hf(tmp_path / "half", half)["dtype"] == "bfloat16"  # its own
     again = load_model(tmp_path / "out")
     flat = trees.flatten(again.params)
     for name, leaf in trees.flatten(fused.params).items():
@@ -134,7 +137,9 @@ def names(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir()}
 
 
-def test_only_our_own_exports_are_replaced(bases: dict[str, Model], tmp_path: Path) -> None:
+def test_only_our_own_exports_are_replaced(
+    bases: dict[str, Model], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model, out = bases["plain"], tmp_path / "out"
     out.mkdir()
     save_hf(out, model)  # an empty directory is no loss
@@ -151,6 +156,11 @@ def test_only_our_own_exports_are_replaced(bases: dict[str, Model], tmp_path: Pa
         save_hf(out, model)
     assert (out / "notes.txt").read_text() == "mine"
     (out / "notes.txt").unlink()
+    late = lambda *_: (out / "late").touch()  # noqa: E731
+    monkeypatch.setattr("zflora_jax.hf.save.write_tokenizer_files", late)
+    with pytest.raises(CheckpointError, match="did not write there: late"):
+        save_hf(out, model)  # the file came while it was written
+    (out / "late").unlink()
     (out / "zflora.json").write_text('{"format": "something else"}')
     foreign = shutil.copytree(str(model.source), tmp_path / "foreign")
     for folder in (out, foreign):

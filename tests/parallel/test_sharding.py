@@ -26,7 +26,7 @@ from zflora_jax.adapters.init import init_adapters
 from zflora_jax.adapters.methods import adapter_shapes
 from zflora_jax.core import trees
 from zflora_jax.core.adapter_config import METHODS, AdapterConfig
-from zflora_jax.core.architecture import param_shapes
+from zflora_jax.core.architecture import KERNELS, group, param_shapes
 from zflora_jax.core.errors import Preempted
 from zflora_jax.core.fields import ConfigError, override
 from zflora_jax.core.presets import PRESETS, preset
@@ -143,6 +143,11 @@ def test_every_parameter_of_every_model_and_method_has_a_rule():
     for adapter in adapter_cases():
         for name, shape in adapter_shapes(config, adapter).items():
             assert len(sharding.spec(name, shape, mesh)) == len(shape), (case_id(adapter), name)
+    for leaf in (f"layers/{group(kernel)}/{kernel}" for kernel in KERNELS):
+        for pair in (("lora_a", "lora_b"), ("forward", "backward")):  # inputs' axes, then outputs'
+            axes = [axis for part in pair for axis in sharding.axes_of(f"{leaf}/{part}")]
+            wanted = sharding.axes_of(f"{leaf}/kernel")
+            assert list(filter(None, dict.fromkeys(axes))) == list(filter(None, wanted)), leaf
     said = "no sharding rule covers the parameter 'layers/attn/q/kernal': add one to RULES"
     with pytest.raises(ConfigError, match=said):
         sharding.axes_of("layers/attn/q/kernal")

@@ -18,7 +18,7 @@ DROPS = {"adapter.dropout": 0.1}
         *(({}, f"train.{name}", 3, True) for name in ("log_every", "max_to_keep", "eval_every")),
         *(({}, key, 2, True) for key in ("mesh.data", "data.grad_accum_steps")),
         ({}, "train.remat", "block", True),
-        *(({}, f"train.{name}", 101, False) for name in ("steps", "seed")),
+        *(({}, key, 101, False) for key in ("train.steps", "train.seed", "data.seed")),
         ({}, "eval.limit", 7, False),
         ({}, "adapter.rank", 8, False),
         ({}, "adapter.init", "normal", False),
