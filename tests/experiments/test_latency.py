@@ -5,19 +5,16 @@ from __future__ import annotations
 import json
 import time
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 from support.models import tiny_model
 
 from zflora_jax.cli.main import main
-from zflora_jax.core.fields import ConfigError
 from zflora_jax.experiments.latency import (
     Contender,
     contenders,
     decode_turns,
-    method_latency,
     random_base,
     ratio,
     summary,
@@ -79,15 +76,3 @@ def test_contenders_decode_what_they_are_called() -> None:
     assert ready["lora merged"] is ready["base"]
     shapes = {label: np.shape(one.generate(3)) for label, one in ready.items()}
     assert set(shapes.values()) == {(2, 3)}
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"batch": 0}, r"batch=0: must be at least 1"),
-        ({"new_tokens": 1}, r"new_tokens=1: TPOT needs at least 2"),
-    ],
-)
-def test_wrong_settings(settings: dict[str, Any], message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        method_latency(tiny_model(), **settings)

@@ -78,8 +78,3 @@ def test_wrong_studies(fields, message):
     given = {"methods": LORA, "learning_rates": (1e-3,), "seeds": (0,)} | fields
     with pytest.raises(zf.ConfigError, match=message):
         Study("x", BASE, **given)
-
-
-def test_an_unknown_file_of_studies_is_named():
-    with pytest.raises(zf.ConfigError, match=r"no studies are called 'acuracy'\. Choose one of"):
-        studies("acuracy")
