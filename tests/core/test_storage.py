@@ -71,15 +71,15 @@ def test_removing_and_listing_end_at_a_folder(folder):
 
 def test_a_file_is_replaced_whole_or_not_at_all(folder, tmp_path, monkeypatch):
     for file in (folder / "x.txt", tmp_path / "new" / "x.txt"):
-        atomic_write(file, b"old")
+        atomic_write(file, b"old\r")  # bytes that a store could take for an end of line
         with pytest.raises(ZeroDivisionError), storage.whole_file(file) as temporary:
             temporary.write_bytes(b"half")
             _ = 1 / 0
-        assert file.read_bytes() == b"old" and len(list(file.parent.iterdir())) == 1
+        assert file.read_bytes() == b"old\r" and len(list(file.parent.iterdir())) == 1
     monkeypatch.setattr(storage, "put_file", REFUSED)
     with pytest.raises(EndpointConnectionError):
         atomic_write(folder / "x.txt", b"new")
-    assert (folder / "x.txt").read_bytes() == b"old"
+    assert (folder / "x.txt").read_bytes() == b"old\r"
 
 
 # --- folders that are uploaded --------------------------------------------------------------------

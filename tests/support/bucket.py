@@ -12,13 +12,14 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 
 START_WITHIN = 60.0  # seconds
 SERVERS = {
     "s3": "moto.server -H 127.0.0.1 -p {}",
-    "gs": "gcp_storage_emulator start --in-memory --host=127.0.0.1 --port={}",
+    "gs": "support.gcs_emulator start --in-memory --host=127.0.0.1 --port={}",
 }
 
 
@@ -30,7 +31,7 @@ def server(scheme: str) -> Iterator[str]:
         port = probe.getsockname()[1]
     command = [sys.executable, "-m", *SERVERS[scheme].format(port).split()]
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    process = subprocess.Popen(command, **quiet)
+    process = subprocess.Popen(command, cwd=Path(__file__).parents[1], **quiet)
     try:
         deadline = time.monotonic() + START_WITHIN
         while process.poll() is None and time.monotonic() < deadline:

@@ -40,7 +40,7 @@ _SETTINGS: dict[str, dict[str, Any]] = {
             "retries": {"max_attempts": 4, "mode": "standard"},
         },
     },
-    "gs": {"use_listings_cache": False},
+    "gs": {"use_listings_cache": False, "consistency": "md5"},  # what is stored is what was sent
 }
 # Their exceptions are not all OSErrors.
 _LIBRARIES = ("botocore", "aiobotocore", "aiohttp", "gcsfs", "google")

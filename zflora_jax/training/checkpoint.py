@@ -280,17 +280,13 @@ def _checkpointer(workdir: Path) -> Any:
 @contextlib.contextmanager
 def _whole_copy(folder: Path, wanted: Mapping[str, str]) -> Iterator[Path]:
     """The directory of a state, or a temporary copy of it from a bucket, whose files are `wanted`:
-    name -> SHA-256. A copy that is not whole is made again, once.
+    name -> SHA-256.
     """
-    wrong: list[str] = []
-    for _ in range(2):
-        with local_copy(folder, wanted) as files:
-            found = checksums(files, wanted)
-            wrong = [name for name in wanted if found[name] != wanted[name]]
-            if not wrong:
-                yield files
-                return
-    raise ValueError(f"its files are not those that were saved: {', '.join(wrong[:4])}")
+    with local_copy(folder, wanted) as files:
+        found = checksums(files, wanted)
+        if wrong := [name for name in wanted if found[name] != wanted[name]]:
+            raise ValueError(f"its files are not those that were saved: {', '.join(wrong[:4])}")
+        yield files
 
 
 def checksums(folder: Path, names: Iterable[str] | None = None) -> dict[str, str]:
