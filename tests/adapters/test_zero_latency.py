@@ -1,5 +1,5 @@
 """Zero latency as a property of compiled programs: a token of a fused model runs the kernels of a
-token of the base. Compiled for a TPU, not run; results/accelerators.md has GPUs and more sizes.
+token of the base. Compiled for a TPU, not run; docs/results.md has GPUs and more sizes.
 """
 
 from __future__ import annotations

@@ -98,7 +98,7 @@ def test_missing_config_file_names_the_nearest(no_run, config_file, tmp_path):
         (
             "c.py",
             "from zflora_jax import AdapterConfig\nAdapterConfig('lora', rnk=3)\n",
-            "line 2: TypeError: AdapterConfig.__init__() got an unexpected keyword argument 'rnk'",
+            "line 2: unknown key 'rnk' of AdapterConfig: did you mean 'rank'?",
         ),
         (
             "c.py",

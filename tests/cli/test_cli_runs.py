@@ -89,7 +89,7 @@ def test_evaluations_of_models_that_are_wrong(refused, model_dir, tmp_path):
     message = refused("eval", "--model", tmp_path / "none", "--tasks", "arc_eazy")
     assert "did you mean 'arc_easy'?" in message
     message = refused("eval", "--model", model_dir, "--checkpoint", "8")
-    assert "--checkpoint is of a run: give its --workdir." in message
+    assert "--checkpoint chooses a saved step of a run: give its --workdir." in message
 
 
 # --- what works says so ---------------------------------------------------------------------------

@@ -136,7 +136,7 @@ def test_runs_models_and_adapters_in_each_others_place(base_dir, tmp_path, refus
     (lora / "adapter_config.json").write_text("{}")
     for wrong, words in {
         ("--model", run): "settings of a training run, not a model: give its directory with",
-        ("--workdir", base_dir): "holds a model, not a training run: give it with --model",
+        ("--workdir", base_dir): "holds a model, not a training run. Give the --workdir",
         ("--model", lora): "It holds a PEFT adapter: give its base with --model",
     }.items():
         assert words in refused("generate", "--prompt", "a", *wrong)

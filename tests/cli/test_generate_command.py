@@ -68,6 +68,9 @@ def test_every_line_of_a_file_is_one_prompt_whole_and_without_a_byte_order_mark(
         monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(stdin), encoding="utf-8"))
         lines = said("--model", base_dir, "--file", file).split("\n")[:-1]
         assert [json.loads(line)["prompt"] for line in lines] == prompts
+    path.write_text(f"hi\n\n{'x' * 600}\n")
+    said_so = refused("generate", "--model", base_dir, "--file", path)
+    assert "line 3 of --file has" in said_so and "with --max-new-tokens=" in said_so
     path.write_bytes(b"caf\xe9")
     assert "not UTF-8 text" in refused("generate", "--model", base_dir, "--file", path)
 
@@ -95,7 +98,7 @@ def test_a_lora_is_fused_unless_the_model_is_widened_already(base_dir, said, ref
         (["--prompt", "a", "--top-k", "5"], "need a temperature above 0"),
         (["--prompt", "a", "--plain", "--system", "b"], "need the style 'chat'"),
         (["--plain"], "need the style 'chat'"),
-        (["--prompt", "a", "--checkpoint", "best"], "--checkpoint is of a run"),
+        (["--prompt", "a", "--checkpoint", "best"], "--checkpoint chooses a saved step of a run"),
         (["--prompt", "a", "--adapter", "nowhere"], "no PEFT directory"),
         (["--prompt", "a", "--max-new-tokens", "0"], "max_new_tokens=0"),
         (["--prompt", "x" * 600], "exceeds the model's context"),

@@ -208,6 +208,8 @@ def test_a_window_that_no_layer_has_is_none() -> None:
     assert from_hf_config(plain).sliding_window == 5
     assert from_hf_config(plain | {"max_window_layers": 24}).sliding_window is None
     assert from_hf_config(plain | {"use_sliding_window": False}).sliding_window is None
+    mistral = to_hf_config(preset("mistral-7b-v0.1"), "float32") | {"sliding_window": 5}
+    assert from_hf_config(mistral | {"use_sliding_window": False}).sliding_window == 5
 
 
 @pytest.mark.parametrize(
@@ -224,6 +226,7 @@ def test_a_window_that_no_layer_has_is_none() -> None:
         ("phi3", {"partial_rotary_factor": 0.75}, r"partial_rotary_factor=0.75.*only 1"),
         ("phi3", {"rope_scaling": {"type": "longrope"}}, "rope_type 'longrope' is not supported"),
         ("phi3", {"auto_map": {"AutoModelForCausalLM": "x.Phi4ForCausalLM"}}, "auto_map.*Phi4"),
+        ("phi3", {"auto_map": {"AutoModelForCausalLM": None}}, "auto_map.*None"),
     ],
 )
 def test_unsupported_settings_are_refused(family, settings, words) -> None:

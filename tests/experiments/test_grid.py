@@ -168,6 +168,8 @@ def test_a_run_that_another_process_trains_is_left_to_it(base, tmp_path, monkeyp
     ("settings", "message"),
     [
         ([], "the grid is empty"),
+        ("abc", "the grid is 'abc': give a table of lists"),
+        (None, "the grid is None: give a table of lists"),
         ({"adapter.rank": []}, "give a list of at least one value"),
         ({"adapter.rank": 4}, "give a list of at least one value"),
         ({"adapter.method": "lora"}, "give a list of at least one value"),

@@ -11,10 +11,12 @@ import pytest
 from support.models import tiny_model
 
 from zflora_jax.cli.main import main
+from zflora_jax.core.fields import ConfigError
 from zflora_jax.experiments.latency import (
     Contender,
     contenders,
     decode_turns,
+    method_latency,
     random_base,
     ratio,
     summary,
@@ -76,3 +78,6 @@ def test_contenders_decode_what_they_are_called() -> None:
     assert ready["lora merged"] is ready["base"]
     shapes = {label: np.shape(one.generate(3)) for label, one in ready.items()}
     assert set(shapes.values()) == {(2, 3)}
+    for wrong in ({"methods": ["full"]}, {"rank": 0}, {"new_tokens": 999}, {"new_tokens": 1}):
+        with pytest.raises(ConfigError, match=r"full|rank=0|999 new tokens exceed|at least 2"):
+            method_latency(base, **wrong)

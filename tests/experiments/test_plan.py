@@ -126,6 +126,8 @@ def test_a_run_that_does_not_fit_comes_with_changes_that_reduce_it() -> None:
     plan = memory_plan(run, SMALL, memory_gib=0.5 * total / GIB)
     first, *_ = plan["changes"].values()
     assert not plan["fits"] and first == {"data.grad_accum_steps": 2}
+    with pytest.raises(ConfigError, match="memory=nan: must be positive and finite"):
+        memory_plan(run, SMALL, memory_gib=math.nan)
     table = plan_table(plan)
     assert table["the run"].startswith("does not fit in 0.0")
     assert "or --set data.grad_accum_steps=2" in table

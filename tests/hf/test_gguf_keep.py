@@ -149,7 +149,7 @@ def test_what_is_read_back_is_written_again_the_same(tmp_path: Path) -> None:
 def test_floats_have_the_type_of_their_file_or_q8_0(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """What cannot be kept is named by module and type, in the log and in the report."""
+    """The log and the report name each tensor that is not kept, and its type."""
     model = tiny_model(head_dim=16, tie_word_embeddings=False)
     kinds = {"blk.0.ffn_down.weight": "Q4_1", "attn_v": "Q5_0", "ffn_gate": "Q5_0", "attn_q": "F16"}
     kinds |= {"output": "F16", "token_embd": "BF16", "ffn_up": "F32"}

@@ -110,6 +110,8 @@ def edited(name: str, array: Any) -> dict[str, Any]:
         ({"llama__rope__dimension_count": 6}, "dimension_count=6 differs from the head size 12"),
         ({"llama__attention__head_count": "4"}, "head_count='4' is not supported"),
         ({"blocks": 2**31}, "belong to 2"),
+        ({"general__type": "adapter"}, "holds an adapter .*PEFT directory"),
+        ({"llama__expert_count": 8}, "expert_count=8: mixtures of experts are not"),
         ({"split__count": 3}, "one of the 3 files of a split model.*--merge"),
         (edited("blk.1.ffn_up.weight", None), r"missing +blk\.1\.ffn_up\.weight"),
         (edited("blk.0.attn_q.bias", ONES[0]), r"unexpected +blk\.0\.attn_q\.bias"),

@@ -142,6 +142,9 @@ def test_legacy_buffers_and_tied_heads(copy: Path, tmp_path: Path) -> None:
     edit_tensors(tied, lambda t: t.update({HEAD: t[table] + 1}))
     with pytest.raises(CheckpointError, match="tie_word_embeddings to false"):
         load_model(tied)
+    edit_tensors(tied, lambda t: t.update({HEAD: t[table][:-1]}))
+    with pytest.raises(CheckpointError, match="tie_word_embeddings to false"):
+        load_model(tied)
 
 
 def test_wrong_sources_say_what_to_do(
@@ -365,6 +368,7 @@ def test_stop_tokens_come_from_generation_config() -> None:
     config = hf_config(eos_token_id=7, bos_token_id=None)
     # SmolLM3's pretraining was split in two; Phi-3 names a copy of the stock class
     harmless = {"pretraining_tp": 2, "auto_map": {"AutoModelForCausalLM": "x.LlamaForCausalLM"}}
+    harmless |= {"tie_word_embeddings": None}
     assert from_hf_config(config | harmless) == from_hf_config(config)
     assert from_hf_config(config).eos_token_ids == (7,)
     assert from_hf_config(config, {"eos_token_id": [8, 9]}).eos_token_ids == (8, 9)

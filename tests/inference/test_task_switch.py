@@ -57,7 +57,7 @@ def test_a_hundred_swaps_compile_once_and_leave_the_base(base, packed):
     ("method", "packed"), pairwise(["ffba", "zflora-minimal", "zflora-uniform"], [True, False])
 )
 def test_a_swap_copies_no_kernel(base, method, packed):
-    """What it allocates beside the donated buffers is less than one layer's smallest kernel."""
+    """It allocates less than one layer's smallest kernel on top of the donated buffers."""
     adapter = AdapterConfig(method, rank=4)
     adapters = adapters_of(base, adapter, 1)
     model = fuse(base, adapter, adapters)

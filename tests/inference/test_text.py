@@ -135,4 +135,3 @@ def test_what_cannot_be_said_is_refused(talker):
     without.tokenizer = byte_tokenizer(chat_template=None)
     with pytest.raises(ConfigError, match="chat template"):
         next(stream(without, [{"role": "user", "content": "hi"}]))
-    assert jax.device_count()  # nothing above has left the process in a state that cannot go on

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from types import SimpleNamespace
 
 import litert
 import pytest
@@ -36,10 +35,3 @@ def test_a_litert_file_is_refused_before_it_is_made(out, words, tmp_path, monkey
     with pytest.raises(SystemExit):
         litert.main()
     assert words in capsys.readouterr().err and (tmp_path / "old.tflite").read_text() == "mine"
-
-
-def test_longrope_becomes_a_table_of_frequencies():
-    rope, other = SimpleNamespace(rope_type="longrope"), SimpleNamespace(rope_type="llama3")
-    source = SimpleNamespace(model=SimpleNamespace(modules=lambda: [object(), rope, other]))
-    assert litert.fix_rope(source, None, "made") == "made"
-    assert (rope.rope_type, other.rope_type) == ("default", "llama3")

@@ -10,7 +10,7 @@ import pytest
 from support.fake_train import FakeTrain
 
 import zflora_jax as zf
-from studies import pages, run as runner
+from studies import run as runner
 from studies.run import main, run_study, wanted
 from studies.study import BASE, Study
 from studies.tables import Table
@@ -175,13 +175,3 @@ def test_a_measure_that_the_tasks_lack_is_named_before_a_run(
     study = Study("m", two_steps, LORA, (1e-3,), (0,), tasks=("arc_easy",), scoring=SCORING)
     with pytest.raises(zf.ConfigError, match="arc_easy has no accuracy on clean rows, only likeli"):
         run_study(study, tmp_path / "w", tmp_path / "r", console=False)
-
-
-def test_wrong_commands(tmp_path):
-    for words, message in (
-        (["nothing"], "no studies are called 'nothing'"),
-        (["minimal", "--only", "minimal_close"], "--only minimal_close: choose one of minimal_c"),
-    ):
-        with pytest.raises(SystemExit, match=message):
-            main([*words, "--workdir", str(tmp_path), "--out", str(tmp_path)])
-    assert not list(tmp_path.iterdir()) and pages.RESULTS.is_dir()

@@ -226,7 +226,7 @@ def live_layers(config: LlamaConfig, adapter: AdapterConfig) -> dict[str, dict[s
     blocks = resolve_adapter(config, adapter).blocks
 
     def stages(end: int, block: str) -> list[int]:
-        """Of the kernels whose `block` reads (end 0) or writes (1) the residual state."""
+        """The stages of the kernels whose `block` reads (end 0) or writes (1) the state."""
         return [
             _STAGE[k] for k, b in blocks.items() if KERNELS[k][end] == "residual" and block in b
         ]

@@ -90,7 +90,7 @@ def packed_config(
     config: LlamaConfig, kind: str, adapter: AdapterConfig | None = None, group: int = 1
 ) -> LlamaConfig:
     """The config of a base or fused model as `pack_for_decode` packs it for a type of device.
-    adapter: that the model was fused from; group: of `group_multiple`.
+    adapter: Config of the adapter that is fused in; group: Result of `group_multiple`.
     """
     config = config.replace(scan_layers=False, packed=True)
     if adapter is None or not METHODS[adapter.method].widens:

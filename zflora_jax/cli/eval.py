@@ -108,6 +108,11 @@ def _settings(args: argparse.Namespace, base: RunConfig) -> tuple[RunConfig, dic
             f"--set {key}: what a run has trained cannot be changed when it is evaluated; eval.*,"
             " data.* and mesh.* can.",
         )
+        require(
+            bool(args.workdir) or key.startswith(("eval.", "data.", *OF_MODEL)),
+            f"--set {key}: an evaluation does not use it; of a --model eval.*, data.*, mesh.*,"
+            f" {', '.join(OF_MODEL)}* can be set.",
+        )
     return override(base, asked), meshed
 
 
@@ -141,7 +146,7 @@ def _model(args: argparse.Namespace, config: RunConfig, mesh: Mesh | None) -> tu
 
     if args.workdir:
         return load_fused(args.workdir, args.checkpoint, mesh=mesh, decode=True)
-    require(not args.checkpoint, "--checkpoint is of a run: give its --workdir.")
+    require(not args.checkpoint, "--checkpoint chooses a saved step of a run: give its --workdir.")
     # On a mesh as decoding needs it, so that there is no second copy.
     dtype, how = config.train.dtype, config.quantize
     model = load_model(args.model, dtype, scan_layers=mesh is None, mesh=mesh, quantize=how)

@@ -112,7 +112,7 @@ def _style(args: argparse.Namespace) -> str:
         not (args.workdir and (args.adapter or args.dtype or args.quantize)),
         "--adapter, --dtype and --quantize go with --model; a run has its own.",
     )
-    of_run = "--checkpoint is of a run: give its --workdir."
+    of_run = "--checkpoint chooses a saved step of a run: give its --workdir."
     require(not args.checkpoint or bool(args.workdir), of_run)
     require(
         not (args.system and args.file),
@@ -140,8 +140,8 @@ def _written(model: Model, style: str, prompt: str) -> str:
     return prompt if style in ("plain", "chat") else render(model.tokenizer, style, prompt)
 
 
-def _lines(file: str | None) -> list[str] | None:
-    """The prompts of --file, a line each."""
+def _lines(file: str | None) -> list[tuple[int, str]] | None:
+    """The prompts of --file, a line each: (number of the line, text)."""
     if file is None:
         return None
     require(
@@ -150,21 +150,30 @@ def _lines(file: str | None) -> list[str] | None:
         " stdin.",
     )
     data = sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()
-    lines = [line for line in lines_of(decode(data, f"--file {file}")) if line.strip()]
-    require(bool(lines), f"--file {file} holds no prompt; put one on every line.")
-    return lines
+    lines = enumerate(lines_of(decode(data, f"--file {file}")), 1)
+    found = [(number, line) for number, line in lines if line.strip()]
+    require(bool(found), f"--file {file} holds no prompt; put one on every line.")
+    return found
 
 
 def _answer_lines(
-    model: Model, lines: list[str], style: str, config: GenerationConfig, date: str, main: bool
+    model: Model,
+    numbered: list[tuple[int, str]],
+    style: str,
+    config: GenerationConfig,
+    date: str,
+    main: bool,
 ) -> None:
     """Prints the answers of --file in order, each as soon as those before it are there; when an
-    error or a signal ends the work, also those behind one that is missing.
+    error or a signal ends the work, also those behind one that is missing. numbered: As `_lines`
+    returns them.
     """
-    from zflora_jax.inference.text import generate
+    from zflora_jax.inference.batching import check_prompts
+    from zflora_jax.inference.text import encode_prompts, generate
     from zflora_jax.reporting.progress import progress_bar
 
-    answers, following = dict[int, str](), 0
+    answers, following, chat = dict[int, str](), 0, style == "chat"
+    lines = [line for _, line in numbered]
 
     def show(i: int) -> None:
         if main:
@@ -181,10 +190,13 @@ def _answer_lines(
             following += 1
 
     prompts = [_written(model, style, line) for line in lines]
+    names = [f"line {number} of --file" for number, _ in numbered]
+    ids = encode_prompts(model, prompts, chat=chat, date=date)
+    check_prompts(model, ids, config.max_new_tokens, names, "--max-new-tokens")
     quiet = not main or sys.stdout.isatty()
     with progress_bar(len(lines), "answering", not quiet) as advance, terminated():
         try:
-            generate(model, prompts, config, chat=style == "chat", date=date, on_answer=keep)
+            generate(model, prompts, config, chat=chat, date=date, on_answer=keep)
         finally:
             for i in sorted(answers):
                 show(i)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import importlib.util
+import re
 import shutil
 import textwrap
 import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from zflora_jax import config as config_module
 from zflora_jax.core.fields import ConfigError, nearest, override, require
 from zflora_jax.core.run_config import MeshConfig, RunConfig
 
@@ -72,6 +75,10 @@ def load_config(path: str, function: str) -> Any:
         lines = [f.lineno for f in frames if Path(f.filename).resolve() == file.resolve()]
         where = f", line {lines[-1]}" if lines else ""
         text = f"config file {path}{where}: {type(error).__name__}: {error}."
+        named = re.search(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", text)
+        if named and dataclasses.is_dataclass(cls := getattr(config_module, named[1], None)):
+            known = nearest(named[2], [field.name for field in dataclasses.fields(cls)])
+            text = f"config file {path}{where}: unknown key {named[2]!r} of {named[1]}: {known}."
         raise ConfigError(text) from error
 
 

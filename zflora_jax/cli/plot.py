@@ -32,7 +32,8 @@ def run(args: argparse.Namespace) -> None:
         args.out is not None or len(runs) == 1,
         f"--out PATH says where a figure of {len(runs)} runs goes.",
     )
-    out = (args.out or str(as_path(args.runs[0]) / "curves")).removesuffix(".png")
+    out = args.out or str(as_path(args.runs[0]) / "curves")
+    out = out.removesuffix(".png").removesuffix(".svg")
     title = args.title or (args.runs[0] if len(runs) == 1 else f"{len(runs)} runs")
     training_curves({name: path / METRICS_FILE for name, path in runs.items()}, out, title)
     print(f"written: {out}.png, {out}.svg")

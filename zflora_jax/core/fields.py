@@ -45,7 +45,7 @@ def require(condition: bool, message: str) -> None:
 
 
 class Bounds(NamedTuple):
-    """What a number must be, checked by `check_types`: `holds`, in words `text`."""
+    """A condition on a number, and its words in messages. `check_types` checks it."""
 
     text: str
     holds: Callable[[Any], bool]

@@ -40,8 +40,9 @@ _SETTINGS: dict[str, dict[str, Any]] = {
             "retries": {"max_attempts": 4, "mode": "standard"},
         },
     },
-    "gs": {"use_listings_cache": False, "consistency": "md5"},  # what is stored is what was sent
+    "gs": {"use_listings_cache": False},
 }
+_UPLOAD = {"gs": {"consistency": "md5"}}  # options of an upload: what is stored is what was sent
 # Their exceptions are not all OSErrors.
 _LIBRARIES = ("botocore", "aiobotocore", "aiohttp", "gcsfs", "google")
 
@@ -135,10 +136,14 @@ def file_system(path: str | os.PathLike[str]) -> Any:
     return fsspec.filesystem(os.fspath(path).partition("://")[0])
 
 
+def _options(path: Path) -> dict[str, str]:
+    return _UPLOAD.get(os.fspath(path).partition("://")[0], {})
+
+
 def create(path: Path, data: bytes) -> bool:
     """Writes an object unless there is one; returns whether this call wrote it."""
     try:
-        file_system(path).pipe_file(os.fspath(path), data, mode="create")
+        file_system(path).pipe_file(os.fspath(path), data, mode="create", **_options(path))
     except FileExistsError:
         return False
     return True
@@ -146,12 +151,12 @@ def create(path: Path, data: bytes) -> bool:
 
 def put(path: Path, data: bytes) -> None:
     """Writes an object; a reader sees the old content or the new one."""
-    file_system(path).pipe_file(os.fspath(path), data)
+    file_system(path).pipe_file(os.fspath(path), data, **_options(path))
 
 
 def put_file(file: Path, path: Path) -> None:
     """Uploads a local file as one object."""
-    file_system(path).put_file(os.fspath(file), os.fspath(path))
+    file_system(path).put_file(os.fspath(file), os.fspath(path), **_options(path))
 
 
 def objects(path: Path) -> dict[str, dict[str, Any]]:

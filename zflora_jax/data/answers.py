@@ -96,8 +96,9 @@ def same_number(prediction: str, answer: str) -> bool:
 
 
 def parse_word(text: str, words: Sequence[str]) -> str:
-    """Returns the first of `words` that is a whole word, in any case, with or without a space
-    before its number: in the last statement "answer is ...", else after it, else anywhere.
+    """Returns the first of `words` in a text, as a whole word in any case, or "". "answer 2" counts
+    as "answer2". The last statement "answer is ..." is searched first, then the text behind it,
+    then all of the text.
     """
     pattern = re.compile(
         rf"(?<!\w)(?:{'|'.join(re.sub(r'(?=[0-9])', ' ?', word) for word in words)})(?!\w)",

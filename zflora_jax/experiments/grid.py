@@ -100,6 +100,10 @@ def combinations(base: RunConfig, grid: Settings) -> list[tuple[str, dict[str, A
         products = itertools.product(*grid.values())
         tables = [dict(zip(grid, values, strict=True)) for values in products]
     else:
+        require(
+            isinstance(grid, list | tuple) and all(isinstance(one, Mapping) for one in grid),
+            f"the grid is {grid!r:.60}: give a table of lists, or a list of tables of settings.",
+        )
         require(len(grid) > 0, "the grid is empty: give at least one combination of settings.")
         tables = [dict(changes) for changes in grid]
     every = [plain(changes) for changes in tables]  # numpy's scalars, too

@@ -198,10 +198,18 @@ def method_latency(
     Returns:
       A row per contender, see `latency_rows`.
     """
-    counts = {"batch": batch, "prompt_length": prompt_length, "repeats": repeats}
+    counts = {"rank": rank, "batch": batch, "prompt_length": prompt_length, "repeats": repeats}
     for name, value in counts.items():
         require(value >= 1, f"{name}={value}: must be at least 1.")
     require(new_tokens >= 2, f"new_tokens={new_tokens}: TPOT needs at least 2.")
+    unknown = [method for method in methods if method not in FUSED]
+    require(not unknown, f"methods {unknown} cannot be fused; choose from {', '.join(FUSED)}.")
+    limit = base.config.max_position_embeddings
+    require(
+        prompt_length + new_tokens <= limit,
+        f"prompts of {prompt_length} and {new_tokens} new tokens exceed the model's context of"
+        f" {limit}.",
+    )
     ready = contenders(base, methods, rank, (batch, prompt_length, new_tokens))
     return latency_rows(ready, decode_turns(ready, new_tokens, repeats))
 

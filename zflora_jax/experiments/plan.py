@@ -68,6 +68,10 @@ def memory_plan(
         f"data.bucket_lengths goes up to {length}, beyond the model's context of"
         f" {config.max_position_embeddings}; leave out lengths above it.",
     )
+    require(
+        memory_gib is None or 0 < memory_gib < float("inf"),
+        f"memory={memory_gib}: must be positive and finite, in GiB per device.",
+    )
     compiled, _ = compile_step(run, config, where)
     result: dict[str, Any] = {
         "devices": run.mesh.devices,

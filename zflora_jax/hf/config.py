@@ -60,6 +60,7 @@ def from_hf_config(
     heads, hidden = hf["num_attention_heads"], hf["hidden_size"]
     values = {field: hf[key] for field, key in _SIZES.items()}
     values |= {field: hf.get(key, default) for field, (key, default) in _OTHERS.items()}
+    values["tie_word_embeddings"] = bool(values["tie_word_embeddings"])  # null, too
     if values["num_kv_heads"] is None:
         values["num_kv_heads"] = heads
     if values["head_dim"] is None:
@@ -113,9 +114,10 @@ def _refuse(hf: Mapping[str, Any]) -> None:
         stock in architectures,
         f"config.json: architectures={architectures!r} is not supported; only {[stock]}.",
     )
-    code = (hf.get("auto_map") or {}).get("AutoModelForCausalLM", stock)
+    code = hf.get("auto_map")
+    code = code.get("AutoModelForCausalLM", stock) if isinstance(code, Mapping) else code or stock
     require(  # Phi-3's files name a copy of the stock class
-        code.rpartition(".")[2] == stock,
+        str(code).rpartition(".")[2] == stock,
         f"config.json: auto_map names modelling code, {code}; only the stock {stock} is supported.",
     )
     for key in _SIZES.values():
@@ -127,7 +129,8 @@ def _window(hf: Mapping[str, Any]) -> int | None:
     """The sliding window of all layers, None without one."""
     window, layers, kinds = hf.get("sliding_window"), hf["num_hidden_layers"], hf.get("layer_types")
     family = FAMILIES[hf["model_type"]]
-    if not hf.get("use_sliding_window", not family.window_switch):
+    switched = family.window_switch or not family.window  # Mistral's code does not read the switch
+    if switched and not hf.get("use_sliding_window", not family.window_switch):
         window = None
     if family.window_switch and kinds is None:
         first = hf.get("max_window_layers", 28)

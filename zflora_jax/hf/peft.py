@@ -236,7 +236,7 @@ def load_peft(path: str | os.PathLike[str], model: Model) -> tuple[AdapterConfig
 def _find(path: str) -> Path:
     """A local PEFT directory; CheckpointError if there is none."""
     find = fetched if is_hub_id(path) else local_copy
-    directory = find(path, (CONFIG, "adapter_model.*"))
+    directory = find(path, (CONFIG, "adapter_model.*", f"*/{CONFIG}"))
     refuse_pickled(directory)
     if not (directory / CONFIG).is_file():
         named = ", ".join(sorted(str(file.parent) for file in directory.glob(f"*/{CONFIG}")))

@@ -163,8 +163,12 @@ def checked_table(shards: Shards, config: LlamaConfig) -> Mapping[str, Place]:
     what, shapes = str(shards.directory), dict(shards.shapes)
     head, embedding = TOP_NAMES["lm_head/kernel"], TOP_NAMES["embed/embedding"]
     if config.tie_word_embeddings and {head, embedding} <= shapes.keys():
-        shapes.pop(head)
-        if not np.array_equal(shards.read(head), shards.read(embedding)):
+        rows, width = shapes[embedding]
+        many = max(1, 2**24 // width)  # of a large vocabulary, so that little memory is needed
+        parts = [slice(i, min(i + many, rows)) for i in range(0, rows, many)]
+        if shapes.pop(head) != shapes[embedding] or not all(
+            np.array_equal(shards.read(head, part), shards.read(embedding, part)) for part in parts
+        ):
             raise CheckpointError(
                 f"{what}: config.json ties the head to the embedding, but {head} differs from"
                 f" {embedding}. Set tie_word_embeddings to false in config.json if the head is to"

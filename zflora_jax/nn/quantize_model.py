@@ -62,7 +62,7 @@ def group_of(name: str, kind: str, how: QuantizeConfig, width: int) -> int:
     require(
         bool(fits),
         f"{name}: its {width} inputs are no multiple of 32, which groups of {kind} need; choose"
-        " int8 with quantize.group=0, or leave it as numbers.",
+        " int8 with quantize.group=0, or leave it as floats.",
     )
     return max(fits)
 

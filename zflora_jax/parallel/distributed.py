@@ -161,8 +161,14 @@ def require_shared(folder: str | os.PathLike[str], name: str = "workdir") -> Non
     file = as_path(f"{os.fspath(folder)}/.shared-{from_process_0(secrets.token_hex(4))}", name)
 
     def write() -> None:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(file.name, encoding="utf-8")
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(file.name, encoding="utf-8")
+        except OSError as error:
+            raise ConfigError(
+                f"cannot write to {file.parent}: {error.strerror or error}. Choose a directory that"
+                " you may write to."
+            ) from None
 
     on_main(write)
     try:

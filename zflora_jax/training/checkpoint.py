@@ -17,7 +17,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 
@@ -32,6 +32,7 @@ log = logging.getLogger(__name__)
 
 Meta = dict[str, Any]
 STATE = "state"  # in the folder of a step
+T = TypeVar("T")
 
 
 class SaveError(OSError):
@@ -125,9 +126,9 @@ class Checkpoints:
         self._finish()
         meta = {"loss": loss, **meta, "state": _shapes(state)}
         with self._save_errors():
-            files = Mirror(self.folder / str(step))
+            files = together(lambda: Mirror(self.folder / str(step)))
             try:
-                require_room(files.path, state)
+                together(lambda: require_room(files.path, state))
                 to = files.path.absolute() / STATE
                 self._orbax.save(to, ocp.args.PyTreeSave(state), force=True)
             except BaseException:
@@ -194,9 +195,8 @@ class Checkpoints:
     def _complete(self, step: int, meta: Meta, files: Mirror) -> None:
         """Waits until all processes have written `files`, and makes the checkpoint count."""
         try:
-            self._orbax.wait_until_finished()
-            if not is_main():
-                files.sync()
+            together(self._orbax.wait_until_finished)
+            together(lambda: None if is_main() else files.sync())
             parts = gather_bytes(json.dumps(checksums(files.path / STATE)).encode())
             # A file that several processes have is that of process 0, which uploads last.
             found = {name: x for part in parts[::-1] for name, x in json.loads(part).items()}
@@ -287,6 +287,21 @@ def _whole_copy(folder: Path, wanted: Mapping[str, str]) -> Iterator[Path]:
         if wrong := [name for name in wanted if found[name] != wanted[name]]:
             raise ValueError(f"its files are not those that were saved: {', '.join(wrong[:4])}")
         yield files
+
+
+def together(action: Callable[[], T]) -> T:
+    """Runs `action` in every process; if it fails in one, all of them raise, and none waits."""
+    failed, result = None, None
+    try:
+        result = action()
+    except Exception as error:  # whatever it is, the others must not wait
+        failed = error
+    texts = gather_bytes(b"" if failed is None else f"{type(failed).__name__}: {failed}".encode())
+    if failed is not None:
+        raise failed
+    if any(texts):
+        raise OSError(f"in another process: {next(filter(None, texts)).decode()}")
+    return result  # type: ignore[return-value]
 
 
 def checksums(folder: Path, names: Iterable[str] | None = None) -> dict[str, str]:

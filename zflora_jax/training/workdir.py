@@ -50,7 +50,8 @@ def read_config(workdir: str | Path) -> RunConfig:
         ) from None
     require(
         not isinstance(values, dict) or "model_type" not in values,
-        f"{workdir} holds a model, not a training run: give it with --model (zf.load_model).",
+        f"{workdir} holds a model, not a training run. Give the --workdir of a run; `zflora eval`"
+        " and `zflora generate` take a model by --model.",
     )
     return from_dict(RunConfig, values)
 

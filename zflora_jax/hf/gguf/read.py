@@ -132,8 +132,8 @@ _FLOATS = {"rope_theta": 10000.0, "rms_norm_eps": 1e-5}  # where a file does not
 
 
 def gguf_config(file: GGUFFile) -> LlamaConfig:
-    """Reads the config of a model. ConfigError for a feature without code in the forward pass,
-    CheckpointError for a missing metadata key.
+    """Reads the config of a model. ConfigError for a feature without code in the forward pass, or a
+    missing metadata key.
     """
     family, architecture = _family(file), file.get("general.architecture")
     _refuse_scaling(file)
@@ -185,6 +185,15 @@ def _family(file: GGUFFile) -> str:
             f"{file.path} is one of the {parts} files of a split model. Join them with llama.cpp's"
             " `llama-gguf-split --merge FIRST_FILE JOINED.gguf` and load the joined file."
         )
+    require(
+        file.get("general.type") != "adapter",
+        f"{file.path} holds an adapter for llama.cpp (--lora), no model. Give the base's file, or"
+        " the adapter as a PEFT directory.",
+    )
+    experts = file.setting("expert_count", 0)
+    require(
+        not experts, f"{file.path}: expert_count={experts}: mixtures of experts are not supported."
+    )
     architecture = file.get("general.architecture")
     known = [name for name, family in FAMILIES.items() if family.gguf == architecture]
     readable = [family.gguf for family in FAMILIES.values() if "gguf" not in family.refused]
