@@ -16,7 +16,6 @@ import argparse
 import os
 import tempfile
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -49,19 +48,8 @@ def arguments() -> argparse.Namespace:
     return args
 
 
-def fix_rope(source: Any, config: Any, made: Any) -> Any:
-    """A step of the conversion: longrope, which wider heads have, becomes a table of frequencies.
-    transformers chooses between two tables at run time, which cannot be traced; in exports of this
-    project both are the same.
-    """
-    for module in source.model.modules():
-        if getattr(module, "rope_type", None) == "longrope":
-            module.rope_type = "default"
-    return made
-
-
 def convert(export: Path, folder: Path, args: argparse.Namespace) -> tuple[str, str]:
-    """Converts an export by the steps of litert-torch 0.10, one by one, as `fix_rope` comes first.
+    """Converts an export by the steps of litert-torch 0.10, one by one, for the path of the model.
     Returns the paths of the file asked for and of the *.tflite in it.
     """
     from litert_torch.generative.export_hf import export as steps
@@ -79,7 +67,7 @@ def convert(export: Path, folder: Path, args: argparse.Namespace) -> tuple[str, 
         cache_length=args.context,
         quantization_recipe=RECIPES[args.quant],
     )
-    tasks = [fix_rope, export_lib.export_text_prefill_decode_model]
+    tasks = [export_lib.export_text_prefill_decode_model]
     if args.out.suffix == ".litertlm":
         tasks += [export_lib.export_tokenizer, litert_lm_builder.package_model]
     made = steps.run_export_tasks(tasks, config)

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
 import transformers
 from safetensors.numpy import load_file, save_file
 from support.byte_tokenizer import byte_tokenizer
@@ -30,10 +31,13 @@ from zflora_jax.core.adapter_config import AdapterConfig
 from zflora_jax.core.errors import CheckpointError
 from zflora_jax.core.fields import ConfigError
 from zflora_jax.core.model import Model
+from zflora_jax.core.model_config import RopeScaling
 from zflora_jax.evaluation.export_gap import export_gap
+from zflora_jax.hf.config import to_hf_config
 from zflora_jax.hf.load import model_config
-from zflora_jax.hf.restore import SIDE_FILE, SIDE_FOLDER, load_stock
-from zflora_jax.hf.stock import CHOICES, FLOAT16_LEAST, choose_eps_z, state_share
+from zflora_jax.hf.restore import SIDE_FILE, SIDE_FOLDER, load_stock, longrope
+from zflora_jax.hf.stock import CHOICES, FLOAT16_LEAST, StockForm, choose_eps_z, state_share
+from zflora_jax.ops.rope import rope_frequencies
 
 LORA, MINIMAL = AdapterConfig("lora", rank=2), AdapterConfig("zflora-minimal", rank=8)
 # Widths that no server has kernels for are fine here.
@@ -49,7 +53,7 @@ def manifest(folder: Path) -> dict[str, Any]:
 
 
 def test_separate_layers_and_shards(bases: dict[str, Model], tmp_path: Path) -> None:
-    """Of a tied model with Llama-3's RoPE scaling, which longrope factors have to hold."""
+    """Of a tied model with Llama-3's RoPE scaling, which the export keeps."""
     base = load_model(str(bases["llama3"].source), scan_layers=False)
     fused = fused_model(base, WIDENED["zflora-uniform"])
     report = save_hf(tmp_path / "out", fused, max_shard_bytes=60_000)
@@ -305,6 +309,62 @@ def test_the_base_of_an_export_is_not_called_as_the_export(exported: Path, tmp_p
     assert written["base_model_name_or_path"] == "plain"
     save_hf(tmp_path / "again", fused)
     assert manifest(tmp_path / "again")["base"]["name"] == "plain"
+
+
+@pytest.mark.parametrize("name", ["plain", "llama3"])
+def test_two_spellings_of_rope_and_none_of_zflora(
+    name: str, bases: dict[str, Model], tmp_path: Path
+) -> None:
+    """Widened heads: written by theta and Llama 3's scaling, read by longrope factors too, at
+    positions far apart. Saved again by other software it is an ordinary model of the same logits.
+    """
+    fused, out = fused_model(bases[name], WIDENED["zflora-uniform"]), tmp_path / "out"
+    save_hf(out, fused)
+    positions = torch.arange(TOKENS.shape[1])[None].repeat(len(TOKENS), 1)
+    positions[:, 4:] += 1000  # the rounding of float32 angles grows with it
+
+    def far() -> np.ndarray:
+        with torch.no_grad():
+            return open_stock(out)(torch.tensor(TOKENS), position_ids=positions).logits.numpy()
+
+    written, first = far(), (out / "config.json").read_text()
+    assert '"rope_type": "llama3"' in first and json.loads(first)["rope_theta"] > 500
+    form = StockForm(fused.config, manifest(out)["eps_z"])
+    (out / "config.json").write_text(json.dumps(json.loads(first) | longrope(form)))
+    assert_logits_close(far(), written, 5e-4)
+    assert_trees_equal(load_model(out).params, fused.params)
+    (out / "zflora.json").unlink()
+    with pytest.raises(ConfigError, match=r"longrope.*copy zflora\.json"):
+        load_model(out)
+    (out / "config.json").write_text(first)
+    ordinary = load_model(out)
+    assert ordinary.adapter is None
+    assert_logits_close(logits(ordinary), logits(fused))
+
+
+@pytest.mark.parametrize("theta", [1e4, 5e5, 5e6])
+@pytest.mark.parametrize(("k", "w"), [(64, 80), (128, 160), (96, 112)])
+@pytest.mark.parametrize("scaling", [None, RopeScaling(8.0, 1.0, 4.0, 8192)])
+def test_frequencies_of_widened_heads(
+    theta: float, k: int, w: int, scaling: RopeScaling | None
+) -> None:
+    """The base's; the adapter's pairs stand still at 131,072 positions, or nearly."""
+    native = tiny_model().config.replace(head_dim=w, base_head_dim=k, rope_theta=theta)
+    native = native.replace(rope_scaling=scaling, max_position_embeddings=131_072)
+    written = to_hf_config(StockForm(native, 1.0).hf_config, "float32")
+    found = transformers.AutoConfig.for_model(**written)
+    init = transformers.modeling_rope_utils.ROPE_INIT_FUNCTIONS["llama3"]
+    frequencies = init(found, "cpu")[0].numpy()
+    np.testing.assert_allclose(frequencies[: k // 2], rope_frequencies(native), rtol=2e-6)
+    angle = 131_072 / theta / (scaling.factor if scaling else 1e10)
+    assert frequencies[k // 2 :].max() * 131_072 <= 1.001 * angle
+
+
+def test_an_export_that_turns_its_adapter_warns(tmp_path: Path) -> None:
+    changes = {"rope_scaling": RopeScaling(8.0, 1.0, 4.0, 64), "rope_theta": 100.0}
+    base = tiny_model(**changes, max_position_embeddings=256)
+    with pytest.warns(UserWarning, match=r"dims of heads turn by up to 0\.32 rad"):
+        save_hf(tmp_path / "out", fused_model(base, WIDENED["ffba"]))
 
 
 # --- the scale of the state --------------------------------------------------------------------

@@ -62,7 +62,11 @@ def saved_bases(folder: Path) -> dict[str, Model]:
     models = {}
     for name, changes in {
         "plain": {},
-        "llama3": {"rope": LLAMA3, "tie_word_embeddings": True, "head_dim": 16},
+        "llama3": {
+            "rope": LLAMA3 | {"rope_theta": 500_000.0},
+            "tie_word_embeddings": True,
+            "head_dim": 16,
+        },
     }.items():
         path = folder / name
         hf_model(**changes).save_pretrained(path)

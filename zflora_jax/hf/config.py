@@ -204,23 +204,21 @@ def _rope(hf: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
     return theta, from_dict(RopeScaling, {name: rope[name] for name in fields}, "rope_scaling")
 
 
-def to_hf_config(
-    config: LlamaConfig, dtype: str, rope: Mapping[str, Any] | None = None
-) -> dict[str, Any]:
+def to_hf_config(config: LlamaConfig, dtype: str) -> dict[str, Any]:
     """The config.json of the family's stock class, for transformers 4 and 5.
 
     Args:
       config: Config of a model in stock form; ConfigError where it is widened.
       dtype: Data type of the stored tensors.
-      rope: The rope_scaling to write in place of the config's own.
     """
     if config.widened:
         raise ConfigError(
             "config.json cannot express base_hidden_size and base_head_dim; export with save_hf,"
             " which puts a fused model into stock form."
         )
-    if rope is None and config.rope_scaling is not None:
-        rope = {"rope_type": "llama3", **to_dict(config.rope_scaling)}
+    scaling, rope = config.rope_scaling, {"rope_type": "default"}
+    if scaling is not None:
+        rope = {"rope_type": "llama3", **to_dict(scaling)}
     eos = config.eos_token_ids
     return {
         **{key: getattr(config, field) for field, key in _SIZES.items()},
@@ -236,8 +234,8 @@ def to_hf_config(
         "model_type": config.family,
         "pad_token_id": config.pad_token_id,
         # Both spellings: transformers 4 reads a file without its own as theta 10000, unscaled.
-        "rope_parameters": {"rope_theta": config.rope_theta, **(rope or {"rope_type": "default"})},
-        "rope_scaling": dict(rope) if rope else None,
+        "rope_parameters": {"rope_theta": config.rope_theta, **rope},
+        "rope_scaling": rope if scaling is not None else None,
         "rope_theta": config.rope_theta,
         "torch_dtype": dtype,
     }

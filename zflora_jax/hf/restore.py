@@ -77,9 +77,12 @@ def read_export(directory: Path, *, quantised: bool = False) -> Export:
     if adapter is not None and METHODS[adapter.method].widens:
         base_config(native, adapter)  # raises where the widths are not this adapter's
     from_hf_config(hf, rope=False)  # refuses unsupported features by name
+    expected = to_hf_config(form.hf_config, "")
+    if (hf.get("rope_scaling") or {}).get("rope_type") == "longrope":
+        expected |= longrope(form)
     wrong = [
         f"{key}={hf.get(key)!r}, expected {value!r}"
-        for key, value in to_hf_config(form.config, "", form.rope).items()
+        for key, value in expected.items()
         if key not in _FREE and hf.get(key, value) != value
     ]
     if wrong:
@@ -88,6 +91,16 @@ def read_export(directory: Path, *, quantised: bool = False) -> Export:
             f" export. {'; '.join(wrong)[:600]}"
         )
     return export
+
+
+def longrope(form: StockForm) -> dict[str, Any]:
+    """The RoPE keys by which an export may also say which dims of its widened heads turn."""
+    native, factors = form.native, form.rope_divisors.tolist()
+    rope = {"rope_type": "longrope", "factor": 1.0, "attention_factor": 1.0}
+    rope |= {"original_max_position_embeddings": native.max_position_embeddings}
+    rope |= {"short_factor": factors, "long_factor": factors}
+    theta = {"rope_theta": native.rope_theta}
+    return theta | {"rope_scaling": rope, "rope_parameters": theta | rope}
 
 
 def load_export(directory: Path, dtype: str, scan_layers: bool, mesh: Any = None) -> Model:
@@ -133,7 +146,7 @@ def load_export(directory: Path, dtype: str, scan_layers: bool, mesh: Any = None
 def load_stock(directory: Path, scan_layers: bool = True, mesh: Any = None) -> Model:
     """Loads an export as stock transformers computes it, to measure the cost of stock form: norms
     and scores over the full widths, codes as floats. Two things differ: q and k of widened heads
-    are in native order, and norms of widened heads add rms_norm_eps to a mean over the base's dims.
+    are in native order, and norms of widened heads add rms_norm_eps to a mean over the base's dims;
 
     Parameters have the dtype of the export if that is exact, else float32; activations are bfloat16
     for a bfloat16 export, else float32.

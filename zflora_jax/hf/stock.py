@@ -8,8 +8,8 @@ function by changing weights and settings only:
   stored times eps_z (see `choose_eps_z`), so that it hardly counts in the mean square; norm gains
   times sqrt(d/D), rms_norm_eps times d/D.
 - heads k+e: base dims moved to the places that RoPE pairs up, [0, k/2) and [(k+e)/2, (k+e)/2 +
-  k/2), in q and k alike; q times sqrt((k+e)/k); the wanted frequencies written as `longrope`
-  factors, 1e30 (no rotation) for adapter pairs.
+  k/2), in q and k alike; q times sqrt((k+e)/k); RoPE settings that give the base's pairs their
+  frequencies and turn the adapter's by almost nothing (see `widened_rope`).
 - norms of heads (q_norm, k_norm): adapter dims of q and k stored times eps_z, their gains divided
   by it; gains of k times sqrt(k/(k+e)): the factors of q and of the scores cancel. There is one
   rms_norm_eps, the residual stream's; the error in the heads' is far below their sums of squares.
@@ -22,6 +22,7 @@ from __future__ import annotations
 import functools
 import math
 import operator
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -31,11 +32,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from zflora_jax.core import trees
+from zflora_jax.core.adapter_config import METHODS
 from zflora_jax.core.architecture import QK_NORMS, count_base
 from zflora_jax.core.families import require_format
 from zflora_jax.core.fields import require
 from zflora_jax.core.model import Model
-from zflora_jax.core.model_config import LlamaConfig
+from zflora_jax.core.model_config import LlamaConfig, RopeScaling
 from zflora_jax.hf.config import to_hf_config
 from zflora_jax.hf.keys import Place, as_finite, hf_shapes, hf_table, members
 from zflora_jax.ops.rope import paired_order, rope_frequencies
@@ -58,6 +60,9 @@ _SAFETY = 4.0
 
 # Divides an inverse frequency to zero and stays finite in float32 when multiplied by any theta
 NO_ROTATION = 1e30
+CUT = 1e10  # the same for `widened_rope`: 1e-9 rad at 10 million positions
+# Of an adapter's pair at the last position, in radian; Llama 3.1: 0.033, Llama 3.2: 0.008.
+LARGEST_ANGLE = 0.05
 
 
 @dataclass(frozen=True)
@@ -96,14 +101,10 @@ class StockForm:
         )
 
     @property
-    def rope(self) -> dict[str, Any] | None:
-        """The rope_scaling that gives widened heads the frequencies of the base, else None."""
-        if self.native.base_head_dim is None:
-            return None
-        factors, length = self.rope_divisors.tolist(), self.native.max_position_embeddings
-        rope = {"rope_type": "longrope", "factor": 1.0, "attention_factor": 1.0}
-        rope |= {"original_max_position_embeddings": length}
-        return rope | {"short_factor": factors, "long_factor": factors}
+    def hf_config(self) -> LlamaConfig:
+        """`config` with the RoPE settings of a Hugging Face directory."""
+        theta, scaling = widened_rope(self.native)
+        return self.config.replace(rope_theta=theta, rope_scaling=scaling)
 
     @property
     def rope_divisors(self) -> np.ndarray:
@@ -206,6 +207,68 @@ class HFContent:
     manifest: Mapping[str, Any] = field(default_factory=dict)  # more entries of zflora.json
 
 
+def widened_rope(native: LlamaConfig) -> tuple[float, RopeScaling | None]:
+    """Returns the rope_theta and rope_scaling by which stock RoPE over a whole head rotates the
+    base's pairs as the base does. Other models keep their own.
+
+    With theta' = theta^((k+e)/k) the frequencies of a head of k+e dims begin with the base's, and
+    the adapter's pairs follow with frequencies of at most 1/theta. A base with Llama 3's scaling
+    keeps it: the adapter's pairs turn by p / (theta factor) at position p, at most. Any other base
+    gets Llama 3's scaling as a cut between the two, which stops the adapter's pairs. Servers in
+    JAX read this spelling; `longrope` factors, which say the same, they ignore or refuse.
+    """
+    theta, k = native.rope_theta, native.base_head_width
+    scaling, length = native.rope_scaling, native.max_position_embeddings
+    if native.base_head_dim is None:
+        return theta, scaling
+    if scaling is None:
+        original = max(1, length // 2)  # a unit alone; transformers wants less than the length
+        # Wavelengths: 2 pi theta^(1 - 2/k) of the base's last pair, 2 pi theta of the adapter's
+        # first. The band of the interpolation lies between them.
+        low, high = (original / (2 * math.pi * theta ** (1 - x / k)) for x in (0.5, 1.5))
+        scaling = RopeScaling(CUT, low, high, original)
+    return theta ** (native.head_dim / k), scaling
+
+
+def _warn_of_turning(native: LlamaConfig) -> None:
+    """Warns where `widened_rope` turns the adapter's pairs by more than LARGEST_ANGLE."""
+    scaling, theta, length = native.rope_scaling, native.rope_theta, native.max_position_embeddings
+    if native.base_head_dim is None or scaling is None:
+        return
+    if (angle := length / (theta * scaling.factor)) > LARGEST_ANGLE:
+        warnings.warn(
+            f"the adapter's dims of heads turn by up to {angle:.2g} rad within"
+            f" max_position_embeddings={length} in this export, as its base has"
+            f" rope_theta={theta:g} with Llama 3's scaling by {scaling.factor:g}. Compare its"
+            " logits at long prompts, or fuse a method that leaves the heads alone.",
+            stacklevel=3,
+        )
+
+
+def misread(model: Model, form: StockForm) -> list[str]:
+    """Servers that refuse or miscompute a form that transformers and vLLM compute right, with the
+    reason. Read in the sources of tpu-inference b8692ff, sglang-jax cddbf6f and of MaxText; RoPE
+    and norms of the first two were run.
+    """
+    native, stored, found = form.native, form.config, []
+    heads, scaled = native.base_head_dim is not None, native.rope_scaling is not None
+    padded = native.family in ("qwen2", "qwen3") and stored.head_dim != 64
+    if heads and padded and stored.head_dim % 128:
+        found.append(
+            "vLLM on TPUs, of Qwen's heads of other than 64 or 128 dims (set"
+            " MODEL_IMPL_TYPE=vllm there)"
+        )
+    if scaled or (heads and native.rope_theta < 1e5):
+        found.append(
+            "sglang-jax, which ignores Llama 3's RoPE scaling (of the base, too)"
+            if scaled
+            else "sglang-jax: 1% off in the logits at rope_theta below 1e5"
+        )
+    if model.adapter is not None and METHODS[model.adapter.method].widens:
+        found.append("MaxText, which takes widths and RoPE from its own table of models")
+    return found
+
+
 def module_of(place: Place) -> str:
     """The parent of a leaf in the native tree: "q", "embed", ...; of a bias "q_bias"."""
     module, parameter = place.leaf.split("/")[-2:]
@@ -291,9 +354,12 @@ def stored_form(model: Model, form: StockForm, dtype: str) -> HFContent:
         first, *others = map(rows, names[name])
         return np.concatenate([first, *others]) if others else first
 
-    config = to_hf_config(form.config, dtype, form.rope)
+    _warn_of_turning(form.native)
+    config = to_hf_config(form.hf_config, dtype)
     report = {"parameters": count_base(form.config), **widths_report(model.config, form.config)}
     report |= {"eps_z": form.eps_z} if scales_state(model.config) else {}
+    wrong = misread(model, form)
+    report |= {"not read right by": "; ".join(wrong)} if wrong else {}
     return HFContent(form, config, specs, tensor, report)
 
 
