@@ -1,11 +1,12 @@
 """`python tools/settings_page.py` writes docs/settings.md: every setting of a run, from the
-dataclasses that declare them.
+dataclasses that declare them, and what stands here for names of PEFT, TRL and transformers.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
 
+from zflora_jax.core.foreign import FOREIGN
 from zflora_jax.core.settings import sections
 from zflora_jax.reporting.tables import markdown_table
 
@@ -15,6 +16,11 @@ INTRODUCTION = """# Settings
 Every setting of a run. `--set KEY=VALUE` changes it on the command line (`zflora train --help`
 lists the same), `zflora_jax.RunConfig` holds it in Python, `config.json` in a workdir keeps it.
 `python tools/settings_page.py` writes this page.
+"""
+FOREIGN_SECTION = """## Coming from PEFT and TRL
+
+What stands here for names of PEFT, TRL and transformers. A wrong setting with one of these names is
+answered with this table's row. [How to](howto.md#come-from-peft-and-trl) has the steps.
 """
 
 
@@ -33,7 +39,12 @@ def page() -> str:
         ]
         table = markdown_table(rows, ["name", "values", "default", "meaning"])
         parts.append(f"## {section.name}\n\n{section.title}\n\n{table}\n")
-    return "\n".join(parts)
+    rows = [
+        {"there": ", ".join(f"`{name}`" for name in names.split(", ")), "here": here}
+        for names, here in FOREIGN.items()
+    ]
+    table = markdown_table(rows, ["there", "here"])
+    return "\n".join([*parts, FOREIGN_SECTION, f"{table}\n"])
 
 
 if __name__ == "__main__":

@@ -45,6 +45,11 @@ def test_the_usage_of_a_script_is_what_works(name, capsys):
     ("argv", "message"),
     [
         ([], "the following arguments are required: COMMAND"),
+        (["trian"], "invalid choice: 'trian': did you mean 'train'? Allowed: bench, data"),
+        (
+            ["train", "--workdir", "w", "--learning-rate", "1"],
+            "A setting is changed by --set KEY=VALUE: did you mean 'optim.learning_rate'?",
+        ),
         (["train", "--config", "x"], "the following arguments are required: --workdir"),
         (["eval"], "one of the arguments --workdir --model is required"),
         (["eval", "--workdir", "a", "--model", "b"], "not allowed with argument"),
@@ -130,7 +135,7 @@ def test_sweep_files_are_checked_too(refused, config_file, tmp_path):
     ("changes", "message"),
     [
         ("adapter.rnk=4", "unknown key 'rnk' of AdapterConfig: did you mean 'rank'?"),
-        ("trian.steps=4", "unknown key 'trian.steps' of RunConfig: did you mean 'train'?"),
+        ("num_train_epochs=3", "of RunConfig: here that is `train.epochs`. Allowed: adapter"),
         ("train.steps", "--set 'train.steps': expected KEY=VALUE, e.g. train.steps=50."),
         ("train.steps=lots", "train.steps='lots': expected int, got str"),
         ("optim.learning_rate=inf", "optim.learning_rate=inf: expected a finite number."),
@@ -173,7 +178,7 @@ def test_sweep_files_are_checked_too(refused, config_file, tmp_path):
         ("data.task=rows data.data_dir=not-here", "data.data_dir='not-here' does not exist"),
         (
             "adapter.targets=q_proj",
-            "adapter.targets='q_proj' matches no kernel; kernels are q, k, v, o, gate, up, down",
+            "Matching is on the full name. Here that is 'q'.",
         ),
         ("adapter.targets=q|(", "is not a valid regex"),
         ("adapter.targets=q|k|v", "leaves method 'zflora-minimal' nothing to widen"),

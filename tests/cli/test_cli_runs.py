@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import shutil
 import signal
 from pathlib import Path
@@ -156,7 +157,9 @@ def test_own_data_of_instructions_and_outputs_alone_is_trained_on_and_evaluated(
     assert main(["train", *run, *own]) == 0
     assert "plain_texts" not in read_starts(tmp_path / "run")[-1]
     assert main(["eval", "--workdir", str(tmp_path / "run")]) == 0
-    assert "test_loss" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "test_loss" in said and "answer: A: it is " in said  # some answers to read
+    assert re.search(r"step 2/2  loss .*  lr .*  grad norm .*  epoch 0\.50  .* tokens/s \(", said)
     [result] = (tmp_path / "run" / "eval").glob("rows-test-step2.json")
     result = json.loads(result.read_text())
     assert np.isfinite(result["loss"]) and "accuracy" not in result

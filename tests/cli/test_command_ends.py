@@ -16,7 +16,7 @@ import pytest
 
 from zflora_jax.cli import export, generate
 from zflora_jax.cli.main import main
-from zflora_jax.cli.output import print_table
+from zflora_jax.cli.output import print_table, silence
 from zflora_jax.cli.stopping import terminated
 from zflora_jax.experiments import export as exporting
 from zflora_jax.hf import directory
@@ -140,6 +140,14 @@ def test_runs_models_and_adapters_in_each_others_place(base_dir, tmp_path, refus
         ("--model", lora): "It holds a PEFT adapter: give its base with --model",
     }.items():
         assert words in refused("generate", "--prompt", "a", *wrong)
+
+
+def test_libtpu_is_silenced_where_no_tpu_is(monkeypatch):
+    for found, kept in (([], True), (["/dev/accel0"], False)):
+        monkeypatch.delenv("TPU_ACCELERATOR_TYPE", raising=False)
+        monkeypatch.setattr("glob.glob", lambda _, found=found: found)
+        silence()
+        assert ("TPU_ACCELERATOR_TYPE" in os.environ) == kept
 
 
 def test_a_table_shows_all_of_what_it_is_given(capsys, monkeypatch):

@@ -22,7 +22,7 @@ EVERYTHING = RunConfig(
     adapter=AdapterConfig("lora", 18, 1.5, "q|v", init="normal", rank_pattern=(("q", 8),)),
     data=DataConfig("rows", "some/dir", "alpaca", 12, 3, (7, 9), True, 5, 4),
     optim=OptimConfig(1e-4, "linear", 0, 0.1, 0.01, 0.8, 0.9, 1e-6, None),
-    train=TrainConfig(7, 1, "bfloat16", "block", 3, 2, None, 4, 1),
+    train=TrainConfig(7, 2.5, 1, "bfloat16", "block", 3, 2, None, 4, 1),
     eval=EvalConfig("validation", limit=None),
 )
 SCALING = {"factor": 8, "low_freq_factor": 1, "high_freq_factor": 4}
@@ -59,7 +59,7 @@ def test_a_run_decides_how_its_model_is_computed_and_not_what_it_is():
     [
         ({"modle": "tiny"}, r"unknown key 'modle': did you mean 'model'\? Allowed: adapter, data"),
         ({"adapter": {"method": "lora", "rnk": 4}}, r"key 'adapter\.rnk': did you mean 'rank'\?"),
-        ({"train": {"zzzz": 4}}, r"unknown key 'train\.zzzz': Allowed: dtype, eval_every"),
+        ({"train": {"zzzz": 4}}, r"unknown key 'train\.zzzz': Allowed: dtype, epochs, eval"),
         ({1: 2}, "unknown key 1: Allowed"),
         ({"adapter": {}}, r"adapter is incomplete or damaged: method missing, and AdapterConfig h"),
         ({"adapter": "lora"}, r"adapter='lora': expected a table of AdapterConfig fields"),
@@ -121,6 +121,8 @@ def test_impossible_models(changes, message):
     ("method", "changes", "message"),
     [
         ("loar", {}, r"method 'loar': did you mean 'lora'\? Allowed: ffa, ff"),
+        ("dora", {}, "here that is `adapter.method=lora adapter.use_dora=True`. Allowed: ffa"),
+        ("lora", {"r": 8}, "unknown key 'r' of AdapterConfig: here that is `adapter.rank`"),
         ("lora", {"rank": 0}, r"adapter\.rank=0: must be at least 1\."),
         ("lora", {"alpha": 0.0}, r"adapter\.alpha=0\.0: must be positive, or None"),
         ("lora", {"alpha": math.nan}, r"adapter\.alpha=nan: expected a finite number"),
@@ -180,8 +182,8 @@ BEST = {"train.keep_best": True}
             for section, none, names in (
                 ("data", "", ("batch_size", "grad_accum_steps")),
                 ("data", ", or None", ("train_limit",)),
-                ("train", "", ("steps", "loss_chunk", "log_every", "max_to_keep")),
-                ("train", ", or None", ("eval_every", "save_every")),
+                ("train", "", ("loss_chunk", "log_every", "max_to_keep")),
+                ("train", ", or None", ("steps", "eval_every", "save_every")),
                 ("eval", "", ("batch_size", "max_new_tokens")),
                 ("eval", ", or None", ("limit", "max_prompt_tokens")),
                 ("mesh", "", ("data", "fsdp", "tensor", "slices")),
@@ -201,13 +203,16 @@ BEST = {"train.keep_best": True}
             r"leave quantize\.\* at none, or train an adapter",
         ),
         ({"trian.steps": "5"}, r"unknown key 'trian\.steps' of RunConfig: did you mean 'train'\?"),
+        ({"learning_rate": 1e-4}, r"did you mean 'optim\.learning_rate'\? Allowed: adapter, data"),
+        ({"train.batch_size": 4}, r"did you mean 'data\.batch_size' or 'eval\.batch_size'\?"),
+        ({"train.gradient_checkpointing": 1}, "here that is `train.remat`: `block` for the least"),
         ({"adapter.rnk": "5"}, r"unknown key 'rnk' of AdapterConfig: did you mean 'rank'\?"),
         *(({"adapter.rank": text}, "expected int") for text in ("8.0", "", "eight", "{[]: 1}")),
         ({"adapter.rank": "(" * 5000}, r"expected int"),
         ({"model.name": "x"}, r"'model\.name': 'model' has no fields of its own"),
         ({"data.prompt_style": "alpacca"}, r"did you mean 'alpaca'\? Allowed: alpaca, alpaca-eval"),
         ({"data.packing": "yes"}, r"packing='yes': expected bool \(True or False\)"),
-        ({"train.steps": "None"}, r"steps=None: expected int"),
+        ({"train.epochs": 0.0}, r"train\.epochs=0\.0: must be positive, or None"),
         ({"optim.learning_rate": "1e999"}, r"learning_rate=inf: expected a finite number"),
     ],
 )
@@ -259,6 +264,23 @@ def test_overrides_change_nothing_else_and_are_made_together():
     table = "{'method': 'lora', 'rank': 3, 'targets': 'mlp'}"
     refined = override(run, {"adapter.rank": "5", "adapter": table}).adapter
     assert refined == AdapterConfig("lora", rank=5, targets="mlp")
+
+
+def test_epochs_stand_in_for_steps_and_become_steps():
+    epochs = {"train.epochs": "0.7", "data.batch_size": "1", "optim.warmup_steps": "6"}
+    run = override(RunConfig(), epochs)
+    assert (run.train.steps, run.in_steps(10).steps) == (None, 7)
+    assert run.in_steps(10).train.epochs == 0.7  # on record, and the same once more
+    assert run.in_steps(10).in_steps(10) == run.in_steps(10)
+    assert RunConfig().in_steps(10).steps == 100
+    with pytest.raises(ConfigError, match="depend on the training rows"):
+        _ = run.steps
+    for both in (run.in_steps(10), override(run, {"train.steps": 8, "train.epochs": 0.7})):
+        with pytest.raises(ConfigError, match=r"epochs=0\.7, which of 99 rows, 1 a step, are 70 s"):
+            both.in_steps(99)
+    with pytest.raises(ConfigError, match=r"a step at full rate in train\.steps=7"):
+        override(run, {"optim.warmup_steps": 7}).in_steps(10)
+    assert override(run, {"train.steps": 9}).train == TrainConfig(9)
 
 
 def test_nearest_lists_everything_allowed():

@@ -13,6 +13,7 @@ from zflora_jax.cli.main import main
 from zflora_jax.core import trees
 from zflora_jax.core.adapter_config import METHODS
 from zflora_jax.core.fields import ConfigError, override, to_dict
+from zflora_jax.core.foreign import FOREIGN
 from zflora_jax.core.run_config import RunConfig
 from zflora_jax.core.settings import sections
 from zflora_jax.reporting.trackers import TRACKERS
@@ -39,6 +40,11 @@ def test_methods_trackers_and_optimizers_are_named():
     for name, table in (("train.report_to", TRACKERS), ("optim.optimizer", OPTIMIZERS)):
         for row in table:
             assert re.search(rf"\b{row}\b", SETTINGS[name].meaning), f"{row}: name it in {name}"
+
+
+def test_names_of_other_libraries_stand_for_settings_that_are_there():
+    named = re.findall(r"(?:adapter|data|optim|train|quantize)\.\w+", " ".join(FOREIGN.values()))
+    assert named and set(named) <= set(SETTINGS)
 
 
 def test_a_wrong_value_in_python_is_named_with_its_section():

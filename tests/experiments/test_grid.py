@@ -68,8 +68,9 @@ def test_a_signal_saves_the_run_and_the_sweep_goes_on(base, tmp_path, monkeypatc
     assert run_grid(base, two, tmp_path, console=False) == frame.to_dict("records")
 
 
-def test_every_combination_is_a_row_and_is_not_run_again(base, tmp_path, fake):
+def test_every_combination_is_a_row_and_is_not_run_again(base, tmp_path, fake, capsys):
     frame = sweep(base, GRID, tmp_path / "s")
+    assert "run 4 of 4: adapter.method=zflora-minimal,adapter.rank=4\n" in capsys.readouterr().out
     assert list(frame["adapter.method"]) == ["lora"] * 2 + ["zflora-minimal"] * 2
     assert list(frame["adapter.rank"]) == [2, 4, 2, 4] and set(frame["status"]) == {"finished"}
     assert list(frame["test_loss"]) == [loss_of(run) for run in fake.runs]

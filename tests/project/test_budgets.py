@@ -11,11 +11,11 @@ from support.paths import ROOT
 
 # folders -> lines of their .py files at most
 LINES = {
-    ("zflora_jax",): 22_200,
+    ("zflora_jax",): 23_100,
     ("tests",): 20_000,
     ("benchmarks", "studies", "tools"): 6_000,
 }
-PACKAGE_CHARACTERS = 950_000
+PACKAGE_CHARACTERS = 990_000
 RESULT_FILES, RESULT_BYTES = 40, 2_000_000
 DOC_PAGES, CONTRIBUTING_LINES = 12, 150
 

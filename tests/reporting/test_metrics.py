@@ -1,14 +1,18 @@
 import struct
 import sys
+import time
 from unittest.mock import Mock, call
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from zflora_jax.core.fields import ConfigError
+from zflora_jax.core.fields import ConfigError, override
+from zflora_jax.core.run_config import RunConfig
 from zflora_jax.reporting.metrics import MetricWriter, read_metrics
+from zflora_jax.reporting.progress import announced
 from zflora_jax.reporting.trackers import require_trackers
+from zflora_jax.training.hooks import LogMetrics
 
 
 def _events(workdir):
@@ -37,6 +41,19 @@ def test_records_are_on_disk_at_once_and_exact(tmp_path, capsys):
     assert capsys.readouterr().out == ""
     scalars = [(e.step, v.tag) for e in _events(tmp_path / "run") for v in e.summary.value]
     assert scalars == [(1, "train/loss"), (1, "train/tokens"), (1, "eval/loss")]
+
+
+def test_speed_is_told_of_all_tokens_and_of_target_tokens(tmp_path):
+    """This process has two rows of four, with 7 tokens in them that are no padding."""
+    run = override(RunConfig(), {"data.batch_size": 4})
+    segments = np.asarray([[1, 1, 1, 0, 0], [1, 2, 2, 2, 0]])
+    measured = {"loss": 1.0, "tokens": 3.0, "learning_rate": 0.1, "grad_norm": 2.0}
+    with MetricWriter(tmp_path, total_steps=100, console=False) as writer:
+        hook = LogMetrics(writer, run, rows=8, unit="tokens", started=0.0)
+        hook.on_batch(1, {"tokens": segments, "segments": segments})
+        hook.on_metrics(1, measured, seconds=2.0)
+    [record] = read_metrics(tmp_path / "metrics.jsonl")
+    assert [record[x] for x in ("tokens_per_s", "target_tokens_per_s", "epoch")] == [7, 1.5, 0.5]
 
 
 def _run(workdir, start, stop):
@@ -71,20 +88,35 @@ def test_resume_refuses_a_damaged_file_and_keeps_it(tmp_path):
     assert read_metrics(path) == [{"step": 1, "split": "train", "loss": 0.1}]
 
 
-def test_progress_is_periodic_lines_when_stdout_is_no_terminal(tmp_path, capsys, monkeypatch):
+def test_progress_is_a_line_every_log_every_steps_when_stdout_is_no_terminal(
+    tmp_path, capsys, monkeypatch
+):
     now = [100.0]
     monkeypatch.setattr("zflora_jax.reporting.progress.time.monotonic", lambda: now[0])
-    with MetricWriter(tmp_path, total_steps=40) as writer:
-        for step in range(1, 41):
+    with MetricWriter(tmp_path, total_steps=25, log_every=10) as writer:
+        for step in range(1, 26):
             writer.progress(step, f"loss {1 / step:.4f}")
             now[0] += 1.0
+        with writer.part(9, "held-out loss") as advance:
+            for _ in range(9):
+                advance(1)
+                now[0] += 4.0
     assert capsys.readouterr().out.splitlines() == [
-        "step 1/40  loss 1.0000",
-        "step 11/40  loss 0.0909  ETA 0:00:29",
-        "step 21/40  loss 0.0476  ETA 0:00:19",
-        "step 31/40  loss 0.0323  ETA 0:00:09",
-        "step 40/40  loss 0.0250  ETA 0:00:00",
+        "step 1/25  loss 1.0000",
+        "step 10/25  loss 0.1000  ETA 0:00:15",
+        "step 20/25  loss 0.0500  ETA 0:00:05",
+        "step 25/25  loss 0.0400  ETA 0:00:00",
+        "held-out loss 4/9",
+        "held-out loss 7/9",
     ]
+
+
+def test_long_work_is_announced_and_short_work_is_not(capsys, monkeypatch):
+    for after, said in ((0.01, "compiling\n"), (60.0, "")):
+        monkeypatch.setattr("zflora_jax.reporting.progress.LONG", after)
+        with announced("compiling"):
+            time.sleep(0.1)
+        assert capsys.readouterr().err == said
 
 
 def test_progress_is_a_bar_on_a_terminal(tmp_path, capsys, monkeypatch):
@@ -96,6 +128,8 @@ def test_progress_is_a_bar_on_a_terminal(tmp_path, capsys, monkeypatch):
         MetricWriter(tmp_path, total_steps=4, start_step=2) as writer,
     ):
         writer.progress(3, "loss 0.5000")
+        with writer.part(9, "held-out loss") as advance:
+            advance(4)
         raise KeyboardInterrupt
     out = capsys.readouterr().out
     assert "3/4" in out and "loss 0.5000" in out

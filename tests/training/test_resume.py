@@ -78,16 +78,20 @@ def test_memory_settings_may_change_and_the_data_stays(run, tmp_path, monkeypatc
 
 
 def test_a_finished_run_goes_on_to_more_steps(run, workdir, tmp_path, caplog):
-    """At a constant rate it is, bit for bit, the run that was asked for the longer length
-    at once.
+    """At a constant rate it is, bit for bit, the run that was asked for the longer length at once.
+    Epochs of 40 rows in steps of 4 are counted once the rows are there, and recorded.
     """
-    run = override(run, {"optim.schedule": "constant", "train.steps": 12})
+    whole = override(run, {"optim.schedule": "constant", "train.steps": 12})
+    run = override(whole, {"train.epochs": 1.2})
     caplog.set_level("INFO", logger="zflora_jax")
     longer = quiet_train(run, workdir)
     assert "train.steps: 8 before, 12 from here on" in caplog.text
     assert longer.report["resumed_from"] == 8 and longer.report["steps"] == 12
-    assert read_starts(workdir)[-1]["changed"] == {"train.steps": [8, 12]}
-    whole = quiet_train(run, tmp_path / "whole")
+    changed = {"train.steps": [8, 12], "train.epochs": [None, 1.2]}
+    assert read_starts(workdir)[-1]["changed"] == changed
+    assert read_config(workdir).steps == 12 and longer.report["epochs"] == 1.2
+    assert quiet_train(run, workdir).report == longer.report
+    whole = quiet_train(whole, tmp_path / "whole")
     assert_trees_equal(longer.adapters, whole.adapters)
     assert records(workdir, "loss") == records(tmp_path / "whole", "loss")
     assert longer.report["test_loss"] == whole.report["test_loss"]

@@ -75,10 +75,14 @@ def target_kernels(targets: str) -> tuple[str, ...]:
             f"adapter.targets={targets!r} is not a valid regex ({error}); use"
             f" {nearest(targets, named)} or a regex such as 'q|v'."
         ) from None
+    # As PEFT has them: q_proj,v_proj
+    found = [name for name in KERNELS if re.search(rf"\b{name}_proj\b", targets)]
+    peft = "all" if targets == "all-linear" else "|".join(found)
+    hint = f" Here that is {peft!r}." if peft else ""
     require(
         bool(chosen),
         f"adapter.targets={targets!r} matches no kernel; kernels are {', '.join(KERNELS)} (or use"
-        " 'all', 'attention', 'mlp'). Matching is on the full name.",
+        f" 'all', 'attention', 'mlp'). Matching is on the full name.{hint}",
     )
     return chosen
 

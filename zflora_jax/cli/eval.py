@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +22,7 @@ from zflora_jax.cli.output import print_table
 from zflora_jax.core.fields import ConfigError, override, require
 from zflora_jax.core.run_config import RunConfig
 from zflora_jax.core.storage import as_path
+from zflora_jax.core.textfile import lines_of
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
@@ -67,7 +69,7 @@ def add_options(parser: CommandParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     from zflora_jax.data.mixture import parse_mixture
-    from zflora_jax.data.tasks import GROUPS
+    from zflora_jax.data.tasks import GROUPS, get_task
     from zflora_jax.evaluation.summary import summary_page
     from zflora_jax.evaluation.task import check_tasks, evaluate_tasks
     from zflora_jax.parallel.compile_cache import compile_cache
@@ -89,11 +91,22 @@ def run(args: argparse.Namespace) -> None:
         return
     for result in summary["tasks"]:
         print_table(result, f"{result['task']} ({result['split']})")
+        if config.eval.generate and get_task(result["task"]).own:  # which often has no score
+            _print_samples(out / f"{result['task']}-{config.eval.split}-{label}.jsonl")
     print(summary_page(summary))
     print(
         f"written to {out}: summary-{config.eval.split}-{label}.md, and for each task one line per"
         f" example in <task>-{config.eval.split}-{label}.jsonl"
     )
+
+
+def _print_samples(path: Path, count: int = 2) -> None:
+    """Prints the first answers of an evaluation."""
+    for line in lines_of(path.read_text(encoding="utf-8"))[:count]:
+        record = json.loads(line)
+        for name in ("prompt", "output", "answer"):
+            print(f"{name}: {' '.join(str(record[name]).split())}")
+        print()
 
 
 def _settings(args: argparse.Namespace, base: RunConfig) -> tuple[RunConfig, dict[str, Any]]:

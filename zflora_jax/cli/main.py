@@ -23,6 +23,7 @@ from zflora_jax.cli import (
     train,
 )
 from zflora_jax.cli.options import CommandParser
+from zflora_jax.cli.output import silence
 from zflora_jax.core.errors import CheckpointError, NonFiniteError, Preempted
 from zflora_jax.core.fields import ConfigError, first_line
 from zflora_jax.core.storage import as_path, is_store_error
@@ -54,6 +55,7 @@ def main(argv: Sequence[str] | None = None, command: str | None = None) -> int:
       training run that a signal stopped and that the same command resumes.
     """
     args = _parser(command).parse_args(argv)
+    silence()
     handler, logger = logging.StreamHandler(), logging.getLogger("zflora_jax")
     handler.setFormatter(logging.Formatter("%(message)s"))
     logger.addHandler(handler)

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import importlib.util
 import re
 import shutil
 import textwrap
 import traceback
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
-from zflora_jax import config as config_module
-from zflora_jax.core.fields import ConfigError, nearest, override, require
+from zflora_jax.core.fields import ConfigError, meaning_of, nearest, override, require
 from zflora_jax.core.run_config import MeshConfig, RunConfig
 
 if TYPE_CHECKING:
@@ -32,6 +30,18 @@ class CommandParser(argparse.ArgumentParser):
         if more.get("default") is not None:
             text += f" (default: {more['default']})"
         self.add_argument(name, metavar=metavar, help=text, type=type, **more)
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.choices is not None and value not in action.choices:
+            text = f"invalid choice: {value!r}: {nearest(str(value), map(str, action.choices))}."
+            raise argparse.ArgumentError(action, text)
+
+    def error(self, message: str) -> NoReturn:
+        if found := re.match(r"unrecognized arguments: --([\w.-]+)", message):
+            hint = meaning_of(found[1].replace("-", "_"), RunConfig)
+            if not hint.startswith("Allowed"):
+                message += f". A setting is changed by --set KEY=VALUE: {hint}."
+        super().error(message)
 
     def format_help(self) -> str:
         text = super().format_help()
@@ -66,20 +76,15 @@ def load_config(path: str, function: str) -> Any:
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-        require(hasattr(module, function), f"{path} has no function {function}().")
+        require(hasattr(module, function), f"it has no function {function}().")
         return getattr(module, function)()
-    except ConfigError:
-        raise
     except Exception as error:  # the file is the user's: say where in it, as for any other input
         frames = traceback.extract_tb(error.__traceback__)
         lines = [f.lineno for f in frames if Path(f.filename).resolve() == file.resolve()]
         where = f", line {lines[-1]}" if lines else ""
-        text = f"config file {path}{where}: {type(error).__name__}: {error}."
-        named = re.search(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", text)
-        if named and dataclasses.is_dataclass(cls := getattr(config_module, named[1], None)):
-            known = nearest(named[2], [field.name for field in dataclasses.fields(cls)])
-            text = f"config file {path}{where}: unknown key {named[2]!r} of {named[1]}: {known}."
-        raise ConfigError(text) from error
+        known = isinstance(error, ConfigError)
+        text = str(error) if known else f"{type(error).__name__}: {error}."
+        raise ConfigError(f"config file {path}{where}: {text}") from error
 
 
 def run_config(args: argparse.Namespace) -> RunConfig:

@@ -1,8 +1,19 @@
-"""What commands print."""
+"""What commands print, and keep others from printing."""
 
 from __future__ import annotations
 
+import glob
+import os
 from typing import Any
+
+
+def silence() -> None:
+    """Switches off notices of transformers (no PyTorch) and, where no TPU is, of libtpu."""
+    quiet = {"TRANSFORMERS_NO_ADVISORY_WARNINGS": "1"}
+    if not glob.glob("/dev/accel*") + glob.glob("/dev/vfio/*"):
+        quiet |= {"TPU_WORKER_HOSTNAMES": "localhost", "TPU_ACCELERATOR_TYPE": "v5litepod-8"}
+    for name, value in quiet.items():
+        os.environ.setdefault(name, value)
 
 
 def print_table(values: dict[str, Any], title: str) -> None:

@@ -17,6 +17,7 @@ from zflora_jax.core.fields import (
     Positive,
     Share,
     check_types,
+    checked_names,
     nearest,
     require,
 )
@@ -76,6 +77,7 @@ _OF_METHODS: dict[str, Callable[[Method], bool]] = {
 """The settings that not every method has -> whether a method has it."""
 
 
+@checked_names
 @dataclass(frozen=True)
 class AdapterConfig:
     """An adapter: a method, its widths in channels, and the kernels that it may touch."""
@@ -88,8 +90,8 @@ class AdapterConfig:
     alpha: Positive | None = None
     """The numerator of the scale; None means 2 * rank, so s = 2."""
     targets: str = "all"
-    """Kernels that may change: all, attention, mlp, or a regex that matches whole kernel names (q,
-    k, v, o, gate, up, down)."""
+    """Kernels that may change (PEFT's target_modules): all, attention, mlp, or a regex that matches
+    whole kernel names (q, k, v, o, gate, up, down)."""
     extra_mlp_units: Natural | None = None
     """m: MLP units that are added; None means rank. Only for methods that widen the MLP."""
     extra_head_dim: Natural | None = None

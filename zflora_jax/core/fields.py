@@ -9,11 +9,14 @@ import ast
 import dataclasses
 import difflib
 import functools
+import itertools
 import sys
 import types
 import typing
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar
+
+from zflora_jax.core.foreign import FOREIGN
 
 T = TypeVar("T")
 
@@ -29,9 +32,16 @@ def first_line(error: BaseException) -> str:
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
+_FOREIGN = {name: here for names, here in FOREIGN.items() for name in names.lower().split(", ")}
+
+
 def nearest(name: str, allowed: Iterable[str]) -> str:
-    """A sentence for error messages: the closest allowed name if there is one, and all of them."""
+    """A sentence for error messages: what stands here for a name of PEFT, TRL or transformers, or
+    else the closest allowed name if there is one; and all of them.
+    """
     names = sorted(allowed)
+    if known := _FOREIGN.get(name.lower()):
+        return f"here that is {known}. Allowed: {', '.join(names)}"
     whatever_case = {allowed_name.lower(): allowed_name for allowed_name in names}
     close = difflib.get_close_matches(name.lower(), whatever_case, n=1, cutoff=0.5)
     hint = f"did you mean {whatever_case[close[0]]!r}? " if close else ""
@@ -80,7 +90,7 @@ def from_dict(cls: type[T], values: Mapping[str, Any], name: str = "") -> T:
     )
     hints, fields = _hints(cls), _fields(cls)
     for key in values:
-        require(key in fields, f"unknown key {_dotted(name, key)!r}: {nearest(str(key), fields)}.")
+        require(key in fields, f"unknown key {_dotted(name, key)!r}: {meaning_of(key, cls)}.")
     missing = [
         key
         for key, f in fields.items()
@@ -105,7 +115,7 @@ def to_dict(config: Any) -> dict[str, Any]:
     return plain(config)
 
 
-def override(config: T, changes: Mapping[str, Any], name: str = "") -> T:
+def override(config: T, changes: Mapping[str, Any], name: str = "", root: type | None = None) -> T:
     """`config` with dotted changes, e.g. {"train.steps": "50"}, made together, so that fields which
     constrain each other can be changed in one call.
 
@@ -114,6 +124,7 @@ def override(config: T, changes: Mapping[str, Any], name: str = "") -> T:
       changes: Value by dotted name. A string is parsed as a Python literal where the field is not a
         string; a single number stands for a list of it.
       name: The name of `config` in a larger one, for messages.
+      root: The class of that larger one, whose settings messages suggest.
 
     Raises:
       ConfigError: An unknown name, or a value that cannot be used.
@@ -124,7 +135,8 @@ def override(config: T, changes: Mapping[str, Any], name: str = "") -> T:
     hints, fields = _hints(cls), _fields(cls)
     for key, value in changes.items():
         head, _, rest = key.partition(".")
-        require(head in fields, f"unknown key {key!r} of {cls.__name__}: {nearest(head, fields)}.")
+        known = "" if head in fields else meaning_of(key, cls, root)
+        require(head in fields, f"unknown key {key!r} of {cls.__name__}: {known}.")
         if rest:
             require(
                 dataclasses.is_dataclass(getattr(config, head)),
@@ -135,8 +147,53 @@ def override(config: T, changes: Mapping[str, Any], name: str = "") -> T:
             parsed = _parse(value, typing.get_type_hints(cls)[head])
             flat[head] = _coerce(parsed, hints[head], _dotted(name, key))
     for head, inner in nested.items():
-        flat[head] = override(flat.get(head, getattr(config, head)), inner, head)
+        flat[head] = override(flat.get(head, getattr(config, head)), inner, head, root or cls)
+    for given, other in itertools.permutations(getattr(cls, "_either", ()), 2):
+        if flat.get(given) is not None:  # in place of the other
+            flat.setdefault(other, None)
     return dataclasses.replace(config, **flat)  # type: ignore[type-var]
+
+
+def checked_names(cls: type[T]) -> type[T]:
+    """Decorator of a dataclass: an unknown keyword argument is a ConfigError that names the right
+    one.
+    """
+    init: Callable[..., None] = cls.__init__
+
+    @functools.wraps(init)
+    def checked(self: Any, *args: Any, **values: Any) -> None:
+        for key in values.keys() - _fields(cls).keys():
+            raise ConfigError(f"unknown key {key!r} of {cls.__name__}: {meaning_of(key, cls)}.")
+        init(self, *args, **values)
+
+    cls.__init__ = checked  # type: ignore[method-assign]
+    return cls
+
+
+def meaning_of(key: Any, cls: type, root: type | None = None) -> str:
+    """What an unknown key of `cls` may mean: a setting of that name in another section of `root`,
+    or else the nearest.
+    """
+    head, leaf, fields = str(key).partition(".")[0], str(key).rpartition(".")[2], _fields(cls)
+    if leaf.lower() in _FOREIGN:  # whatever stands before it
+        return nearest(leaf, fields)
+    paths = {path: path.rpartition(".")[2] for path in _paths(root or cls)}
+    own = difflib.get_close_matches(head, fields, 1, 0.8)
+    close = difflib.get_close_matches(leaf, paths.values(), 1, 0.8)
+    if own or not close:
+        return nearest(head, fields)
+    meant = " or ".join(repr(path) for path, name in paths.items() if name == close[0])
+    return f"did you mean {meant}? Allowed: {', '.join(sorted(fields))}"
+
+
+def _paths(cls: Any, section: str = "") -> Iterator[str]:
+    """The dotted names of all settings."""
+    for name in _fields(cls):
+        inner = _hints(cls)[name]
+        if dataclasses.is_dataclass(inner):
+            yield from _paths(inner, _dotted(section, name))
+        else:
+            yield _dotted(section, name)
 
 
 def _dotted(section: str, name: Any) -> Any:

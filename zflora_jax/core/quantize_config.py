@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Literal, get_args
 
-from zflora_jax.core.fields import Bounds, check_types, require
+from zflora_jax.core.fields import Bounds, check_types, checked_names, require
 
 # "none": floats of the run's dtype; "keep": the codes of a GGUF file; else a row of
 # `ops.quantized.KINDS`.
@@ -14,6 +14,7 @@ STORED: tuple[str, ...] = get_args(Stored)
 Group = Annotated[int, Bounds("0, 32, 64 or 128 inputs", lambda x: x in (0, 32, 64, 128))]
 
 
+@checked_names
 @dataclass(frozen=True)
 class QuantizeConfig:
     """How the base is stored. What is quantised is frozen: adapters train next to it."""

@@ -5,7 +5,8 @@ and checked here. `core.settings` reads the string under a field for the help of
 from __future__ import annotations
 
 import datetime
-from dataclasses import dataclass, field
+import math
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Literal
 
 from zflora_jax.core.adapter_config import METHODS, AdapterConfig
@@ -18,6 +19,7 @@ from zflora_jax.core.fields import (
     Seed,
     Share,
     check_types,
+    checked_names,
     require,
 )
 from zflora_jax.core.model_config import LlamaConfig, Precision, Remat
@@ -44,6 +46,7 @@ RowFormat = Literal[
 ]
 
 
+@checked_names
 @dataclass(frozen=True)
 class DataConfig:
     """Which examples are read, and how they are batched."""
@@ -92,6 +95,7 @@ class DataConfig:
         return self.batch_size // self.grad_accum_steps
 
 
+@checked_names
 @dataclass(frozen=True)
 class OptimConfig:
     """An optimizer with a warm-up, then a decay of the learning rate."""
@@ -125,20 +129,24 @@ class OptimConfig:
         check_types(self, "optim")
 
 
+@checked_names
 @dataclass(frozen=True)
 class TrainConfig:
     """The training loop: its length, number formats, evaluation, checkpoints and logs."""
 
-    steps: Count = 100
-    """Optimizer steps."""
+    steps: Count | None = None
+    """Optimizer steps. None means 100, or as many as train.epochs takes."""
+    epochs: Positive | None = None
+    """Epochs: passes over the training rows, in place of train.steps. They are rounded up to whole
+    steps, which are recorded. With weights, an epoch is as many rows as all tasks have."""
     seed: Seed = 0
     """Seed of the adapter's initial values and of dropout; the data order has data.seed."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Data type of the base's weights and of activations."""
     remat: Remat = "dots"
-    """What the backward pass keeps of a layer: none recomputes nothing, dots keeps the products and
-    recomputes what is cheap, block keeps the layer's input alone and computes the layer twice.
-    none needs most memory, block least."""
+    """Gradient checkpointing: what the backward pass keeps of a layer. none recomputes nothing,
+    dots keeps the products and recomputes what is cheap, block keeps the layer's input alone and
+    computes the layer twice. none needs most memory, block least."""
     loss_chunk: Count = 256
     """Positions whose logits exist at one time."""
     log_every: Count = 10
@@ -158,9 +166,12 @@ class TrainConfig:
     matmul_precision: Precision = "default"
     """Precision of float32 products in training, evaluation and decode. At default, TPUs and GPUs
     with TF32 round the operands; highest is float32 throughout."""
+    _either = ("steps", "epochs")  # `override` sets one in place of the other
 
     def __post_init__(self) -> None:
         check_types(self, "train")
+        if self.steps is None and self.epochs is None:
+            object.__setattr__(self, "steps", 100)
         each, saved = self.eval_every, self.save_every
         require(
             not self.keep_best or (each is not None and saved is not None and saved % each == 0),
@@ -175,6 +186,7 @@ class TrainConfig:
         )
 
 
+@checked_names
 @dataclass(frozen=True)
 class EvalConfig:
     """Held-out loss, generated answers, and log-likelihoods where a task has options."""
@@ -207,6 +219,7 @@ class EvalConfig:
         check_types(self, "eval")
 
 
+@checked_names
 @dataclass(frozen=True)
 class MeshConfig:
     """How many devices each axis of the mesh has. The numbers of a run do not depend on it, up to
@@ -243,6 +256,7 @@ class MeshConfig:
         return self.data * self.fsdp
 
 
+@checked_names
 @dataclass(frozen=True)
 class RunConfig:
     """Everything that decides a run's numbers, written beside its checkpoints as config.json."""
@@ -260,10 +274,11 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         check_types(self)
+        steps = self.train.steps
         require(
-            self.optim.warmup_steps < self.train.steps,
+            steps is None or self.optim.warmup_steps < steps,
             f"optim.warmup_steps={self.optim.warmup_steps} does not leave a step at full rate in"
-            f" train.steps={self.train.steps}; lower warmup_steps.",
+            f" train.steps={steps}; lower warmup_steps.",
         )
         require(
             not self.train.keep_best or self.eval.split == "validation",
@@ -289,3 +304,23 @@ class RunConfig:
             f" data.grad_accum_steps={self.data.grad_accum_steps}); make the batch a multiple of"
             f" {parts}.",
         )
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps; ConfigError before `in_steps` has counted those of train.epochs."""
+        text = f"train.epochs={self.train.epochs}: its steps depend on the training rows, which are"
+        text += " not read here. Give train.steps; `zflora data` shows the steps of an epoch."
+        require(self.train.steps is not None, text)
+        return self.train.steps  # type: ignore[return-value]
+
+    def in_steps(self, rows: int) -> RunConfig:
+        """The run with the train.steps that train.epochs takes of `rows` training rows."""
+        given, epochs, batch = self.train.steps, self.train.epochs, self.data.batch_size
+        # 0.7 epochs of 10 rows, 7.000000000000001, are 7 rows.
+        steps = given if epochs is None else max(1, math.ceil(epochs * rows / batch - 1e-9))
+        require(
+            given in (None, steps),
+            f"train.steps={given} contradicts train.epochs={epochs}, which of {rows} rows, {batch}"
+            f" a step, are {steps} steps. Give one of the two, and set the other to None.",
+        )
+        return replace(self, train=replace(self.train, steps=steps))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import jax
 
@@ -14,12 +15,17 @@ from zflora_jax.data.encoding import Encoded
 from zflora_jax.data.pipeline import eval_batches, one_sequence_a_row
 from zflora_jax.parallel.mesh import fill_rows, mesh_in_use
 from zflora_jax.parallel.sharding import BATCH
-from zflora_jax.training.objective import objective_of
+from zflora_jax.reporting.progress import announced
+from zflora_jax.training.objective import Sums, objective_of
 from zflora_jax.training.trainer import eval_step
 
 
 def held_out_loss(
-    run: RunConfig, model: Model, encoded: Encoded, adapters: Tree | None = None
+    run: RunConfig,
+    model: Model,
+    encoded: Encoded,
+    adapters: Tree | None = None,
+    on_batch: Callable[[int], None] | None = None,
 ) -> dict[str, float]:
     """Returns the mean loss of the run's objective over all rows.
 
@@ -29,6 +35,7 @@ def held_out_loss(
       model: The base, or a fused model.
       encoded: The held-out rows.
       adapters: The unmerged adapter tree; None for the model without adapters.
+      on_batch: Called with the number of rows of each finished batch; compiling is then announced.
 
     Returns:
       {"loss": mean loss, e.g. nats per target token, `objective.unit`: the divisor, e.g. "tokens",
@@ -42,11 +49,16 @@ def held_out_loss(
     adapter = None if adapters is None else run.adapter
     rows = fill_rows(run.data.micro_batch_size, model.params, BATCH)
     batches = eval_batches(encoded, rows, run.data.bucket_lengths)
+    sums: list[Sums] = []
     with mesh_in_use(model.params):
-        sums = [
-            eval_step(model.config, adapter, variables, one_sequence_a_row(batch), objective)
-            for batch in batches
-        ]
+        for start, batch in zip(range(0, len(encoded), rows), batches, strict=True):
+            text = f"compiling the held-out loss for {rows} x {batch['tokens'].shape[1]} tokens"
+            with announced(text, on_batch is not None):
+                part = one_sequence_a_row(batch)
+                sums.append(eval_step(model.config, adapter, variables, part, objective))
+            if on_batch is not None:
+                jax.block_until_ready(sums[-2:-1])  # the batch before: this one is under way
+                on_batch(min(rows, len(encoded) - start))
     total = jax.tree.map(lambda *parts: sum(parts), *jax.device_get(sums))
     loss = float(total.loss / total.divisor)
     if not math.isfinite(loss):

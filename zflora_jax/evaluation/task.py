@@ -99,9 +99,11 @@ def _evaluate_task(
     require_fit(run, model)
     name, examples, records, result = _rows(run, seen)
     result |= {key: getattr(model.config.execution, key) for key in ("dtype", "matmul_precision")}
+    shown = console and distributed.is_main()
     if run.eval.loss:
         encoded = tokenize_examples(examples, model.tokenizer, run.data, model.config.vocab_size)
-        loss = held_out_loss(run, model, encoded)
+        with progress_bar(len(encoded), f"{name}: loss", shown) as advance:
+            loss = held_out_loss(run, model, encoded, on_batch=advance if shown else None)
         result |= {"loss": loss["loss"], "loss_rows": int(loss["rows"])}
         result["loss_documents_cut"] = encoded.truncated
     parts: dict[str, Callable[..., list[Record]]] = {}
@@ -109,7 +111,6 @@ def _evaluate_task(
         parts["likelihood"] = likelihood_records
     if run.eval.generate:
         parts["generation"] = functools.partial(generation_records, task_name=name)
-    shown = console and distributed.is_main()
     for kind, make in parts.items():
         with progress_bar(len(examples), f"{name}: {kind}", shown) as advance:
             fresh = make(

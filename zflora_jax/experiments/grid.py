@@ -8,7 +8,7 @@ import itertools
 import logging
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +28,7 @@ from zflora_jax.reporting.metrics import METRICS_FILE
 from zflora_jax.reporting.plots import training_curves
 from zflora_jax.reporting.provenance import environment, origin_line
 from zflora_jax.reporting.tables import markdown_table
-from zflora_jax.training.identity import same_numbers, settings as settings_of
+from zflora_jax.training.identity import counted_as, same_numbers, settings as settings_of
 from zflora_jax.training.lock import BusyError, locked
 from zflora_jax.training.workdir import read_config, require_no_jump
 
@@ -48,7 +48,7 @@ _ORIGIN = ("commit", "dirty", "date", "device", "cpu", "jax")
 
 
 def sweep(
-    base: RunConfig, grid: Settings, workdir: str | Path, *, console: bool = False
+    base: RunConfig, grid: Settings, workdir: str | Path, *, console: bool = True
 ) -> DataFrame:
     """Trains every combination of settings, each in <workdir>/<its name>.
 
@@ -62,7 +62,7 @@ def sweep(
       grid: A table of lists, of which every combination is a run, or a list of tables, each a run.
         Settings are dotted: "adapter.rank".
       workdir: Directory of the runs.
-      console: Whether a run shows its progress.
+      console: Whether the runs and their progress are shown.
 
     Returns:
       A row per run, in the order of the grid: run (its name), the settings that the grid changes,
@@ -132,10 +132,12 @@ def run_grid(
 ) -> list[Row]:
     """`sweep` as plain rows, without pandas."""
     workdir, named, env = local_path(workdir, "workdir"), combinations(base, grid), environment()
+    say: Callable[[str], None] = print if console else log.info
     done, bases = dict[str, Row](), dict[Any, Model]()  # the last run's, by what it depends on
     with compile_cache(workdir / "compile_cache"):
         while left := [(name, changes) for name, changes in named if name not in done]:
             for name, changes in left:
+                say(f"run {len(done) + 1} of {len(named)}: {name}")
                 try:
                     run, folder = override(base, changes), workdir / name
                     found = _finished(run, folder) or _train(run, folder, bases, console)
@@ -144,7 +146,7 @@ def run_grid(
                 except _FAILURES as error:
                     found = {"status": f"failed: {str(error) or type(error).__name__}"}
                 done[name] = {"run": name, **changes, **found}
-                log.info("%s: %s", name, found["status"])
+                say(f"{name}: {found['status']}")
                 rows = [done[name] for name, _ in named if name in done]
                 _write(workdir, base, rows, len(named), env)
             if len(done) < len(named):
@@ -161,6 +163,7 @@ def _finished(run: RunConfig, folder: Path) -> Row | None:
     if report is None or f"{run.eval.split}_loss" not in report:
         return None
     there = read_config(folder)
+    run = counted_as(there, run)
     same = report["steps"] == run.train.steps and same_numbers(there, dated(run, there.data.date))
     return _row(run, report) if same else None
 

@@ -92,7 +92,7 @@ def _run(workdir: Path) -> Facts:
     except ValueError as error:  # the base has been moved
         facts["widths"] = f"unknown: {error}"
     steps = saved_steps(workdir)
-    facts["steps"] = f"{steps[-1] if steps else 0} of {run.train.steps} saved"
+    facts["steps"] = f"{steps[-1] if steps else 0} of {run.steps} saved"
     facts["checkpoints"] = ", ".join(map(str, steps)) or "none"
     if (workdir / METRICS_FILE).is_file():
         for record in read_metrics(workdir / METRICS_FILE):  # the newest of each split stays

@@ -77,10 +77,10 @@ def memory_plan(
         "devices": run.mesh.devices,
         "params_base": count_base(config),
         "params_trainable": count_params(config, run.adapter),
-        "steps": run.train.steps,
+        "steps": run.steps,
         "rows_per_step": rows,
         "tokens_per_step": rows * length,
-        "tokens": rows * length * run.train.steps,
+        "tokens": rows * length * run.steps,
         "stored": stored_bytes(run, config),
         "compiled": compiled,
     }
@@ -163,7 +163,7 @@ def step_arguments(
     base = tree(param_shapes(config), jnp.dtype(config.execution.dtype))
     params = quantized_shapes(config, run.quantize, base)
     adapters = tree(adapter_shapes(config, run.adapter), jnp.float32)
-    state = jax.eval_shape(lambda a: init_state(a, run.optim, run.train.steps), adapters)
+    state = jax.eval_shape(lambda a: init_state(a, run.optim, run.steps), adapters)
     rows, length = run.data.batch_size, run.data.bucket_lengths[-1]
     batch = objective_of(run).arrays(rows, length, run.data.packing)
     return (

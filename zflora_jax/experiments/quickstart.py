@@ -58,6 +58,7 @@ def quickstart(run: RunConfig, workdir: str | Path, *, console: bool = True) -> 
     before = evaluate(run, base, out=workdir / "eval" / "before", console=console)
     _require_figures(run, before)
     trained = train(run, workdir, model=base, console=console)
+    run = trained.run
     fused = fuse_trained(trained.model, run.adapter, trained.adapters, donate=False)
     gap, scale = _fused_gap(run, trained, fused)
     after = evaluate(run, fused, out=workdir / "eval" / "after", console=console)

@@ -79,7 +79,8 @@ def fuse_trained(
 
     Args:
       model: The base model.
-      adapter, adapters: The trained adapters and their config.
+      adapter: The config of the adapters.
+      adapters: The trained adapters.
       donate: Whether the base's arrays are freed.
     """
     if is_quantized(model) and not METHODS[adapter.method].widens:

@@ -63,7 +63,8 @@ def new_report(
         "attention": setup.attention[0],
         **setup.fingerprints,
         "config": to_dict(run),
-        "steps": run.train.steps,
+        "steps": run.steps,
+        "epochs": run.steps * run.data.batch_size / len(setup.train_set),
         "resumed_from": first,
         **_loss_fields(setup, loss),
         "processes": jax.process_count(),
@@ -90,14 +91,14 @@ def finished_report(
       adapters: The trained adapters.
     """
     run, stored = setup.run, read_report(workdir) or {}
-    identity = {"steps": run.train.steps, **setup.fingerprints}
+    identity = {"steps": run.steps, **setup.fingerprints}
     if any(stored.get(key) != value for key, value in identity.items()):
-        starts = [start for start in read_starts(workdir) if start["step"] < run.train.steps]
+        starts = [start for start in read_starts(workdir) if start["step"] < run.steps]
         start = starts[-1] if starts else env
         env = {key: value for key, value in start.items() if key not in _OF_START}
         more = {"seconds": seconds, "processes": start.get("processes", 1)}
         loss = setup.held_out_loss(adapters)
-        return new_report(setup, workdir, run.train.steps, loss, env, more)
+        return new_report(setup, workdir, run.steps, loss, env, more)
     same_rows = stored.get(_EVAL_ROWS) == setup.eval_set.fingerprint()
     if same_rows and stored.get(f"{run.eval.split}_loss") is not None:
         return stored

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import jax
@@ -20,12 +22,14 @@ from zflora_jax.experiments.plan import step_attention
 from zflora_jax.parallel.sharding import shard, state_shardings
 from zflora_jax.training.trainer import TrainState, fresh_state
 
+log = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class Setup:
     """A run before its first step."""
 
-    run: RunConfig
+    run: RunConfig  # with the steps of train.epochs
     mesh: Mesh
     model: Model  # the base, divided over the mesh, without `start`; with the run's execution
     start: Tree | None  # the first adapters, taken out of the base; None where they are random
@@ -50,9 +54,11 @@ class Setup:
         )
         return fresh(self.model.params, self.start)
 
-    def held_out_loss(self, adapters: Tree) -> dict[str, float]:
+    def held_out_loss(
+        self, adapters: Tree, on_batch: Callable[[int], None] | None = None
+    ) -> dict[str, float]:
         """Returns the loss of `adapters` on the evaluation rows; see `loss.held_out_loss`."""
-        return held_out_loss(self.run, self.model, self.eval_set, adapters)
+        return held_out_loss(self.run, self.model, self.eval_set, adapters, on_batch)
 
 
 def prepare(run: RunConfig, mesh: Mesh, model: Model | None) -> Setup:
@@ -68,10 +74,12 @@ def prepare(run: RunConfig, mesh: Mesh, model: Model | None) -> Setup:
     """
     model = load_base(run, mesh) if model is None else given_base(run, model)
     rows = load_mixture(run.data, "train")
+    log.info("tokenising %d training rows of %s", len(rows), run.data.task)
     train_set = tokenize_examples(rows, model.tokenizer, run.data, model.config.vocab_size)
     examples = len(train_set)
     if run.data.packing:
         train_set = pack_sequences(train_set, run.data.bucket_lengths[-1])
+    run = run.in_steps(len(train_set))
     eval_set, data = held_out(run, model), train_set.fingerprint()
     fingerprints = {"base_fingerprint": fingerprint(model), "data_fingerprint": data}
     model, start = split_base(replace(model, params=shard(model.params, mesh)), run.adapter)

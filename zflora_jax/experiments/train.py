@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from zflora_jax.parallel import distributed
 from zflora_jax.parallel.compile_cache import compile_cache
 from zflora_jax.parallel.sharding import make_mesh, own_rows, put_rows
 from zflora_jax.reporting.metrics import MetricWriter
+from zflora_jax.reporting.progress import announced
 from zflora_jax.reporting.provenance import environment
 from zflora_jax.reporting.trackers import require_trackers
 from zflora_jax.training.checkpoint import Checkpoints, require_same
@@ -37,9 +38,9 @@ from zflora_jax.training.hooks import (
     StopOnSignal,
 )
 from zflora_jax.training.loop import Hook, fit
-from zflora_jax.training.objective import objective_of
+from zflora_jax.training.objective import Batch, objective_of
 from zflora_jax.training.optim import require_optimizer
-from zflora_jax.training.trainer import TrainState, step_of
+from zflora_jax.training.trainer import Metrics, TrainState, step_of
 from zflora_jax.training.workdir import (
     Changes,
     adopt,
@@ -92,27 +93,33 @@ def train(
     started, env = time.perf_counter(), environment()
     workdir, run, changed = _admit(run, workdir, resume)
     setup = prepare(run, make_mesh(run.mesh), model)
+    if run.train.steps is None:  # train.epochs, of rows that are counted now
+        run, changed = adopt(workdir, setup.run)
+        setup = replace(setup, run=run)
+    run = setup.run
     with ExitStack() as stack:
         signals, checkpoints, held = _open(stack, setup, workdir, changed)
         state, spent = _first_state(setup, checkpoints, workdir)
-        if (first := int(state.step)) >= run.train.steps:
-            log.info("%s is finished (%d steps): nothing to train", workdir, run.train.steps)
+        if (first := int(state.step)) >= run.steps:
+            log.info("%s is finished (%d steps): nothing to train", workdir, run.steps)
             report = finished_report(setup, workdir, spent, env, state.adapters)
             return Trained(setup.model, state.adapters, report, run, signals.asked)
         start = {"processes": jax.process_count(), "changed": changed, "plain_texts": setup.plain}
         writer = _open_logs(stack, run, workdir, console, first, env, held)
         distributed.on_main(lambda: record_start(workdir, first, env, **start))
-        metrics = LogMetrics(writer, run.train, objective_of(run).unit, started)
-        loss = HeldOutLoss(setup.held_out_loss, writer, run.train)
+        rows, unit = len(setup.train_set), objective_of(run).unit
+        metrics = LogMetrics(writer, run, rows, unit, started)
+        loss = HeldOutLoss(setup.held_out_loss, len(setup.eval_set), writer, run)
         meta = setup.fingerprints | {"data_seed": run.data.seed}
-        save = SaveCheckpoints(checkpoints, run.train, meta, started - spent, writer)
+        save = SaveCheckpoints(checkpoints, run, meta, started - spent, writer)
         # Evaluation cannot be interrupted: save first, unless the loss is saved with the state.
         measured = [loss, save] if run.train.keep_best else [save, loss]
         _evaluate_if_missed(loss, writer, state, checkpoints)
-        state = _train_steps(setup, state, metrics, *measured, StopOnSignal(signals))
-    if int(state.step) < run.train.steps:  # the last checkpoint is written by now
+        hooks = metrics, *measured, StopOnSignal(signals)
+        state = _train_steps(setup, state, hooks, console and writer is not None)
+    if int(state.step) < run.steps:  # the last checkpoint is written by now
         raise Preempted(
-            f"stopped by a signal after step {state.step} of {run.train.steps}, which is saved in"
+            f"stopped by a signal after step {state.step} of {run.steps}, which is saved in"
             f" {workdir}; the same command goes on from there."
         )
     seconds = spent + time.perf_counter() - started
@@ -168,7 +175,8 @@ def _open_logs(
 ) -> MetricWriter | None:
     """Opens metrics.jsonl and what train.report_to names, in the process that writes."""
     shown, trackers = to_dict(run) | {"environment": env}, run.train.report_to
-    made = (workdir, run.train.steps, console, first, trackers, shown, held)
+    every = run.train.log_every
+    made = (workdir, run.steps, console, first, trackers, shown, every, held)
     return distributed.on_main(lambda: stack.enter_context(MetricWriter(*made)))
 
 
@@ -181,8 +189,8 @@ def _first_state(setup: Setup, checkpoints: Checkpoints, workdir: Path) -> tuple
     state, saved = checkpoints.restore(setup.state_like, newest)
     for name in ("base", "data"):
         require_same(saved, name, setup.fingerprints[f"{name}_fingerprint"], workdir)
-    if (step := int(state.step)) < setup.run.train.steps:
-        log.info("%s resumes from step %d of %d", workdir, step, setup.run.train.steps)
+    if (step := int(state.step)) < setup.run.steps:
+        log.info("%s resumes from step %d of %d", workdir, step, setup.run.steps)
     return state, saved["seconds"]
 
 
@@ -197,7 +205,9 @@ def _evaluate_if_missed(
         loss.on_state(step, state, {"checkpoint": checkpoints.folder / str(step)})
 
 
-def _train_steps(setup: Setup, state: TrainState, *hooks: Hook) -> TrainState:
+def _train_steps(
+    setup: Setup, state: TrainState, hooks: Sequence[Hook], console: bool
+) -> TrainState:
     """The loop over the steps that `state` lacks, each required to be finite first of all."""
     data, rows, mesh = setup.run.data, setup.run.data.batch_size, setup.mesh
     kernel, reason = setup.attention
@@ -208,6 +218,14 @@ def _train_steps(setup: Setup, state: TrainState, *hooks: Hook) -> TrainState:
         return put_rows(batch if data.packing else one_sequence_a_row(batch), rows, mesh)
 
     batches = train_batches(setup.train_set, data, int(state.step), own_rows(rows, mesh))
-    step_fn = step_of(setup.run, setup.model.config, setup.shardings)
-    params, steps, hooks = setup.model.params, setup.run.train.steps, (RequireFinite(), *hooks)
+    compiled, seen = step_of(setup.run, setup.model.config, setup.shardings), set[Any]()
+
+    def step_fn(params: Tree, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        shape = batch["tokens"].shape
+        text = f"compiling the train step for {shape[0]} x {shape[1]} tokens, once for each length"
+        with announced(text, console and shape not in seen):
+            seen.add(shape)
+            return compiled(params, state, batch)
+
+    params, steps, hooks = setup.model.params, setup.run.steps, (RequireFinite(), *hooks)
     return fit(step_fn, params, state, batches, steps, hooks, place)

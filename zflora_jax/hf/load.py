@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from functools import partial
 from pathlib import Path
@@ -23,6 +24,8 @@ from zflora_jax.hf.restore import MANIFEST, load_export, read_export
 from zflora_jax.hf.shards import Shards, checked_table, read_json, read_place
 from zflora_jax.hf.tokenizer import TEMPLATES, TOKENIZER_FILES, load_tokenizer
 from zflora_jax.nn.quantize_model import quantize_model
+
+log = logging.getLogger(__name__)
 
 
 def load_model(
@@ -67,6 +70,7 @@ def load_model(
         f"dtype={dtype!r}: parameters are float32 or bfloat16 (float16 is for exports; its range is"
         " too small to train in).",
     )
+    log.info("loading %s", source)
     path = locate(source)
     load = _load_directory if path.is_dir() else load_gguf
     model = load(path, dtype, scan_layers, mesh, quantize_config(quantize))

@@ -86,7 +86,8 @@ def generate(
         with data.prompt_style="chat"; otherwise the model continues the prompt as it is.
       date: The day given to the template, "2026-11-26" (data.date of the run that trained the
         model); None for today.
-      adapter, adapters: An unmerged adapter, as for `generate_tokens`.
+      adapter: The config of `adapters`.
+      adapters: An unmerged adapter tree, as for `generate_tokens`.
       on_answer: Called with the number and the text of each answer when its batch is done.
       settings: Fields of `GenerationConfig` that replace those of `config`.
 

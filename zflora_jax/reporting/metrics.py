@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +31,12 @@ class MetricWriter:
     Args:
       workdir: The run's directory or URL, made if missing.
       total_steps: Where the progress bar ends.
-      console: Whether to show progress; a bar on a terminal, a line every few seconds elsewhere.
+      console: Whether to show progress; a bar on a terminal, lines elsewhere.
       start_step: The step restored from a checkpoint. Records that a killed run wrote about later
         steps are dropped, since they are about to be computed again; 0 starts the files anew.
       report_to: Rows of `trackers.TRACKERS`.
       config: The settings that trackers show next to the metrics.
+      log_every: Steps between two lines of progress, where there is no bar.
       before_upload: Called before files are uploaded; an exception from it prevents that.
 
     Raises:
@@ -49,6 +51,7 @@ class MetricWriter:
         start_step: int = 0,
         report_to: Sequence[str] = ("tensorboard",),
         config: Mapping[str, Any] | None = None,
+        log_every: int = 1,
         before_upload: Callable[[], None] = lambda: None,
     ) -> None:
         path = as_path(workdir, "workdir") / METRICS_FILE
@@ -65,7 +68,7 @@ class MetricWriter:
         except BaseException:
             self._mirror.close()
             raise
-        self._progress = TrainingProgress(total_steps, start_step) if console else None
+        self._progress = TrainingProgress(total_steps, start_step, log_every) if console else None
 
     def restored(self, step: int, split: str) -> bool:
         """Whether the file had a record of `step` and `split` when it was opened."""
@@ -87,6 +90,12 @@ class MetricWriter:
         """Shows that `step` steps are complete."""
         if self._progress is not None:
             self._progress.update(step, text)
+
+    def part(self, total: int, description: str) -> AbstractContextManager[Callable[[int], None]]:
+        """Shows progress of `total` steps of other work, see `TrainingProgress.part`."""
+        if self._progress is None:
+            return nullcontext(lambda n: None)
+        return self._progress.part(total, description)
 
     def sync(self) -> None:
         """Uploads what has been written, if the run is in a bucket; OSError if that fails."""

@@ -3,46 +3,77 @@
 from __future__ import annotations
 
 import sys
+import threading
 import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any
+from typing import Any, TextIO
+
+EVERY = 10.0  # seconds between lines, where there is no terminal to show a bar
+LONG = 3.0  # seconds after which `announced` speaks
 
 
 @contextmanager
-def progress_bar(total: int, description: str, console: bool) -> Any:
-    """A progress bar of `total` steps on stderr, if `console` is set and that is a terminal. Yields
-    advance(n), which moves it on.
+def progress_bar(total: int, description: str, console: bool) -> Iterator[Callable[[int], None]]:
+    """Progress of `total` steps on stderr, if `console` is set: a bar on a terminal, else a line at
+    most every 10 seconds. Yields advance(n), which moves it on.
     """
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
     screen = Console(stderr=True)
+    if not (console and screen.is_terminal):
+        yield _lines(total, description, sys.stderr) if console else lambda n: None
+        return
     columns = "{task.description}", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    hidden = not (console and screen.is_terminal)
-    with Progress(*columns, console=screen, disable=hidden, transient=True) as bar:
+    with Progress(*columns, console=screen, transient=True) as bar:
         task = bar.add_task(description, total=total)
         yield lambda n: bar.advance(task, n)
 
 
+def _lines(total: int, description: str, out: TextIO) -> Callable[[int], None]:
+    done, shown = 0, time.monotonic()
+
+    def advance(n: int) -> None:
+        nonlocal done, shown
+        done += n
+        if (now := time.monotonic()) - shown >= EVERY:
+            shown = now
+            print(f"{description} {done}/{total}", file=out, flush=True)
+
+    return advance
+
+
+@contextmanager
+def announced(text: str, console: bool = True) -> Iterator[None]:
+    """Prints `text` on stderr, if `console` is set, as soon as the block has taken 3 seconds."""
+    timer = threading.Timer(LONG, lambda: print(text, file=sys.stderr, flush=True))
+    timer.daemon = True
+    if console:
+        timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
 class TrainingProgress:
     """Steps, a text and the remaining time of a run of `total` steps, of which `start` are done: a
-    live bar on a terminal; elsewhere a line at most every 10 seconds, and one for the last step.
+    live bar on a terminal; elsewhere a line for the first, every `every`-th and the last step.
     """
 
-    EVERY = 10.0
-
-    def __init__(self, total: int, start: int) -> None:
-        self._total, self._printed = total, -self.EVERY
+    def __init__(self, total: int, start: int, every: int = 1) -> None:
+        self._total, self._every = total, every
         self._first: tuple[int, float] | None = None
         self._bar: Any = None
         if sys.stdout.isatty():
             from rich import progress as rich
 
-            done, left = rich.TimeElapsedColumn(), rich.TimeRemainingColumn()
-            steps = "step", rich.MofNCompleteColumn(), rich.BarColumn()
-            self._bar = rich.Progress(*steps, "{task.fields[text]}", done, "ETA", left)
-            self._task = self._bar.add_task("", total=total, completed=start, text="")
+            steps = "{task.description}", rich.MofNCompleteColumn(), rich.BarColumn(12)
+            left = "ETA", rich.TimeRemainingColumn()
+            self._bar = rich.Progress(*steps, "{task.fields[text]}", *left)
+            self._task = self._bar.add_task("step", total=total, completed=start, text="")
             self._bar.start()
 
     def update(self, step: int, text: str) -> None:
@@ -53,14 +84,23 @@ class TrainingProgress:
         now = time.monotonic()
         # Speed is measured from the first update on: the steps before it include compilation.
         first, began = self._first = self._first or (step, now)
-        if step < self._total and now - self._printed < self.EVERY:
+        if step not in (first, self._total) and step % self._every:
             return
-        self._printed = now
         parts = [f"step {step}/{self._total}", text]
         if step > first:
             left = (now - began) / (step - first) * (self._total - step)
             parts.append(f"ETA {timedelta(seconds=round(left))}")
         print("  ".join(parts), flush=True)
+
+    @contextmanager
+    def part(self, total: int, description: str) -> Iterator[Callable[[int], None]]:
+        """Progress of `total` steps of work between two steps of training, as `progress_bar`."""
+        if self._bar is None:
+            yield _lines(total, description, sys.stdout)
+            return
+        task = self._bar.add_task(description, total=total, text="")
+        yield lambda n: self._bar.advance(task, n)
+        self._bar.remove_task(task)
 
     def close(self) -> None:
         """Ends the bar."""

@@ -9,17 +9,22 @@ import math
 import time
 import zlib
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 from zflora_jax.core.errors import NonFiniteError
-from zflora_jax.core.run_config import TrainConfig
+from zflora_jax.core.run_config import RunConfig
 from zflora_jax.core.trees import Tree
 from zflora_jax.parallel.distributed import StopSignals
 from zflora_jax.reporting.metrics import MetricWriter
 from zflora_jax.training.checkpoint import Checkpoints
 from zflora_jax.training.loop import Hook
 from zflora_jax.training.trainer import TrainState
+
+_SILENT = nullcontext(lambda n: None)  # in processes that write nothing
 
 
 class RequireFinite(Hook):
@@ -44,45 +49,60 @@ class LogMetrics(Hook):
     """Logs every train.log_every-th step, and shows progress."""
 
     writer: MetricWriter | None  # None in processes that write nothing
-    settings: TrainConfig
-    unit: str  # what speed counts, see `Objective.unit`
+    run: RunConfig
+    rows: int  # of an epoch
+    unit: str  # what the loss is a mean over, see `Objective.unit`
     started: float  # time.perf_counter() at the start of the run
     first_step_seconds: float | None = None  # from `started` until its metrics were there
-    _checksums: dict[int, int] = field(default_factory=dict)  # by step, until its metrics are there
+    _batches: dict[int, tuple[int, float]] = field(default_factory=dict)  # see `on_batch`
 
     def on_batch(self, step: int, batch: Mapping[str, Any]) -> None:
-        # Shows whether two runs have seen the same data.
-        self._checksums[step] = zlib.crc32(batch["tokens"].tobytes())
+        # The checksum shows whether two runs have seen the same data. Of several processes, the
+        # rows of this one stand for all in the number of tokens.
+        rows = batch["tokens"]
+        tokens = np.count_nonzero(batch["segments"]) * self.run.data.batch_size / len(rows)
+        self._batches[step] = zlib.crc32(rows.tobytes()), tokens
 
     def on_metrics(self, step: int, metrics: Mapping[str, float], seconds: float) -> None:
         if self.first_step_seconds is None:
             self.first_step_seconds = time.perf_counter() - self.started
-        checksum, rate = self._checksums.pop(step), metrics[self.unit] / seconds
+        checksum, tokens = self._batches.pop(step)
         if self.writer is None:
             return
-        self.writer.progress(step, f"loss {metrics['loss']:.4f}  {rate:,.0f} {self.unit}/s")
-        if step % self.settings.log_every == 0 or step in (1, self.settings.steps):
+        epoch = step * self.run.data.batch_size / self.rows
+        speed, learned = tokens / seconds, metrics[self.unit] / seconds
+        self.writer.progress(
+            step,
+            f"loss {metrics['loss']:.4f}  lr {metrics['learning_rate']:.1e}"
+            f"  grad norm {metrics['grad_norm']:.2f}  epoch {epoch:.2f}"
+            f"  {speed:,.0f} tokens/s ({learned:,.0f} target {self.unit}/s)",
+        )
+        if step % self.run.train.log_every == 0 or step in (1, self.run.steps):
             record = {name: value for name, value in metrics.items() if name != "finite"}
-            more = {f"target_{self.unit}_per_s": rate, "batch_crc32": checksum}
-            self.writer.write(step, "train", record | more)
+            record |= {"epoch": epoch, "tokens_per_s": speed, f"target_{self.unit}_per_s": learned}
+            self.writer.write(step, "train", record | {"batch_crc32": checksum})
 
 
 @dataclass
 class HeldOutLoss(Hook):
     """Measures and logs the held-out loss every train.eval_every steps, and at the end."""
 
-    evaluate: Callable[[Tree], dict[str, float]]  # adapters -> {"loss": ..., ...}
+    # (adapters, advance, which is told the rows of each batch) -> {"loss": ..., ...}
+    evaluate: Callable[[Tree, Callable[[int], None]], dict[str, float]]
+    rows: int  # that are evaluated
     writer: MetricWriter | None  # None in processes that write nothing
-    settings: TrainConfig
+    run: RunConfig
     last: dict[str, float] = field(default_factory=dict)  # the result of the last evaluation
 
     def is_due(self, step: int, stopping: bool) -> bool:
-        every, last = self.settings.eval_every, self.settings.steps
+        every, last = self.run.train.eval_every, self.run.steps
         return not stopping and (step == last or (every is not None and step % every == 0))
 
     def on_state(self, step: int, state: TrainState, results: dict[str, Any]) -> None:
         try:
-            self.last = self.evaluate(state.adapters)
+            part = self.writer.part(self.rows, "held-out loss") if self.writer else _SILENT
+            with part as advance:
+                self.last = self.evaluate(state.adapters, advance)
         except NonFiniteError as error:
             saved, text = results.get("checkpoint"), f"after step {step} {error}"
             if saved:
@@ -100,14 +120,14 @@ class SaveCheckpoints(Hook):
     """
 
     checkpoints: Checkpoints
-    settings: TrainConfig
+    run: RunConfig
     meta: Mapping[str, Any]  # saved with each state
     # time.perf_counter() at the start, minus the seconds that earlier processes of the run trained.
     began: float
     writer: MetricWriter | None = None  # its records must be there before the checkpoint is
 
     def is_due(self, step: int, stopping: bool) -> bool:
-        every, last = self.settings.save_every, self.settings.steps
+        every, last = self.run.train.save_every, self.run.steps
         return stopping or step == last or (every is not None and step % every == 0)
 
     def on_state(self, step: int, state: TrainState, results: dict[str, Any]) -> None:

@@ -14,10 +14,11 @@ from zflora_jax.core.run_config import RunConfig
 from zflora_jax.core.trees import flatten
 from zflora_jax.data.mixture import has_own_rows, parse_mixture
 
-# Settings that change what is logged, kept or evaluated, but nothing of the training itself.
+# Settings that change what is logged, kept or evaluated, but nothing of the training itself; of
+# train.epochs, the steps that it comes to are compared.
 FREE = (
     *("eval", "mesh", "train/log_every", "train/eval_every", "train/save_every"),
-    *("train/max_to_keep", "train/keep_best", "train/report_to"),
+    *("train/max_to_keep", "train/keep_best", "train/report_to", "train/epochs"),
 )
 
 # Settings that change only rounding, memory or speed. A finished run counts with any of them.
@@ -57,6 +58,13 @@ def same_numbers(there: RunConfig, run: RunConfig) -> bool:
     """
     changed = differences(there, run)
     return not any(key.startswith("eval/") or decides(key, there, run) for key in changed)
+
+
+def counted_as(there: RunConfig, run: RunConfig) -> RunConfig:
+    """`run` with the steps of `there`, where it leaves them to the same train.epochs."""
+    if run.train.steps is not None or run.train.epochs != there.train.epochs:
+        return run
+    return replace(run, train=replace(run.train, steps=there.train.steps))
 
 
 def rounded_as(there: RunConfig, run: RunConfig) -> RunConfig:

@@ -56,7 +56,7 @@ def fresh_state(run: RunConfig, model: Model, start: Tree | None = None) -> Trai
     """The state before the first step of `run`; start: Adapters of `split_base`, None to draw."""
     if start is None:
         start = init_adapters(jax.random.key(run.train.seed), model, run.adapter)
-    return init_state(start, run.optim, run.train.steps)
+    return init_state(start, run.optim, run.steps)
 
 
 @dataclass(frozen=True)
@@ -164,7 +164,7 @@ def step_of(run: RunConfig, config: LlamaConfig, state_sharding: Any = None) -> 
         config,
         run.adapter,
         run.optim,
-        run.train.steps,
+        run.steps,
         objective=objective_of(run),
         grad_accum_steps=run.data.grad_accum_steps,
         seed=run.train.seed,

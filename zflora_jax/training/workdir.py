@@ -19,7 +19,7 @@ from zflora_jax.core.storage import as_path
 from zflora_jax.core.textfile import lines_of
 from zflora_jax.data.dates import dated
 from zflora_jax.reporting.files import atomic_write, plain, write_json
-from zflora_jax.training.identity import decides, differences, rounded_as
+from zflora_jax.training.identity import counted_as, decides, differences, rounded_as
 from zflora_jax.training.lock import locked
 
 STARTS_FILE = "starts.jsonl"
@@ -59,10 +59,10 @@ def read_config(workdir: str | Path) -> RunConfig:
 def adopt(workdir: str | Path, run: RunConfig) -> tuple[RunConfig, Changes]:
     """Decides with which settings `run` starts or goes on in `workdir`.
 
-    A new run takes today's date. One that goes on takes data.date and adapter.init from the run
-    that is there, where it leaves them open (None). As long as no step is saved, every setting may
-    change. A finished run keeps all settings that its results were computed with, but for
-    micro-batches that another mesh does not divide.
+    A new run takes today's date. One that goes on takes data.date, adapter.init and the steps of
+    train.epochs from the run that is there, where it leaves them open (None). As long as no step is
+    saved, every setting may change. A finished run keeps all settings that its results were
+    computed with, but for micro-batches that another mesh does not divide.
 
     Returns:
       (the settings to use, those that differ from the run that is there).
@@ -83,9 +83,13 @@ def adopt(workdir: str | Path, run: RunConfig) -> tuple[RunConfig, Changes]:
     there = dated(there, run.data.date)
     if run.adapter.init is None and run.adapter.method == there.adapter.method:
         run = replace(run, adapter=run.adapter.replace(init=there.adapter.init))
-    if saved := saved_steps(workdir):
+    saved = saved_steps(workdir)
+    run = counted_as(there, run) if saved else run
+    if run.train.steps is None:
+        return run, {}  # to be adopted when its rows are counted
+    if saved:
         _require_may_change(workdir, there, run, saved[-1])
-        if run.train.steps <= saved[-1]:  # nothing is left to train with other settings
+        if run.steps <= saved[-1]:  # nothing is left to train with other settings
             run = rounded_as(there, run)
     changed = differences(there, run)
     return run, {key.replace("/", "."): values for key, values in changed.items()}
@@ -94,10 +98,10 @@ def adopt(workdir: str | Path, run: RunConfig) -> tuple[RunConfig, Changes]:
 def _require_may_change(workdir: Path, there: RunConfig, run: RunConfig, finished: int) -> None:
     """Refuses changes of settings that must stay once `finished` steps are done."""
     changed = differences(there, run)
-    left, constant = run.train.steps > finished, run.optim.schedule == "constant"
+    left, constant = run.steps > finished, run.optim.schedule == "constant"
     refused = {key for key in changed if decides(key, there, run)}
     # Elsewhere than at a constant rate, a run that ends early has not come down to a low one.
-    if run.train.steps >= (finished if constant else there.train.steps):
+    if run.steps >= (finished if constant else there.steps):
         refused.discard("train/steps")
     if not left:
         refused.discard("data/grad_accum_steps")
@@ -111,7 +115,7 @@ def _require_may_change(workdir: Path, there: RunConfig, run: RunConfig, finishe
         ]
         raise ConfigError(
             "\n".join([f"{workdir} holds a run with another config:", *rows])
-            + f"\n  ({finished} of {there.train.steps} steps are finished there.)"
+            + f"\n  ({finished} of {there.steps} steps are finished there.)"
             "\nUse another --workdir, or the same settings to resume it."
         )
 
@@ -122,12 +126,13 @@ def require_no_jump(workdir: str | Path, run: RunConfig) -> None:
     """
     if run.optim.schedule == "constant" or not (saved := saved_steps(workdir)):
         return
-    there = read_config(workdir).train.steps
+    there = read_config(workdir)
+    steps = counted_as(there, run).train.steps
     require(
-        run.train.steps <= there,  # fewer are left to `adopt`
-        f"{workdir} holds a run of {there} steps, of which {saved[-1]} are done, and this one has"
-        f" train.steps={run.train.steps}: its learning rate would jump at step {saved[-1]}. Give"
-        " the sweep another workdir and out.",
+        steps is not None and steps <= there.steps,  # fewer are left to `adopt`
+        f"{workdir} holds a run of {there.steps} steps, of which {saved[-1]} are done, and this"
+        f" one has train.steps={steps}, train.epochs={run.train.epochs}: its learning rate would"
+        f" jump at step {saved[-1]}. Give the sweep another workdir.",
     )
 
 
