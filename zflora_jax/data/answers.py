@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 import re
+import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
+from typing import NamedTuple
 
-TOLERANCE = 1e-3  # absolute, between numeric answers: the one of LLM-Adapters
+TOLERANCE = Decimal("1e-3")  # absolute, between numeric answers: the one of LLM-Adapters
 
 
 @dataclass(frozen=True)
@@ -17,7 +22,44 @@ class Answers:
     score: Callable[[str, str], bool]  # (parsed answer, right answer) -> whether it is right
 
 
-_STATED = re.compile(r"answer(?: is\b:?|:)", re.IGNORECASE)
+# --- texts ----------------------------------------------------------------------------------------
+
+_SUPERSCRIPT = re.compile("[⁰¹²³⁴-⁹⁻]+")
+_MIXED = re.compile("(?<=[0-9])(?=[¼-¾⅐-⅞])")  # 1½
+
+
+def _spelled(text: str) -> str:
+    """Returns a text in NFKC, which alone would make 52 of "5²" and 51/2 of "5½"."""
+    text = _SUPERSCRIPT.sub(lambda found: "^" + found.group(), _MIXED.sub(" ", text))
+    return unicodedata.normalize("NFKC", text).replace("\N{FRACTION SLASH}", "/")
+
+
+def _folded(text: str) -> str:
+    """Returns a text in one case, with single spaces; symbols, marks and vowel signs stay."""
+    text = _spelled(_spelled(text).casefold()).replace("\N{VARIATION SELECTOR-16}", "")
+    return " ".join(text.split())
+
+
+_LATEX = re.compile(
+    r"\$(?=\S)([^$\n]*?\S)\$(?!\d)|\\(?:text|textbf|mathrm|mathbf)\{([^{}]*)\}|\\([%$#&_])|\\[()\[\]]"
+)
+_BOXED = re.compile(r"\\boxed\s*\{((?:[^{}]|\{[^{}]*\})*)\}")
+_TAGGED = re.compile(r"<answer>\s*(.*?)\s*(?:</answer>|\Z)", re.IGNORECASE | re.DOTALL)
+_HASHED = re.compile(r"^####[ \t]*(\S+)[ \t]*$", re.MULTILINE)
+_STATED = re.compile(
+    r"answer[*_`\"']*(?:\s+(?:is|should be|would be|must be)\b[*_`\"']*:?|\s*[:=])", re.IGNORECASE
+)
+
+
+def _marked(text: str) -> str:
+    """Returns a completion without its thoughts and LaTeX, its marked answers as statements:
+    \\boxed{...}, <answer>...</answer> and the line "#### ...".
+    """
+    text = _spelled(text).rpartition("</think>")[2].replace("{,}", ",")
+    for _ in range(2):  # \text{} in $...$
+        text = _LATEX.sub(lambda found: found[1] or found[2] or found[3] or " ", text)
+    text = _BOXED.sub(r" answer: \1 ", text)
+    return _HASHED.sub(r"answer: \1", _TAGGED.sub(r" answer: \1\n", text))
 
 
 def _places(text: str) -> list[str]:
@@ -31,6 +73,24 @@ def _places(text: str) -> list[str]:
     return [after.strip().partition("\n")[0].strip(), after, text]
 
 
+# Emphasis and quotes around words, not operators and apostrophes between them.
+_AROUND = re.compile(
+    r"(?<![^\W_])[*_`]+(?=\S)|(?<=\S)[*_`]+(?![^\W_]|\{)|(?<!\w)[\"'“‘’]+(?=\S)|(?<=\S)[\"'”’]+(?!\w)"
+)
+_DENIED = re.compile(
+    r"(?:\b(?:can)?not|\b(?:neither|nor|rather\s+than|instead\s+of)|n['’]t)\s+"
+    r"(?:(?:be|the|an?|option|choice|answer)\s+)*[$(\[-]*\w+(?:[.,/]\w+)*",
+    re.IGNORECASE,
+)
+
+
+def _words(text: str) -> str:
+    """Returns a completion without marks around its words, and without what it denies: "not B"."""
+    return _DENIED.sub(" ", _AROUND.sub("", _marked(text)))
+
+
+# --- numbers --------------------------------------------------------------------------------------
+
 _THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
 _FRAC = re.compile(r"\\[dt]?frac\{(-?\d+)\}\{(\d+)\}")
 # 3/4, 1 1/2, else a plain number: in "5-3" the minus is no sign, in "solution1" there is no number.
@@ -39,17 +99,51 @@ _VALUE = re.compile(
     r"|((?<![\w.])-?(?:\d+(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d+)?)",
     re.ASCII,
 )
-_CLAUSE_END = re.compile(r"[.;,:!?](?=\s|$)|\(")
+_CLAUSE_END = re.compile(r"[.;,:!?](?=\s|$)|\(|\b(?:because|since)\b")
 _OPERATION = re.compile(r"\d.*[-+*/×÷^x].*\d")
+_OPERATOR = re.compile(r"[-+*/×÷^=]|\b(?:x|plus|minus|times|divided|multiplied|and|of|over|by)\b")
+
+_UNIT = re.compile(r"[%°$€£¥₹]|°?[^\W\d_][^\s,;:!?()=]*")
+_ALIASES = {"$": "dollar", "€": "euro", "£": "pound", "¥": "yen", "₹": "rupee", "%": "percent"}
+_ALIASES |= {"feet": "foot", "people": "person"}
+_SCALES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
+_NO_UNITS = frozenset(
+    "left more total altogether remaining each now exactly only and or of for to at on with which"
+    " that is are was were but if when as so from by than there then the a he she they it".split()
+)
+_POWERS = {"per", "squared", "cubed"}
+# Right after a number these make another word or a term of it: 1980s, 3d, 5x.
+_PARTS = frozenset("sdxyzni")
+
+
+class Quantity(NamedTuple):
+    """A number in a text, with its unit."""
+
+    value: str  # without the scale
+    scale: int  # the power of ten of "million"
+    unit: tuple[str, ...]
+
+
+def _plain(text: str) -> str:
+    """Returns a text with numbers in one form; see `values`."""
+    text = re.sub(r"(?<![\w.])\N{EN DASH}(?=[\d.$])", "-", text.replace("\N{MINUS SIGN}", "-"))
+    text = re.sub(r"(?<![\w.])-([$€£¥₹])(?=[\d.])", r"\1-", _THOUSANDS.sub("", text))
+    return _FRAC.sub(r"\1/\2", text)
+
+
+def _quantities(text: str) -> list[Quantity]:
+    text = _plain(text)
+    return [
+        Quantity(_value(m), *_unit(text[: m.start()][-2:], text[m.end() :][:80]))
+        for m in _VALUE.finditer(text)
+    ]
 
 
 def values(text: str) -> list[str]:
     """Returns the numbers in a text, in order, without thousands commas. "3/4" and "\\frac{3}{4}"
     are 0.75, "1 1/2" is 1.5; "−3" (U+2212), "–3" (an en dash, but not in "1–3") and "-$3" are -3.
     """
-    text = re.sub(r"(?<![\w.])\N{EN DASH}(?=[\d.$])", "-", text.replace("\N{MINUS SIGN}", "-"))
-    text = _FRAC.sub(r"\1/\2", re.sub(r"-\$(?=[\d.])", "-", _THOUSANDS.sub("", text)))
-    return [_value(match) for match in _VALUE.finditer(text)]
+    return [found.value for found in _quantities(text)]
 
 
 def _value(match: re.Match[str]) -> str:
@@ -57,54 +151,108 @@ def _value(match: re.Match[str]) -> str:
     return plain if plain is not None else f"{sign}{int(whole or 0) + int(above) / int(below):.12g}"
 
 
+def _unit(before: str, after: str) -> tuple[int, tuple[str, ...]]:
+    """Returns the scale and the unit of a number between two texts."""
+    glued, clause = after[:1].isalpha(), _CLAUSE_END.split(after, maxsplit=1)[0]
+    given = [word.rstrip(".") for word in clause.casefold().split()]
+    found = []
+    for i, word in enumerate(given):
+        linked = word in _NO_UNITS or (word == "in" and i + 1 < len(given))  # "in" ends: inches
+        if linked or not _UNIT.fullmatch(word) or len(found) == 4:
+            break
+        found.append(_ALIASES.get(word, word))
+    if glued and found and found[0] in _PARTS:
+        return 0, (f"-{found[0]}",)
+    scale = _SCALES.get(found[0], 0) if found else 0
+    found = found[1:] if scale else found
+    symbol = _ALIASES.get(before.rstrip()[-1:], "")
+    if symbol and symbol not in [x.removesuffix("s") for x in found[:1]]:
+        found = [symbol, *found]
+    return scale, tuple(found)
+
+
+def _same_unit(given: Sequence[str], wanted: Sequence[str]) -> bool:
+    """Returns whether two units are equal, as far as both are given."""
+    if any(unit[0].startswith("-") for unit in (given, wanted) if unit):
+        return given == wanted
+    if not given or not wanted:
+        return True
+    more = given[len(wanted) : len(wanted) + 1]
+    alike = map(_same_word, given, wanted)
+    return len(given) >= len(wanted) and all(alike) and _POWERS.isdisjoint(more)
+
+
+def _same_word(a: str, b: str) -> bool:
+    short, long = sorted((a, b), key=len)
+    plurals = (f"{short}s", f"{short}es", f"{short[:-1]}ies")
+    return short == long or (len(short) > 2 and long in plurals)
+
+
+def _quantity(text: str) -> Quantity | None:
+    """Returns the number of a worked solution as `parse_number` does."""
+    text = _words(text)
+    statement, *rest = _places(text)
+    found = _stated_number(statement) if rest else None
+    return found or next(reversed(_quantities(text)), None)
+
+
 def parse_number(text: str) -> str:
     """Returns the answer of a worked solution: the number stated after the last "answer is", else
     the last number of the text, else "".
     """
-    statement, *rest = _places(text)
-    anywhere = values(text)
-    return (_stated_number(statement) if rest else "") or (anywhere[-1] if anywhere else "")
+    found = _quantity(text)
+    return found.value if found else ""
 
 
-def _stated_number(statement: str) -> str:
-    """Returns the first number of "36 dollars." and of "4. Then 4 + 1 = 5.", and the result of
-    "49 - 34 = 15 customers.", "x = 5 - 2 = 3" and "3 = 5 - 2".
+def _stated_number(statement: str) -> Quantity | None:
+    """Returns the first number of "36 dollars.", of "4. Then 4 + 1 = 5." and of "4 with 3 + 1 = 4",
+    and the result of "49 - 34 = 15 customers.", "x = 5 - 2 = 3" and "3 = 5 - 2".
     """
     # "- 5": nothing stands before it to subtract from.
     statement = re.sub(r"^[-\N{EN DASH}\N{MINUS SIGN}]\s*(?=[\d.$])", "-", statement)
-    clause = _CLAUSE_END.split(statement, maxsplit=1)[0]
+    clause = _plain(_CLAUSE_END.split(statement, maxsplit=1)[0])
     parts = clause.split("=")
     while len(parts) > 1 and not values(parts[-1]):  # "5 - 2 = 3 = x"
         parts.pop()
     before, after = "=".join(parts[:-1]), parts[-1]
-    if before and (result := values(after)) and not (_OPERATION.search(after) and values(before)):
-        return result[0]
-    return next(iter(values(clause) or values(statement)), "")
+    terms = list(_VALUE.finditer(before))
+    pairs = itertools.pairwise(terms)
+    computed = all(_OPERATOR.search(before[a.end() : b.start() + 1]) for a, b in pairs)
+    result = _quantities(after) if before and computed else []
+    if _OPERATION.search(after) and terms:
+        result = []
+    return next(iter(result or _quantities(clause) or _quantities(statement)), None)
 
 
-def _as_float(text: str) -> float | None:
-    try:
-        return float(text.replace(",", ""))
-    except ValueError:
-        return None
+_NUMBER = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?", re.ASCII)
+
+
+def _number(text: str) -> Decimal | None:
+    """Returns the finite number that a text is."""
+    text = text.strip().replace(",", "")
+    return Decimal(text) if _NUMBER.fullmatch(text) and math.isfinite(float(text)) else None
 
 
 def same_number(prediction: str, answer: str) -> bool:
     """Returns whether both are numbers that differ by at most TOLERANCE."""
-    a, b = _as_float(prediction), _as_float(answer)
+    a, b = _number(prediction), _number(answer)
     return a is not None and b is not None and abs(a - b) <= TOLERANCE
 
 
+# --- words, letters, belief states ----------------------------------------------------------------
+
+
 def parse_word(text: str, words: Sequence[str]) -> str:
-    """Returns the first of `words` in a text, as a whole word in any case, or "". "answer 2" counts
-    as "answer2". The last statement "answer is ..." is searched first, then the text behind it,
-    then all of the text.
+    """Returns the first of `words` in a text, as a whole word in any case and not denied, or "".
+    "answer 2" counts as "answer2". The last statement "answer is ..." is searched first, then the
+    text behind it, then all of the text.
     """
     pattern = re.compile(
         rf"(?<!\w)(?:{'|'.join(re.sub(r'(?=[0-9])', ' ?', word) for word in words)})(?!\w)",
         re.IGNORECASE,
     )
-    found = next((match for place in _places(text) if (match := pattern.search(place))), None)
+    places = _places(_words(text))
+    found = next((match for place in places if (match := pattern.search(place))), None)
     return found.group().replace(" ", "").lower() if found else ""
 
 
@@ -124,6 +272,7 @@ def parse_letter(text: str) -> str:
     ("option B"), else in parentheses, else a single letter. Of several, the first of a statement
     and the last of a text count.
     """
+    text = _words(text)
     for place in _places(text)[:-1]:
         found = _FIRST.match(place)
         for pattern in (_IN_PARENTHESES, _OPTION, _SINGLE):
@@ -133,7 +282,8 @@ def parse_letter(text: str) -> str:
     for pattern in (_NAMED, _IN_PARENTHESES, _OPTION, _SINGLE):
         if hits := pattern.findall(text):
             return hits[-1].upper()
-    return text.strip().upper() if re.fullmatch(r"\s*[a-e]\W*", text) else ""
+    found = re.fullmatch(r"\s*([a-e])\W*", text)
+    return found[1].upper() if found else ""
 
 
 def belief_state(text: str) -> str:
@@ -179,21 +329,72 @@ CHOICES = (
 TRUE_FALSE, ANSWERS, SOLUTIONS, ENDINGS, OPTIONS = (one_of(*words) for words in CHOICES)
 NUMBER = Answers(parse_number, same_number)
 LETTER = Answers(parse_letter, lambda prediction, answer: prediction == answer)
-TEXT = Answers(str.strip, lambda a, b: a.casefold().split() == b.casefold().split())
+TEXT = Answers(str.strip, lambda a, b: _folded(a) == _folded(b))
 BELIEF = Answers(belief_state, same_goals)
 
 
+# --- mixed answers --------------------------------------------------------------------------------
+
+_SENTENCE_END = re.compile(r"(?<=[.!?])\s")
+# Where a stated text ends and what is said about it begins; "Paris, Texas" is one text.
+_COMMENT = re.compile(
+    r"\s+(?:because|since)\b"
+    r"|[,;]\s+(?:because|since|as|so|which|but|not|I|it|he|she|they|this|that|there|we|you)\b"
+    r"|(?:(?<=^yes)|(?<=^no))[,;:]",
+    re.IGNORECASE,
+)
+_ENDS, _QUOTES = " .!", " `\"'“”‘’"
+_MARKS = "*_" + _QUOTES
+
+
 def _score_any(text: str, answer: str) -> bool:
-    """Scores a completion by the type of its right answer, for files of mixed answers."""
-    if _as_float(answer) is not None:
-        return same_number(parse_number(text), answer)
-    if answer in tuple("ABCDE"):
-        return parse_letter(text) == answer
-    if words := next((words for words in CHOICES if answer in words), None):
-        return parse_word(text, words) == answer
-    given, wanted = (re.findall(r"\w+", x.lower()) for x in (_places(text)[0] or text, answer))
-    return bool(wanted) and given[: len(wanted)] == wanted
+    """Scores a completion by the type of its right answer, for files of mixed answers: a letter, a
+    word, a number with or without a unit, or else the whole text that is stated.
+    """
+    wanted = _folded(answer)
+    if answer.strip() in tuple("ABCDE"):
+        return parse_letter(text) == answer.strip()
+    if words := next((words for words in CHOICES if wanted in words), None):
+        return parse_word(text, words) == wanted
+    if not {wanted, wanted.rstrip(".")}.isdisjoint(_stated_texts(text)):
+        return True
+    given, number = _quantity(text), _as_quantity(wanted)
+    return given is not None and number is not None and _same_quantity(given, number)
+
+
+def _stated_texts(text: str) -> set[str]:
+    """Returns what a completion may state as its answer: all of it, all or the line after "answer
+    is", or else its first line; whole, up to the end of the sentence, or up to a comment.
+    """
+    text = _marked(text)
+    statement, *rest = _places(text)
+    found = set[str]()
+    for part in (text, *rest[:1], statement if rest else text.strip().partition("\n")[0]):
+        part = part.strip()
+        for cut in (part, *(x.split(part, 1)[0] for x in (_SENTENCE_END, _COMMENT))):
+            cut = _folded(cut)
+            bare = {cut.strip(x).rstrip(x + _ENDS) for x in ("", _QUOTES, _MARKS)}
+            found |= {cut, *bare}
+    return found - {""}
+
+
+def _as_quantity(answer: str) -> Quantity | None:
+    """Returns the quantity that an answer is: nothing but a number and perhaps its unit."""
+    text = _plain(answer.rstrip("."))
+    if (match := _VALUE.search(text)) is None:
+        return None
+    before, after = text[: match.start()].strip(), text[match.end() :].split()
+    unit = len(after) <= 4 and _NO_UNITS.isdisjoint(after) and all(map(_UNIT.fullmatch, after))
+    return _quantities(text)[0] if unit and before in ("", "+", *_ALIASES) else None
+
+
+def _same_quantity(given: Quantity, wanted: Quantity) -> bool:
+    a, b = _number(given.value), _number(wanted.value)
+    if a is None or b is None or not _same_unit(given.unit, wanted.unit):
+        return False
+    a, b = a.scaleb(given.scale), b.scaleb(wanted.scale)
+    return abs(a - b) <= TOLERANCE * min(1, abs(b))  # relative, where 1e-3 would be large
 
 
 ANY = Answers(str.strip, _score_any)
-"""Numbers, letters or words, as the right answer is."""
+"""Numbers with or without a unit, letters, words or texts, as the right answer is."""
