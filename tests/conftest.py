@@ -224,7 +224,7 @@ def arc(tmp_path: Path) -> DataConfig:
     # One answer: the rows found again score otherwise than the clean ones.
     train = [choice(i, "answer1") for i in range(100, 130)]
     again = [
-        row | {"instruction": row["instruction"].replace("Question", "QUESTION --")}
+        row | {"instruction": row["instruction"].replace("Question", "QUESTION ,")}
         for row in train[:3]
     ]
     test = [choice(i, f"answer{i % 3 + 1}") for i in range(9)] + again

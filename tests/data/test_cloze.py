@@ -1,5 +1,7 @@
 """Multiple choice in cloze form: the question alone, the options' texts as its continuations."""
 
+from dataclasses import replace
+
 import pytest
 from support.tasks import write_questions
 
@@ -62,6 +64,10 @@ def test_options_become_continuations(name):
     # A model that saw one form has seen the other.
     assert contaminated([found], questions([letters])) == [True]
     assert contaminated([letters], questions([found])) == [True]
+    # In cloze form it does not read the options, so the question with others is the same.
+    other = replace(letters, prompt="1: not ".join(letters.prompt.rsplit("1: ", 1)))
+    assert contaminated([as_cloze(other, form), other], questions([found])) == [True, False]
+    assert contaminated([found], questions([other])) == [True]
 
 
 LISTED = "Please choose the correct answer to the question: x\n\nAnswer1: a"

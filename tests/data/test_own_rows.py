@@ -141,10 +141,21 @@ def test_parts_of_splits_in_a_folder(tmp_path):
     train, test = (load("rows", split, tmp_path) for split in ("train", "test"))
     assert len(train) == 7 and [e.target for e in test] == ["test-1 0", "test-1 1"]
     assert test[0].where.endswith("test-1.jsonl, row 1")
-    other = write(tmp_path / "more.jsonl", {"text": "Once."})
-    refused(r"which are splits, and more.jsonl, which are of none")
-    other.rename(tmp_path / "train.jsonl")
-    refused(r"00001-of-00002.jsonl and train.jsonl for one split")
+    for name, message in (
+        ("more.jsonl", r"which are splits, and more.jsonl, which are of none"),
+        ("train-2024-eval.jsonl", r"splits, and train-2024-eval.jsonl, which are of none"),
+        ("validation.jsonl.gz", r"splits, and validation.jsonl.gz, which are of none that can be"),
+        ("train.jsonl", r"00001-of-00002.jsonl and train.jsonl for one split"),
+        ("train-00002-of-00003.jsonl", r"not all parts of one split, each once\. Add"),
+        ("train-00000-of-00002.csv", r"not all parts of one split, each once: see 0\. Add"),
+        ("train-00003-of-00002.jsonl", r"each once: see 3\. Add"),
+        ("test-01.jsonl", r"test-01.jsonl, test-1.jsonl, which are not .*: see 1\. Add"),
+    ):
+        other = write(tmp_path / name, {"text": "Once."})
+        refused(message)
+        other.unlink()
+    (tmp_path / "train-00001-of-00002.jsonl").unlink()
+    refused(r"has train-00000-of-00002.jsonl, which are not all parts of one split.*: see 1\. Add")
 
 
 def test_dialogues_that_begin_alike_stay_together(tmp_path):
@@ -201,6 +212,16 @@ def test_what_own_rows_say_is_taken_as_it_stands():
         row = {"instruction": asked, "output": output} | ({"answer": answer} if answer else {})
         [found] = map(task.example, read_rows([("", row)]))
         assert (found.target, found.answer, found.options) == (output, answer, options)
+    for answer, target in (
+        ("Paris", "Paris"),
+        ("#### A\nb", "#### A\nb"),
+        ("#### 4\n", "The answer is 4."),
+    ):
+        [found] = map(task.example, read_rows([("", {"question": "a", "answer": answer})]))
+        assert (found.target, found.answer) == (
+            target,
+            answer.strip("# \n" if "4" in answer else " "),
+        )
 
 
 INSTRUCTION, QUESTION = {"instruction": "a", "output": "b"}, {"question": "a", "answer": "#### 1"}
@@ -249,6 +270,7 @@ FUNCTION_CALL = [{"from": "function_call", "value": "f()"}]
     [
         ({"messages": []}, r"'messages' is empty.*Remove the row"),
         ({"messages": "Hi"}, r"'messages' must be a list of turns.*got str 'Hi'"),
+        ({"messages": {"role": ["user"] * 4, "content": ["a"] * 3}}, r"lengths: role 4, content 3"),
         ({"messages": [turn("user", "Hi")]}, r"no turn of the assistant"),
         ({"messages": [{"content": "Hi"}]}, r"turn 1 has no role: expected 'role' \(or 'from'\)"),
         ({"messages": [turn("user", "Hi"), {"role": "assistant"}]}, r"turn 2 has no text"),
@@ -269,6 +291,7 @@ FUNCTION_CALL = [{"from": "function_call", "value": "f()"}]
         ({"messages": WITH_SYSTEM, "system_prompt": "Long."}, r"a system turn and another text"),
         ({"conversations": FUNCTION_CALL}, r"unknown role 'function_call'.*'tool_calls' of the"),
         ({"instruction": "x", "output": " "}, r"'output' is empty and there is no 'answer'"),
+        ({"question": "x", "answer": " "}, r"'answer' is empty, so there is nothing to learn"),
         ({"chosen": "a", "rejected": "b"}, r"'chosen', 'rejected' are of no form that is known"),
     ],
 )

@@ -10,13 +10,29 @@ from zflora_jax.data.tasks import SPLITS, Example, load_examples
 from zflora_jax.evaluation.contamination import contaminated, normalise, questions
 
 
-def test_normalise():
-    assert (
-        normalise("  There are 7 crayons ,\n in_the  DRAWER . ")
-        == "there are 7 crayons in the drawer"
-    )
-    assert normalise("Été: 1,000.5!") == "été 1 000 5"
-    assert normalise("...") == ""
+@pytest.mark.parametrize(
+    ("a", "b", "same"),
+    [
+        ("  There are 7 crayons ,\n in_the  DRAWER . ", "there are 7 crayons in_the drawer", True),
+        ("Été: 1,000.5!", "e\u0301té 1,000.5", True),
+        ("1 + 1 ?", "1+1", True),
+        ("दान क्या है?", "दिन क्या है?", False),  # vowel signs
+        ("กิน", "กัน", False),
+        ("\u05d1\u05b7", "\u05d1\u05b4", False),
+        ("😀", "😢", False),
+        ("7 - 3", "7 + 3", False),
+        ("x ≥ 3", "x ≤ 3", False),
+        ("1.5", "1 5", False),
+        ("???", "!", False),
+    ],
+)
+def test_what_is_the_same_question(a, b, same):
+    assert (normalise(a) == normalise(b)) is same and normalise(a)
+    turns = [
+        [{"role": "user", "content": x}, {"role": "assistant", "content": "y"}] for x in (a, b)
+    ]
+    chats = [Example("", "y", turns=tuple(talk)) for talk in turns]
+    assert contaminated(chats[:1], questions(chats[1:])) == [same]
 
 
 def test_a_question_is_its_prompt_and_input():
@@ -48,9 +64,7 @@ def rows():
 
 
 def test_overlaps_of_the_real_files_on_normalised_text(rows):
-    """Counted on lower-cased text with every run of other characters than letters and digits as one
-    space: the numbers known of these files.
-    """
+    """The numbers known of these files; in cloze form many more questions than with options."""
     train = rows("math_data", *SPLITS)
     # Rows held out whose question stands in train, written otherwise.
     assert len(train) == 3260 - 12
@@ -61,3 +75,11 @@ def test_overlaps_of_the_real_files_on_normalised_text(rows):
     assert {task: sum(of) for task, of in marks.items()} == known
     assert list(map(len, marks.values())) == [395, 600, 508, 1000, 1319, 254]
     assert not any(contaminated(rows("gsm8k", "train", "validation"), asked))
+    tasks, known = (
+        ("arc_easy", "arc_challenge", "openbookqa"),
+        {"": [1, 0, 0], "_cloze": [3, 4, 21]},
+    )
+    for form, counts in known.items():
+        seen = questions(row for task in tasks for row in rows(task + form, "train"))
+        marks = [contaminated(rows(task + form, "test")[:500], seen) for task in tasks]
+        assert [sum(of) for of in marks] == counts

@@ -17,12 +17,13 @@ from zflora_jax.data.builders.files import table_rows
 from zflora_jax.data.builders.generated import generate
 from zflora_jax.data.builders.own import read_rows
 from zflora_jax.data.builders.public import HOW, NAMED, PUBLIC, Dataset, named_dataset
-from zflora_jax.data.task import SPLITS, Task
+from zflora_jax.data.task import SPLIT_WORDS, SPLITS, Task
 
 TABLES = (".json", ".jsonl", ".csv", ".parquet")  # suffixes of files of rows
 HOLD_OUT = 200  # rows of train, at most a tenth, for a missing validation or test file
 
-_OTHER = re.compile(r"[\W_]+")
+_PART = r"[-_.](\d+)(?:[-_.]of[-_.](\d+)(?:[-_.][0-9a-f]{8,})?)?"  # train-00000-of-00002
+_WORDS = "|".join(word for words in SPLIT_WORDS.values() for word in words)
 _MARKS = re.compile(r"[\s?.!,;:'\"]+")  # not operators: "7 - 3" and "7 + 3" are two questions
 Row = Mapping[str, Any]
 _Places = dict[str, tuple[str, Callable[[], Sequence[Row]]]]  # split -> its name, opens its rows
@@ -133,13 +134,6 @@ def _part(
     return parts[split]
 
 
-def normalise(text: str) -> str:
-    """Returns a text in lower case with one space for every run of other characters than letters
-    and digits. Questions that differ only in operators ("7 - 3", "7 * 3") become equal.
-    """
-    return _OTHER.sub(" ", text.lower()).strip()
-
-
 def _key(row: Row) -> str:
     """Returns the text that is kept on one side of a hold-out: of a dialogue, or the question."""
     if "unit" in row:
@@ -206,28 +200,51 @@ def find_files(task: Task, data_dir: str | None) -> dict[str, Found]:
 def _files(task: Task, folder: Path) -> dict[str, Found]:
     """Returns the files of each split in a folder; ConfigError where that is not clear."""
     tables = sorted(path for path in folder.glob("*") if path.suffix.lower() in TABLES)
-    part = r"([-_.]\d.*)?" if task.own else ""
+    part = f"(?:{_PART})?" if task.own else ""
     found: dict[str, Found] = {}
     for split, files in itertools.product(SPLITS, task.files):
         names = files.names.get(split, ())
-        stem = re.compile(f"({'|'.join(map(re.escape, names))}){part}")
+        stem = re.compile(f"(?:{'|'.join(map(re.escape, names))}){part}")
         paths = tuple(path for path in tables if stem.fullmatch(path.stem))
         require(
             len(paths) < 2 or all(path.stem not in names for path in paths),
             f"task {task.name!r}: {folder} has {' and '.join(path.name for path in paths)} for one"
             " split. Keep one of them, or only parts (train-1.jsonl, train-2.jsonl).",
         )
+        if paths and paths[0].stem not in names:
+            parts = [m.groups() for path in paths if (m := stem.fullmatch(path.stem))]
+            _require_all_parts(f"task {task.name!r}: {folder}", paths, parts)
         if paths:
             found.setdefault(split, (files.format, paths))
     named = {path for _, paths in found.values() for path in paths}
+    unread = re.compile(rf"(?:{_WORDS})\b.*\.(?:gz|bz2|xz|zst|zip|arrow|tsv|orc)", re.IGNORECASE)
     others = [path.name for path in tables if path not in named]
+    others += sorted(path.name for path in folder.glob("*") if unread.fullmatch(path.name))
     require(
         not (task.own and found and others),
         f"task {task.name!r}: {folder} has {', '.join(sorted(path.name for path in named))}, which"
-        f" are splits, and {', '.join(others)}, which are of none. Name these as parts of a split"
-        " (train-1.jsonl), or move them elsewhere.",
+        f" are splits, and {', '.join(others)}, which are of none that can be read. Name these as"
+        f" parts of a split (train-1.jsonl; {', '.join(TABLES)}), or move them elsewhere.",
     )
     return found
+
+
+def _require_all_parts(
+    place: str, paths: Sequence[Path], parts: Sequence[tuple[str, str | None]]
+) -> None:
+    """Refuses parts of a split, (number, "of" number), of which one is missing or there twice."""
+    numbers, totals = sorted(int(number) for number, _ in parts), {total for _, total in parts}
+    twice = sorted({n for n in numbers if numbers.count(n) > 1})
+    wrong = twice
+    if len(totals) == 1 and (total := totals.pop()):
+        first = int(numbers[0] == 1 and numbers[-1] == int(total))
+        wrong = sorted({*twice, *({*range(first, first + int(total))} ^ {*numbers})})
+    require(
+        not wrong and not totals,
+        f"{place} has {', '.join(path.name for path in paths)}, which are not all parts of one"
+        f" split, each once{': see ' * bool(wrong)}{', '.join(map(str, wrong[:9]))}. Add what is"
+        " missing, and move the rest elsewhere.",
+    )
 
 
 def _fix(task: Task, or_unset: bool = True) -> str:
