@@ -18,7 +18,7 @@ from zflora_jax.core.errors import CheckpointError, NonFiniteError
 from zflora_jax.core.fields import override
 from zflora_jax.core.model import Model
 from zflora_jax.data.tasks import Example
-from zflora_jax.evaluation import export_gap as gap_module, loss as loss_module, records
+from zflora_jax.evaluation import export_gap as gap_module, loss as loss_module
 from zflora_jax.evaluation.export_gap import export_gap
 from zflora_jax.evaluation.records import likelihood_records
 from zflora_jax.experiments.train import train
@@ -90,7 +90,7 @@ def test_a_held_out_loss_of_nan_ends_the_run(run, tmp_path, monkeypatch):
 def test_likelihoods_of_nan_choose_no_option(model, arc, monkeypatch):
     rows = [Example("q", "a", "a", options=("a", "b")), Example("q", "b", "b", options=("a", "b"))]
     found = [np.asarray([-1.0, np.nan]), np.asarray([-1.0, -2.0])]
-    monkeypatch.setattr(records, "option_log_likelihoods", lambda *_, **__: found)
+    monkeypatch.setattr("zflora_jax.inference.likelihood._score", lambda *_: found)
     with pytest.raises(NonFiniteError, match="log-likelihoods are NaN or infinite"):
         likelihood_records(model, rows, arc, EVAL)
 

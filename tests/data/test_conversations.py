@@ -113,6 +113,16 @@ def test_what_a_template_is_told_beside_the_turns(tmp_path):
     for template in (mood, unmarked(mood)):
         tokenizer, encoded = rows_of(tmp_path, row, template=template)
         assert "Be merry. Be brief." in tokenizer.decode(encoded.rows[0].tokens)
+    # Never arguments of the renderer, nor what the template does not read.
+    for name, message in (
+        ("tools", r"row 1: .*has 'tools', an argument.*in the column 'tools'"),
+        *((x, f"has '{x}', an argument") for x in ("return_tensors", "padding", "messages")),
+        *((x, f"has '{x}', an argument") for x in ("add_generation_prompt", "tokenize")),
+        ("moods", r"row 1: .*does not read 'moods' of chat_template_kwargs: did you mean 'mood'"),
+    ):
+        row = {"messages": SHORT, "chat_template_kwargs": {"mood": [], name: True}}
+        with pytest.raises(ConfigError, match=message):
+            rows_of(tmp_path, row, template=mood)
 
 
 ENDLESS = "{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}"
@@ -175,6 +185,8 @@ def test_a_long_conversation_is_cut_behind_an_answer(tmp_path, caplog):
 
 
 ADD = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "add"}}]}
+TOLD = [turn("system", "Hello"), *SHORT]  # in words of the user's
+NEEDS_SYSTEM = "{{ messages[0].content + 1 if messages[0].role != 'system' }}" + unmarked(CHATML)
 CALL, SEE = [SHORT[0], ADD, turn("tool", "4"), SHORT[1]], turn("assistant", "see <eos> here")
 DROPS_SYSTEM = "{% for m in messages if m.role != 'system' %}" + THINKING.split("-%}", 1)[1]
 
@@ -185,6 +197,12 @@ DROPS_SYSTEM = "{% for m in messages if m.role != 'system' %}" + THINKING.split(
         (GEMMA, WITH_SYSTEM, r"row 1: .*System role not supported.*at the start of the first"),
         (GEMMA, [SHORT[0], *SHORT], r"refuses turns of user, user, assistant: .*must alternate"),
         (DROPS_SYSTEM, WITH_SYSTEM, r"leaves out or changes turn 1 \(system\): 'Be short.'"),
+        (DROPS_SYSTEM, TOLD, r"leaves out or changes turn 1 \(system\): 'Hello'"),
+        (NEEDS_SYSTEM, SHORT, r"row 1: .*refuses turns of user, assistant: TypeError"),
+        *(
+            (CHATML, [SHORT[0], SHORT[1] | {name: "x"}], f"leaves out '{name}' of turn 2")
+            for name in ("reasoning_content", "thinking", "function_call", "tool_call", "name")
+        ),
         (unmarked(CHATML), SHORT[1:], r"begins with the assistant"),
         (CHANNELS, LONG, r"where turn 2 ends cannot be told"),
         (THINKING, [SHORT[0], SEE, *LONG[2:]], r"where turn 2 ends cannot be told"),

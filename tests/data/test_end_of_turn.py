@@ -92,7 +92,9 @@ def test_the_end_of_turn_may_be_in_added_tokens_alone(special):
     # Ordinary text ends turns; or there is no template, which is refused where it renders.
     no_token = "{% for m in messages %}{{ m['content'] }}\n{% endfor %}"
     spaced = TEMPLATE.replace("'<|eot_id|>'", "' <|eot_id|>'")
-    for template, end in ((TEMPLATE, EOT), (spaced, EOT), (no_token, EOS), (None, EOS)):
+    strict = "{% if messages[0].role != 'system' %}{{ raise_exception('no') }}{% endif %}"
+    ends = ((TEMPLATE, EOT), (spaced, EOT), (strict + TEMPLATE, EOT), (no_token, EOS), (None, EOS))
+    for template, end in ends:
         tokenizer.chat_template = template
         assert end_token(tokenizer, "chat") == end
 

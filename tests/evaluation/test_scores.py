@@ -13,7 +13,7 @@ from zflora_jax.core.fields import ConfigError
 from zflora_jax.core.run_config import RunConfig
 from zflora_jax.data.mixture import TrainedOn
 from zflora_jax.data.tasks import load_examples
-from zflora_jax.evaluation import records as records_module
+from zflora_jax.evaluation import records as records_module, task as task_module
 from zflora_jax.evaluation.scores import (
     UNITS,
     as_dicts,
@@ -270,6 +270,21 @@ def test_the_rows_held_out_of_a_cloze_form_are_those_of_its_task(model, tmp_path
     given = [TrainedOn(dataclasses.replace(data, task="arc_easy_cloze"))]
     [result] = score(run, model, ["arc_easy"], tmp_path / "o", trained_on=given)["tasks"]
     assert result["clean_rows"] == result["rows"] == 4
+
+
+def test_a_row_without_options_leaves_the_others_their_likelihoods(model, tmp_path, monkeypatch):
+    def records(examples, **_):
+        return [{"correct_sum": True, "correct_norm": False} for e in examples if e.options]
+
+    monkeypatch.setattr(task_module, "likelihood_records", records)
+    rows = [choice(0, "answer1"), {"instruction": "Hi.", "output": "Hello."}, choice(1, "answer3")]
+    (tmp_path / "test.json").write_text(json.dumps(rows))
+    data = dataclasses.replace(TASK_DATA, task="rows", data_dir=str(tmp_path))
+    summary = score(run_of(data, generate=False, loss=False), model, ["rows"], tmp_path / "o")
+    [result] = summary["tasks"]
+    assert (result["rows"], result["rows_with_options"], result["likelihood_sum"]) == (3, 2, 1.0)
+    page = (tmp_path / "o" / "summary-test-tiny.md").read_text()
+    assert "Rows with options, which likelihoods and chance are over: rows 2 of 3." in page
 
 
 def test_rows_of_another_folder_do_not_replace_an_evaluation(model, tmp_path):

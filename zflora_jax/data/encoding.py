@@ -7,11 +7,12 @@ conversation before it. The tokens before an answer are compared with those that
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any, NamedTuple
@@ -32,6 +33,8 @@ Pair = tuple[np.ndarray, np.ndarray]  # tokens [n] int32; mask [n] bool, True at
 _MARKS = re.compile(r"\{%-?\s*generation\s*-?%\}")
 # What templates take out of a text on purpose: SmolLM3's and Qwen3's switches, earlier thoughts.
 _TAKEN_OUT = re.compile(r"/(?:no_)?think\b|<think>.*?</think>", re.DOTALL)
+# Fields of turns that need not be written: texts, which have a check of their own, and references.
+_UNWRITTEN = frozenset(("role", "content", "id", "tool_call_id"))
 
 # --- sequences to learn ---------------------------------------------------------------------------
 
@@ -95,14 +98,21 @@ def last_answer(example: Example) -> int:
     return max(i for i, turn in enumerate(example.turns) if turn["role"] == "assistant")
 
 
-def _conversation(tokenizer: Any, example: Example, data: DataConfig) -> Pair:
+@contextlib.contextmanager
+def _row_named(example: Example) -> Iterator[None]:
+    """Puts the row's position before the messages of errors."""
     try:
+        yield
+    except ConfigError as error:
+        where = example.where or f"the row {example.prompt or example.turns[0]['content']!r:.60}"
+        raise ConfigError(f"{where}: {error}") from error
+
+
+def _conversation(tokenizer: Any, example: Example, data: DataConfig) -> Pair:
+    with _row_named(example):
         _require_all_written(tokenizer, example, data)
         marked = _MARKS.search(prompts.chat_template(tokenizer, example.tools))
         tokens, mask = (_by_marks if marked else _by_prefixes)(tokenizer, example, data)
-    except ConfigError as error:
-        where = example.where or f"conversation {example.turns[0]['content'][:60]!r}"
-        raise ConfigError(f"{where}: {error}") from error
     if prompts.added_tokens(tokenizer).isdisjoint(tokens[np.flatnonzero(mask)[-3:]].tolist()):
         _warn("ends with no token of its own, so a model does not learn to stop")
     return tokens, mask
@@ -115,39 +125,65 @@ def _warn(problem: str) -> None:
 
 def _written(tokenizer: Any, e: Example, data: DataConfig, count: int, answered: bool) -> str:
     """Writes the first `count` turns; if they are not answered, with the header of an answer."""
+    return _rendered(tokenizer, e, data, count, add_generation_prompt=not answered)
+
+
+def _rendered(tokenizer: Any, e: Example, data: DataConfig, count: int, **options: bool) -> Any:
     require(
         data.prompt_style == "chat",
         "conversations are written by the tokenizer's chat template:"
         f" data.prompt_style={data.prompt_style!r} must be 'chat'.",
     )
-    options = {"add_generation_prompt": not answered} | dict(e.settings)
-    return prompts.render_turns(tokenizer, e.turns[:count], data.date, e.tools, **options)
+    prompts.require_settings(tokenizer, e.tools, e.settings)
+    settings = {**e.settings, **options}
+    return prompts.render_turns(tokenizer, e.turns[:count], data.date, e.tools, **settings)
 
 
 def _require_all_written(tokenizer: Any, example: Example, data: DataConfig) -> None:
-    """Refuses a template that leaves out a turn, a call, or the tools."""
-    count = len(example.turns)
+    """Refuses a template that leaves out a turn, another field of one, or the tools."""
+    count, turns = len(example.turns), example.turns
     text = _written(tokenizer, example, data, count, True)
-    without = {"the tools": replace(example, tools=())} if example.tools else {}
-    for i, turn in enumerate(example.turns):
+    # A turn that is left out may say what stands elsewhere, but not its mark.
+    marks = [f" zflora-{i}-mark" if turn["content"].strip() else "" for i, turn in enumerate(turns)]
+    marked = [
+        {**turn, "content": turn["content"] + x} for turn, x in zip(turns, marks, strict=True)
+    ]
+    with_marks = _written(tokenizer, replace(example, turns=tuple(marked)), data, count, True)
+    for i, turn in enumerate(turns):
         for part in map(str.strip, _TAKEN_OUT.split(turn["content"])):
             spellings = (part, json.dumps(part)[1:-1], json.dumps(part, ensure_ascii=False)[1:-1])
             require(
-                any(spelling in text for spelling in spellings),
+                any(spelling in text for spelling in spellings) and marks[i] in with_marks,
                 f"the tokenizer's chat template leaves out or changes turn {i + 1}"
                 f" ({turn['role']}): {part[:60]!r}. Use a template that writes it, or leave it out"
                 " of the row (a system turn's text can stand at the start of the first user turn).",
             )
-        if turn.get("tool_calls"):
-            turns = [*example.turns]
-            turns[i] = {name: x for name, x in turn.items() if name != "tool_calls"}
-            without[f"the tool calls of turn {i + 1}"] = replace(example, turns=tuple(turns))
-    for name, other in without.items():
+    without = [("the tools", replace(example, tools=()), (count,))] if example.tools else []
+    for i, turn in enumerate(turns):
+        for name, value in turn.items():
+            if name in _UNWRITTEN or value in (None, "", [], {}):
+                continue
+            rest = {key: x for key, x in turn.items() if key != name}
+            other = replace(example, turns=(*turns[:i], rest, *turns[i + 1 :]))
+            # Thoughts may be written of the last answer alone.
+            counts = (count,) if name == "tool_calls" else (count, i + 1)
+            what = "the tool calls" if name == "tool_calls" else repr(name)
+            without.append((f"{what} of turn {i + 1}", other, counts))
+    for what, other, counts in without:
         require(
-            _written(tokenizer, other, data, count, True) != text,
-            f"the tokenizer's chat template leaves out {name}. Use a template that writes it, or"
+            any(_differ(tokenizer, example, other, data, n) for n in counts),
+            f"the tokenizer's chat template leaves out {what}. Use a template that writes it, or"
             " leave it out of the row.",
         )
+
+
+def _differ(tokenizer: Any, a: Example, b: Example, data: DataConfig, count: int) -> bool:
+    """Returns whether the template writes `count` turns of `a`, and those of `b` otherwise."""
+    text, other = "", None
+    with contextlib.suppress(ConfigError):
+        text = _written(tokenizer, a, data, count, True)
+        other = _written(tokenizer, b, data, count, True)
+    return text not in ("", other)
 
 
 def _by_marks(tokenizer: Any, example: Example, data: DataConfig) -> Pair:
@@ -158,8 +194,8 @@ def _by_marks(tokenizer: Any, example: Example, data: DataConfig) -> Pair:
         " template marks. Save the model's tokenizer as tokenizer.json.",
     )
     options = {"tokenize": True, "return_dict": True, "return_assistant_tokens_mask": True}
-    options |= {"add_generation_prompt": False} | dict(example.settings)
-    found = prompts.render_turns(tokenizer, example.turns, data.date, example.tools, **options)
+    options |= {"add_generation_prompt": False}
+    found = _rendered(tokenizer, example, data, len(example.turns), **options)
     (tokens,) = prompts.with_bos(tokenizer, [found["input_ids"]])
     added = len(tokens) - len(found["input_ids"])
     mask = np.pad(np.asarray(found["assistant_masks"], bool), (added, 0))
@@ -252,10 +288,12 @@ def encode_prompts(
 
 
 def _prompt(e: Example, tokenizer: Any, data: DataConfig) -> str:
-    if e.turns:
-        return _written(tokenizer, e, data, last_answer(e), False)
-    style = "plain" if e.plain else data.prompt_style
-    return prompts.render(tokenizer, style, e.prompt, e.input, data.date)
+    with _row_named(e):
+        if e.turns:
+            _require_all_written(tokenizer, e, data)
+            return _written(tokenizer, e, data, last_answer(e), False)
+        style = "plain" if e.plain else data.prompt_style
+        return prompts.render(tokenizer, style, e.prompt, e.input, data.date)
 
 
 def encode_options(

@@ -6,10 +6,11 @@ merge with the first target token into one that generation never starts from.
 
 from __future__ import annotations
 
+import inspect
+import re
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import Any
-
-from jinja2 import TemplateError
 
 from zflora_jax.core.fields import ConfigError, nearest, require
 from zflora_jax.data.dates import pin_date
@@ -89,10 +90,11 @@ def render_turns(
         return tokenizer.apply_chat_template(
             list(map(dict, turns)), chat_template=template, tools=list(tools) or None, **options
         )
-    except (TemplateError, TypeError, ValueError) as error:
+    except Exception as error:  # a template may fail in any way
         raise ConfigError(
             f"the tokenizer's chat template refuses turns of"
-            f" {', '.join(str(turn['role']) for turn in turns)}: {error}. Give the turns as it"
+            f" {', '.join(str(turn.get('role')) for turn in turns)}: {type(error).__name__}:"
+            f" {error}. Give the turns as it"
             " expects them (the text of a system turn can stand at the start of the first user"
             " turn), or use another template."
         ) from error
@@ -105,7 +107,40 @@ def chat_template(tokenizer: Any, tools: Sequence[Any] = ()) -> str:
         "prompt style 'chat' needs a tokenizer with a chat template and this one has none. Use an"
         " instruct model, data.prompt_style='alpaca', or prompts as they are (--plain).",
     )
-    return tokenizer.get_chat_template(tools=list(tools) or None)
+    try:
+        return tokenizer.get_chat_template(tools=list(tools) or None)
+    except ValueError as error:  # several by name, and none of the name that is needed
+        raise ConfigError(f"the tokenizer has no chat template for this: {error}") from error
+
+
+def require_settings(tokenizer: Any, tools: Sequence[Any], settings: Mapping[str, Any]) -> None:
+    """Refuses chat_template_kwargs that the template does not read, and arguments of
+    apply_chat_template, which decide what is rendered and how it is returned.
+    """
+    arguments = {"messages", *inspect.signature(tokenizer.apply_chat_template).parameters}
+    for name in settings:
+        fix = "Give it in the column 'tools'" if name == "tools" else "Leave it out"
+        require(
+            name not in arguments - {"documents"},
+            f"chat_template_kwargs has {name!r}, an argument of the renderer and no variable of a"
+            f" template. {fix}.",
+        )
+        known = _variables(chat_template(tokenizer, tools))
+        require(
+            name in known,
+            f"the tokenizer's chat template does not read {name!r} of chat_template_kwargs:"
+            f" {nearest(name, known - arguments)}. Leave it out, or use another template.",
+        )
+
+
+@lru_cache(maxsize=8)
+def _variables(template: str) -> frozenset[str]:
+    """Returns the names that a template reads and does not set."""
+    from jinja2 import Environment, meta
+
+    unmarked = re.sub(r"\{%-?\s*(end)?generation\s*-?%\}", "", template)
+    parsed = Environment(extensions=["jinja2.ext.loopcontrols"], autoescape=True).parse(unmarked)
+    return frozenset(meta.find_undeclared_variables(parsed))
 
 
 def end_token(tokenizer: Any, prompt_style: str) -> int:
@@ -116,7 +151,12 @@ def end_token(tokenizer: Any, prompt_style: str) -> int:
     if prompt_style == "chat" and getattr(tokenizer, "chat_template", None):
         marker, question = "zflora answer", {"role": "user", "content": "zflora question"}
         turns = [question, {"role": "assistant", "content": marker}]
-        after = tokenizer.apply_chat_template(turns, tokenize=False).rpartition(marker)[2].lstrip()
+        try:
+            text = render_turns(tokenizer, turns, add_generation_prompt=False)
+        except ConfigError:  # some need a system turn
+            turns = [{"role": "system", "content": "zflora system"}, *turns]
+            text = render_turns(tokenizer, turns, add_generation_prompt=False)
+        after = text.rpartition(marker)[2].lstrip()
         ids = tokenizer(after, add_special_tokens=False)["input_ids"]
         if ids and ids[0] in added_tokens(tokenizer):
             return int(ids[0])

@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 
-from zflora_jax.core.errors import NonFiniteError
 from zflora_jax.core.fields import require
 from zflora_jax.core.model import Model, fingerprint
 from zflora_jax.core.run_config import DataConfig, EvalConfig
@@ -156,11 +155,6 @@ def likelihood_records(
             [options[i] for i in rows],
             batch_size=evaluation.batch_size,
         )
-        if not all(np.isfinite(row).all() for row in sums):  # argmax would pick a NaN
-            raise NonFiniteError(
-                "log-likelihoods are NaN or infinite: the model is damaged, or was trained with too"
-                " high a learning rate."
-            )
         return [{"log_likelihoods": [float(x) for x in row]} for row in sums]
 
     key, size = ("likelihood", options), evaluation.batch_size * _LIKELIHOOD_BATCHES

@@ -80,6 +80,7 @@ def _remarks(results: Sequence[Mapping[str, Any]]) -> list[str]:
         "Answers that reached the limit of new tokens": of("answers_cut"),
         "Chance": {r["task"]: f"{r['chance']:.3f}" for r in results if "chance" in r},
         "Rows with an answer, which accuracies are over": of("rows_with_answer"),
+        "Rows with options, which likelihoods and chance are over": of("rows_with_options"),
         "Rows that fit data.bucket_lengths, which the loss is over": of("loss_rows", among=fewer),
         "Documents cut to fit the prompt": of("documents_cut", among=cut),
     }

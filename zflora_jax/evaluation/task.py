@@ -106,22 +106,26 @@ def _evaluate_task(
             loss = held_out_loss(run, model, encoded, on_batch=advance if shown else None)
         result |= {"loss": loss["loss"], "loss_rows": int(loss["rows"])}
         result["loss_documents_cut"] = encoded.truncated
-    parts: dict[str, Callable[..., list[Record]]] = {}
-    if run.eval.likelihood and all(example.options for example in examples):
-        parts["likelihood"] = likelihood_records
+    # Part -> its function, the rows that it scores.
+    parts: dict[str, tuple[Callable[..., list[Record]], Sequence[int]]] = {}
+    chosen = [i for i, example in enumerate(examples) if example.options]
+    if run.eval.likelihood and chosen:
+        parts["likelihood"] = likelihood_records, chosen
     if run.eval.generate:
-        parts["generation"] = functools.partial(generation_records, task_name=name)
-    for kind, make in parts.items():
-        with progress_bar(len(examples), f"{name}: {kind}", shown) as advance:
+        make = functools.partial(generation_records, task_name=name)
+        parts["generation"] = make, range(len(examples))
+    for kind, (make, rows) in parts.items():
+        with progress_bar(len(rows), f"{name}: {kind}", shown) as advance:
             fresh = make(
                 model=model,
-                examples=examples,
+                examples=[examples[i] for i in rows],
                 data=run.data,
                 evaluation=run.eval,
                 partial=_partial(out, kind),
                 on_batch=advance,
             )
-        records = [record | new for record, new in zip(records, fresh, strict=True)]
+        for i, new in zip(rows, fresh, strict=True):
+            records[i] |= new
     result |= _facts(examples, records) | _scores(run, records)
     result["seconds"] = time.perf_counter() - started
     if out is not None and distributed.is_main():
@@ -197,9 +201,11 @@ def _facts(examples: Sequence[Example], records: Sequence[Record]) -> Result:
         compared = sum("correct" in record for record in records)
         if 0 < compared < len(records):
             facts["rows_with_answer"] = compared
-    if all(example.options for example in examples):
-        guesses = [1 / len(example.options) for example in examples]
+    guesses = [1 / len(example.options) for example in examples if example.options]
+    if guesses:
         facts["chance"] = sum(guesses) / len(guesses)
+    if 0 < len(guesses) < len(examples):
+        facts["rows_with_options"] = len(guesses)
     return facts
 
 

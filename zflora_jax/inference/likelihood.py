@@ -23,6 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from zflora_jax.core.errors import NonFiniteError
 from zflora_jax.core.fields import require
 from zflora_jax.core.model import Model
 from zflora_jax.core.model_config import LlamaConfig
@@ -75,6 +76,7 @@ def option_log_likelihoods(
     Raises:
       ConfigError: A prompt or option is empty, a prompt has no options, ids are outside the
         vocabulary, or there are more tokens than the context holds.
+      NonFiniteError: A log-likelihood is NaN or infinite.
     """
     _check(model, prompts, options, batch_size)
     run = packed(model)
@@ -85,6 +87,11 @@ def option_log_likelihoods(
     for batch in batches(lengths, batch_size, longest_first=True):
         questions = [(prompts[i], ids[i]) for i in batch.rows]
         found = _score(run, questions, batch.size, batch_size)
+        if not all(np.isfinite(row).all() for row in found):  # argmax would pick a NaN
+            raise NonFiniteError(
+                "log-likelihoods are NaN or infinite: the model is damaged, or was trained with too"
+                " high a learning rate."
+            )
         for i, values in zip(batch.rows, found, strict=True):
             scores[i] = values
     return scores

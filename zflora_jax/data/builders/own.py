@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any
@@ -29,6 +30,7 @@ _SHAREGPT = {
 }
 _ROLES = {role: role for role in ("system", "user", "assistant", "tool")} | _SHAREGPT
 _SYSTEM = ("system", "system_prompt")  # columns that may hold the system turn
+_RESULT = re.compile(r"####[^\n]*\s*\Z")
 _MORE = (*_SYSTEM, "history", "context")  # columns that may hold a part of the prompt
 
 
@@ -93,6 +95,14 @@ def _question(read: Callable[[Raw], list[Row]], row: Raw) -> list[Row]:
     return [found | {"unit": "\n".join(filter(None, (found["prompt"], found["input"])))}]
 
 
+def _asked(row: Raw) -> list[Row]:
+    """Reads question and answer: GSM8K's if the answer's last line is "#### N", else a text."""
+    require(bool(field(row, "answer").strip()), "'answer' is empty, so there is nothing to learn.")
+    if _RESULT.search(row["answer"]):
+        return gsm8k(row)
+    return instruction({**row, "instruction": field(row, "question"), "output": row["answer"]})
+
+
 def _require_all_read(row: Raw) -> None:
     more = [name for name in _MORE if str(row.get(name) or "").strip() not in ("", "[]", "{}")]
     require(
@@ -150,8 +160,15 @@ def _turns(value: Any, column: str) -> list[Turn]:
     """Returns turns as chat templates read them."""
     if _is_object(value) and all(isinstance(x, list) for x in value.values()):
         # A table of columns, as TFDS and the hub may have them.
+        sizes = {name: len(cells) for name, cells in value.items()}
+        require(
+            len(set(sizes.values())) < 2,
+            f"{column!r} is a table whose columns have different lengths:"
+            f" {', '.join(f'{name} {size}' for name, size in sizes.items())}. Every turn needs all"
+            " of them.",
+        )
         value = [
-            dict(zip(value, cells, strict=True)) for cells in zip(*value.values(), strict=False)
+            dict(zip(value, cells, strict=True)) for cells in zip(*value.values(), strict=True)
         ]
     require(
         isinstance(value, list),
@@ -228,7 +245,9 @@ FORMS = {
         ("instruction", "output"),
     ),
     "question": Format(
-        partial(_question, gsm8k), "question and answer (GSM8K)", ("question", "answer")
+        partial(_question, _asked),
+        "question and answer (any text, or GSM8K's, which ends with '#### N')",
+        ("question", "answer"),
     ),
     "text": Format(_text, "text", ("text",)),
 }
