@@ -155,7 +155,7 @@ def _unit(before: str, after: str) -> tuple[int, tuple[str, ...]]:
     """Returns the scale and the unit of a number between two texts."""
     glued, clause = after[:1].isalpha(), _CLAUSE_END.split(after, maxsplit=1)[0]
     given = [word.rstrip(".") for word in clause.casefold().split()]
-    found = []
+    found = list[str]()
     for i, word in enumerate(given):
         linked = word in _NO_UNITS or (word == "in" and i + 1 < len(given))  # "in" ends: inches
         if linked or not _UNIT.fullmatch(word) or len(found) == 4:
@@ -393,7 +393,7 @@ def _same_quantity(given: Quantity, wanted: Quantity) -> bool:
     if a is None or b is None or not _same_unit(given.unit, wanted.unit):
         return False
     a, b = a.scaleb(given.scale), b.scaleb(wanted.scale)
-    return abs(a - b) <= TOLERANCE * min(1, abs(b))  # relative, where 1e-3 would be large
+    return abs(a - b) <= TOLERANCE * min(Decimal(1), abs(b))  # relative, where 1e-3 would be large
 
 
 ANY = Answers(str.strip, _score_any)

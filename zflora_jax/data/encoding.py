@@ -158,20 +158,18 @@ def _require_all_written(tokenizer: Any, example: Example, data: DataConfig) -> 
                 f" ({turn['role']}): {part[:60]!r}. Use a template that writes it, or leave it out"
                 " of the row (a system turn's text can stand at the start of the first user turn).",
             )
-    without = [("the tools", replace(example, tools=()), (count,))] if example.tools else []
+    without = {"the tools": (replace(example, tools=()), count)} if example.tools else {}
     for i, turn in enumerate(turns):
-        for name, value in turn.items():
-            if name in _UNWRITTEN or value in (None, "", [], {}):
-                continue
+        for name in [x for x in turn if x not in _UNWRITTEN and turn[x] not in (None, "", [], {})]:
             rest = {key: x for key, x in turn.items() if key != name}
             other = replace(example, turns=(*turns[:i], rest, *turns[i + 1 :]))
-            # Thoughts may be written of the last answer alone.
-            counts = (count,) if name == "tool_calls" else (count, i + 1)
-            what = "the tool calls" if name == "tool_calls" else repr(name)
-            without.append((f"{what} of turn {i + 1}", other, counts))
-    for what, other, counts in without:
+            if name == "tool_calls":
+                without[f"the tool calls of turn {i + 1}"] = other, count
+            else:  # thoughts may be written of the last answer alone
+                without[f"{name!r} of turn {i + 1}"] = other, i + 1
+    for what, (other, least) in without.items():
         require(
-            any(_differ(tokenizer, example, other, data, n) for n in counts),
+            any(_differ(tokenizer, example, other, data, n) for n in (count, least)),
             f"the tokenizer's chat template leaves out {what}. Use a template that writes it, or"
             " leave it out of the row.",
         )

@@ -212,7 +212,7 @@ def _files(task: Task, folder: Path) -> dict[str, Found]:
             " split. Keep one of them, or only parts (train-1.jsonl, train-2.jsonl).",
         )
         if paths and paths[0].stem not in names:
-            parts = [m.groups() for path in paths if (m := stem.fullmatch(path.stem))]
+            parts = [m.group(1, 2) for path in paths if (m := stem.fullmatch(path.stem))]
             _require_all_parts(f"task {task.name!r}: {folder}", paths, parts)
         if paths:
             found.setdefault(split, (files.format, paths))
@@ -230,7 +230,7 @@ def _files(task: Task, folder: Path) -> dict[str, Found]:
 
 
 def _require_all_parts(
-    place: str, paths: Sequence[Path], parts: Sequence[tuple[str, str | None]]
+    place: str, paths: Sequence[Path], parts: Sequence[tuple[str | Any, ...]]
 ) -> None:
     """Refuses parts of a split, (number, "of" number), of which one is missing or there twice."""
     numbers, totals = sorted(int(number) for number, _ in parts), {total for _, total in parts}

@@ -112,8 +112,8 @@ def _evaluate_task(
     if run.eval.likelihood and chosen:
         parts["likelihood"] = likelihood_records, chosen
     if run.eval.generate:
-        make = functools.partial(generation_records, task_name=name)
-        parts["generation"] = make, range(len(examples))
+        everything = range(len(examples))
+        parts["generation"] = functools.partial(generation_records, task_name=name), everything
     for kind, (make, rows) in parts.items():
         with progress_bar(len(rows), f"{name}: {kind}", shown) as advance:
             fresh = make(
