@@ -9,7 +9,6 @@ Writes results/accelerators.json and .md. A part that is not named keeps its row
 from __future__ import annotations
 
 import argparse
-import math
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -80,12 +79,14 @@ def train_rows(args: argparse.Namespace) -> Iterator[Row]:
     from program_text import BETWEEN_SLICES, Program, kernels
 
     from zflora_jax.experiments.plan import compile_step
+    from zflora_jax.experiments.roofline import roofline
 
     for where in map(target, args.targets or SLICES):
         for model in args.models:
             for method, remat in STEPS:
                 run = train_run(model, method, remat, where)
-                found, step = compile_step(run, preset(model), where)
+                config = preset(model)
+                found, step = compile_step(run, config, where)
                 row = {"model": model, "method": method, "remat": remat} | found
                 if step is None:
                     row["needs"] = needed(row.pop("refused"))
@@ -94,7 +95,10 @@ def train_rows(args: argparse.Namespace) -> Iterator[Row]:
                     sent = program.collectives()
                     link = sum(sent.values()) - sent.get(BETWEEN_SLICES, 0)
                     row["kernels"] = sum(n for op, n in program.runs() if kernels([op]))
-                    row |= {"collectives": sent, "roofline": roofline(run, where, link)}
+                    row |= {
+                        "collectives": sent,
+                        "roofline": roofline(run, config, where.chip, link),
+                    }
                 yield row
 
 
@@ -105,66 +109,6 @@ def needed(refused: str) -> int:
     found = re.search(r"(?:Used |\()([\d.]+)([KMGT])(?: of|\) exceeds)", refused)
     assert found, refused
     return int(float(found[1]) * 1024 ** (1 + "KMGT".index(found[2])))
-
-
-def roofline(run: RunConfig, where: Target, link_bytes: int) -> dict[str, Any]:
-    """Estimates the least time of a train step from published rates; nothing is measured.
-
-    Operations: 2 per parameter and token in the forward pass, as many for the gradients of the
-    inputs and for a recomputed forward pass, and as many for the gradients of trained parameters;
-    attention 4 S d_heads per token and layer forward, with S the mean number of keys of a token,
-    and 2.5 times that backward. HBM: kernels once per pass, adapters, gradients and moments read
-    and written.
-
-    Args:
-      run: The run's settings; its model is a preset.
-      where: The target.
-      link_bytes: Bytes that a device sends in a step within its slice.
-
-    Returns:
-      "flops", "hbm_bytes", "link_bytes" per device; "compute_s", "hbm_s", "link_s" at the
-      published rates; "bound", the name of the largest; "step_s", the largest.
-    """
-    import jax
-
-    from zflora_jax.adapters.widths import count_params
-    from zflora_jax.core import trees
-    from zflora_jax.core.architecture import kernel_shapes
-    from zflora_jax.experiments.plan import step_arguments, stored_bytes
-    from zflora_jax.ops.quantized import bytes_of
-    from zflora_jax.parallel.sharding import make_mesh
-
-    config, chip, mesh = preset(run.model), where.chip, run.mesh
-    length = run.data.bucket_lengths[-1]
-    tokens, passes = run.data.batch_size * length, 2 + int(run.train.remat == "block")
-    layer = sum(math.prod(a + b) for a, b in kernel_shapes(config).values())
-    base = config.num_layers * layer + config.vocab_size * config.base_width
-    trained = count_params(config, run.adapter)
-    full = METHODS[run.adapter.method].in_place == "full"
-    parameters = 2 * base * (passes + full) + (0 if full else 2 * trained * (passes + 1))
-    window = min(config.sliding_window or length, length)
-    keys = window - window * (window - 1) / (2 * length)
-    width = config.num_heads * config.head_dim
-    attention = config.num_layers * 4 * keys * width * (passes - 1 + 2.5)
-    stored = stored_bytes(run, config)
-    read = trees.flatten(step_arguments(run, config, make_mesh(mesh, where.devices()))[0])
-    if not config.tie_word_embeddings:
-        del read["embed/embedding"]  # only one row per token is read
-    kernels = sum(map(bytes_of, jax.tree.leaves(read))) / mesh.tensor
-    amounts = {
-        "compute": (tokens * (parameters + attention) / mesh.devices, chip.flops),
-        "hbm": (
-            passes * run.data.grad_accum_steps * kernels
-            + 2 * (stored["adapters"] + stored["gradients"] + stored["optimizer"]),
-            chip.bandwidth,
-        ),
-        "link": (float(link_bytes), chip.link),
-    }
-    times = {name: amount / rate for name, (amount, rate) in amounts.items()}
-    bound = max(times, key=lambda name: times[name])
-    found: dict[str, Any] = {f"{name}_s": seconds for name, seconds in times.items()}
-    found |= {"flops": amounts["compute"][0], "hbm_bytes": amounts["hbm"][0]}
-    return found | {"link_bytes": link_bytes, "bound": bound, "step_s": times[bound]}
 
 
 def _decode_line(case: tuple[Any, ...], rows: list[Row]) -> Row:

@@ -22,11 +22,13 @@ from support.libtpu import needs_libtpu
 
 from zflora_jax.adapters.init import init_adapters
 from zflora_jax.adapters.methods import adapter_shapes
+from zflora_jax.adapters.widths import count_params
 from zflora_jax.cli.main import main
 from zflora_jax.core.adapter_config import METHODS, AdapterConfig
 from zflora_jax.core.architecture import kernel_shapes
 from zflora_jax.core.fields import ConfigError, override
 from zflora_jax.core.presets import preset
+from zflora_jax.core.quantize_config import QuantizeConfig
 from zflora_jax.core.run_config import DataConfig, MeshConfig, RunConfig, TrainConfig
 from zflora_jax.experiments import plan as module
 from zflora_jax.experiments.plan import (
@@ -35,15 +37,16 @@ from zflora_jax.experiments.plan import (
     memory_plan,
     plan_table,
     step_attention,
-    stored_bytes,
 )
+from zflora_jax.experiments.roofline import roofline, traffic
+from zflora_jax.experiments.step_shapes import stored_bytes
 from zflora_jax.hf.save import save_hf
 from zflora_jax.nn.llama import random_model
 from zflora_jax.parallel.sharding import make_mesh
-from zflora_jax.parallel.targets import GIB, Target, target
+from zflora_jax.parallel.targets import CHIPS, GIB, Target, target
 from zflora_jax.training.trainer import init_state
 
-TINY = preset("tiny")
+TINY, V5E = preset("tiny"), CHIPS["tpu:v5e"]
 SMALL = TINY.replace(num_kv_heads=4, vocab_size=264, num_layers=3)
 RUN = RunConfig(
     model="tiny",
@@ -129,7 +132,7 @@ def test_a_run_that_does_not_fit_comes_with_changes_that_reduce_it() -> None:
     with pytest.raises(ConfigError, match="memory=nan: must be positive and finite"):
         memory_plan(run, SMALL, memory_gib=math.nan)
     table = plan_table(plan)
-    assert table["the run"].startswith("does not fit in 0.0")
+    assert table["the run"].startswith("does not fit in 9.")
     assert "or --set data.grad_accum_steps=2" in table
     for settings in ({"data.grad_accum_steps": 2}, {"train.remat": "block"}, {"mesh.fsdp": 2}):
         assert settings in plan["changes"].values()
@@ -137,6 +140,68 @@ def test_a_run_that_does_not_fit_comes_with_changes_that_reduce_it() -> None:
         assert found["bytes"]["total"] < total, settings
     full = memory_plan(small_run("full"), SMALL, memory_gib=1e-4)["changes"].values()
     assert {"adapter.method": "zflora-minimal"} in full and {"quantize.kernels": "nf4"} not in full
+
+
+def test_the_largest_batch_is_searched() -> None:
+    """One row more per device does not fit, or a sixteenth more."""
+    run = small_run(**{"mesh.fsdp": 2})
+    total = memory_plan(run, SMALL)["compiled"]["bytes"]["total"]
+    plan = memory_plan(run, SMALL, memory_gib=2.3 * total / GIB, search=True)
+    found = plan["largest"]
+    rows, size = found["rows_per_device"], found["settings"]["data.batch_size"]
+    assert rows > 4 and size == 2 * rows and found["total_bytes"] <= plan["memory_bytes"]
+    assert f"{rows} rows per device" in plan_table(plan)["largest micro-batch that fits"]
+    more = override(run, {"data.batch_size": 2 * (rows + max(1, rows // 16))})
+    assert compile_step(more, SMALL)[0]["bytes"]["total"] > plan["memory_bytes"]
+    least = memory_plan(run, SMALL, memory_gib=1e-4, search=True)
+    assert least["largest"]["settings"] == {} and not least["fits"]
+    with pytest.raises(ConfigError, match="give a target or a memory"):
+        memory_plan(run, SMALL, search=True)
+
+
+def test_the_roofline_by_hand() -> None:
+    """An adapter on a base of one layer."""
+    config = TINY
+    run = RunConfig(
+        model="tiny",
+        adapter=AdapterConfig("lora", rank=2),
+        data=DataConfig(batch_size=8, bucket_lengths=(128,)),
+        train=TrainConfig(dtype="bfloat16"),
+        mesh=MeshConfig(fsdp=4),
+    )
+    layers = config.num_layers * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 96)
+    head, lora = 259 * 64, config.num_layers * 2 * (128 + 96 + 96 + 128 + 3 * 160)
+    found = roofline(run, TINY, V5E, 4_000_000)
+    keys = sum(range(1, 129)) / 128  # of a token, in the mean
+    attention = config.num_layers * 4 * keys * 64 * 3.5
+    flops = 8 * 128 * (4 * (layers + head) + 6 * lora + attention) / 4
+    assert found["flops"] == pytest.approx(flops)
+    assert found["compute_s"] == pytest.approx(flops / 197e12)
+    assert found["link_s"] == pytest.approx(4e6 / 200e9)
+    assert found["step_s"] == max(found["compute_s"], found["hbm_s"], found["link_s"])
+    full = replace(run, adapter=AdapterConfig("full"))
+    flops = 8 * 128 * (6 * (layers + head) + attention) / 4
+    assert roofline(full, TINY, V5E, 0)["flops"] == pytest.approx(flops)
+    block = replace(run, train=TrainConfig(dtype="bfloat16", remat="block"))
+    more = 2 * (layers + head) + 2 * lora + config.num_layers * 4 * keys * 64
+    again = roofline(block, TINY, V5E, 0)["flops"]
+    assert again - found["flops"] == pytest.approx(8 * 128 * more / 4)
+    codes = replace(run, quantize=QuantizeConfig("int8"))
+    less = roofline(codes, TINY, V5E, 0)["hbm_bytes"]
+    assert 0.5 < less / found["hbm_bytes"] < 1
+
+
+def test_traffic_by_hand() -> None:
+    """Of the three axes, for bfloat16: docs/hosts.md."""
+    layers = TINY.num_layers * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 96)
+    lora, head = count_params(TINY, RUN.adapter), 259 * 64
+    sums = 4 * TINY.num_layers * 8 * 128 * 64 * 2
+    for axis, sent in {
+        "data": 2 * 3 / 4 * 4 * lora,
+        "fsdp": 3 / 4 * 2 * (2 * layers + head) + 2 * 3 / 4 * 4 * lora,
+        "tensor": 2 * 3 / 4 * sums,
+    }.items():
+        assert traffic(replace(RUN, mesh=MeshConfig(**{axis: 4})), TINY) == pytest.approx(sent)
 
 
 @pytest.mark.parametrize(
@@ -163,7 +228,7 @@ def test_the_command_reads_a_directory_s_config(
     assert main([*given, "--out", str(tmp_path / "plan.json")]) == 0
     written, shown = json.loads((tmp_path / "plan.json").read_text()), capsys.readouterr().out
     assert written["fits"] is False and written["stored"]["base"] == bytes_in(model.params)
-    assert "does not fit in 0.00 GiB" in shown and "params_trainable" in shown
+    assert "does not fit in 1.02 MiB" in " ".join(shown.split()) and "params_trainable" in shown
 
 
 @needs_libtpu
@@ -177,10 +242,20 @@ def test_the_command_compiles_for_a_target(
             *("train.dtype=bfloat16", "data.bucket_lengths=128", "data.batch_size=8"),
         ]
     )
-    assert "tpu:v5e:2x2, not run" in capsys.readouterr().out
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "tpu:v5e:2x2, not run" in shown and "on a gpu" not in shown
     plan = json.loads((tmp_path / "plan.json").read_text())
     assert plan["fits"] and plan["memory_bytes"] == 15.75 * GIB
     assert plan["compiled"]["attention"] == {"kernel": "splash", "reason": ""}
+    own, data, two = plan["meshes"]
+    assert (own["mesh"], data["mesh"]) == ({"mesh.fsdp": 4}, {"mesh.data": 4})
+    assert (
+        two["mesh"] == {"mesh.data": 2, "mesh.fsdp": 2}
+        and own["stored_bytes"] < data["stored_bytes"]
+    )
+    [best] = [row for row in plan["meshes"] if row["best"]]
+    assert best["step_s"] == min(row["step_s"] for row in plan["meshes"])
+    assert own["run_s"] == pytest.approx(60 * own["step_s"]) and "the fastest that fits" in shown
 
 
 @pytest.mark.parametrize("kind", ["RESOURCE_EXHAUSTED", "INTERNAL"])

@@ -7,11 +7,9 @@ import runpy
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import accelerators
 import harness
 import jax
 import peft_baselines
@@ -22,12 +20,7 @@ from support.models import tiny_model
 from support.paths import ROOT
 
 from zflora_jax.adapters.packing import pack_for_decode
-from zflora_jax.core.adapter_config import AdapterConfig
 from zflora_jax.core.fields import ConfigError
-from zflora_jax.core.presets import preset
-from zflora_jax.core.quantize_config import QuantizeConfig
-from zflora_jax.core.run_config import DataConfig, MeshConfig, RunConfig, TrainConfig
-from zflora_jax.parallel.targets import target
 
 BENCHMARKS = ROOT / "benchmarks"
 Script = Callable[..., tuple[object, str, str]]
@@ -177,35 +170,3 @@ def test_another_commit_is_compared_by_turns(
     code, out, _ = script("against.py", "--other", ROOT, "--out", tmp_path / "against")
     found = json.loads((tmp_path / "against-float32.json").read_text())
     assert code == 0 and found["rows"][0]["this / other"] == 0.5 and "| export |" in out
-
-
-def test_the_roofline_by_hand() -> None:
-    """An adapter on a base of one layer."""
-    config = preset("tiny")
-    run = RunConfig(
-        model="tiny",
-        adapter=AdapterConfig("lora", rank=2),
-        data=DataConfig(batch_size=8, bucket_lengths=(128,)),
-        train=TrainConfig(dtype="bfloat16"),
-        mesh=MeshConfig(fsdp=4),
-    )
-    layers = config.num_layers * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 96)
-    head, lora = 259 * 64, config.num_layers * 2 * (128 + 96 + 96 + 128 + 3 * 160)
-    found = accelerators.roofline(run, target("tpu:v5e:2x2"), 4_000_000)
-    keys = sum(range(1, 129)) / 128  # of a token, in the mean
-    attention = config.num_layers * 4 * keys * 64 * 3.5
-    flops = 8 * 128 * (4 * (layers + head) + 6 * lora + attention) / 4
-    assert found["flops"] == pytest.approx(flops)
-    assert found["compute_s"] == pytest.approx(flops / 197e12)
-    assert found["link_s"] == pytest.approx(4e6 / 200e9)
-    assert found["step_s"] == max(found["compute_s"], found["hbm_s"], found["link_s"])
-    full = replace(run, adapter=AdapterConfig("full"))
-    flops = 8 * 128 * (6 * (layers + head) + attention) / 4
-    assert accelerators.roofline(full, target("tpu:v5e:2x2"), 0)["flops"] == pytest.approx(flops)
-    block = replace(run, train=TrainConfig(dtype="bfloat16", remat="block"))
-    more = 2 * (layers + head) + 2 * lora + config.num_layers * 4 * keys * 64
-    again = accelerators.roofline(block, target("tpu:v5e:2x2"), 0)["flops"]
-    assert again - found["flops"] == pytest.approx(8 * 128 * more / 4)
-    codes = replace(run, quantize=QuantizeConfig("int8"))
-    less = accelerators.roofline(codes, target("tpu:v5e:2x2"), 0)["hbm_bytes"]
-    assert 0.5 < less / found["hbm_bytes"] < 1

@@ -24,6 +24,9 @@ def add_options(parser: CommandParser) -> None:
         "compile the train step for devices that may be absent, such as tpu:v5e:2x4 or cuda:h100:8"
         " (default: this machine's CPU, as many virtual devices as the mesh has)",
     )
+    parser.add_argument(
+        "--search", action="store_true", help="look for the largest batch that fits, by compiling"
+    )
     parser.option("--out", "FILE", "write the plan as JSON too")
     add_settings(parser)
 
@@ -37,7 +40,7 @@ def run(args: argparse.Namespace) -> None:
     import jax
 
     jax.config.update("jax_platforms", "cpu")  # before anything touches a device
-    if not args.target and config.mesh.devices > 1:
+    if args.target is None and config.mesh.devices > 1:
         jax.config.update("jax_num_cpu_devices", config.mesh.devices)
     from zflora_jax.experiments.plan import memory_plan, plan_table
     from zflora_jax.hf.load import model_config
@@ -45,8 +48,8 @@ def run(args: argparse.Namespace) -> None:
     from zflora_jax.reporting.files import write_json
     from zflora_jax.reporting.provenance import environment
 
-    where = target(args.target) if args.target else None
-    plan = memory_plan(config, model_config(config.model), where, args.memory)
+    where = target(args.target) if args.target is not None else None
+    plan = memory_plan(config, model_config(config.model), where, args.memory, args.search)
     print_table(plan_table(plan), f"{args.config}: {config.model}, {config.adapter.method}")
     if args.out:
         write_json(args.out, plan | {"config": to_dict(config), "environment": environment()})

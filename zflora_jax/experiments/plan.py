@@ -11,32 +11,23 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AbstractMesh, Mesh
+from jax.sharding import Mesh
 
-from zflora_jax.adapters.methods import adapter_shapes, resolve_adapter
+from zflora_jax.adapters.methods import resolve_adapter
 from zflora_jax.adapters.widths import count_params, width_advice
-from zflora_jax.core import trees
 from zflora_jax.core.adapter_config import METHODS
-from zflora_jax.core.architecture import count_base, param_shapes
-from zflora_jax.core.fields import first_line, require
+from zflora_jax.core.architecture import count_base
+from zflora_jax.core.fields import first_line, override, require
 from zflora_jax.core.model_config import LlamaConfig
 from zflora_jax.core.run_config import RunConfig
-from zflora_jax.nn.quantize_model import quantized_shapes
+from zflora_jax.experiments.roofline import compare_meshes
+from zflora_jax.experiments.step_shapes import step_arguments, stored_bytes
 from zflora_jax.ops.attention import attention_choice
 from zflora_jax.ops.attention_mask import AttentionMask
-from zflora_jax.ops.quantized import bytes_of
 from zflora_jax.parallel.compile_cache import no_compile_cache
-from zflora_jax.parallel.sharding import (
-    AXES,
-    batch_sharding,
-    make_mesh,
-    shardings,
-    slice_groups,
-    state_shardings,
-)
+from zflora_jax.parallel.sharding import make_mesh, slice_groups, state_shardings
 from zflora_jax.parallel.targets import GIB, Target
-from zflora_jax.training.objective import objective_of
-from zflora_jax.training.trainer import TrainState, init_state, step_of
+from zflora_jax.training.trainer import step_of
 
 
 def memory_plan(
@@ -44,6 +35,7 @@ def memory_plan(
     config: LlamaConfig,
     where: Target | None = None,
     memory_gib: float | None = None,
+    search: bool = False,
 ) -> dict[str, Any]:
     """Plans a run, for the longest of data.bucket_lengths.
 
@@ -52,11 +44,14 @@ def memory_plan(
       config: The base model's config.
       where: The devices to compile for, which may be absent; None: this process's.
       memory_gib: Memory of one device, in GiB; None: the target's.
+      search: Whether to look for the largest batch that fits, which compiles three or four more
+        steps; a target or `memory_gib` is needed.
 
     Returns:
       Counts; "stored", see `stored_bytes`; "compiled", see `compile_step`; "widths", see
-      `adapters.widths.width_advice`. If the memory of a device is known also "memory_bytes", "fits"
-      and, if it does not fit, "changes": text and settings of changes that reduce the memory.
+      `adapters.widths.width_advice`. For a target "meshes", see `compare_meshes`. If the memory of
+      a device is known also "memory_bytes", "fits" and, if it does not fit, "changes": text and
+      settings of changes that reduce the memory; with `search` "largest", see `largest_batch`.
 
     Raises:
       ConfigError: The mesh does not divide the model, there are too few devices, or the target's
@@ -72,6 +67,12 @@ def memory_plan(
         memory_gib is None or 0 < memory_gib < float("inf"),
         f"memory={memory_gib}: must be positive and finite, in GiB per device.",
     )
+    limit = where.chip.memory if where else None
+    limit = limit if memory_gib is None else int(memory_gib * GIB)
+    require(
+        not search or limit is not None,
+        "the search for the largest batch needs the memory of a device: give a target or a memory.",
+    )
     compiled, _ = compile_step(run, config, where)
     result: dict[str, Any] = {
         "devices": run.mesh.devices,
@@ -84,15 +85,76 @@ def memory_plan(
         "stored": stored_bytes(run, config),
         "compiled": compiled,
     }
-    if advice := width_advice(config, run.adapter):
+    advice = width_advice(config, run.adapter)
+    kind = {"cuda": "gpu", "tpu": "tpu"}[where.platform] if where else None
+    if advice := {name: text for name, text in advice.items() if kind in (None, name)}:
         result["widths"] = advice
-    limit = where.chip.memory if where else None
-    limit = limit if memory_gib is None else int(memory_gib * GIB)
+    if where:
+        result["meshes"] = compare_meshes(run, config, where, compiled)
     if limit is not None:
         fits = "bytes" in compiled and compiled["bytes"]["total"] <= limit
         result |= {"memory_bytes": limit, "fits": fits}
         result |= {} if fits else {"changes": dict(_changes(run))}
+        if search:
+            result["largest"] = largest_batch(run, config, where, limit, compiled)
     return result
+
+
+def largest_batch(
+    run: RunConfig,
+    config: LlamaConfig,
+    where: Target | None,
+    limit: int,
+    compiled: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Searches the largest micro-batch that fits, by compiling: the bytes of a step grow almost
+    linearly with its rows, so a line through two steps says where to look.
+
+    Args:
+      run, config, where: As for `memory_plan`.
+      limit: Memory of a device in bytes.
+      compiled: Result of `compile_step` for the run.
+
+    Returns:
+      {"rows_per_device", "total_bytes", "settings"}: zeros and no settings if no row fits.
+    """
+    parts, accum = run.mesh.row_parts, run.data.grad_accum_steps
+
+    def sized(rows: int) -> tuple[RunConfig, int | None]:
+        other = override(run, {"data.batch_size": rows * parts * accum})
+        found = compiled if other == run else compile_step(other, config, where)[0]
+        return other, found["bytes"]["total"] if "bytes" in found else None
+
+    low, high, fitting = 0, None, None
+    rows, sizes = run.data.micro_batch_size // parts, dict[int, int]()
+    for _ in range(8):
+        other, total = sized(rows)
+        if total is not None:
+            sizes[rows] = total
+        if total is not None and total <= limit:
+            low, fitting = rows, (other, total)
+        else:
+            high = rows
+        if high is not None and high - low <= max(1, low // 16):
+            break
+        rows = _next_rows(sizes, limit, low, high)
+    if fitting is None:
+        return {"rows_per_device": 0, "total_bytes": 0, "settings": {}}
+    other, total = fitting
+    settings = {"data.batch_size": other.data.batch_size}
+    return {"rows_per_device": low, "total_bytes": total, "settings": settings}
+
+
+def _next_rows(sizes: Mapping[int, int], limit: int, low: int, high: int | None) -> int:
+    """The next number of rows to try, between the largest that fits and the least that does not."""
+    if len(sizes) > 1:
+        (a, first), (b, second) = min(sizes.items()), max(sizes.items())
+        guess = a + int((limit - first) * (b - a) / max(1, second - first))
+    else:
+        guess = 2 * low
+    if guess <= low:
+        guess = low + 1
+    return guess if high is None else min(guess, high - 1) if guess < high else (low + high) // 2
 
 
 def compile_step(
@@ -145,34 +207,6 @@ def lowered_step(run: RunConfig, config: LlamaConfig, mesh: Mesh) -> Any:
         return step.lower(params, state, batch)
 
 
-def step_arguments(
-    run: RunConfig, config: LlamaConfig, mesh: Any
-) -> tuple[trees.Tree, TrainState, trees.Tree]:
-    """Returns (params, state, batch) of a train step as ShapeDtypeStructs, placed on `mesh`, a
-    Mesh or AbstractMesh.
-    """
-    config = run.train.applied_to(config)
-
-    def tree(shapes: Mapping[str, tuple[int, ...]], dtype: Any) -> trees.Tree:
-        leaves = {name: jax.ShapeDtypeStruct(shape, dtype) for name, shape in shapes.items()}
-        return trees.unflatten(leaves)
-
-    def placed(tree: Any, at: Any) -> Any:
-        return jax.tree.map(lambda leaf, place: leaf.update(sharding=place), tree, at)
-
-    base = tree(param_shapes(config), jnp.dtype(config.execution.dtype))
-    params = quantized_shapes(config, run.quantize, base)
-    adapters = tree(adapter_shapes(config, run.adapter), jnp.float32)
-    state = jax.eval_shape(lambda a: init_state(a, run.optim, run.steps), adapters)
-    rows, length = run.data.batch_size, run.data.bucket_lengths[-1]
-    batch = objective_of(run).arrays(rows, length, run.data.packing)
-    return (
-        placed(params, shardings(params, mesh)),
-        placed(state, state_shardings(state, mesh)),
-        placed(batch, jax.tree.map(lambda _: batch_sharding(mesh), batch)),
-    )
-
-
 def step_attention(run: RunConfig, config: LlamaConfig, mesh: Mesh) -> tuple[str, str]:
     """Returns the attention kernel of a run's train step on a mesh whose devices may be absent, and
     why it is no flash kernel ("" where it is one).
@@ -185,30 +219,6 @@ def step_attention(run: RunConfig, config: LlamaConfig, mesh: Mesh) -> tuple[str
     dtype = jnp.dtype(config.execution.dtype)
     with jax.set_mesh(mesh):
         return attention_choice(shape, config.num_kv_heads, dtype, AttentionMask(ids, ids))
-
-
-def stored_bytes(run: RunConfig, config: LlamaConfig) -> dict[str, int]:
-    """Returns the bytes of one device's part of the base, the adapters, their gradients (twice with
-    micro-batches: those of one, and their sum) and the optimizer's state without its counters.
-    """
-    mesh = AbstractMesh((run.mesh.data, run.mesh.fsdp, run.mesh.tensor), AXES)
-    params, state, _ = step_arguments(run, config, mesh)
-
-    def local(tree: Any) -> int:
-        parts = (
-            jax.ShapeDtypeStruct(leaf.sharding.shard_shape(leaf.shape), leaf.dtype)
-            for leaf in jax.tree.leaves(tree)
-            if leaf.shape
-        )
-        return sum(map(bytes_of, parts))
-
-    trainable = local(state.adapters)
-    return {
-        "base": local(params),
-        "adapters": trainable,
-        "gradients": trainable * (2 if run.data.grad_accum_steps > 1 else 1),
-        "optimizer": local(state.opt_state),
-    }
 
 
 def _changes(run: RunConfig) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -232,23 +242,56 @@ def _changes(run: RunConfig) -> Iterator[tuple[str, dict[str, Any]]]:
 def plan_table(plan: Mapping[str, Any]) -> dict[str, Any]:
     """Returns a plan of `memory_plan` as one table, name -> value, for a terminal."""
     found = plan["compiled"]
-    table: dict[str, Any] = {key: value for key, value in plan.items() if isinstance(value, int)}
+    table: dict[str, Any] = {key: value for key, value in plan.items() if type(value) is int}
+    table.pop("memory_bytes", None)
     for name, size in plan["stored"].items():
-        table[f"stored per device: {name}"] = f"{size / GIB:.2f} GiB"
+        table[f"stored per device: {name}"] = in_words(size)
     table["train step compiled for"] = f"{found['target']}, not run"
     if plan["devices"] < found["devices"] and found["target"] != "cpu":
         table["devices"] = f"{plan['devices']} of {found['devices']}; mesh.* can use the others"
     for name, size in found.get("bytes", {}).items():
-        table[f"step per device: {name}"] = f"{size / GIB:.2f} GiB"
+        table[f"step per device: {name}"] = in_words(size)
     if "refused" in found:
         table["refused by the compiler"] = found["refused"]
     kernel, reason = found["attention"]["kernel"], found["attention"]["reason"]
     table["attention"] = f"{kernel} ({reason})" if reason else kernel
     if "fits" in plan:
-        table.pop("fits"), table.pop("memory_bytes")
         fits = "fits in" if plan["fits"] else "does not fit in"
-        table["the run"] = f"{fits} {plan['memory_bytes'] / GIB:.2f} GiB per device"
+        table["the run"] = f"{fits} {in_words(plan['memory_bytes'])} per device"
     for text, settings in plan.get("changes", {}).items():
         [(key, value)] = settings.items()
         table[f"or --set {key}={value}"] = text
+    if "largest" in plan:
+        rows, total = plan["largest"]["rows_per_device"], plan["largest"]["total_bytes"]
+        sets = " ".join(f"{key}={value}" for key, value in plan["largest"]["settings"].items())
+        text = f"{rows} rows per device, {in_words(total)}: --set {sets}"
+        table["largest micro-batch that fits"] = text if rows else "none: a single row is too large"
+    for row in plan.get("meshes", ()):
+        axes = " ".join(f"{key}={value}" for key, value in row["mesh"].items()) or "one device"
+        table[f"at published rates: {axes}"] = (
+            f"{1e3 * row['step_s']:.3g} ms a step at least, bound by {_BOUNDS[row['bound']]};"
+            f" {row['tokens_per_s']:,.0f} tokens/s at most, all steps"
+            f" {duration(row['run_s'])} at least; {in_words(row['stored_bytes'])} stored per device"
+            + " (the fastest that fits)"
+            * row["best"]
+        )
     return table | {f"on a {kind}": text for kind, text in plan.get("widths", {}).items()}
+
+
+_BOUNDS = {"compute": "compute", "hbm": "memory bandwidth", "link": "links between devices"}
+
+
+def in_words(size: int) -> str:
+    """Bytes in GiB, MiB or KiB."""
+    for unit, name in ((GIB, "GiB"), (2**20, "MiB")):
+        if size >= unit:
+            return f"{size / unit:.2f} {name}"
+    return f"{size / 2**10:.1f} KiB"
+
+
+def duration(seconds: float) -> str:
+    """Seconds in the largest unit of which there is one."""
+    for unit, name in ((3600, "h"), (60, "min")):
+        if seconds >= unit:
+            return f"{seconds / unit:.1f} {name}"
+    return f"{seconds:.2g} s"
