@@ -185,6 +185,12 @@ def test_wrong_grids(settings, message, base):
         combinations(base, settings)
 
 
+def test_joined_processes_do_not_share_a_sweep(base, tmp_path, monkeypatch):
+    monkeypatch.setattr(grid, "process_count", lambda: 2)
+    with pytest.raises(ConfigError, match="JAX has joined 2 here: train its runs one by one"):
+        run_grid(base, GRID, tmp_path / "s")
+
+
 def test_names_are_directories(base):
     assert combinations(base, {}) == [("base", {})]  # the product of nothing
     names = [name for name, _ in combinations(base, {"model": ["a/b", "a_b", "x" * 300]})]

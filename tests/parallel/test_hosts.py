@@ -16,24 +16,17 @@ import numpy as np
 import pytest
 from support.checks import assert_trees_equal
 from support.hosts import config_file, finish, spawn
+from support.tasks import write_questions
 
 from zflora_jax.cli.main import main
-from zflora_jax.core.fields import ConfigError, override
+from zflora_jax.core.fields import ConfigError, override, to_dict
 from zflora_jax.core.run_config import RunConfig
 from zflora_jax.evaluation.task import one_day
 from zflora_jax.experiments.restore import load_run
 from zflora_jax.parallel import distributed
+from zflora_jax.reporting.files import write_json
 from zflora_jax.reporting.metrics import read_metrics
 from zflora_jax.training.lock import locked
-
-# `zflora`, which waits a second, not ten, for a workdir that it does not see.
-PROGRAM = """
-import sys
-from zflora_jax.parallel import distributed
-distributed.SHARED_WITHIN = 1.0
-from zflora_jax.cli.main import main
-sys.exit(main(sys.argv[1:]))
-"""
 
 
 @pytest.fixture
@@ -43,14 +36,12 @@ def four(run: RunConfig) -> RunConfig:
 
 
 def launch(
-    run: RunConfig, workdir: Path, processes: int, devices: int, given: str | None = None
+    run: RunConfig, workdir: Path, processes: int, devices: int
 ) -> list[subprocess.Popen[str]]:
-    """`zflora train` in `processes` processes of `devices` CPU devices each; given: the --workdir
-    that they are given, if it is another.
-    """
+    """`zflora train` in `processes` processes of `devices` CPU devices each."""
     config = config_file(run, workdir.parent / f"{workdir.name}.py")
-    argv = ["train", "--config", config, "--workdir", given or str(workdir)]
-    return spawn(["-c", PROGRAM, *argv], processes, devices, flags=True)
+    argv = ["train", "--config", config, "--workdir", str(workdir)]
+    return spawn(["-m", "zflora_jax.cli", *argv], processes, devices, flags=True)
 
 
 def losses(workdir: Path) -> np.ndarray:
@@ -97,36 +88,90 @@ def test_a_signal_to_one_process_stops_all_and_one_process_goes_on(four, tmp_pat
     assert_trees_equal(load_run(tmp_path / "two")[2], load_run(tmp_path / "whole")[2])
 
 
-def test_what_process_0_refuses_ends_all(four, tmp_path):
-    """The workdir is held by another process: neither process is left waiting."""
-    (tmp_path / "run").mkdir()
-    with locked(tmp_path / "run"):
-        first, second = launch(four, tmp_path / "run", 2, 2)
-        (out, _), (other, _) = first.communicate(timeout=200), second.communicate(timeout=200)
-    assert first.returncode == 2 and "is being trained by another process" in out
-    assert second.returncode != 0 and "Traceback" not in other, other[-2000:]
+# Each case in both processes, which go on after a refusal; then a command.
+CASES = """
+import json, sys
+import jax
+from zflora_jax.core.fields import ConfigError, from_dict, override
+from zflora_jax.core.run_config import RunConfig
+from zflora_jax.evaluation.task import evaluate
+from zflora_jax.experiments.base import load_base
+from zflora_jax.experiments.restore import load_run
+from zflora_jax.experiments.train import train
+from zflora_jax.parallel import distributed
+from zflora_jax.parallel.sharding import make_mesh
+
+distributed.SHARED_WITHIN = 1.0
+distributed.start()
+base, cases, shared, argv = json.loads(sys.argv[1])
+for name, changes in cases.items():
+    me = {key: values[jax.process_index()] for key, values in changes.items()}
+    run = override(from_dict(RunConfig, base), me)
+    try:
+        if name == "load":
+            load_run("run")
+        elif name == "evaluate":
+            evaluate(run, load_base(run, make_mesh(run.mesh)), console=False)
+        else:
+            train(run, name if name == "unshared" else f"{shared}/{name}", console=False)
+        print(name, "was not refused")
+    except ConfigError as error:
+        print(error)
+from zflora_jax.cli.main import main
+sys.exit(main(argv[jax.process_index()]))
+"""
 
 
-def test_processes_without_a_shared_workdir_end_at_once(four, tmp_path, monkeypatch):
-    """As on two hosts that each have a local disk: here by two working directories and one relative
-    path.
+def test_processes_that_differ_are_refused_before_they_share_anything(four, tmp_path):
+    """Settings, models, rows, runs, options; as on two hosts with a local disk each, which then do
+    not see one workdir. Nor is a process left waiting for what process 0 refuses.
     """
-    for name in ("a", "b"):
-        (tmp_path / name).mkdir()
-    real = subprocess.Popen
-    places = iter([tmp_path / "a", tmp_path / "b"])
-    monkeypatch.setattr(subprocess, "Popen", lambda *a, **kw: real(*a, cwd=next(places), **kw))
-    (tmp_path / "config").mkdir()
-    started = time.monotonic()
-    processes = launch(four, tmp_path / "config" / "run", 2, 2, given="run")
-    outputs = finish(processes, 2)
-    assert time.monotonic() - started < 120
-    assert all(
-        "workdir run is not shared: of 2 processes, 1 did not see" in out and "Traceback" not in out
-        for out in outputs
-    )
-    # Nothing was left behind, by process 0 either.
-    assert sorted(p.name for p in tmp_path.glob("*/run/*")) == []
+    for name, (rows, held_out, rate) in {"a": (13, 4, 0.1), "b": (16, 2, 0.2)}.items():
+        here = tmp_path / name
+        shutil.copytree(four.model, here / "model")
+        for folder, (train, test) in {"rows": (rows, 4), "test": (16, held_out)}.items():
+            write_questions(here / folder / "train.jsonl", [f"{i}?" for i in range(train)])
+            write_questions(here / folder / "test.jsonl", [f"{i}!" for i in range(test)])
+        trained = override(four, {"optim.weight_decay": rate})
+        write_json(here / "run" / "config.json", to_dict(trained))
+    weights = tmp_path / "b" / "model" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\0")
+    own = {"data.task": ["rows"] * 2, "data.train_limit": [None] * 2}
+    cases = {
+        "settings": {"optim.learning_rate": [0.01, 0.5], "data.data_dir": ["rows", "test"]},
+        "model": {"model": ["model"] * 2},
+        "rows": {"data.data_dir": ["rows"] * 2, **own},
+        "held out": {"data.data_dir": ["test"] * 2, **own},
+        "evaluate": {"data.data_dir": ["test"] * 2, **own},
+        "load": {},
+        "unshared": {},
+        "locked": {},
+    }
+    argv = [["eval", "--model", "model", "--limit", limit] for limit in ("5", "6")]
+    shared, folders = tmp_path / "shared", [tmp_path / "a", tmp_path / "b"]
+    (shared / "locked").mkdir(parents=True)
+    words = ["-c", CASES, json.dumps([to_dict(four), cases, str(shared), argv])]
+    with locked(shared / "locked"):
+        outputs = finish(spawn(words, 2, 2, folders=folders), 2)
+    assert "is being trained by another process" in outputs[0]
+    assert "process 0 cannot go on; its message says why" in outputs[1]
+    for out in outputs:
+        assert "Traceback" not in out and "was not refused" not in out
+        for line in (
+            "optim.learning_rate: 0.01 in process 0; 0.5 in process 1",
+            'data.data_dir: "rows" in process 0; "test" in process 1',
+            "files of model model: ",
+            "train_rows: 12 in process 0; 15 in process 1",
+            "test_rows: 4 in process 0; 2 in process 1",
+            "rows of rows: 4 in process 0; 2 in process 1",
+            "optim.weight_decay: 0.1 in process 0; 0.2 in process 1",
+            "limit: 5 in process 0; 6 in process 1",
+        ):
+            assert f"\n  {line}" in out, line
+        assert out.count("Give every process the same command, settings, model and data.") == 7
+        assert "workdir unshared is not shared: of 2 processes, 1 did not see" in out
+    left = [*tmp_path.glob("*/unshared/*"), *shared.glob("*/*")]  # by process 0, too
+    assert [path.name for path in left] == [".lock"]
 
 
 def test_a_signal_before_the_first_step_of_a_resumed_run_stops_it(monkeypatch):

@@ -7,6 +7,7 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -18,10 +19,15 @@ ROOT = Path(__file__).parent.parent.parent
 
 
 def spawn(
-    arguments: list[str], processes: int, devices: int, *, flags: bool = False
+    arguments: list[str],
+    processes: int,
+    devices: int,
+    *,
+    flags: bool = False,
+    folders: Sequence[Path | None] = (None, None),
 ) -> list[subprocess.Popen[str]]:
     """`python ARGUMENTS` in `processes` processes of `devices` CPU devices each, which find each
-    other by the environment, or with `flags` by --coordinator and its sisters.
+    other by the environment, or with `flags` by --coordinator and its sisters; folders: theirs.
     """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -43,6 +49,7 @@ def spawn(
             subprocess.Popen(
                 [sys.executable, *arguments, *(words if flags else [])],
                 env=os.environ | common | ({} if flags else named),
+                cwd=folders[i],
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
                 text=True,
@@ -76,6 +83,13 @@ def config_file(run: RunConfig, path: Path) -> str:
 
 
 def commands(argvs: list[list[str]], processes: int, devices: int) -> list[subprocess.Popen[str]]:
-    """The commands one after the other in every process (`support.host_driver`)."""
-    driver = ["-m", "support.host_driver", json.dumps(argvs)]
-    return spawn(driver, processes, devices)
+    """The commands one after the other in every process, until one fails."""
+    code = """if True:
+        import json, sys
+        from zflora_jax.cli.main import main
+        for argv in json.loads(sys.argv[1]):
+            print("---", argv[0], flush=True)
+            if code := main(argv):
+                sys.exit(code)
+    """
+    return spawn(["-c", code, json.dumps(argvs)], processes, devices)

@@ -1,12 +1,11 @@
-"""Runs that are killed or broken, on disk and in a bucket, go on as if they had not been; several
-processes in a bucket. The store is an S3 server on loopback.
+"""Runs that are killed or broken, on disk and in a bucket, go on as if they had not been. The store
+is an S3 server on loopback.
 """
 
 from __future__ import annotations
 
 import os
 import signal
-import subprocess
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -15,12 +14,11 @@ import jax
 import numpy as np
 import pytest
 from support.checks import assert_trees_equal
-from support.hosts import config_file, finish, spawn
+from support.hosts import config_file
 from support.killed import killed_run
 from support.runs import quiet_train, saved_state, small_run
 
 from zflora_jax.cli.main import main
-from zflora_jax.core.fields import override
 from zflora_jax.core.run_config import RunConfig
 from zflora_jax.core.storage import as_path
 from zflora_jax.experiments import train as whole_run
@@ -163,28 +161,3 @@ def test_a_fault_ends_a_run_that_then_goes_on(
     assert said in capsys.readouterr().err
     assert quiet_train(run, workdir).report["resumed_from"] == step
     same_outcome(run, workdir, whole)
-
-
-# --- several processes ----------------------------------------------------------------------------
-
-
-@pytest.mark.soak  # twin: test_checkpoint's two processes
-def test_two_processes_train_in_a_bucket(run, url, tmp_path):
-    """The values of one process on disk; then one process goes on with what two have saved."""
-    four = override(run, {"mesh.data": 2, "mesh.fsdp": 2, "data.grad_accum_steps": 1})
-    quiet_train(four, tmp_path / "one")
-    config = config_file(four, tmp_path / "two.py")
-    argv = ["-m", "zflora_jax.cli", "train", "--config", config, "--workdir", url]
-    processes: list[subprocess.Popen[str]] = spawn(argv, 2, 2, flags=True)
-    finish(processes)
-    report = read_report(url)
-    assert report is not None and report["processes"] == 2
-    values = [
-        [(r["loss"], r["tokens"]) for r in records(workdir)] for workdir in (url, tmp_path / "one")
-    ]
-    np.testing.assert_allclose(*values, rtol=2e-5)
-    states = [saved_state(four, workdir) for workdir in (url, tmp_path / "one")]
-    for name, leaf in states[1].items():
-        np.testing.assert_allclose(states[0][name], leaf, atol=2e-4, err_msg=name)
-    quiet_train(override(four, {"train.steps": 10}), url)
-    assert saved_steps(url)[-1] == 10

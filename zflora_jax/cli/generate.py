@@ -22,7 +22,7 @@ from zflora_jax.cli.options import (
     mesh_asked,
 )
 from zflora_jax.cli.stopping import terminated
-from zflora_jax.core.fields import require
+from zflora_jax.core.fields import require, to_dict
 from zflora_jax.core.quantize_config import STORED
 from zflora_jax.core.storage import as_path
 from zflora_jax.core.textfile import decode, lines_of
@@ -272,12 +272,14 @@ def _model_of(args: argparse.Namespace, run: RunConfig | None) -> Model:
     from zflora_jax.adapters.fuse import fuse
     from zflora_jax.adapters.packing import pack_for_decode
     from zflora_jax.core.adapter_config import METHODS
+    from zflora_jax.core.trees import fingerprint
     from zflora_jax.experiments.restore import load_fused
     from zflora_jax.hf.gguf.read import has_blocks
     from zflora_jax.hf.hub import locate
     from zflora_jax.hf.load import load_model
     from zflora_jax.hf.peft import load_peft
     from zflora_jax.nn.quantize_model import is_quantized, stored_text
+    from zflora_jax.parallel.distributed import require_equal
 
     mesh = mesh_asked(changes(args), run)
     if run:
@@ -296,5 +298,7 @@ def _model_of(args: argparse.Namespace, run: RunConfig | None) -> Model:
             model.adapter is None or not METHODS[model.adapter.method].widens,
             f"--model {args.model} has an adapter fused in already; give --adapter with its base.",
         )
-        model = fuse(model, *load_peft(args.adapter, model), donate=True)
+        adapter, adapters = load_peft(args.adapter, model)
+        require_equal({"adapter": to_dict(adapter), "its weights": fingerprint(adapters)})
+        model = fuse(model, adapter, adapters, donate=True)
     return pack_for_decode(model, donate=True)

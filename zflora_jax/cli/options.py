@@ -202,8 +202,13 @@ def add_processes(parser: CommandParser) -> None:
     add("--process-id", type=int, metavar="I", help=text)
 
 
+# Of one process alone, or given by no user.
+_OWN = ("coordinator", "num_processes", "process_id", "distributed", "run", "as_path")
+
+
 def join(args: argparse.Namespace) -> bool:
     """Joins the processes that the options of `add_processes` name, before a device is touched.
+    ConfigError in all of them if their other options differ.
 
     Returns:
       Whether this process prints what the command found.
@@ -213,4 +218,5 @@ def join(args: argparse.Namespace) -> bool:
     distributed.start(
         args.coordinator, args.num_processes, args.process_id, detect=args.distributed
     )
+    distributed.require_equal({name: x for name, x in vars(args).items() if name not in _OWN})
     return distributed.is_main()

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 import json
 import logging
 import time
@@ -39,6 +40,7 @@ from zflora_jax.parallel import distributed
 from zflora_jax.reporting.files import atomic_write, write_json, write_result
 from zflora_jax.reporting.progress import progress_bar
 from zflora_jax.reporting.provenance import environment
+from zflora_jax.training.identity import require_same_settings
 
 log = logging.getLogger(__name__)
 
@@ -98,6 +100,10 @@ def _evaluate_task(
     started, env, run = time.perf_counter(), environment(), one_day(run)
     require_fit(run, model)
     name, examples, records, result = _rows(run, seen)
+    # A process with other rows would wait for the others, or change their numbers.
+    same = [dataclasses.replace(example, where="") for example in examples]
+    digest = hashlib.sha256(repr((same, records)).encode()).hexdigest()
+    distributed.require_equal({f"rows of {name}": len(examples), f"content of {name}": digest})
     result |= {key: getattr(model.config.execution, key) for key in ("dtype", "matmul_precision")}
     shown = console and distributed.is_main()
     if run.eval.loss:
@@ -135,10 +141,15 @@ def _evaluate_task(
     return result, records
 
 
-def one_day(run: RunConfig) -> RunConfig:
-    """Returns `run` with the date of process 0 (today if it has none) for all chat templates."""
+def one_day(run: RunConfig, **more: Any) -> RunConfig:
+    """Returns `run` with the date of process 0 (today if it has none) for all chat templates.
+    ConfigError in all processes if other settings, or the JSON values `more`, differ.
+    """
     day = distributed.from_process_0(dated(run).data.date)
-    return dataclasses.replace(run, data=dataclasses.replace(run.data, date=day))
+    run = dataclasses.replace(run, data=dataclasses.replace(run.data, date=day))
+    require_same_settings(run)
+    distributed.require_equal(more)
+    return run
 
 
 def _rows(
@@ -272,7 +283,7 @@ def evaluate_tasks(
     Raises:
       ConfigError: As for `check_tasks`, or a summary there is of another model or other settings.
     """
-    out, env, run = as_path(out, "out"), environment(), one_day(run)
+    out, env, run = as_path(out, "out"), environment(), one_day(run, tasks=[*tasks], label=label)
     tasks = check_tasks(run, tasks)
     path, origin = out / f"summary-{run.eval.split}-{label}", _origin(run, model, tasks)
     if not replace:

@@ -76,11 +76,10 @@ def export_run(
       agreement, with the fused model in float32 on held-out or built-in texts ("gap_prompts").
 
     Raises:
-      ConfigError: There is no such checkpoint, the run cannot be exported in this format, or the
-        format does not have a setting.
+      ConfigError: No such checkpoint; or the format cannot hold the run, or lacks a setting.
     """
     from zflora_jax.experiments.restore import load_run
-    from zflora_jax.parallel.distributed import require_shared
+    from zflora_jax.parallel.distributed import require_equal, require_shared
 
     target = as_path(out, "out")
     require(format in EXPORTERS, f"format={format!r}: {nearest(format, EXPORTERS)}.")
@@ -94,11 +93,12 @@ def export_run(
         )
     settings = {name: given[name] for name in exporter.settings}
     exporter.check(target, **settings)
+    require_equal({"format": format, "checkpoint": checkpoint, **given})
     require_shared(target.expanduser().absolute().parent, "the directory of out,")
     run = TrainedRun(as_path(workdir, "workdir"), *load_run(workdir, checkpoint, mesh=mesh))
-    base = run.config.model
     require(
-        as_path(base, "model").expanduser().resolve() != target.expanduser().resolve(),
+        as_path(base := run.config.model, "model").expanduser().resolve()
+        != target.expanduser().resolve(),
         f"out={str(target)!r} is the model that this run was trained on (model={base!r}), and the"
         " run needs it. Choose another path.",
     )

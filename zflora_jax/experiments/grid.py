@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from jax import process_count
 from jax.errors import JaxRuntimeError
 
 from zflora_jax.core.errors import CheckpointError, NonFiniteError, Preempted
@@ -72,7 +73,7 @@ def sweep(
       settings, whose loss is not a number, and that need too much memory.
 
     Raises:
-      ConfigError: pandas is not installed, or the grid is wrong.
+      ConfigError: pandas is not installed, the grid is wrong, or JAX has joined several processes.
       Preempted: A signal came; the run that was training is saved after its step.
     """
     try:
@@ -131,6 +132,11 @@ def run_grid(
     base: RunConfig, grid: Settings, workdir: str | Path, *, console: bool = True
 ) -> list[Row]:
     """`sweep` as plain rows, without pandas."""
+    require(
+        process_count() == 1,
+        f"a sweep runs in one process, and JAX has joined {process_count()} here: train its runs"
+        " one by one (zf.train), or start processes that are not joined, which share the workdir.",
+    )
     workdir, named, env = local_path(workdir, "workdir"), combinations(base, grid), environment()
     say: Callable[[str], None] = print if console else log.info
     done, bases = dict[str, Row](), dict[Any, Model]()  # the last run's, by what it depends on

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from pathlib import Path
 
@@ -18,9 +19,10 @@ from zflora_jax.core.trees import Tree
 from zflora_jax.experiments.base import load_base
 from zflora_jax.experiments.setup import state_like
 from zflora_jax.nn.quantize_model import dequantize_model, is_quantized
-from zflora_jax.parallel.distributed import from_process_0
+from zflora_jax.parallel.distributed import from_process_0, require_equal
 from zflora_jax.parallel.mesh import mesh_if_there, mesh_of
 from zflora_jax.training.checkpoint import Checkpoints, require_same
+from zflora_jax.training.identity import require_same_settings
 from zflora_jax.training.workdir import read_config, saved_steps
 
 log = logging.getLogger(__name__)
@@ -47,6 +49,7 @@ def load_run(
       ConfigError: There is no such checkpoint, or it was trained on another base.
     """
     run = read_config(workdir)
+    require_same_settings(run)
     require(bool(saved_steps(workdir)), f"{workdir} has no checkpoint yet; train it first.")
     mesh = mesh_if_there(run.mesh) if mesh is None else mesh
     model = load_base(run, mesh)
@@ -56,6 +59,8 @@ def load_run(
         base, start = split_base(model, run.adapter)
         state, saved = checkpoints.restore(state_like(run, base, start, mesh), number)
     require_same(saved, "base", fingerprint(model), workdir)
+    files = hashlib.sha256(repr(sorted(saved["files"].items())).encode()).hexdigest()
+    require_equal({f"checkpoint of step {number}": files})  # they may have read other directories
     return run, base, state.adapters, int(state.step)
 
 

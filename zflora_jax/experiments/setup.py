@@ -19,6 +19,7 @@ from zflora_jax.data.pipeline import pack_sequences
 from zflora_jax.evaluation.loss import held_out_loss
 from zflora_jax.experiments.base import given_base, load_base
 from zflora_jax.experiments.plan import step_attention
+from zflora_jax.parallel.distributed import require_equal
 from zflora_jax.parallel.sharding import shard, state_shardings
 from zflora_jax.training.trainer import TrainState, fresh_state
 
@@ -80,8 +81,10 @@ def prepare(run: RunConfig, mesh: Mesh, model: Model | None) -> Setup:
     if run.data.packing:
         train_set = pack_sequences(train_set, run.data.bucket_lengths[-1])
     run = run.in_steps(len(train_set))
-    eval_set, data = held_out(run, model), train_set.fingerprint()
+    data = train_set.fingerprint()
     fingerprints = {"base_fingerprint": fingerprint(model), "data_fingerprint": data}
+    require_equal({"train_rows": examples, **fingerprints})
+    eval_set = held_out(run, model)
     model, start = split_base(replace(model, params=shard(model.params, mesh)), run.adapter)
     like, attention = state_like(run, model, start, mesh), step_attention(run, model.config, mesh)
     plain, made = all(part[0].plain for part in rows.parts), (run, mesh, model, start, like)
@@ -102,10 +105,15 @@ def state_like(run: RunConfig, model: Model, start: Tree | None, mesh: Mesh | No
 
 
 def held_out(run: RunConfig, model: Model, split: str | None = None) -> Encoded:
-    """Returns the first eval.limit rows of `split` (None: eval.split), for the held-out loss."""
+    """Returns the first eval.limit rows of `split` (None: eval.split), for the held-out loss. All
+    processes of a run call this: with other numbers of batches they would wait for each other.
+    """
     require_fit(run, model)
-    examples = load_mixture(run.data, split or run.eval.split, run.eval.limit)
-    return tokenize_examples(examples, model.tokenizer, run.data, model.config.vocab_size)
+    split = split or run.eval.split
+    examples = load_mixture(run.data, split, run.eval.limit)
+    rows = tokenize_examples(examples, model.tokenizer, run.data, model.config.vocab_size)
+    require_equal({f"{split}_rows": len(rows), f"{split}_fingerprint": rows.fingerprint()})
+    return rows
 
 
 def split_loss(

@@ -37,6 +37,7 @@ from zflora_jax.training.hooks import (
     SaveCheckpoints,
     StopOnSignal,
 )
+from zflora_jax.training.identity import require_same_settings
 from zflora_jax.training.loop import Hook, fit
 from zflora_jax.training.objective import Batch, objective_of
 from zflora_jax.training.optim import require_optimizer
@@ -91,11 +92,8 @@ def train(
     """
     # Before all else: the commit that runs, not the one checked out when it ends.
     started, env = time.perf_counter(), environment()
-    workdir, run, changed = _admit(run, workdir, resume)
-    setup = prepare(run, make_mesh(run.mesh), model)
-    if run.train.steps is None:  # train.epochs, of rows that are counted now
-        run, changed = adopt(workdir, setup.run)
-        setup = replace(setup, run=run)
+    workdir, run, changed = _admit(run, workdir, resume, env)
+    setup, changed = _load(run, workdir, model, changed)
     run = setup.run
     with ExitStack() as stack:
         signals, checkpoints, held = _open(stack, setup, workdir, changed)
@@ -107,8 +105,7 @@ def train(
         start = {"processes": jax.process_count(), "changed": changed, "plain_texts": setup.plain}
         writer = _open_logs(stack, run, workdir, console, first, env, held)
         distributed.on_main(lambda: record_start(workdir, first, env, **start))
-        rows, unit = len(setup.train_set), objective_of(run).unit
-        metrics = LogMetrics(writer, run, rows, unit, started)
+        metrics = LogMetrics(writer, run, len(setup.train_set), objective_of(run).unit, started)
         loss = HeldOutLoss(setup.held_out_loss, len(setup.eval_set), writer, run)
         meta = setup.fingerprints | {"data_seed": run.data.seed}
         save = SaveCheckpoints(checkpoints, run, meta, started - spent, writer)
@@ -129,10 +126,12 @@ def train(
 
 
 def _admit(
-    run: RunConfig, workdir: str | Path | None, resume: bool
+    run: RunConfig, workdir: str | Path | None, resume: bool, env: Report
 ) -> tuple[Path, RunConfig, Changes]:
     """Checks all that is quick to check: (workdir, the settings to run with, those that change)."""
     default = Path("runs") / f"{run.data.task}-{run.adapter.method}"
+    distributed.require_equal({name: env.get(name) for name in ("commit", "dirty", "jax", "flax")})
+    require_same_settings(run)
     workdir = default if workdir is None else as_path(workdir, "workdir")
     require_trackers(run.train.report_to)
     require_optimizer(run.optim.optimizer)
@@ -143,6 +142,17 @@ def _admit(
         f"{workdir} holds no run to resume. Leave out --resume to start one there.",
     )
     return workdir, one_day(run), changed
+
+
+def _load(
+    run: RunConfig, workdir: Path, model: Model | None, changed: Changes
+) -> tuple[Setup, Changes]:
+    """Loads model and data; train.epochs become steps when the rows are counted."""
+    setup = prepare(run, make_mesh(run.mesh), model)
+    if run.train.steps is None:
+        run, changed = adopt(workdir, setup.run)
+        setup = replace(setup, run=run)
+    return setup, changed
 
 
 def _open(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import re
 from collections.abc import Sequence
@@ -115,3 +116,25 @@ def base_name(model: Model) -> str | None:
     if source is None or source in HUB_IDS:
         return HUB_IDS.get(source or "")
     return source if is_hub_id(source) else Path(source).name
+
+
+_SAMPLE, _SAMPLES = 1 << 16, 64  # bytes of a sample, and samples of a file
+
+
+def files_digest(path: Path) -> str:
+    """sha256 (hex) of the weights' files of a model at `locate`'s path: names, sizes and samples of
+    their bytes. It tells models apart without reading them whole.
+    """
+    files = [path]
+    if path.is_dir():
+        patterns = ("config.json", "*.safetensors", "zflora/*.safetensors")
+        files = sorted(file for pattern in patterns for file in path.glob(pattern))
+    digest = hashlib.sha256()
+    for file in files:
+        size = file.stat().st_size
+        digest.update(f"{file.name} {size}\n".encode())
+        with open(file, "rb") as opened:
+            for start in range(0, size, max(_SAMPLE, size // _SAMPLES)):
+                opened.seek(start)
+                digest.update(opened.read(_SAMPLE))
+    return digest.hexdigest()

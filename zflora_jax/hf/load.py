@@ -8,6 +8,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from jax import process_count
+
 from zflora_jax.core.fields import require
 from zflora_jax.core.model import Model
 from zflora_jax.core.model_config import LlamaConfig
@@ -18,12 +20,13 @@ from zflora_jax.hf.config import from_hf_config
 from zflora_jax.hf.gguf.file import GGUFFile
 from zflora_jax.hf.gguf.read import gguf_config, load_gguf
 from zflora_jax.hf.gguf.tokenizer import gguf_tokenizer
-from zflora_jax.hf.hub import locate
+from zflora_jax.hf.hub import files_digest, locate
 from zflora_jax.hf.keys import QuantizedLeaves, gather
 from zflora_jax.hf.restore import MANIFEST, load_export, read_export
 from zflora_jax.hf.shards import Shards, checked_table, read_json, read_place
 from zflora_jax.hf.tokenizer import TEMPLATES, TOKENIZER_FILES, load_tokenizer
 from zflora_jax.nn.quantize_model import quantize_model
+from zflora_jax.parallel.distributed import require_equal
 
 log = logging.getLogger(__name__)
 
@@ -72,6 +75,8 @@ def load_model(
     )
     log.info("loading %s", source)
     path = locate(source)
+    if mesh is not None and process_count() > 1:  # each reads its slices of its own copy
+        require_equal({f"files of model {source}": files_digest(path)})
     load = _load_directory if path.is_dir() else load_gguf
     model = load(path, dtype, scan_layers, mesh, quantize_config(quantize))
     model.source = source

@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import FrameType
 from typing import Any, TypeVar
@@ -148,6 +148,29 @@ def from_process_0(value: Any) -> Any:
     if jax.process_count() == 1:
         return value
     return json.loads(gather_bytes(json.dumps(value).encode() if is_main() else b"")[0])
+
+
+def require_equal(own: Mapping[str, Any]) -> None:
+    """Compares JSON values by name over the processes of a run, which all call this. ConfigError in
+    all of them if some differ: the message has their names, and the values of every process.
+    """
+    if jax.process_count() == 1:
+        return
+    every = [json.loads(part) for part in gather_bytes(json.dumps(own).encode())]
+    lines = []
+    for name in dict.fromkeys(name for one in every for name in one):
+        found: dict[str, list[str]] = {}
+        for number, one in enumerate(every):
+            value = json.dumps(one[name]) if name in one else "not given"
+            found.setdefault(value, []).append(str(number))
+        if len(found) > 1:
+            values = (f"{value} in process {', '.join(at)}" for value, at in found.items())
+            lines.append(f"  {name}: {'; '.join(values)}")
+    require(
+        not lines,
+        "\n".join(["the processes of this run differ:", *lines])
+        + "\nGive every process the same command, settings, model and data.",
+    )
 
 
 def require_shared(folder: str | os.PathLike[str], name: str = "workdir") -> None:

@@ -13,6 +13,7 @@ from zflora_jax.core.fields import ConfigError, override, to_dict
 from zflora_jax.core.run_config import RunConfig
 from zflora_jax.core.trees import flatten
 from zflora_jax.data.mixture import has_own_rows, parse_mixture
+from zflora_jax.parallel.distributed import require_equal
 
 # Settings that change what is logged, kept or evaluated, but nothing of the training itself; of
 # train.epochs, the steps that it comes to are compared.
@@ -28,6 +29,11 @@ ROUNDING = ("train/remat", "train/loss_chunk", "train/matmul_precision", "data/g
 def settings(run: RunConfig) -> dict[str, Any]:
     """Every setting of `run`, also adapter.init: name ("train/steps") -> value."""
     return flatten(to_dict(replace(run, adapter=run.adapter.explicit())))
+
+
+def require_same_settings(run: RunConfig) -> None:
+    """ConfigError in all processes of a run, unless they have the same settings."""
+    require_equal({key.replace("/", "."): value for key, value in settings(run).items()})
 
 
 def differences(there: RunConfig, run: RunConfig) -> dict[str, tuple[Any, Any]]:
