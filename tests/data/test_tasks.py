@@ -38,6 +38,7 @@ NEEDS = r"no train file beside \S+test.json. The (\w+) split needs train.json\(l
         ("woz test", "", None, r"data_dir=None is not set, .* the folder that holds woz/"),
         ("rows train", "", "", r"Files may be .json, .jsonl, .csv, .parquet.*hub:OWNER"),
         ("gsm8k test", "", "nowhere", r"nowhere' does not exist"),
+        ("rows test", "", "gs://b/rows", r"'gs://b/rows' is a URL, and rows .*gcsfuse"),
         ("gsm8k test", "", "", r"has no train, validation or test file.*grade-school-math"),
         ("addsub test", "test.json", "", ADDSUB),  # not in a folder of the task's
         ("addsub test", "test.json", "test.json", r"test.json' is a file. Set data.data_dir to"),
@@ -55,8 +56,9 @@ NEEDS = r"no train file beside \S+test.json. The (\w+) split needs train.json\(l
 def test_missing_files(asked, file, below, message, tmp_path):
     for name in [file, "train.json"] if file == "train.jsonl" else [file] if file else []:
         write_questions(tmp_path / name, ["a", "b"])
+    place = below if below is None or ":" in below else tmp_path / below
     with pytest.raises(ConfigError, match=message):
-        load(*asked.split(), None if below is None else tmp_path / below)
+        load(*asked.split(), place)
 
 
 # --- examples -------------------------------------------------------------------------------------

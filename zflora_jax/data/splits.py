@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from zflora_jax.core.fields import ConfigError, require
 from zflora_jax.core.run_config import DataConfig
+from zflora_jax.core.storage import is_url
 from zflora_jax.data.builders.files import table_rows
 from zflora_jax.data.builders.generated import generate
 from zflora_jax.data.builders.own import read_rows
@@ -179,6 +180,12 @@ def find_files(task: Task, data_dir: str | None) -> dict[str, Found]:
     """
     place = f"task {task.name!r}: data.data_dir={data_dir!r}"
     require(data_dir is not None, f"{place} is not set, and the task reads files. {_fix(task)}")
+    require(
+        not is_url(data_dir or ""),
+        f"{place} is a URL, and rows are read from local files alone. Copy them to each machine"
+        " (gcloud storage cp -r, aws s3 cp --recursive) or mount the bucket (gcsfuse, mount-s3),"
+        " and give that directory.",
+    )
     root = Path(data_dir or "").expanduser()
     require(root.exists(), f"{place} does not exist. {_fix(task)}")
     if root.is_file():
