@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from decode_programs import DecodeCase, loop_row
 from support.grids import always
-from support.libtpu import needs_libtpu
+from support.needs import needs_libtpu
 
 from zflora_jax.core.adapter_config import AdapterConfig
 from zflora_jax.core.model_config import LlamaConfig

@@ -88,8 +88,15 @@ def test_missing_config_file_names_the_nearest(no_run, config_file, tmp_path):
     near = Path(config_file).with_name("confg.py")
     message = f"config file {near} does not exist. did you mean {config_file!r}?"
     assert message in no_run(config=near)
-    message = "does not exist. Give the path of a Python file."
+    message = "does not exist. Allowed: chat, quickstart."  # those that come with the package
     assert message in no_run(config=tmp_path / "none" / "c.py")
+
+
+def test_init_writes_a_config_that_is_not_there(refused, tmp_path):
+    assert main(["init", "--out", str(tmp_path / "own.py")]) == 0
+    assert "def get_config" in (tmp_path / "own.py").read_text()
+    assert "own.py exists: edit it" in refused("init", "--out", tmp_path / "own.py")
+    assert "did you mean 'chat'" in refused("init", "chad", "--out", tmp_path / "new.py")
 
 
 @pytest.mark.parametrize(

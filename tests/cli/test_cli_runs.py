@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from support.runs import choice
 
 from zflora_jax.cli import train
 from zflora_jax.cli.eval import _model, _trained_on
@@ -119,15 +120,7 @@ def test_eval_and_export_print_a_table_and_write_files(trained_dir, tmp_path, ca
 
 
 def test_eval_of_tasks_marks_what_was_trained_on(model_dir, tmp_path, capsys):
-    rows = [
-        {
-            "instruction": f"{i}?\n\nAnswer format: answer1/answer2",
-            "input": "",
-            "output": "the correct answer is answer1",
-            "answer": "answer1",
-        }
-        for i in range(40)
-    ]
+    rows = [choice(i, "answer1") for i in range(40)]
     (tmp_path / "ARC-Easy").mkdir()
     for name, some in (("train", rows[:30]), ("test", rows[:32])):
         (tmp_path / "ARC-Easy" / f"{name}.json").write_text(json.dumps(some))

@@ -10,7 +10,8 @@ import jax
 import pytest
 from support.cases import DORA
 from support.grids import always
-from support.models import needs_smollm2, perturb, tiny_model
+from support.models import perturb, tiny_model
+from support.needs import needs_smollm2
 from support.runs import small_run
 
 from zflora_jax.adapters.fuse import fuse

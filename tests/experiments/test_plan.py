@@ -18,7 +18,7 @@ import pytest
 from program_text import Program, kernels
 from support.grids import always
 from support.hosts import config_file
-from support.libtpu import needs_libtpu
+from support.needs import needs_libtpu
 
 from zflora_jax.adapters.init import init_adapters
 from zflora_jax.adapters.methods import adapter_shapes

@@ -19,7 +19,8 @@ import transformers
 from support.checks import assert_logits_close, assert_trees_equal
 from support.exports import fused_model, perturbed_adapters
 from support.huggingface import hf_logits
-from support.models import needs_smollm2, tiny_model
+from support.models import tiny_model
+from support.needs import needs_smollm2
 from support.paths import ROOT
 
 from zflora_jax.core import trees

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from support.libtpu import needs_libtpu
+from support.needs import needs_libtpu
 
 from zflora_jax.core.fields import ConfigError
 from zflora_jax.parallel import targets
@@ -38,8 +38,8 @@ def test_wrong_names_are_answered_with_those_that_exist(name: str, said: str) ->
 @pytest.mark.parametrize(
     ("name", "slices", "module", "said"),
     [
-        ("tpu:v5e:2x4", 1, "no_such_module", r"pip install 'zflora-jax\[target-tpu\]'"),
-        ("cuda:h100", 1, "no_such_module", r"pip install 'zflora-jax\[target-cuda\]'"),
+        ("tpu:v5e:2x4", 1, "no_such_module", r"pip install '.\[target-tpu\]' in a clone"),
+        ("cuda:h100", 1, "no_such_module", r"pip install '.\[target-cuda\]' in a clone"),
         ("cuda:h100:8", 2, "jax", "only TPUs come in several slices"),
     ],
 )

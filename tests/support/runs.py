@@ -6,7 +6,6 @@ import os
 from pathlib import Path
 
 import jax
-import pytest
 
 from support.models import tiny_model
 from zflora_jax.core import trees
@@ -80,6 +79,8 @@ def real_data(relative: str = "") -> Path:
     """A file or folder of the real data (never part of the project), named by ZFLORA_DATA or beside
     the checkout; the test is skipped without it.
     """
+    import pytest  # not at the top: tools/tiny_model.py works without it
+
     path = (
         Path(os.environ.get("ZFLORA_DATA") or Path(__file__).parents[3] / "shared" / "data")
         / relative

@@ -9,6 +9,7 @@ import threading
 from collections.abc import Sequence
 from typing import Any
 
+from zflora_jax import __version__
 from zflora_jax.cli import (
     bench,
     data,
@@ -16,6 +17,7 @@ from zflora_jax.cli import (
     export,
     generate,
     info,
+    init,
     plan,
     plot,
     quickstart,
@@ -30,8 +32,8 @@ from zflora_jax.core.storage import as_path, is_store_error
 from zflora_jax.reporting.files import local_path
 
 # Each is named after its module, which has SUMMARY, add_options(parser) and run(args).
-COMMANDS = (train, eval, generate, data, info, plot, export, plan, sweep, bench, quickstart)
-LOCAL_ONLY = (data, sweep, bench, quickstart)  # they write to directories, not to object storage
+COMMANDS = (train, eval, generate, data, info, plot, export, plan, sweep, bench, quickstart, init)
+LOCAL_ONLY = (data, init, sweep, bench, quickstart)  # their outputs are local files
 EXIT_BAD_INPUT, EXIT_NON_FINITE, EXIT_STOPPED = 2, 3, 75  # 75: sysexits' EX_TEMPFAIL, "try again"
 EXIT_INTERRUPTED = 128 + signal.SIGINT
 
@@ -125,6 +127,7 @@ def _parser(alone: str | None = None) -> CommandParser:
     parser = CommandParser(
         prog="zflora", description="zFLoRA in JAX: train adapters, fuse them, decode, export."
     )
+    parser.add_argument("--version", action="version", version=f"zflora {__version__}")
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, command in modules.items():
         sub = subparsers.add_parser(name, help=command.SUMMARY, description=command.SUMMARY)

@@ -51,22 +51,36 @@ class CommandParser(argparse.ArgumentParser):
 # --- a run: --config, --set, --workdir ------------------------------------------------------------
 
 
-def add_config(parser: CommandParser, function: str = "get_config() -> RunConfig") -> None:
-    """Adds --config FILE, which has to be given."""
-    parser.option("--config", "FILE", f"a Python file with {function}", required=True)
+CONFIGS = Path(__file__).parents[1] / "configs"
+
+
+def named_configs(function: str = "") -> list[str]:
+    """The names of the configs that come with the package and have a `function`."""
+    files = CONFIGS.glob("*.py")
+    return sorted(x.stem for x in files if f"def {function}" in x.read_text(encoding="utf-8"))
+
+
+def add_config(
+    parser: CommandParser, function: str = "get_config() -> RunConfig", **more: Any
+) -> None:
+    """Adds --config FILE, which has to be given unless `more` says otherwise."""
+    names = ", ".join(named_configs(function.partition("(")[0]))
+    text = f"a Python file with {function}, or one that comes with the package: {names}"
+    parser.option("--config", "FILE", text, **({"required": True} | more))
 
 
 def load_config(path: str, function: str) -> Any:
-    """Calls `function` of the Python file at `path`.
+    """Calls `function` of the Python file at `path`, or of the package's config of that name.
 
     Raises:
       ConfigError: The file or the function is missing, or raises.
     """
     file = Path(path)
+    if not file.is_file() and path in named_configs(function):
+        file = CONFIGS / f"{path}.py"
     if not file.is_file():
-        found = sorted(map(str, file.parent.glob("*.py")))
-        advice = f"{nearest(path, found)}." if found else "Give the path of a Python file."
-        raise ConfigError(f"config file {path} does not exist. {advice}")
+        found = [*map(str, file.parent.glob("*.py")), *named_configs(function)]
+        raise ConfigError(f"config file {path} does not exist. {nearest(path, found)}.")
     spec = importlib.util.spec_from_file_location(file.stem, file)
     if spec is None or spec.loader is None:
         raise ConfigError(

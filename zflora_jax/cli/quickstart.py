@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from zflora_jax.cli.options import CommandParser, add_settings, run_config
+from zflora_jax.cli.options import CommandParser, add_config, add_settings, run_config
 from zflora_jax.cli.output import print_table
 
 SUMMARY = "The whole path on SmolLM2-135M: train, evaluate, fuse, check, decode, export, report."
@@ -14,7 +14,7 @@ SUMMARY = "The whole path on SmolLM2-135M: train, evaluate, fuse, check, decode,
 def add_options(parser: CommandParser) -> None:
     text = "where run, export and report go"
     parser.option("--workdir", "DIR", text, default="runs/quickstart")
-    parser.option("--config", "FILE", "a file with get_config()", default="configs/quickstart.py")
+    add_config(parser, required=False, default="quickstart")
     add_settings(parser)
 
 

@@ -6,6 +6,7 @@ import argparse
 
 from zflora_jax.cli.options import (
     CommandParser,
+    add_config,
     add_processes,
     add_settings,
     changes,
@@ -19,8 +20,7 @@ SUMMARY = "Train an adapter, or resume the run that the workdir holds."
 
 
 def add_options(parser: CommandParser) -> None:
-    text = "a Python file with get_config() -> RunConfig, e.g. configs/quickstart.py"
-    parser.option("--config", "FILE", text)
+    add_config(parser, required=False)
     text = "directory, or s3:// or gs:// URL, of the run: config, checkpoints, metrics, report"
     parser.option("--workdir", "DIR", text, required=True)
     text = "go on with the run in the workdir, or fail if there is none; --config may be left out"

@@ -93,7 +93,7 @@ def _check_installed(scheme: str) -> None:
     package = PACKAGES[scheme]
     require(
         importlib.util.find_spec(package) is not None,
-        f"{scheme}:// needs the package {package}: pip install 'zflora-jax[storage]'.",
+        f"{scheme}:// needs the package {package}: pip install {package}.",
     )
     os.environ.setdefault("EPATH_USE_TF", "false")  # else epath prefers an installed tensorflow
     from fsspec.config import conf

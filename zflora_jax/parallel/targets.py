@@ -101,7 +101,7 @@ class Target:
         require(
             importlib.util.find_spec(module) is not None,
             f"target {self.name!r} needs the compiler of package {module!r}, which is not"
-            f" installed: pip install 'zflora-jax[{extra}]'. No device is needed.",
+            f" installed: pip install '.[{extra}]' in a clone. No device is needed.",
         )
         several = f"target {self.name!r}: slices={slices}, but only TPUs come in several slices."
         require(slices == 1 or self.platform == "tpu", several)

@@ -1,0 +1,84 @@
+"""What is released works alone: the sdist has all files, the wheel that is built from it runs
+outside the clone.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import jax
+from support.paths import ROOT
+
+# As a user's shell: each command by the wheel's package, on a model of the sdist's tools.
+COMMANDS = """
+import contextlib, sys
+import zflora_jax
+from zflora_jax.cli.main import main
+print(zflora_jax.__file__)
+sys.modules["pytest"] = None  # not installed
+sys.path.append(sys.argv[1])
+import tiny_model
+tiny_model.main("tiny")
+for line in sys.stdin:
+    print("---", line, end="", flush=True)
+    with contextlib.suppress(SystemExit):
+        if code := main(line.split()):
+            sys.exit(code)
+"""
+FEW = (
+    "data.batch_size=2 data.bucket_lengths=320 data.train_limit=8 optim.warmup_steps=1"
+    " train.steps=2 train.loss_chunk=128 adapter.rank=4 eval.limit=2"
+)
+
+
+def python(*words: str, cwd: Path, **more: object) -> str:
+    done = subprocess.run([sys.executable, *words], cwd=cwd, capture_output=True, text=True, **more)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    return done.stdout
+
+
+def built(kind: str, source: Path, out: Path) -> Path:
+    """The sdist or wheel of a source tree, built as pip does, with the setuptools that is here."""
+    code = f"import setuptools.build_meta as b; b.build_{kind}({str(out)!r})"
+    python("-c", code, cwd=source)
+    [file] = out.glob("*.tar.gz" if kind == "sdist" else "*.whl")
+    return file
+
+
+def test_a_wheel_runs_outside_the_clone(tmp_path):
+    source, there, installed = tmp_path / "clone", tmp_path / "there", tmp_path / "installed"
+    there.mkdir()
+    folders = re.findall(r"^graft (\S+)", (ROOT / "MANIFEST.in").read_text(), re.MULTILINE)
+    for folder in (*folders, "zflora_jax"):
+        unwanted = shutil.ignore_patterns("__pycache__", "*.svg")
+        shutil.copytree(ROOT / folder, source / folder, symlinks=True, ignore=unwanted)
+    for file in filter(Path.is_file, ROOT.iterdir()):
+        shutil.copy(file, source)
+    wanted = {x.relative_to(source).as_posix() for x in source.rglob("*/*") if x.is_file()}
+    with tarfile.open(built("sdist", source, tmp_path)) as archive:
+        archive.extractall(tmp_path / "sdist", filter="data")
+    [tree] = (tmp_path / "sdist").iterdir()
+    found = {x.relative_to(tree).as_posix() for x in tree.rglob("*") if x.is_file()}
+    assert not wanted - found
+    wheel = built("wheel", tree, tmp_path)
+    pip = ("-m", "pip", "install", "--no-deps", "--no-index", "--no-compile", "--target")
+    python(*pip, str(installed), str(wheel), cwd=tmp_path)
+
+    commands = (
+        *("--version", "--help", "info smollm2-135m", "init chat --out own.py"),
+        "data --config own.py --set model=tiny data.task=arithmetic data.bucket_lengths=512",
+        f"train --config quickstart --workdir run --set model=tiny {FEW}",
+    )
+    env = os.environ | {"PYTHONPATH": str(installed), "JAX_NUM_CPU_DEVICES": "1"}
+    if kept := jax.config.jax_compilation_cache_dir:
+        env |= {"JAX_COMPILATION_CACHE_DIR": str(kept), "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    given = ("-c", COMMANDS, str(tree / "tools"))
+    out = python(*given, cwd=there, env=env, input="".join(f"{c}\n" for c in commands))
+    assert out.startswith(str(installed)) and "zflora 0.1.0" in out and "trained in run" in out
+    assert (there / "run" / "report.json").is_file()
