@@ -144,49 +144,13 @@ def test_sweep_files_are_checked_too(refused, config_file, tmp_path):
         ("adapter.rnk=4", "unknown key 'rnk' of AdapterConfig: did you mean 'rank'?"),
         ("num_train_epochs=3", "of RunConfig: here that is `train.epochs`. Allowed: adapter"),
         ("train.steps", "--set 'train.steps': expected KEY=VALUE, e.g. train.steps=50."),
-        ("train.steps=lots", "train.steps='lots': expected int, got str"),
-        ("optim.learning_rate=inf", "optim.learning_rate=inf: expected a finite number."),
-        ("train.dtype=float64", "train.dtype='float64': did you mean"),
-        (
-            "adapter.method=zflora-uniform adapter.extra_head_dim=7",
-            "adapter.extra_head_dim=7 is odd",
-        ),
-        (
-            "adapter.extra_head_dim=8",
-            "method 'zflora-minimal' does not have it, only ffba, zflora-uniform.",
-        ),
-        (
-            "adapter.method=zflora-mini",
-            "unknown adapter method 'zflora-mini': did you mean 'zflora-minimal'?",
-        ),
-        (
-            "data.grad_accum_steps=3",
-            "data.batch_size=2 is not a multiple of data.grad_accum_steps=3",
-        ),
-        (
-            "data.bucket_lengths=128,64",
-            "data.bucket_lengths=(128, 64): must be increasing lengths",
-        ),
-        (
-            "optim.warmup_steps=2",
-            "optim.warmup_steps=2 does not leave a step at full rate in train.steps=2",
-        ),
         ("model=nowhere/at/all", "no model at 'nowhere/at/all'"),
-        (
-            "data.bucket_lengths=320,512",
-            "data.bucket_lengths goes up to 512, beyond the model's context of 400",
-        ),
-        (
-            "data.bucket_lengths=[16]",
-            "examples are longer than data.bucket_lengths=[16]",
-        ),
+        ("data.bucket_lengths=320,512", "goes up to 512, beyond the model's context of 400"),
+        ("data.bucket_lengths=[16]", "examples are longer than data.bucket_lengths=[16]"),
         ("data.task=aritmetic", "unknown task 'aritmetic': did you mean 'arithmetic'?"),
         ("data.task=rows", "data.data_dir=None is not set"),
         ("data.task=rows data.data_dir=not-here", "data.data_dir='not-here' does not exist"),
-        (
-            "adapter.targets=q_proj",
-            "Matching is on the full name. Here that is 'q'.",
-        ),
+        ("adapter.targets=q_proj", "Matching is on the full name. Here that is 'q'."),
         ("adapter.targets=q|(", "is not a valid regex"),
         ("adapter.targets=q|k|v", "leaves method 'zflora-minimal' nothing to widen"),
     ],

@@ -16,6 +16,7 @@ import peft_baselines
 import pytest
 import training
 from decode_programs import read_bytes
+from support.grids import always
 from support.models import tiny_model
 from support.paths import ROOT
 
@@ -81,8 +82,14 @@ def test_bytes_read_are_those_of_all_weights_but_the_lookup(tied: bool) -> None:
     assert read_bytes({"params": model.params}, config, 3, 10) == weights - lookup + cache
 
 
-def test_training_next_to_peft(script: Script, tmp_path: Path) -> None:
-    """A script in a process for each label's memory, too."""
+@pytest.mark.parametrize("measured", always([True, False], lambda measured: not measured))
+def test_training_next_to_peft(
+    script: Script, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, measured: bool
+) -> None:
+    """measured: with a process for each label's memory."""
+    if not measured:
+        monkeypatch.setattr(subprocess, "run", lambda *_, **__: _Done("[2e8, 1.0]"))
+        monkeypatch.setattr("zflora_jax.reporting.provenance.environment", lambda: ENVIRONMENT)
     out = tmp_path / "train"
     small = ["--model", "tiny", "--repeats", 2, "--out", out, "--batch", 2, "--length", 16]
     code, _, err = script("training.py", *small, "--masked", 0.5, "--methods", "lora")
@@ -153,20 +160,3 @@ def test_scripts_refuse_wrong_options_before_they_measure(
 ) -> None:
     code, _, err = script(name, *given)
     assert code == 2 and message in err and not list(tmp_path.iterdir())
-
-
-def test_another_commit_is_compared_by_turns(
-    script: Script, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    times = iter([2.0, 1.0, 4.0, 2.0, 6.0, 3.0])  # the other checkout, this one, ...
-    run = subprocess.run
-
-    def fake(command: list[str], **settings: Any) -> Any:
-        if command[0] == "git":
-            return run(command, **settings)
-        return _Done(f'{{"export": {next(times)}}}')
-
-    monkeypatch.setattr(subprocess, "run", fake)
-    code, out, _ = script("against.py", "--other", ROOT, "--out", tmp_path / "against")
-    found = json.loads((tmp_path / "against-float32.json").read_text())
-    assert code == 0 and found["rows"][0]["this / other"] == 0.5 and "| export |" in out

@@ -57,39 +57,15 @@ print(json.dumps([after_jax - start, after_import - after_jax, time.process_time
 
 def test_no_heavy_library_is_imported_before_it_is_needed():
     """Modules are imported from low to high; the first that brings one is named."""
-    modules = [
-        "nn.llama",
-        "adapters.fuse",
-        "inference.decode",
-        "training.trainer",
-        "training.checkpoint",
-        "hf.load",
-        "hf.save",
-        "hf.peft",
-        "data.tasks",
-        "experiments.train",
-        "experiments.restore",
-        "experiments.export",
-        "experiments.grid",
-        "experiments.info",
-        "reporting.plots",
-        "cli.main",
-    ]
-    heavy = {
-        "torch",
-        "transformers",
-        "tensorflow",
-        "tensorflow_datasets",
-        "grain",
-        "tokenizers",
-        "gguf",
-        "huggingface_hub",
-        "matplotlib",
-        "tensorboardX",
-        "s3fs",
-        "gcsfs",
-        "botocore",
-    }
+    modules = (
+        "nn.llama adapters.fuse inference.decode training.trainer training.checkpoint hf.load"
+        " hf.save hf.peft data.tasks experiments.train experiments.restore experiments.export"
+        " experiments.grid experiments.info reporting.plots cli.main"
+    ).split()
+    heavy = set(
+        "torch transformers tensorflow tensorflow_datasets grain tokenizers gguf huggingface_hub"
+        " matplotlib tensorboardX s3fs gcsfs botocore".split()
+    )
     code = f"""
 import importlib, sys, zflora_jax
 for module in {modules!r}:
@@ -102,20 +78,16 @@ for module in {modules!r}:
     assert run_python(code).strip() == ""
 
 
-@pytest.mark.parametrize(
-    "module", ["zflora_jax", "zflora_jax.core.run_config", "zflora_jax.cli.main"]
-)
-def test_what_needs_no_jax_does_not_import_it(module):
-    """A wrong flag or key is answered at once."""
-    assert run_python(f"import sys, {module}; print('jax' in sys.modules)").strip() == "False"
-
-
-@pytest.mark.parametrize("command", ["plan", "quickstart"])
-def test_a_mistyped_setting_is_refused_without_jax(command):
+def test_what_needs_no_jax_does_not_import_it():
+    """A wrong flag, key or setting is answered at once."""
     config = PACKAGE.parent / "configs" / "quickstart.py"
-    words = [command, "--config", str(config), "--set", "train.stesp=9"]
-    code = f"from zflora_jax.cli.main import main; import sys; print(main({words!r}))"
-    assert run_python(f"{code}; print('jax' in sys.modules)").split() == ["2", "False"]
+    words = ["--config", str(config), "--set", "train.stesp=9"]
+    code = f"""
+import sys, zflora_jax, zflora_jax.core.run_config
+from zflora_jax.cli.main import main
+print(*(main([command, *{words!r}]) for command in ("plan", "quickstart")), "jax" in sys.modules)
+"""
+    assert run_python(code).split() == ["2", "2", "False"]
 
 
 # --- size and names -------------------------------------------------------------------------------

@@ -75,52 +75,6 @@ ENTRY %main (x: f32[8]) -> f32[8] {
     assert Program(text).collectives() == {"between slices": 32, "all-reduce": 48}
 
 
-def test_one_branch_runs() -> None:
-    text = """
-%short (p: f32[8]) -> f32[8] {
-  ROOT %a = f32[8]{0} copy(%p)
-}
-
-%long (p: f32[8]) -> f32[8] {
-  %b = f32[8]{0} copy(%p)
-  ROOT %c = f32[8]{0} copy(%b)
-}
-
-ENTRY %main (x: f32[8]) -> f32[8] {
-  %y = f32[8]{0} conditional(%x), branch_computations={%short, %long}
-}
-"""
-    assert [op.name for op, _ in Program(text).runs()] == ["y", "b", "c"]
-
-
-def test_loops_whose_count_the_compiler_does_not_state() -> None:
-    """From 0 below 8 in steps of 2, by the condition and the body."""
-    text = """
-%cond (c: (u32[], f32[8])) -> pred[] {
-  %c = (u32[], f32[8]{0}) parameter(0)
-  %n = u32[] get-tuple-element(%c), index=0
-  %limit = u32[] constant(8)
-  ROOT %less = pred[] compare(%n, %limit), direction=LT
-}
-
-%body (b: (u32[], f32[8])) -> (u32[], f32[8]) {
-  %b = (u32[], f32[8]{0}) parameter(0)
-  %n.1 = u32[] get-tuple-element(%b), index=0
-  %x = f32[8]{0} get-tuple-element(%b), index=1
-  %two = u32[] constant(2)
-  %more = u32[] add(%n.1, %two)
-  %moved = f32[8]{0} collective-permute(%x), source_target_pairs={{0,1},{1,0}}
-  ROOT %t = (u32[], f32[8]{0}) tuple(%more, %moved)
-}
-
-ENTRY %main (x: f32[8]) -> f32[8] {
-  %x.1 = f32[8]{0} parameter(0)
-  %w = (u32[], f32[8]{0}) while(%x.1), condition=%cond, body=%body
-}
-"""
-    assert Program(text).collectives() == {"collective-permute": 4 * 8 * 4}
-
-
 def test_a_collective_that_is_spread_over_fusions_counts_once() -> None:
     gather = "all-gather(%p), channel_id=7, replica_groups=[1,4]<=[4], dimensions={0}"
     text = f"""

@@ -6,18 +6,14 @@ import gzip
 import json
 from typing import Any
 
-import numpy as np
 import pytest
-from support.paths import ROOT
 
 import zflora_jax as zf
 from studies import pages
 from studies.records import RECORDS, new_record, read_lines, serves, write_lines
-from studies.statistics import paired_difference, seed_difference
 from studies.study import BASE, Run, Study, studies
 from studies.tables import MEAN, Choice, Table
 
-LEVELS = 5  # of arithmetic_steps: row i has 1 + i % LEVELS steps
 RIGHT = {"base": 0, "lora": 20, "ffa": 30, "ffba": 5}  # of 40 rows, the first ones
 
 
@@ -60,66 +56,9 @@ def test_records_are_the_same_bytes_when_written_again(tmp_path):
     assert again.read_bytes() == first and read_lines(tmp_path / "none") == []
 
 
-def note(name: str) -> str:
-    return " ".join((ROOT / "studies" / "notes" / f"{name}.md").read_text().split())
-
-
-def rows_of(table: Table, label: str) -> np.ndarray:
-    """Points of each arithmetic problem, [seeds, rows]."""
-    runs = [table.runs[BASE]] if label == BASE else table.chosen[label].values()
-    texts = [r["result"]["scores"]["arithmetic_steps"]["row scores"]["accuracy"] for r in runs]
-    return np.array([[100.0 * int(digit) for digit in text] for text in texts])
-
-
-def test_what_notes_say_of_steps_is_in_the_records(known):
-    table, text = Table.read(known["accuracy_arithmetic"]), note("accuracy_arithmetic")
-
-    def solved(label: str) -> list[str]:
-        rows = rows_of(table, label)
-        return [f"{rows[:, i::LEVELS].mean():.1f}" for i in range(LEVELS)]
-
-    for label in ("lora", "zflora-minimal"):
-        *first, last = solved(label)
-        assert f"{', '.join(first)} and {last}%" in text
-    assert f"({', '.join(solved('zflora-minimal-attention'))})" in text
-    assert solved(BASE) == ["4.5", *["0.5"] * 4] and "model 4.5% and then 0.5" in text
-
-
-@pytest.mark.parametrize(
-    ("name", "of_rows"), [("accuracy_rank64", "zflora-minimal"), ("accuracy_rank4", "lora")]
-)
-def test_what_notes_say_of_other_ranks_is_in_the_records(known, name, of_rows):
-    here, at_16 = (Table.read(known[n]) for n in (name, "accuracy_arithmetic"))
-    for label in ("lora", "zflora-minimal"):
-        pair = [rows_of(here, label)], [rows_of(at_16, label)[:3]]
-        change = paired_difference(*pair, best=100.0)
-        assert str(change).removesuffix(" °") in note("accuracy_arithmetic")
-        assert change.of_rows_only == (label == of_rows)
-
-
-@pytest.mark.parametrize(
-    ("label", "gain"),
-    [
-        ("state-alone", "{0:.3f} [{1:+.3f}, {2:+.3f}]"),
-        ("without-qkv", "by {0:.3f} [{1:.3f}, {2:.3f}]"),
-    ],
-)
-def test_what_notes_say_of_changes_of_minimal_is_in_the_records(known, label, gain):
-    changed, whole = (Table.read(known[n]) for n in ("minimal_cloze", "accuracy_cloze"))
-    for split in ("validation_loss", "test_loss"):
-        losses = [
-            [table.chosen[method][seed]["result"][split] for seed in (0, 1, 2)]
-            for table, method in ((whole, "zflora-minimal"), (changed, label))
-        ]
-        found = seed_difference(*losses)
-        said = gain.format(found.mean, found.low, found.high)
-        assert said in note("minimal"), said
-
-
 def test_a_record_of_woz_keeps_its_dialogues(known):
     units = Table.read(known["accuracy_woz"])._units("woz")
     assert len(units) == 1000 and len(set(units)) == 250
-    assert "draw whole dialogues (250 of them)" in note("accuracy_woz")
 
 
 # --- small tables of records ----------------------------------------------------------------------
