@@ -19,8 +19,8 @@ lists the same), `zflora_jax.RunConfig` holds it in Python, `config.json` in a w
 """
 FOREIGN_SECTION = """## Coming from PEFT and TRL
 
-What stands here for names of PEFT, TRL and transformers. A wrong setting with one of these names is
-answered with this table's row. [How to](howto.md#come-from-peft-and-trl) has the steps.
+What stands here for names of PEFT, TRL, transformers and Cloud TPU. A wrong name of a setting that
+is in this table is answered with its row. [How to](howto.md#come-from-peft-and-trl) has the steps.
 """
 
 

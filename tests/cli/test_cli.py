@@ -141,7 +141,6 @@ def test_sweep_files_are_checked_too(refused, config_file, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ("adapter.rnk=4", "unknown key 'rnk' of AdapterConfig: did you mean 'rank'?"),
         ("num_train_epochs=3", "of RunConfig: here that is `train.epochs`. Allowed: adapter"),
         ("train.steps", "--set 'train.steps': expected KEY=VALUE, e.g. train.steps=50."),
         ("model=nowhere/at/all", "no model at 'nowhere/at/all'"),

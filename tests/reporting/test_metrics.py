@@ -132,7 +132,7 @@ def test_progress_is_a_bar_on_a_terminal(tmp_path, capsys, monkeypatch):
             advance(4)
         raise KeyboardInterrupt
     out = capsys.readouterr().out
-    assert "3/4" in out and "loss 0.5000" in out
+    assert "3/4" in out and "0.5000" in out and "held-out loss" in out
     assert "\x1b[?25h" in out  # the cursor is shown again
 
 

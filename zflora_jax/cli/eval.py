@@ -92,21 +92,15 @@ def run(args: argparse.Namespace) -> None:
     for result in summary["tasks"]:
         print_table(result, f"{result['task']} ({result['split']})")
         if config.eval.generate and get_task(result["task"]).own:  # which often has no score
-            _print_samples(out / f"{result['task']}-{config.eval.split}-{label}.jsonl")
+            file = out / f"{result['task']}-{config.eval.split}-{label}.jsonl"
+            for line in lines_of(file.read_text(encoding="utf-8"))[:2]:
+                found = ((name, json.loads(line)[name]) for name in ("prompt", "output", "answer"))
+                print(*(f"{name}: {' '.join(text.split())}" for name, text in found), "", sep="\n")
     print(summary_page(summary))
     print(
         f"written to {out}: summary-{config.eval.split}-{label}.md, and for each task one line per"
         f" example in <task>-{config.eval.split}-{label}.jsonl"
     )
-
-
-def _print_samples(path: Path, count: int = 2) -> None:
-    """Prints the first answers of an evaluation."""
-    for line in lines_of(path.read_text(encoding="utf-8"))[:count]:
-        record = json.loads(line)
-        for name in ("prompt", "output", "answer"):
-            print(f"{name}: {' '.join(str(record[name]).split())}")
-        print()
 
 
 def _settings(args: argparse.Namespace, base: RunConfig) -> tuple[RunConfig, dict[str, Any]]:

@@ -77,6 +77,7 @@ def run(args: argparse.Namespace) -> None:
     from zflora_jax.inference.text import stream
     from zflora_jax.parallel.compile_cache import compile_cache
     from zflora_jax.parallel.distributed import from_process_0, on_main
+    from zflora_jax.reporting.progress import announced
     from zflora_jax.training.workdir import read_config
 
     main = join(args)
@@ -97,7 +98,10 @@ def run(args: argparse.Namespace) -> None:
         else:
             turns = [*opening, {"role": "user", "content": args.prompt}]
             asked = turns if style == "chat" else _written(model, style, args.prompt)
-            for piece in itertools.chain(stream(model, asked, config, date=date), "\n"):
+            pieces = stream(model, asked, config, date=date)
+            with announced("compiling the token loop", main):
+                first = next(pieces, "")
+            for piece in itertools.chain([first], pieces, "\n"):
                 print(piece if main else "", end="", flush=True)
 
 

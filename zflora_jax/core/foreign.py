@@ -1,4 +1,4 @@
-"""Names of PEFT, TRL and transformers, and what stands for them here: for error messages
+"""Names of PEFT, TRL, transformers and Cloud TPU, and what stands for them here: for error messages
 (`fields.nearest`) and the table in docs/settings.md.
 """
 
@@ -50,6 +50,11 @@ SFTTrainer: `zf.train`
 merge_and_unload: `zf.fuse`, which `zf.unfuse` undoes
 PeftModel.from_pretrained: `zf.load_peft`
 save_pretrained: `zf.save_peft`, `zf.save_hf`, `zf.export_run`
+v5e-4, v5litepod-4: `tpu:v5e:2x2`
+v5e-8, v5litepod-8: `tpu:v5e:2x4`
+v5e-16, v5litepod-16: `tpu:v5e:4x4`
+v6e-8: `tpu:v6e:2x4`
+v5p-8: `tpu:v5p:2x2x1`, four chips of two cores
 """
 FOREIGN = dict(row.split(": ", 1) for row in _ROWS.strip().splitlines())
 """Names there, joined by ", " -> what stands for them here."""

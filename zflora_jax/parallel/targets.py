@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-import math
 import os
-import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -117,27 +115,15 @@ def target(name: str) -> Target:
     kind, _, topology = name.rpartition(":")
     if name in CHIPS:
         kind, topology = name, CHIPS[name].topologies[0]
-    cloud = _cloud_name(name)
     require(
         kind in CHIPS,
-        f"unknown target {name!r}:{cloud} targets are {', '.join(CHIPS)}, with a topology as in"
-        f" tpu:v5e:2x4 ({nearest(kind or name, CHIPS)}).",
+        f"unknown target {name!r}: targets are {', '.join(CHIPS)}, with a topology as in"
+        f" tpu:v5e:2x4 ({nearest(topology if kind in ('', 'tpu') else kind, CHIPS)}).",
     )
     exist = ", ".join(CHIPS[kind].topologies)
     found = topology in CHIPS[kind].topologies
     require(found, f"unknown topology {topology!r} of {kind}: choose from {exist}.")
     return Target(kind, topology)
-
-
-def _cloud_name(name: str) -> str:
-    """What stands here for a name of Cloud TPU, which counts chips (v5e-8) or cores (v5p-8)."""
-    found = re.fullmatch(r"(?:tpu[-:])?(v5e|v5litepod|v5p|v6e)-(\d+)", name.lower())
-    if not found:
-        return ""
-    kind = "tpu:" + found[1].replace("v5litepod", "v5e")
-    chips = int(found[2]) // (2 if found[1] == "v5p" else 1)
-    shapes = [x for x in CHIPS[kind].topologies if math.prod(map(int, x.split("x"))) == chips]
-    return f" here that is {kind}:{shapes[0]};" if shapes else ""
 
 
 @functools.cache

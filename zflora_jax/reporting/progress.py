@@ -70,16 +70,20 @@ class TrainingProgress:
         if sys.stdout.isatty():
             from rich import progress as rich
 
-            steps = "{task.description}", rich.MofNCompleteColumn(), rich.BarColumn(12)
-            left = "ETA", rich.TimeRemainingColumn()
-            self._bar = rich.Progress(*steps, "{task.fields[text]}", *left)
-            self._task = self._bar.add_task("step", total=total, completed=start, text="")
+            steps = "{task.description}", rich.MofNCompleteColumn(), rich.BarColumn()
+            times = rich.TimeElapsedColumn(), "ETA", rich.TimeRemainingColumn()
+            self._bar, self._text = rich.Progress(*steps, *times), ""
+            # The text has a line of its own: beside the bar it does not fit in 80 columns.
+            rows = self._bar.get_renderables
+            self._bar.get_renderables = lambda: [*rows(), self._text]
+            self._task = self._bar.add_task("step", total=total, completed=start)
             self._bar.start()
 
     def update(self, step: int, text: str) -> None:
         """Shows that `step` steps are complete."""
         if self._bar is not None:
-            self._bar.update(self._task, completed=step, text=text)
+            self._text = text
+            self._bar.update(self._task, completed=step)
             return
         now = time.monotonic()
         # Speed is measured from the first update on: the steps before it include compilation.
@@ -98,7 +102,7 @@ class TrainingProgress:
         if self._bar is None:
             yield _lines(total, description, sys.stdout)
             return
-        task = self._bar.add_task(description, total=total, text="")
+        task = self._bar.add_task(description, total=total)
         yield lambda n: self._bar.advance(task, n)
         self._bar.remove_task(task)
 

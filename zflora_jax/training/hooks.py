@@ -75,7 +75,7 @@ class LogMetrics(Hook):
             step,
             f"loss {metrics['loss']:.4f}  lr {metrics['learning_rate']:.1e}"
             f"  grad norm {metrics['grad_norm']:.2f}  epoch {epoch:.2f}"
-            f"  {speed:,.0f} tokens/s ({learned:,.0f} target {self.unit}/s)",
+            f"  {speed:,.0f} tokens/s ({learned:,.0f} target {self.unit})",
         )
         if step % self.run.train.log_every == 0 or step in (1, self.run.steps):
             record = {name: value for name, value in metrics.items() if name != "finite"}
