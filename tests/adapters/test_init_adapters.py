@@ -31,7 +31,6 @@ from zflora_jax.core.fields import ConfigError
 from zflora_jax.core.model import Model
 from zflora_jax.core.presets import preset
 from zflora_jax.core.run_config import OptimConfig
-from zflora_jax.ops.linear import tile
 from zflora_jax.training.objective import CrossEntropy
 from zflora_jax.training.trainer import init_state, make_train_step
 
@@ -150,14 +149,6 @@ def test_head_sizes_that_servers_lack_are_allowed_with_a_warning():
         ):
             assert resolve_adapter(TINY, adapter).heads + 16 in (16, *SERVED_HEAD_DIMS)
             init_adapters(jax.random.key(0), a_model(num_layers=1), adapter)
-
-
-def test_the_tiling_is_that_of_the_design():
-    rank, out = 5, 12
-    want = [
-        [math.sqrt(rank / out) if j % rank == i else 0.0 for j in range(out)] for i in range(rank)
-    ]
-    np.testing.assert_allclose(tile(np.eye(rank, dtype=np.float32), out), want, rtol=1e-6)
 
 
 # --- dead layers ---------------------------------------------------------------------------------

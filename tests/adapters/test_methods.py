@@ -184,8 +184,7 @@ def test_published_counts_of_smollm2_135m(adapter, count):
 
 
 @pytest.mark.parametrize(
-    ("name", "count"),
-    [("llama-3.2-1b", 1_235_814_400), ("llama-2-7b", 6_738_415_616)],
+    ("name", "count"), [("llama-3.2-1b", 1_235_814_400), ("llama-2-7b", 6_738_415_616)]
 )
 def test_base_counts_are_the_published_ones(name, count):
     assert count_base(preset(name)) == count

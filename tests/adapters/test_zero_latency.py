@@ -85,10 +85,7 @@ def test_lora_beside_the_base_does_not() -> None:
 
 @pytest.mark.parametrize(
     ("chip", "batch"),
-    always(
-        [("v5e", 1), ("v6e", 2), ("v5e", 4), ("v6e", 1)],
-        lambda case: case == ("v5e", 1),
-    ),
+    always([("v5e", 1), ("v6e", 2), ("v5e", 4), ("v6e", 1)], lambda case: case == ("v5e", 1)),
 )
 def test_few_rows_are_multiplied_on_the_matrix_unit(chip: str, batch: int) -> None:
     """On the vector unit a token would take about four times as long as reading the weights."""

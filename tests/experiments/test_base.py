@@ -102,11 +102,7 @@ def test_rows_for_new_tokens_are_trained_on_by_way_of_a_directory(run, base_dir,
             lambda model: model,
             r"params are float32, and train\.dtype is bfloat16",
         ),
-        (
-            {"data.bucket_lengths": [1024]},
-            lambda model: model,
-            "beyond the model's context",
-        ),
+        ({"data.bucket_lengths": [1024]}, lambda model: model, "beyond the model's context"),
     ],
 )
 def test_models_that_the_run_cannot_train_are_refused(run, base_dir, settings, change, message):

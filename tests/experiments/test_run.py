@@ -192,10 +192,7 @@ def test_bfloat16_run_trains_float32_adapters(run, tmp_path):
 
 
 def test_a_workdir_that_another_process_trains_in(run, tmp_path):
-    with (
-        locked(tmp_path),
-        pytest.raises(ConfigError, match="is being trained by another process"),
-    ):
+    with locked(tmp_path), pytest.raises(ConfigError, match="is being trained by another process"):
         quiet_train(run, tmp_path)
     assert not (tmp_path / "config.json").exists()  # what the other process wrote stays
 

@@ -115,10 +115,7 @@ def edited(name: str, array: Any) -> dict[str, Any]:
         ({"split__count": 3}, "one of the 3 files of a split model.*--merge"),
         (edited("blk.1.ffn_up.weight", None), r"missing +blk\.1\.ffn_up\.weight"),
         (edited("blk.0.attn_q.bias", ONES[0]), r"unexpected +blk\.0\.attn_q\.bias"),
-        (
-            edited("blk.0.attn_v.weight", ONES * np.nan),
-            r"blk\.0\.attn_v\.weight holds NaN",
-        ),
+        (edited("blk.0.attn_v.weight", ONES * np.nan), r"blk\.0\.attn_v\.weight holds NaN"),
         (edited("blk.0.attn_v.weight", ONES[:, 1:]), r"\(24, 47\), expected \(24, 48\)"),
     ],
 )

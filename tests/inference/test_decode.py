@@ -201,9 +201,7 @@ def test_nothing_is_computed_or_written_after_the_last_row_has_ended() -> None:
 
 
 @pytest.mark.parametrize(
-    "settings",
-    always([{}, {"sampler": Sampler(1.0)}], lambda case: not case),
-    ids=str,
+    "settings", always([{}, {"sampler": Sampler(1.0)}], lambda case: not case), ids=str
 )
 def test_logits_that_are_not_numbers_raise(settings: dict[str, Any]) -> None:
     """One token's embedding is NaN: prompts without it are answered, those with it named."""

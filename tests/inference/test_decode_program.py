@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from support.checks import assert_logits_close, compiled
 from support.grids import always
-from support.models import perturb, tiny_fused, tiny_model, untied
+from support.models import perturb, tiny_model, untied
 
 from zflora_jax.adapters.fuse import fuse
 from zflora_jax.adapters.init import init_adapters
@@ -46,34 +46,6 @@ def test_packed_kernels_are_filled_up_with_zeros(kind: str) -> None:
     for shape in ((1, 1), (1, 7), (3, 5)):
         tokens = np.random.default_rng(0).integers(0, 256, shape)
         assert_logits_close(forward(ready, tokens), forward(fused, tokens))
-
-
-@pytest.mark.parametrize("beside", [False, True], ids=["fused", "lora beside"])
-def test_the_compiled_program_joins_no_kernels(beside: bool) -> None:
-    """Read off the HLO: no concatenation, here or in what XLA has merged, is as large as the
-    smallest kernel.
-    """
-    adapter = AdapterConfig("lora", rank=4) if beside else None
-    model = pack_for_decode(tiny_fused("base") if beside else tiny_fused("zflora-uniform"))
-    variables = {"params": model.params}
-    if adapter is not None:
-        base = untied()
-        variables["adapters"] = trees.unstack_layers(
-            init_adapters(jax.random.key(0), base, adapter), base.config.num_layers
-        )
-    tokens, keys = jnp.ones((1, 16), jnp.int32), jax.random.split(jax.random.key(0), 1)
-    lowered = DecodeProgram.decode.lower(
-        DecodeProgram(model.config, adapter), variables, tokens, tokens > 0, keys, 8
-    )
-    text = compiled(lowered).as_text()
-    joined = [
-        math.prod(int(n) for n in dims.split(","))
-        for dims in re.findall(r"= \w+\[([\d,]+)\]\S* concatenate\(", text)
-    ]
-    kernels = min(
-        leaf.size for name, leaf in trees.flatten(model.params).items() if name.endswith("kernel")
-    )
-    assert joined and max(joined) < kernels, "RoPE's are there, and nothing of a kernel's size"
 
 
 @pytest.mark.parametrize(

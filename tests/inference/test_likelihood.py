@@ -1,10 +1,9 @@
-"""Log-likelihoods of options equal their definition, a full forward over prompt and option, and
-stock transformers'; wrong input is refused.
+"""Log-likelihoods of options equal their definition, a full forward over prompt and option; wrong
+input is refused.
 """
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -14,7 +13,6 @@ from support.models import narrow_and_wide, tiny_model
 
 from zflora_jax.core.fields import ConfigError
 from zflora_jax.core.model import Model
-from zflora_jax.hf.save import save_hf
 from zflora_jax.inference import likelihood
 from zflora_jax.inference.likelihood import feed_pieces, option_log_likelihoods
 from zflora_jax.nn.llama import forward
@@ -185,28 +183,6 @@ def test_all_lengths_take_few_compilations(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 # --- stock transformers ---------------------------------------------------------------------------
-
-
-def test_equals_transformers(tmp_path: Path) -> None:
-    import torch
-    import transformers
-
-    model = model_of()
-    save_hf(tmp_path / "out", model)
-    stock = transformers.AutoModelForCausalLM.from_pretrained(
-        tmp_path / "out", dtype=torch.float32
-    ).eval()
-    prompts, options = (a + b for a, b in zip(one_token_ends(), mixed(), strict=True))
-
-    def total(prompt: list[int], option: list[int]) -> float:
-        with torch.inference_mode():
-            log_p = torch.log_softmax(
-                stock(torch.tensor([prompt + option])).logits[0].double(), dim=-1
-            )
-        return sum(float(log_p[len(prompt) + t - 1, token]) for t, token in enumerate(option))
-
-    want = [np.asarray([total(p, o) for o in row]) for p, row in zip(prompts, options, strict=True)]
-    assert_same(option_log_likelihoods(model, prompts, options), want, tolerance=1e-3)
 
 
 # --- wrong input ----------------------------------------------------------------------------------

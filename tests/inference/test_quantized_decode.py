@@ -53,10 +53,7 @@ def program_of(kind: str, adapter: AdapterConfig | None) -> tuple[Any, int]:
 
 @pytest.mark.parametrize(
     ("kind", "adapter"),
-    always(
-        [("int8", None), ("int8", MINIMAL)],
-        lambda case: case[1] is not None,
-    ),
+    always([("int8", None), ("int8", MINIMAL)], lambda case: case[1] is not None),
 )
 def test_a_program_on_a_cpu_holds_the_numbers_of_one_kernel_at_most(kind, adapter):
     """Prefill dequantises one kernel at a time, and the loop of tokens reads codes."""

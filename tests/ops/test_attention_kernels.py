@@ -21,12 +21,7 @@ from zflora_jax.ops.attention import attention, attention_choice
 from zflora_jax.ops.attention_mask import AttentionMask
 from zflora_jax.ops.remat import POLICIES
 from zflora_jax.parallel import devices
-from zflora_jax.parallel.devices import (
-    Device,
-    device_in_use,
-    named_device,
-    widest_head,
-)
+from zflora_jax.parallel.devices import Device, device_in_use, named_device, widest_head
 from zflora_jax.parallel.sharding import make_mesh
 
 H100, A100, V5E = "NVIDIA H100 80GB HBM3", "NVIDIA A100-SXM4-40GB", "TPU v5 lite"
@@ -118,8 +113,7 @@ def lowered(kind: str, policy: Any, mask: AttentionMask) -> Counter[str]:
 
 
 @pytest.mark.parametrize(
-    ("kind", "mask"),
-    [(V5E, PACKED), (V5E, CAUSAL), (V5E, PADDED), (H100, CAUSAL), (H100, PADDED)],
+    ("kind", "mask"), [(V5E, PACKED), (V5E, CAUSAL), (V5E, PADDED), (H100, CAUSAL), (H100, PADDED)]
 )
 def test_kernels_are_called_for_by_name_and_run_forward_once(kind, mask, on):
     """A block of the model keeps what the backward kernels need: the forward kernel does not run

@@ -32,13 +32,7 @@ from zflora_jax.ops.linear import (
     project,
     tile,
 )
-from zflora_jax.ops.rope import (
-    ROPE_ROWS,
-    apply_rope,
-    paired_order,
-    plain_rope_tables,
-    rope_tables,
-)
+from zflora_jax.ops.rope import ROPE_ROWS, apply_rope, paired_order, plain_rope_tables, rope_tables
 
 Function = Callable[..., Any]
 

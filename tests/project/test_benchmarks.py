@@ -101,21 +101,6 @@ def test_training_next_to_peft(
     assert "x PEFT" in Path(f"{out}.md").read_text()
 
 
-def test_training_on_a_quantised_base_keeps_other_tables(
-    script: Script, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(subprocess, "run", lambda *_, **__: _Done("[1e8, 1.0]"))
-    monkeypatch.setattr("zflora_jax.reporting.provenance.environment", lambda: ENVIRONMENT)
-    small = ["--model", "tiny", "--repeats", 1, "--out", tmp_path / "train", "--no-peft"]
-    case = ["--batch", 2, "--length", 16, "--masked", 0, "--methods", "zflora-minimal"]
-    for table in (["--table", "one"], ["--table", "two", "--quantize", "int8"]):
-        code, _, err = script("training.py", *small, *case, *table)
-        assert code == 0, err
-    found = json.loads((tmp_path / "train.json").read_text())
-    ((exact,), (codes,)) = (found[name]["rows"] for name in ("one", "two"))
-    assert codes["loss"] != exact["loss"] and codes["loss"] == pytest.approx(exact["loss"], 0.01)
-
-
 ENVIRONMENT = {"command": "c", "commit": None, "dirty": True, "device": "cpu", "cpu_count": 2}
 ENVIRONMENT |= {"jax": "0", "date": "today", "backend": "cpu", "device_count": 1, "cpu": ""}
 

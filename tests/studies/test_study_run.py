@@ -14,7 +14,6 @@ from studies import run as runner
 from studies.run import main, run_study, wanted
 from studies.study import BASE, Study
 from studies.tables import Table
-from zflora_jax.experiments.train import Trained
 
 LORA = {"lora": zf.AdapterConfig("lora", rank=2)}
 SCORING = zf.EvalConfig(limit=None, batch_size=4, loss=False, generate=False)
@@ -149,21 +148,6 @@ def test_a_run_of_another_process_is_left_to_it(two_steps, tmp_path, fake, monke
     monkeypatch.setattr(runner, "time", SimpleNamespace(sleep=ends))
     table = run_study(study, tmp_path / "w", tmp_path / "r", console=False)
     assert table.choices["lora"].rate == 1e-3 and not list(wanted(table))
-
-
-def test_a_signal_after_the_last_step_stops_the_study(two_steps, tmp_path, fake, monkeypatch):
-    """Before the run is recorded: the same command does that."""
-    study = Study("stopped", two_steps, LORA, (1e-3,), (0,))
-
-    def signalled(*given, **settings) -> Trained:
-        return dataclasses.replace(fake(*given, **settings), signalled=True)
-
-    monkeypatch.setattr(zf, "train", signalled)
-    with pytest.raises(zf.Preempted, match="is saved, and goes on from there"):
-        run_study(study, tmp_path / "w", tmp_path / "r", console=False)
-    assert not (tmp_path / "w" / "lora-lr0.001-seed0" / "record.json").exists()
-    monkeypatch.setattr(zf, "train", fake)
-    assert run_study(study, tmp_path / "w", tmp_path / "r", console=False).labels == ["lora"]
 
 
 def test_a_measure_that_the_tasks_lack_is_named_before_a_run(

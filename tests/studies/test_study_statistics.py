@@ -7,14 +7,7 @@ import pytest
 from scipy.stats import ttest_rel
 
 from studies.intervals import simulate
-from studies.statistics import (
-    Difference,
-    by_unit,
-    holm,
-    paired_difference,
-    seed_difference,
-    verdict,
-)
+from studies.statistics import Difference, holm, paired_difference, seed_difference, verdict
 
 DIALOGUES, TURNS = 40, 5
 ROW_UNITS = np.repeat(np.arange(DIALOGUES), TURNS)
@@ -153,18 +146,6 @@ def test_a_difference_is_shown_with_its_interval_and_mark():
 # --- units ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("units", [[3, 1, 3, 1, 1], [0, 1, 2, 3, 4], [7, 7, 7, 7, 7], None])
-def test_sums_of_units_are_those_of_their_rows(units):
-    scores = np.random.default_rng(0).normal(size=(2, 5))
-    column = by_unit(scores, units)
-    if units in (None, [7] * 5):  # one unit does not show how units differ
-        units = list(range(5))
-    names = sorted(set(units))
-    assert list(column.rows) == [units.count(name) for name in names]
-    expected = [scores[:, np.equal(units, name)].sum(axis=1) for name in names]
-    np.testing.assert_allclose(column.sums, np.stack(expected, axis=1))
-
-
 def test_rows_written_several_times_say_no_more_than_once():
     """In a unit of equal rows, whatever their order; and a unit of one row is the row."""
     rng = np.random.default_rng(0)
@@ -186,23 +167,3 @@ def test_few_units_are_not_certainty_and_count_by_their_rows():
     assert of(np.array([[1.0] * 9 + [0.0]]), units=[[0] * 9 + [1]]).mean == 0.9
     with pytest.raises(ValueError, match="got 2 unit numbers for 3 rows"):
         of(np.zeros((2, 3)), units=[[0, 1]])
-
-
-@pytest.mark.parametrize("lengths", [(5, 5), (1, 9)])
-@pytest.mark.parametrize(("seeds", "of_seeds"), [(1, 0.0), (3, 0.05)])
-def test_intervals_of_units_cover_a_true_difference(seeds, of_seeds, lengths):
-    """300 draws of dialogues, whose turns go the same way, each run going its own: intervals that
-    draw dialogues hold the truth, those that draw turns too seldom.
-    """
-    rng, held = np.random.default_rng(1), np.zeros(2)
-    turns = rng.integers(lengths[0], lengths[1] + 1, DIALOGUES)
-    units = np.repeat(np.arange(DIALOGUES), turns)
-    for _ in range(300):
-        of_dialogue = rng.normal(0, 0.3, (1, DIALOGUES)) + rng.normal(0, 0.2, (seeds, DIALOGUES))
-        gap = of_dialogue[:, units] + rng.normal(0, 0.2, (seeds, len(units)))
-        gap += rng.normal(0, of_seeds, (seeds, 1))
-        for i, given in enumerate((units, None)):
-            found = of(gap, resamples=1000, units=[given])
-            held[i] += (found.low <= 0 <= found.high) / 300
-    assert abs(held[0] - 0.95) < 3 * (0.95 * 0.05 / 300) ** 0.5
-    assert held[1] < (0.7 if seeds == 1 else 0.93)

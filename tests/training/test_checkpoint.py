@@ -119,10 +119,7 @@ def test_a_damaged_checkpoint_names_the_remedy(place, name, how):
     remove(place / "checkpoints" / "1")
     with (
         Checkpoints(place, create=False) as checkpoints,
-        pytest.raises(
-            ConfigError,
-            match=r"run the same command again: .*start the run anew",
-        ),
+        pytest.raises(ConfigError, match=r"run the same command again: .*start the run anew"),
     ):
         checkpoints.restore(state_of(0))
 
