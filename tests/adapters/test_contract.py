@@ -12,6 +12,7 @@ from support.cases import BY_METHOD, CASES, case_id, dead_slices, every_method
 from support.checks import assert_logits_close, assert_trees_equal
 from support.grids import pairwise
 from support.models import perturb, tiny_model
+from support.quantized import how
 
 from zflora_jax.adapters.fuse import fuse, swap, unfuse
 from zflora_jax.adapters.init import init_adapters
@@ -21,8 +22,10 @@ from zflora_jax.adapters.widths import count_params
 from zflora_jax.core import trees
 from zflora_jax.core.adapter_config import METHODS, AdapterConfig
 from zflora_jax.core.architecture import param_shapes
+from zflora_jax.core.model import Model
 from zflora_jax.nn.kv_cache import init_cache
 from zflora_jax.nn.llama import Llama, forward
+from zflora_jax.nn.quantize_model import quantize_model
 
 WIDENED = [a for a in CASES if METHODS[a.method].widens]
 
@@ -169,6 +172,32 @@ def test_bad_adapters_refuse_to_fuse(adapter):
     ]:
         with pytest.raises(ValueError, match=message):
             fuse(model, adapter, trees.unflatten(given))
+
+
+@pytest.mark.parametrize(
+    ("method", "kind"),
+    [
+        *((method, None) for method in ("lora", "full", "zflora-minimal")),
+        ("zflora-minimal", "q4_1"),
+    ],
+)
+def test_adapters_beyond_the_range_of_the_base_refuse(method, kind):
+    """Finite floats of theirs are no numbers there; a swap refuses before it takes the model."""
+    model, adapter = tiny_model(head_dim=32), AdapterConfig(method, rank=6, alpha=9.0)
+    adapters = perturb(init_adapters(jax.random.key(1), model, adapter))
+    large = trees.map_with_names(lambda _, x: 1e6 * np.asarray(x), adapters)
+    if kind is not None:
+        model = quantize_model(model, how(kind))
+    else:
+        model = Model(model.config, jax.tree.map(lambda x: x.astype(jnp.float16), model.params))
+    with pytest.raises(ValueError, match=r"kernel.*: NaN or infinite as .*float16"):
+        fuse(model, adapter, large)
+    for pack in (lambda x: x, lambda x: pack_for_decode(x, "gpu")) * METHODS[method].widens:
+        fused = pack(fuse(model, adapter, adapters))
+        before = jax.device_get(fused.params)
+        with pytest.raises(ValueError, match=r"attn/o/forward.*: NaN or infinite as .*float16"):
+            swap(fused, large)
+        assert_trees_equal(trees.arrays(fused.params), trees.arrays(before))
 
 
 @every_case

@@ -61,6 +61,8 @@ def test_a_run_decides_how_its_model_is_computed_and_not_what_it_is():
         ({"adapter": {"method": "lora", "rnk": 4}}, r"key 'adapter\.rnk': did you mean 'rank'\?"),
         ({"train": {"zzzz": 4}}, r"unknown key 'train\.zzzz': Allowed: dtype, epochs, eval"),
         ({1: 2}, "unknown key 1: Allowed"),
+        ({"model": ""}, "model=: must be a name or a path, not empty"),
+        ({"data": {"data_dir": ""}}, r"data_dir=: must be a name or a path, not empty, or None"),
         ({"adapter": {}}, r"adapter is incomplete or damaged: method missing, and AdapterConfig h"),
         ({"adapter": "lora"}, r"adapter='lora': expected a table of AdapterConfig fields"),
         ({"train": {"steps": 10.0}}, r"train\.steps=10\.0: expected int, got float"),

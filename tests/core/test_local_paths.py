@@ -5,6 +5,7 @@ a directory called "gs:".
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 
@@ -13,8 +14,10 @@ import pytest
 from zflora_jax.cli.main import main
 from zflora_jax.core.fields import ConfigError
 from zflora_jax.core.storage import as_path
+from zflora_jax.hf.load import load_model
 from zflora_jax.hf.save import save_hf
 from zflora_jax.reporting.files import local_path
+from zflora_jax.training.lock import locked
 
 URL, OTHER = "gs://bucket/run", "hdfs://host:1/run"
 CONFIG = "from zflora_jax import RunConfig\ndef get_config():\n    return RunConfig()\n"
@@ -31,6 +34,12 @@ def empty(tmp_path, monkeypatch):
 
 
 STORES = ["file:///tmp/x", OTHER, Path(OTHER), "az://b/x", "s3n://b/x"]
+EMPTY = (
+    as_path,
+    local_path,
+    save_hf,
+    *(lambda path, _, f=f: f(path) for f in (load_model, locked)),
+)
 
 
 @pytest.mark.parametrize(
@@ -39,15 +48,16 @@ STORES = ["file:///tmp/x", OTHER, Path(OTHER), "az://b/x", "s3n://b/x"]
         *((local_path, p, "is a URL: this is not written") for p in (URL, Path(URL), *STORES)),
         *((as_path, p, r"is a URL of \w+: a directory, s3://bucket") for p in STORES),
         (lambda path, _: save_hf(path, None), OTHER, "is a URL of hdfs"),
+        *((check, "", "is empty: give a path") for check in EMPTY),
         *(
             (as_path, p, r"expected (s3|gs)://BUCKET/FOLDER")
             for p in ("s3://bucket", "gs://bucket/", "s3:/bucket", "gs://")
         ),
     ],
 )
-def test_urls_are_refused(check, path, said):
-    with pytest.raises(ConfigError, match=said):
-        check(path, "workdir")
+def test_urls_and_empty_paths_are_refused(check, path, said):
+    with pytest.raises(ConfigError, match=said), contextlib.ExitStack() as stack:
+        stack.enter_context(check(path, "workdir"))
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 from pathlib import Path
@@ -13,17 +14,21 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
 from support.exports import perturbed_adapters
-from support.huggingface import hf_model, write_gguf
+from support.huggingface import SETTINGS, hf_model, write_gguf
 from support.models import tiny_model
 
+from zflora_jax.adapters.fuse import fuse
 from zflora_jax.core.adapter_config import AdapterConfig
 from zflora_jax.core.errors import CheckpointError
+from zflora_jax.core.families import FAMILIES
 from zflora_jax.core.fields import ConfigError, from_dict, override, to_dict
 from zflora_jax.core.run_config import RunConfig
+from zflora_jax.hf.config import from_hf_config
 from zflora_jax.hf.load import load_model
 from zflora_jax.hf.peft import load_peft, save_peft
+from zflora_jax.hf.restore import read_export
 from zflora_jax.hf.save import save_hf
-from zflora_jax.training.workdir import read_config
+from zflora_jax.hf.stock import CHOICES
 
 TYPED = (ConfigError, CheckpointError)
 fuzz = settings(
@@ -44,6 +49,13 @@ values = st.recursive(
     max_leaves=6,
 )
 GOOD = to_dict(RunConfig())
+HF_KEYS = (
+    *("architectures", "auto_map", "eos_token_id", "head_dim", "hidden_act", "layer_types"),
+    *("max_window_layers", "no_rope_layer_interval", "no_rope_layers", "num_attention_heads"),
+    *("num_hidden_layers", "num_key_value_heads", "quantization_config", "rms_norm_eps"),
+    *("rope_parameters", "rope_scaling", "sliding_window", "tie_word_embeddings"),
+    "use_sliding_window",
+)
 PATHS = [
     (key, inner)
     for key, part in GOOD.items()
@@ -81,13 +93,30 @@ def test_any_override(key, text):
 
 
 @fuzz
-@given(st.binary(max_size=40) | st.builds(lambda value: json.dumps(value).encode(), values))
-def test_any_config_file(tmp_path, content):
-    (tmp_path / "config.json").write_bytes(content)
-    try:
-        assert isinstance(read_config(tmp_path), RunConfig)  # {} is a config: all defaults
-    except TYPED:
-        return
+@given(st.sampled_from([*FAMILIES]), st.dictionaries(st.sampled_from(HF_KEYS), values, max_size=3))
+def test_any_config_json_of_a_model(family, changes):
+    with contextlib.suppress(ConfigError):
+        from_hf_config(SETTINGS | {"model_type": family} | changes)
+
+
+@pytest.fixture(scope="module")
+def export_dir(tmp_path_factory) -> Path:
+    model, adapter = tiny_model(family="qwen3"), AdapterConfig("zflora-uniform", rank=4)
+    out = tmp_path_factory.mktemp("fuzz") / "export"
+    save_hf(out, fuse(model, adapter, perturbed_adapters(model, adapter)))
+    return out
+
+
+@fuzz
+@given(st.data())
+def test_any_manifest_of_an_export(export_dir, tmp_path, data):
+    manifest = json.loads((export_dir / "zflora.json").read_text())
+    at = data.draw(st.sampled_from([manifest, manifest["base"], manifest["native_config"]]))
+    at[data.draw(st.sampled_from([*at, "new"]))] = data.draw(values)
+    (tmp_path / "zflora.json").write_text(json.dumps(manifest))
+    shutil.copy(export_dir / "config.json", tmp_path / "config.json")
+    with contextlib.suppress(*TYPED):
+        assert read_export(tmp_path).form.eps_z in CHOICES
 
 
 @pytest.fixture(scope="module")

@@ -190,6 +190,8 @@ def test_hostile_index(sharded: Path, tmp_path: Path) -> None:
             "../outside.safetensors": "not a plain file name",
             str(outside): "not a plain file name",
             "link.safetensors": "leads out of",
+            "nul\0.safetensors": "cannot be the name of a file",
+            "x" * 300: "cannot be the name of a file",
             "model-00099-of-00099.safetensors": "lacks model-00099",
         }.items()
     ]
@@ -386,6 +388,8 @@ def test_stop_tokens_come_from_generation_config() -> None:
         ("quantization_config", {"quant_method": "gptq"}),
         ("partial_rotary_factor", 0.5),
         ("architectures", ["LlamaForSequenceClassification"]),
+        *(("architectures", value) for value in (5, "LlamaForCausalLM", {"LlamaForCausalLM": 1})),
+        ("num_hidden_layers", 2**40),
         ("rope_type", {"rope_type": "yarn", "factor": 2.0}),
         ("rope_type", {"type": "linear", "factor": 2.0}),
         ("rope_type", {"rope_type": "llama3"}),

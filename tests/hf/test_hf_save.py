@@ -4,10 +4,13 @@ do not match; eps_z, which stock form needs because a joint norm sees the state.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
 import stat
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,11 +38,14 @@ from zflora_jax.core.model_config import RopeScaling
 from zflora_jax.evaluation.export_gap import export_gap
 from zflora_jax.hf.config import to_hf_config
 from zflora_jax.hf.load import model_config
-from zflora_jax.hf.restore import SIDE_FILE, SIDE_FOLDER, load_stock, longrope
+from zflora_jax.hf.restore import SIDE_FOLDER, load_stock, longrope
 from zflora_jax.hf.stock import CHOICES, FLOAT16_LEAST, StockForm, choose_eps_z, state_share
+from zflora_jax.hf.tokenizer import GENERATION, TEMPLATES, TOKENIZER_FILES
 from zflora_jax.ops.rope import rope_frequencies
 
 LORA, MINIMAL = AdapterConfig("lora", rank=2), AdapterConfig("zflora-minimal", rank=8)
+WRONG_SCALES = [float("nan"), float("inf"), 1e-320, -1, 0, 0.3, "x", None]
+REVISION = "0123456789abcdef" * 2 + "01234567"  # as the hub's cache names its snapshots
 # Widths that no server has kernels for are fine here.
 pytestmark = pytest.mark.filterwarnings("ignore:head_dim")
 
@@ -171,6 +177,15 @@ def test_only_our_own_exports_are_replaced(
         with pytest.raises(CheckpointError, match="not written by this project"):
             save_hf(folder, model)
     assert names(foreign) == names(Path(str(model.source)))
+
+    def endless(folder: Path, _: str) -> Iterator[Path]:  # as "/" is
+        yield from (folder / str(i) for i in range(9))
+        raise AssertionError("all of it was listed")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rglob", endless)
+        with pytest.raises(CheckpointError, match="not written by this project"):
+            save_hf(foreign, model)
     with pytest.raises(CheckpointError, match="is a file"):
         save_hf(foreign / "config.json", model)
     assert names(tmp_path) == {"out", "foreign"}
@@ -247,13 +262,21 @@ def test_tokenizer_and_generation_config(bases: dict[str, Model], tmp_path: Path
         ("zflora.json", {"format": "x"}, "not a manifest"),
         ("zflora.json", {"adapter": {"method": "zflora-uniform", "rank": 9}}, "was not fused from"),
         ("zflora.json", {"native_config": {}}, "incomplete or damaged"),
-        ("zflora.json", {"eps_z": None}, "incomplete or damaged"),
+        ("zflora.json", {"base": {}}, "damaged: base is incomplete or damaged: name, hidden_size"),
+        ("zflora.json", {"base": None}, "damaged: base=None"),
+        ("zflora.json", {"padding": 3}, "padding=3 contradicts native_config: expected 0"),
+        ("zflora.json", {"multiple": 0}, "multiple=0: must be at least 1"),
+        ("zflora.json", {"figures": [1]}, "figures"),
+        ("zflora.json", {"state_share": "x"}, "state_share='x': expected float"),
+        *(("zflora.json", {"eps_z": eps}, "eps_z=.*(power|expected)") for eps in WRONG_SCALES),
+        ("zflora.json", {"eps_z": 2.0**-7}, "do not belong together: read with its eps_z = 0.0078"),
     ],
 )
 def test_files_that_do_not_belong_together(
     file: str, change: dict[str, Any], words: str, out: Path
 ) -> None:
     values = json.loads((out / file).read_text())
+    assert file != "zflora.json" or values["eps_z"] == 2.0**-9
     (out / file).write_text(json.dumps(values | change))
     with pytest.raises(ValueError, match=words):
         load_model(out)
@@ -264,7 +287,7 @@ def test_a_missing_side_file_and_a_state_in_the_embedding_are_refused(
 ) -> None:
     """The state starts at zero: other software put a value there, and it would be dropped."""
     (out / SIDE_FOLDER).rename(out / "elsewhere")
-    with pytest.raises(CheckpointError, match=r"zflora lacks restore\.safetensors: copy it"):
+    with pytest.raises(CheckpointError, match=r"lacks zflora/restore\.safetensors: copy it"):
         load_model(out)
     (out / "elsewhere").rename(out / SIDE_FOLDER)
     tensors, name = load_file(out / "model.safetensors"), "model.embed_tokens.weight"
@@ -277,10 +300,10 @@ def test_a_missing_side_file_and_a_state_in_the_embedding_are_refused(
 def test_an_export_on_the_hub_is_the_export_on_disk(
     fused: Model, exported: Path, tmp_path: Path
 ) -> None:
-    """In the hub's cache each file is a link into the blobs; one to elsewhere is refused."""
+    """In the hub's cache each file is a link into the blobs."""
     home = tmp_path / "models--org--name"
     (home / "blobs").mkdir(parents=True)
-    there = home / "snapshots" / "abc"
+    there = home / "snapshots" / REVISION
     for i, file in enumerate(path for path in exported.rglob("*") if path.is_file()):
         link = there / file.relative_to(exported)
         link.parent.mkdir(parents=True, exist_ok=True)
@@ -289,12 +312,40 @@ def test_an_export_on_the_hub_is_the_export_on_disk(
     loaded = load_model(there)
     assert_trees_equal(loaded.params, fused.params)
     assert model_config(there) == loaded.config  # of the model, not of its stock form
-    side = there / SIDE_FOLDER / SIDE_FILE
-    shutil.copy(side, tmp_path / "away")
-    side.unlink()
-    side.symlink_to(tmp_path / "away")
-    with pytest.raises(CheckpointError, match="is a link that leads out of"):
-        load_model(there)
+
+
+COMPANIONS = (*TOKENIZER_FILES, GENERATION, "config.json", f"{TEMPLATES}/a.jinja", TEMPLATES)
+
+
+@pytest.mark.parametrize(
+    ("place", "link"),
+    [
+        *(("model", "refs"), ("model", "between"), ("snapshots/model", "refs")),
+        *((f"snapshots/{REVISION}", link) for link in ("refs", "blobs")),
+    ],
+)
+def test_links_to_other_places_are_neither_read_nor_copied(
+    place: str, link: str, bases: dict[str, Model], tmp_path: Path
+) -> None:
+    """What they name may be a key; also by a second link, or below a folder called snapshots."""
+    base, home, model = bases["plain"], tmp_path / "x", tmp_path / "x" / place
+    (home / "refs").mkdir(parents=True)
+    (home / "refs" / "a.jinja").write_text('{"model_type": "llama", "secret": 1}')
+    if link != "refs":
+        (home / link).symlink_to(home / "refs")
+    for name in COMPANIONS:
+        shutil.copytree(str(base.source), model)
+        (model / "added_tokens.json").write_text("{}")  # enough for templates to be copied
+        (model / name).unlink(missing_ok=True)
+        (model / name).parent.mkdir(exist_ok=True)
+        (model / name).symlink_to(home / link / ("" if name == TEMPLATES else "a.jinja"))
+        with pytest.raises(CheckpointError, match="is a link that leads out of"):
+            load_model(model)
+        with contextlib.suppress(CheckpointError):  # where it would be copied
+            save_hf(tmp_path / "out", replace(base, source=str(model)))
+        exported = (file for file in tmp_path.glob("out/**/*") if file.is_file())
+        assert all(b"secret" not in file.read_bytes() for file in exported), name
+        shutil.rmtree(model)
 
 
 def test_the_base_of_an_export_is_not_called_as_the_export(exported: Path, tmp_path: Path) -> None:

@@ -103,14 +103,17 @@ def test_whether_seeds_vary_more_than_single_answers():
 
 
 def test_losses_are_compared_over_their_seeds():
-    """As scipy's test of pairs does; equal losses leave nothing open."""
+    """As scipy's test of pairs does; equal losses leave nothing open, equal gaps everything."""
     ours, theirs = [2.48, 2.45, 2.47, 2.44], [2.43, 2.41, 2.44, 2.42]
     found, want = seed_difference(ours, theirs), ttest_rel(ours, theirs)
     ends = want.confidence_interval(0.95)
     assert (found.low, found.high) == pytest.approx((ends.low, ends.high))
     assert found.p == pytest.approx(want.pvalue) and found.seeds == 4
     assert seed_difference([1.0, 2.0], [1.0, 2.0]) == Difference(0.0, 0.0, 0.0, 1.0, 2)
-    assert seed_difference([2.0, 3.0], [1.0, 2.0]).p == 0.0
+    for seeds in (2, 3):  # 0.06 - 0.01 is not 0.05 in floats
+        theirs = 0.01 * np.arange(1, seeds + 1)
+        found = seed_difference(theirs + 0.05, theirs)
+        assert (found.low, found.high, found.p) == (-np.inf, np.inf, 2.0 ** (1 - seeds))
     for wrong in (([1.0], [1.0]), ([1.0, 2.0], [1.0])):
         with pytest.raises(ValueError, match="same seeds, two or more"):
             seed_difference(*wrong)

@@ -41,6 +41,7 @@ from zflora_jax.ops.quantized import (
     each_part,
     filled,
     group_count,
+    is_finite,
     padded,
     quantize_block,
     quantized_names,
@@ -71,7 +72,8 @@ def fuse(model: Model, adapter: AdapterConfig, adapters: Tree, *, donate: bool =
 
     Raises:
       ConfigError: the method merges by addition, and the base is quantised.
-      ValueError: leaves are missing, unexpected, misshapen or not finite.
+      ValueError: leaves are missing, unexpected, misshapen or not finite, or a kernel would not be
+        finite in the base's dtype.
     """
     config, row = model.config, METHODS[adapter.method]
     if model.adapter is not None and METHODS[model.adapter.method].widens:
@@ -93,7 +95,8 @@ def fuse(model: Model, adapter: AdapterConfig, adapters: Tree, *, donate: bool =
         adapters = place_like(model.params, adapters)
         check_adapters(adapters, config, adapter)
         run = _fuse_by_leaf if donate else _fuse
-        params = run(config, adapter, model.params, adapters)
+        params, finite = run(config, adapter, model.params, adapters)
+        _require_finite(finite, params)
     # The files of the source are not those of a base that another adapter was merged into.
     source, base = (model.source, model.base) if model.adapter is None else (None, None)
     return Model(fused_config(config, adapter), params, model.tokenizer, source, adapter, base)
@@ -101,24 +104,30 @@ def fuse(model: Model, adapter: AdapterConfig, adapters: Tree, *, donate: bool =
 
 def _fuse_by_leaf(
     config: LlamaConfig, adapter: AdapterConfig, params: Tree, adapters: Tree
-) -> Tree:
+) -> tuple[Tree, Tree]:
     """`_fuse`, a program per leaf, which is taken out of `params`."""
     full, blocks = METHODS[adapter.method].in_place == "full", trees.flatten(adapters)
-    fused: dict[str, Any] = {}
+    fused, finite = dict[str, Any](), dict[str, Any]()
     for name, leaf in trees.taken(params):
         prefix = name if full else f"{name.rpartition('/')[0]}/"
         own = {block: x for block, x in blocks.items() if block.startswith(prefix)}
-        part = _fuse(config, adapter, trees.unflatten({name: leaf}), trees.unflatten(own))
+        part, flags = _fuse(config, adapter, trees.unflatten({name: leaf}), trees.unflatten(own))
         fused |= jax.block_until_ready(trees.flatten(part))
+        finite |= flags
         del leaf, part
-    return trees.unflatten(fused)
+    return trees.unflatten(fused), finite
 
 
 @partial(jax.jit, static_argnums=(0, 1))
-def _fuse(config: LlamaConfig, adapter: AdapterConfig, params: Tree, adapters: Tree) -> Tree:
+def _fuse(
+    config: LlamaConfig, adapter: AdapterConfig, params: Tree, adapters: Tree
+) -> tuple[Tree, Tree]:
+    """The fused parameters; leaf name -> whether a leaf that an adapter changes is finite."""
+    finite: dict[str, Any] = {}
     if METHODS[adapter.method].in_place == "full":
         fused = jax.tree.map(lambda new, old: new.astype(old.dtype), adapters, params)
-        return constrain(fused, fused=True)
+        finite |= {name: is_finite(leaf) for name, leaf in trees.flatten(fused).items()}
+        return constrain(fused, fused=True), finite
     flat, resolved = trees.flatten(adapters), resolve_adapter(config, adapter)
 
     def visit(name: str, leaf: Any) -> Any:
@@ -129,9 +138,10 @@ def _fuse(config: LlamaConfig, adapter: AdapterConfig, params: Tree, adapters: T
             kernel_adapter = resolved.kernels.get(module)
             if kernel_adapter is None:
                 return wide
-            return kernel_adapter.fuse(
-                wide, {b: flat[f"{name[:-6]}{b}"] for b in kernel_adapter.shapes}
-            )
+            blocks = {b: flat[f"{name[:-6]}{b}"] for b in kernel_adapter.shapes}
+            wide = kernel_adapter.fuse(wide, blocks)
+            finite[name] = is_finite(wide)
+            return wide
         if parameter == "bias":  # of heads, whose adapter dims have none
             return padded(leaf, {-1: resolved.heads})
         if parameter == "scale":
@@ -140,7 +150,20 @@ def _fuse(config: LlamaConfig, adapter: AdapterConfig, params: Tree, adapters: T
         # The state starts at zero and is dropped before the head, which both keep the base's width.
         return leaf
 
-    return constrain(trees.map_with_names(visit, params), fused=True)
+    return constrain(trees.map_with_names(visit, params), fused=True), finite
+
+
+def _require_finite(finite: Tree, params: Tree) -> None:
+    """ValueError for a name that is not `finite`, in a model of `params` or as they are stored."""
+    wrong = [name for name, flag in finite.items() if not trees.gathered(flag)]
+    if wrong:
+        leaves = (leaf for name, leaf in trees.flatten(params).items() if name.endswith("/kernel"))
+        dtypes = {str(getattr(leaf, "scales", leaf).dtype) for leaf in leaves}
+        raise ValueError(
+            f"{', '.join(wrong[:4])}: NaN or infinite as {', '.join(sorted(dtypes))}, because the"
+            " adapter leaves its range, or the base is damaged. Load the base in float32 or"
+            " bfloat16, or train again with a smaller learning rate."
+        )
 
 
 def unfuse(fused: Model) -> tuple[Model, Tree]:
@@ -212,16 +235,34 @@ def swap(fused: Model, adapters: Tree) -> Model:
       adapters: Adapters of the same AdapterConfig, float32.
 
     Raises:
-      ValueError: as for `fuse`, and for a method that merges by addition.
+      ValueError: as for `fuse`, and for a method that merges by addition; `fused` is as it was.
     """
     adapter = _require_widened(fused, "swap")
     plain = fused.config.replace(packed=False, fill_residual=0, fill_mlp=0)
     base = base_config(plain, adapter)
     with mesh_in_use(fused.params):
         adapters = place_like(fused.params, adapters)
-        check_adapters(adapters, base.replace(scan_layers="layers" in adapters), adapter)
+        given = base.replace(scan_layers="layers" in adapters)
+        check_adapters(adapters, given, adapter, finite=False)
+        finite = _in_range(fused.config, base, adapter, fused.params, adapters)
+        _require_finite(finite, fused.params)
         params = _swap(fused.config, base, adapter, fused.params, adapters)
     return replace(fused, params=params)
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2))
+def _in_range(
+    config: LlamaConfig, base: LlamaConfig, adapter: AdapterConfig, params: Tree, adapters: Tree
+) -> Tree:
+    """Name of a block -> whether it is finite as `_swap` stores it."""
+    flat, blocks, finite = trees.flatten(params), trees.flatten(adapters), dict[str, Any]()
+    for kernel, kernel_adapter in _widenings(base, adapter).items():
+        end = f"/{_leaf_of(config, kernel)}/kernel"
+        like = next(leaf for name, leaf in flat.items() if name.endswith(end))
+        for name in (name for name in blocks if f"/{kernel}/" in name):
+            value = kernel_adapter.stored(name.rpartition("/")[2], blocks[name])
+            finite[name] = is_finite(_stored_as(config, kernel, value, like))
+    return finite
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=3)
@@ -233,8 +274,7 @@ def _swap(
     layers, divided = arrange(adapters, base.num_layers), several_devices()
     write = write_divided if divided else _write_in_place
     for kernel, kernel_adapter in _widenings(base, adapter).items():
-        path = f"{group(kernel)}/{kernel}"
-        leaf = packed_rows(config)[kernel][0] if execution.packed else path
+        leaf = _leaf_of(config, kernel)
         for layer in layers:
             blocks, name = layers[layer][group(kernel)][kernel], f"{layer}/{leaf}/kernel"
             if execution.packed:
@@ -243,6 +283,20 @@ def _swap(
                 flat[name] = kernel_adapter.fuse(flat[name], blocks, write)
     swapped = trees.unflatten(flat)
     return constrain(swapped, fused=True) if divided else swapped
+
+
+def _leaf_of(config: LlamaConfig, kernel: str) -> str:
+    """The name in a layer of the leaf that holds a kernel, without "/kernel"."""
+    packed = config.execution.packed
+    return packed_rows(config)[kernel][0] if packed else f"{group(kernel)}/{kernel}"
+
+
+def _stored_as(config: LlamaConfig, kernel: str, value: jax.Array, leaf: Any) -> Any:
+    """A block of a kernel as the leaf that holds it, packed or not, stores it."""
+    if not isinstance(leaf, QuantizedArray):
+        return value.astype(leaf.dtype)
+    inputs, outputs = kernel_shapes(config)[kernel]
+    return quantize_block(value, replace(leaf, reads=len(inputs), writes=len(outputs)))
 
 
 def _write_in_place(x: jax.Array, value: jax.Array, spans: dict[int, slice]) -> jax.Array:
@@ -265,8 +319,7 @@ def _swap_packed(
         rows = (start + heads[:, None] + place[writes]).reshape(-1)
         value = kernel_adapter.stored(name, block)
         if isinstance(leaf, QuantizedArray):
-            like = replace(leaf, reads=len(inputs), writes=len(outputs))
-            value = filled(quantize_block(value, like), value.shape)
+            value = filled(_stored_as(config, kernel, value, leaf), value.shape)
         if writes.start:
             scale = state_scale(config, kernel)
             value = scaled_outputs(value, jnp.full(value.shape[-1:], scale))

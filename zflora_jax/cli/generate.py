@@ -86,7 +86,7 @@ def run(args: argparse.Namespace) -> None:
     config = GenerationConfig(args.max_new_tokens, sampler, args.seed, args.batch_size)
     lines = from_process_0(on_main(lambda: _lines(args.file)))  # which may be its stdin
     date = from_process_0(run.data.date if run and run.data.date else today())
-    opening = [{"role": "system", "content": args.system}] if args.system else []
+    opening = [{"role": "system", "content": args.system}] if args.system is not None else []
     with contextlib.ExitStack() as stack:
         if run:
             stack.enter_context(compile_cache(as_path(args.workdir) / "compile_cache"))
@@ -119,7 +119,7 @@ def _style(args: argparse.Namespace) -> str:
     of_run = "--checkpoint chooses a saved step of a run: give its --workdir."
     require(not args.checkpoint or bool(args.workdir), of_run)
     require(
-        not (args.system and args.file),
+        args.system is None or args.file is None,
         "--system goes with --prompt or a conversation, not with --file.",
     )
     require(
@@ -130,7 +130,7 @@ def _style(args: argparse.Namespace) -> str:
         texts = any(start.get("plain_texts") for start in read_starts(args.workdir)[-1:])
         style = "plain" if texts else read_config(args.workdir).data.prompt_style
     require(
-        style == "chat" or not (talks or args.system),
+        style == "chat" or not (talks or args.system is not None),
         "--system and conversations need the style 'chat', and prompts are written in the style"
         f" {style!r} ({'--plain' if args.plain else 'that of the run'}): give --prompt or --file"
         " alone.",

@@ -27,7 +27,7 @@ from zflora_jax.cli import (
 from zflora_jax.cli.options import CommandParser
 from zflora_jax.cli.output import silence
 from zflora_jax.core.errors import CheckpointError, NonFiniteError, Preempted
-from zflora_jax.core.fields import ConfigError, first_line
+from zflora_jax.core.fields import ConfigError, first_line, require
 from zflora_jax.core.storage import as_path, is_store_error
 from zflora_jax.reporting.files import local_path
 
@@ -36,6 +36,7 @@ COMMANDS = (train, eval, generate, data, info, plot, export, plan, sweep, bench,
 LOCAL_ONLY = (data, init, sweep, bench, quickstart)  # their outputs are local files
 EXIT_BAD_INPUT, EXIT_NON_FINITE, EXIT_STOPPED = 2, 3, 75  # 75: sysexits' EX_TEMPFAIL, "try again"
 EXIT_INTERRUPTED = 128 + signal.SIGINT
+_MAY_BE_EMPTY = ("prompt", "system")  # texts
 
 _SMALLER = (
     "What takes less: train.remat=block, a smaller train.loss_chunk, more data.grad_accum_steps for"
@@ -64,6 +65,11 @@ def main(argv: Sequence[str] | None = None, command: str | None = None) -> int:
     logger.setLevel(logging.INFO)
     logger.propagate = False
     try:
+        for name, value in vars(args).items():
+            require(
+                name in _MAY_BE_EMPTY or "" not in (value if isinstance(value, list) else [value]),
+                f"{name.replace('_', '-')} is empty (''): give a value, or leave it out.",
+            )
         for name in ("workdir", "out"):
             if getattr(args, name, None) is not None:
                 args.as_path(getattr(args, name), f"--{name}")

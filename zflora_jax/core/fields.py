@@ -61,6 +61,7 @@ class Bounds(NamedTuple):
     holds: Callable[[Any], bool]
 
 
+Text = Annotated[str, Bounds("a name or a path, not empty", bool)]
 Count = Annotated[int, Bounds("at least 1", lambda x: x >= 1)]
 Natural = Annotated[int, Bounds("at least 0", lambda x: x >= 0)]
 Seed = Annotated[int, Bounds("from 0 to 2**32 - 1", lambda x: 0 <= x < 2**32)]

@@ -18,6 +18,7 @@ from zflora_jax.core.fields import (
     Positive,
     Seed,
     Share,
+    Text,
     check_types,
     checked_names,
     require,
@@ -54,7 +55,7 @@ class DataConfig:
     task: str = "arithmetic"
     """A task, or a mixture of tasks: boolq+arc_easy takes all rows of both, boolq*1+arc_easy*3 one
     row of boolq to three of arc_easy."""
-    data_dir: str | None = None
+    data_dir: Text | None = None
     """Directory of files that a task reads. Of task rows also a file (JSON, JSONL, CSV or Parquet),
     or the name of a dataset: hub:OWNER/NAME, tfds:NAME."""
     prompt_style: PromptStyle = "chat"
@@ -261,7 +262,7 @@ class MeshConfig:
 class RunConfig:
     """Everything that decides a run's numbers, written beside its checkpoints as config.json."""
 
-    model: str = "smollm2-135m"
+    model: Text = "smollm2-135m"
     """The base: a preset, a hub id, or path or URL (s3://, gs://) of a Hugging Face directory, an
     export or a .gguf file."""
     adapter: AdapterConfig = field(default_factory=lambda: AdapterConfig("zflora-minimal"))

@@ -63,9 +63,10 @@ def as_path(path: str | os.PathLike[str], name: str = "path") -> Path:
       name: Name of the path in messages, such as "workdir".
 
     Raises:
-      ConfigError: The scheme is unknown or its package is not installed; or the bucket, at its
-        first use, cannot be listed.
+      ConfigError: The path is empty, its scheme is unknown or its package is not installed; or the
+        bucket, at its first use, cannot be listed.
     """
+    require(os.fspath(path) != "", f"{name} is empty: give a path; . is the working directory.")
     match = _URL.match(os.fspath(path))
     if match is None:
         return Path(path)

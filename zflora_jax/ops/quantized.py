@@ -301,6 +301,12 @@ def _gguf_blocks(x: Array, kind: str, group: int, axis: int) -> tuple[Array, Arr
 Write = Callable[[Array, Array, dict[int, slice]], Array]
 
 
+def is_finite(leaf: Any) -> Array:
+    """Whether all floats of a leaf are finite, a bool; of codes their scales and minima."""
+    parts = [part for part in jax.tree.leaves(leaf) if jnp.issubdtype(part.dtype, jnp.floating)]
+    return jnp.stack([jnp.isfinite(part).all() for part in parts]).all()
+
+
 def quantized_names(params: trees.Tree) -> list[str]:
     """The names of a tree's leaves that are stored as codes."""
     leaves = trees.flatten(params).items()

@@ -14,15 +14,15 @@ from zflora_jax.core.storage import as_path, is_url, whole_file
 
 
 def local_path(path: str | os.PathLike[str], name: str) -> Path:
-    """The Path of a local file or directory; ConfigError that calls it `name` for a URL, which as a
-    Path would become a directory called "gs:".
+    """The Path of a local file or directory; ConfigError that calls it `name` if it is empty, or
+    for a URL, which as a Path would become a directory called "gs:".
     """
     require(
         not is_url(path),
         f"{name} {os.fspath(path)} is a URL: this is not written to object storage. Give a"
         " directory of a file system that is mounted here, and copy it afterwards.",
     )
-    return Path(path)
+    return as_path(path, name)
 
 
 def plain(value: Any) -> Any:
