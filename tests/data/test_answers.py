@@ -1,131 +1,80 @@
 """Answers: what is read in a text, and which answers are right."""
 
+import re
+
 import pytest
 
-from zflora_jax.data.answers import (
-    ANSWERS,
-    ANY,
-    BELIEF,
-    ENDINGS,
-    LETTER,
-    NUMBER,
-    OPTIONS,
-    SOLUTIONS,
-    TEXT,
-    TRUE_FALSE,
-    belief_state,
-    values,
-)
+from zflora_jax.data import answers
+from zflora_jax.data.answers import BELIEF, TEXT, values
 
-# Completions, and the answer that is read of each.
-TABLE = {
-    TRUE_FALSE: {
-        "the correct answer is True.": "true",
-        "That is untrue, so the answer is false": "false",
-        "untrue": "",
-        "Some say true, but the correct answer is false": "false",
-        "the answer is true. No: the answer is false.": "false",
-        "the answer is\n\nfalse, not true": "false",
-        "": "",
-    },
-    ANSWERS: {
-        "the correct answer is Answer3": "answer3",
-        "the correct answer is Answer 3.": "answer3",
-        "answer1 is wrong, so the correct answer is answer4": "answer4",
-        "the correct answer is answer12": "",
-        "the correct answer is solution1": "",
-        "answer2\n\nanswer1": "answer2",
-    },
-    SOLUTIONS: {"resolution1 or solution2": "solution2"},
-    ENDINGS: {"pending1, ending3": "ending3"},
-    OPTIONS: {"OPTION2": "option2", "not option1; the answer is option2": "option2"},
-    NUMBER: {
-        "2 + 2 = 4. The answer is 4.": "4",
-        "The answer is 4. There were 10 at first.": "4",
-        "The answer is 3/4.": "0.75",
-        "The answer is 1 1/2 cups": "1.5",
-        "The answer is -1 1/2": "-1.5",
-        "It took 5-3": "3",
-        "The answer is 5-3=2": "2",
-        "The answer is −3": "-3",
-        "The answer is -$3.50": "-3.50",
-        "The answer is $1,250.50 in 3 days.": "1250.50",
-        "The answer is 1,234,567": "1234567",
-        "The answer is 50%.": "50",
-        "The answer is .5": ".5",
-        "The answer is 49 - 34 = 15 customers.": "15",
-        "The answer is 3. No: the answer is -7.\nAsk 9 more.": "-7",
-        "So on 3/4/2020 there were 7": "7",
-        "The answer is 4/0": "4",
-        "The answer is 4. Then 4 + 1 = 5.": "4",
-        "The answer is 5 hours (5 * 60 = 300 minutes).": "5",
-        "The answer is\n42\n\nThere were 10.": "42",
-        "The answer is 5 apples + 3 apples = 8 apples.": "8",
-        "The answer is - 5": "-5",
-        "The answer is 1–3 apples": "1",
-        "The answer is x = 5 - 2 = 3": "3",
-        "The answer is \\frac{-3}{4}.": "-0.75",
-        "**Answer:** 12\nCheck: 3*5=15": "12",
-        "The answer is 2 * 5 = 10 = x.": "10",
-        "The answer is 1.5e3": "1.5e3",
-        "no idea": "",
-        "The answer is unknown, as 3 is 4.\n6": "3",
-    },
-    LETTER: {
-        "The answer is B": "B",
-        "The answer is (c)": "C",
-        "The answer is b) 5": "B",
-        "the answer is 5 km, option c": "C",
-        "A man walks 5 miles, so option D": "D",
-        "A man walks 5 miles": "",
-        "The answer is A": "A",
-        "The answer is 23.65, (A).": "A",
-        "The answer is a number": "",
-        "Add them. Carl's Dog Eats": "",
-        "Rationale: (A) is too small and (B) too big, so (C)": "C",
-        "The correct answer is **D) 40**": "D",
-        "Plan A-1, B-side": "",
-    },
-    BELIEF: {
-        "price range: cheap; area: East": "area: east; price range: cheap",
-        "area: east; area:  east ; request: phone.\nUser: thanks": "area: east; request: phone",
-        "None.": "none",
-        "I do not know": "",
-    },
-    TEXT: {" A summary. ": "A summary."},
-}
-CASES = [(answers, *case) for answers, cases in TABLE.items() for case in cases.items()]
-
-# Type and answer, and completions that give it, some in the words of chat models; "-": none.
-MORE = r"""
-LETTER A; A; <answer>A</answer>; the answer is: "A"; (a); $\boxed{\text{(A)}}$; a
-LETTER B; b.; 'B'; _B_; “B”; (b).; Answer: b; option 'b'; \boxed{B}; Ⓑ; #### B
-LETTER C; c); "C"; `C`; not B but C; It is C, not D; **Answer**: C; (Ｃ); neither A nor B, so C
-LETTER D; isn't B. D; The answer should be (D).; <think>A? B?</think>D; I'd say D; D rather than E
-LETTER -; Carl's Dog; An apple; 'tis a dog; not B; C_{6}
+# Type and answer, and completions that give it; "-": none.
+READ = r"""
+TRUE_FALSE true; the correct answer is True.; not false, it is true; _true_; 'True'
+TRUE_FALSE true; \boxed{\text{True}}; true rather than false
+TRUE_FALSE false; That is untrue, so the answer is false
+TRUE_FALSE false; Some say true, but the correct answer is false
+TRUE_FALSE false; the answer is true. No: the answer is false.; the answer is\n\nfalse, not true
+TRUE_FALSE false; **False**; <answer>false</answer> true; isn't true, false; cannot be true: false
+TRUE_FALSE -; untrue; It is not true; neither true
+ANSWERS answer3; the correct answer is Answer3; the correct answer is Answer 3.
+ANSWERS answer4; answer1 is wrong, so the correct answer is answer4
+ANSWERS answer2; answer2\n\nanswer1; not answer1 but answer2; <answer>answer2</answer>; _answer 2_
+ANSWERS -; the correct answer is answer12; the correct answer is solution1
+SOLUTIONS solution2; resolution1 or solution2
+ENDINGS ending3; pending1, ending3
+OPTIONS option2; OPTION2; not option1, the answer is option2
+NUMBER 4; 2 + 2 = 4. The answer is 4.; The answer is 4. There were 10 at first.; The answer is 4/0
+NUMBER 4; The answer is 4. Then 4 + 1 = 5.
+NUMBER 0.75; The answer is 3/4.
+NUMBER 1.5; The answer is 1 1/2 cups
+NUMBER -1.5; The answer is -1 1/2
+NUMBER 3; It took 5-3; The answer is x = 5 - 2 = 3; The answer is unknown, as 3 is 4.\n6
+NUMBER 2; The answer is 5-3=2; The answer is 5 -3 = 2; 1 + 1 = 2, not 3
+NUMBER 2; <think>The answer is 5</think>The answer is 2
+NUMBER -3; The answer is −3
+NUMBER -3.50; The answer is -$3.50
+NUMBER 1250.50; The answer is $1,250.50 in 3 days.
+NUMBER 1234567; The answer is 1,234,567
+NUMBER 50; The answer is 50%.
+NUMBER .5; The answer is .5
+NUMBER 15; The answer is 49 - 34 = 15 customers.; not 3 but 15; I have 15, not 6.; 5 * 3 = 15
+NUMBER 15; The answer is 5 x 3 = 15; Answer = 15, of 7
+NUMBER -7; The answer is 3. No: the answer is -7.\nAsk 9 more.
+NUMBER 7; So on 3/4/2020 there were 7
+NUMBER 5; The answer is 5 hours (5 * 60 = 300 minutes).
+NUMBER 42; The answer is\n42\n\nThere were 10.
+NUMBER 8; The answer is 5 apples + 3 apples = 8 apples.
+NUMBER -5; The answer is - 5
+NUMBER 1; The answer is 1–3 apples
+NUMBER -0.75; The answer is \frac{-3}{4}.
+NUMBER 12; **Answer:** 12\nCheck: 3*5=15
+NUMBER 10; The answer is 2 * 5 = 10 = x.
+NUMBER 1.5e3; The answer is 1.5e3
 NUMBER 843; _843_; **843**; <answer>843</answer> as 2; ８４３; #### 843; \boxed{843} is 2 less
 NUMBER 208; The answer is 208 because 5 - 3 = 2.; The answer is 208, since 5-3=2
 NUMBER 208; The answer is 208 with 5 - 3 = 2 left.; The answer is \$208 in 4
-NUMBER 15; not 3 but 15; I have 15, not 6.; 5 * 3 = 15; The answer is 5 x 3 = 15; Answer = 15, of 7
-NUMBER 2; The answer is 5 -3 = 2; 1 + 1 = 2, not 3; <think>The answer is 5</think>The answer is 2
 NUMBER 0.5; ½; The answer is $\frac{1}{2}$; The answer is 50% = 0.5; #### Step 2\nThe answer is 1/2
-TRUE_FALSE true; not false, it is true; _true_; 'True'; \boxed{\text{True}}; true rather than false
-TRUE_FALSE false; **False**; <answer>false</answer> true; isn't true, false; cannot be true: false
-TRUE_FALSE -; It is not true; neither true
-ANSWERS answer2; not answer1 but answer2; <answer>answer2</answer>; _answer 2_
+NUMBER -; no idea
+LETTER B; The answer is B; The answer is b) 5; b.; 'B'; _B_; “B”; (b).; Answer: b; option 'b'
+LETTER B; \boxed{B}; Ⓑ; #### B
+LETTER C; The answer is (c); the answer is 5 km, option c
+LETTER C; Rationale: (A) is too small and (B) too big, so (C); c); "C"; `C`; not B but C
+LETTER C; It is C, not D; **Answer**: C; (Ｃ); neither A nor B, so C
+LETTER D; A man walks 5 miles, so option D; The correct answer is **D) 40**; isn't B. D
+LETTER D; The answer should be (D).; <think>A? B?</think>D; I'd say D; D rather than E
+LETTER A; The answer is A; The answer is 23.65, (A).; A; <answer>A</answer>; the answer is: "A"; (a)
+LETTER A; $\boxed{\text{(A)}}$; a
+LETTER -; A man walks 5 miles; The answer is a number; Add them. Carl's Dog Eats; Plan A-1, B-side
+LETTER -; Carl's Dog; An apple; 'tis a dog; not B; C_{6}
 """.strip().splitlines()
 
 
-@pytest.mark.parametrize(("answers", "text", "found"), CASES, ids=[c[1][:30] for c in CASES])
-def test_what_is_read(answers, text, found):
-    assert answers.parse(text) == found
-
-
-@pytest.mark.parametrize("line", MORE)
-def test_what_is_read_of_chat_models(line):
+@pytest.mark.parametrize("line", READ)
+def test_what_is_read(line):
     first, *texts = line.replace(r"\n", "\n").split("; ")
-    name, found = first.replace("-", "").split(" ")
-    assert {x: globals()[name].parse(x) for x in texts} == dict.fromkeys(texts, found)
+    name, found = first.split(" ")
+    read = getattr(answers, name).parse
+    assert {x: read(x) for x in texts} == dict.fromkeys(texts, "" if found == "-" else found)
 
 
 # In files of mixed answers: the right answer | completions that are right | and wrong ones.
@@ -161,7 +110,7 @@ m² | m^2 | m2; m³
 + | The answer is +. | -
 ≥ | ≥ | ≤; >
 A+ | A+ | A; A-
-naïve | NAÏVE; nai\u0308ve | naive
+naïve | NAÏVE; naïve | naive
 __init__ | `__init__`; The answer is __init__. | init_
 New York | new  york.; Ｎew York; The answer is New York, I think | New York City; York; New
 Paris | "Paris"; **Paris**; <answer>Paris</answer>; Paris. It is. | Paris, Texas; not Paris
@@ -177,43 +126,41 @@ solution1 | I have 2 ideas: solution1 | solution2
 36 | The answer is 36 dollars in 3 days | 3
 3 | 3 | The answer is 36 dollars in 3 days
 """.strip().splitlines()
+SCORED = """
+NUMBER 4 | 4.0009 | 4.0011
+NUMBER 1,012 | 1012 | 1
+NUMBER 0.3333333333333333 | 0.333333333333 | 0.34
+TRUE_FALSE True | true | false
+LETTER B | B | b
+TEXT the end. | The  end. | The end
+""".strip().splitlines()
 
 
-@pytest.mark.parametrize("line", MIXED)
-def test_mixed_answers(line):
-    answer, *sides = line.replace(r"\n", "\n").split(" | ")
-    for texts, right in zip(sides, (True, False), strict=True):
-        for text in texts.replace(r"\u0308", "\u0308").split("; "):
-            assert ANY.score(text, answer) is right, text
-    assert not ANY.score("", answer)
-
-
-@pytest.mark.parametrize(
-    ("answers", "prediction", "answer", "right"),
-    [
-        (NUMBER, "4.0009", "4", True),
-        (NUMBER, "4.0011", "4", False),
-        (NUMBER, "1012", "1,012", True),
-        (NUMBER, "", "4", False),
-        (NUMBER, "0.333333333333", "0.3333333333333333", True),
-        (TRUE_FALSE, "true", "True", True),
-        (TRUE_FALSE, "", "true", False),
-        (LETTER, "", "B", False),
-        (BELIEF, "area: east", "area: east; food: thai", False),
-        (BELIEF, "area: east", "area: east; request: phone", True),  # the joint goal
-        (BELIEF, "area: east; request: food", "area: east; request: phone", True),
-        (BELIEF, "none", "request: phone", True),
-        (BELIEF, "", "none", False),
-        (TEXT, "The  end.", "the end.", True),
-        (TEXT, "The end", "the end.", False),
-    ],
-)
-def test_scores(answers, prediction, answer, right):
-    assert answers.score(prediction, answer) is right
+@pytest.mark.parametrize("line", [f"ANY {line}" for line in MIXED] + SCORED)
+def test_scores(line):
+    name, answer, right, wrong = re.fullmatch(r"(\w+) (.*) \| (.*) \| (.*)", line).groups()
+    score = getattr(answers, name).score
+    texts = {text: True for text in right.split("; ")} | dict.fromkeys(
+        ["", *wrong.split("; ")], False
+    )
+    assert {x: score(x.replace(r"\n", "\n"), answer) for x in texts} == texts
 
 
 def test_values_and_belief_states():
     found = values("1/2 of 3 1/4, 6 / 2, 1,000.5, $.50, 10%, solution1, v2, 4th, 3,4 and 7/8/9")
     assert found == ["0.5", "3.25", "6", "2", "1000.5", ".50", "10", "4", "3", "4", "7", "8", "9"]
+    for text, found in (
+        ("price range: cheap; area: East", "area: east; price range: cheap"),
+        ("area: east; area:  east ; request: phone.\nUser: x", "area: east; request: phone"),
+        ("None.", "none"),
+        ("I do not know", ""),
+    ):
+        assert BELIEF.parse(text) == found
+    # The joint goal, without requests.
+    east = "area: east; request: phone"
+    assert all(BELIEF.score(x, east) for x in ("area: east", "area: east; request: food"))
+    assert BELIEF.score("none", "request: phone") and not BELIEF.score("", "none")
+    assert not BELIEF.score("area: east", "area: east; food: thai")
     state = "food: north american; price range: dontcare; request: address"
-    assert belief_state(state) == state == belief_state(belief_state(state))
+    assert BELIEF.parse(state) == state == BELIEF.parse(BELIEF.parse(state))
+    assert TEXT.parse(" A summary. ") == "A summary."

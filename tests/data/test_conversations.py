@@ -186,7 +186,7 @@ def test_a_long_conversation_is_cut_behind_an_answer(tmp_path, caplog):
 
 ADD = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "add"}}]}
 TOLD = [turn("system", "Hello"), *SHORT]  # in words of the user's
-NEEDS_SYSTEM = "{{ messages[0].content + 1 if messages[0].role != 'system' }}" + unmarked(CHATML)
+NEEDS_SYSTEM = "{{ 1 // 0 if messages[0].role != 'system' }}" + unmarked(CHATML)
 CALL, SEE = [SHORT[0], ADD, turn("tool", "4"), SHORT[1]], turn("assistant", "see <eos> here")
 DROPS_SYSTEM = "{% for m in messages if m.role != 'system' %}" + THINKING.split("-%}", 1)[1]
 
@@ -198,7 +198,7 @@ DROPS_SYSTEM = "{% for m in messages if m.role != 'system' %}" + THINKING.split(
         (GEMMA, [SHORT[0], *SHORT], r"refuses turns of user, user, assistant: .*must alternate"),
         (DROPS_SYSTEM, WITH_SYSTEM, r"leaves out or changes turn 1 \(system\): 'Be short.'"),
         (DROPS_SYSTEM, TOLD, r"leaves out or changes turn 1 \(system\): 'Hello'"),
-        (NEEDS_SYSTEM, SHORT, r"row 1: .*refuses turns of user, assistant: TypeError"),
+        (NEEDS_SYSTEM, SHORT, r"row 1: .*refuses turns of user, assistant: ZeroDivision"),
         *(
             (CHATML, [SHORT[0], SHORT[1] | {name: "x"}], f"leaves out '{name}' of turn 2")
             for name in ("reasoning_content", "thinking", "function_call", "tool_call", "name")

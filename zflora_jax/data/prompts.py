@@ -117,8 +117,8 @@ def require_settings(tokenizer: Any, tools: Sequence[Any], settings: Mapping[str
     """Refuses chat_template_kwargs that the template does not read, and arguments of
     apply_chat_template, which decide what is rendered and how it is returned.
     """
-    arguments = {"messages", *inspect.signature(tokenizer.apply_chat_template).parameters}
     for name in settings:
+        arguments = {"messages", *inspect.signature(tokenizer.apply_chat_template).parameters}
         fix = "Give it in the column 'tools'" if name == "tools" else "Leave it out"
         require(
             name not in arguments - {"documents"},
