@@ -128,6 +128,7 @@ solution1 | I have 2 ideas: solution1 | solution2
 """.strip().splitlines()
 SCORED = """
 NUMBER 4 | 4.0009 | 4.0011
+NUMBER 0 | 1e-9999999999999999999 | 1e9999999999999999999; nan
 NUMBER 1,012 | 1012 | 1
 NUMBER 0.3333333333333333 | 0.333333333333 | 0.34
 TRUE_FALSE True | true | false

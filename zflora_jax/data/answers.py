@@ -95,7 +95,7 @@ _THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
 _FRAC = re.compile(r"\\[dt]?frac\{(-?\d+)\}\{(\d+)\}")
 # 3/4, 1 1/2, else a plain number: in "5-3" the minus is no sign, in "solution1" there is no number.
 _VALUE = re.compile(
-    r"(?<![\w./])(-?)(?:(\d+) +)?(\d+)/(\d*[1-9]\d*)(?![\w/]|\.\d)"
+    r"(?<![\w./])(-?)(?:(\d{1,15}) +)?(\d{1,15})/(\d{0,14}[1-9]\d{0,14})(?![\w/]|\.\d)"
     r"|((?<![\w.])-?(?:\d+(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d+)?)",
     re.ASCII,
 )
@@ -122,6 +122,9 @@ class Quantity(NamedTuple):
     value: str  # without the scale
     scale: int  # the power of ten of "million"
     unit: tuple[str, ...]
+
+
+_NONE = Quantity("", 0, ())
 
 
 def _plain(text: str) -> str:
@@ -188,20 +191,19 @@ def _same_word(a: str, b: str) -> bool:
     return short == long or (len(short) > 2 and long in plurals)
 
 
-def _quantity(text: str) -> Quantity | None:
+def _quantity(text: str) -> Quantity:
     """Returns the number of a worked solution as `parse_number` does."""
     text = _words(text)
     statement, *rest = _places(text)
     found = _stated_number(statement) if rest else None
-    return found or next(reversed(_quantities(text)), None)
+    return found or next(reversed(_quantities(text)), _NONE)
 
 
 def parse_number(text: str) -> str:
     """Returns the answer of a worked solution: the number stated after the last "answer is", else
     the last number of the text, else "".
     """
-    found = _quantity(text)
-    return found.value if found else ""
+    return _quantity(text).value
 
 
 def _stated_number(statement: str) -> Quantity | None:
@@ -230,7 +232,9 @@ _NUMBER = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?", re.ASCII)
 def _number(text: str) -> Decimal | None:
     """Returns the finite number that a text is."""
     text = text.strip().replace(",", "")
-    return Decimal(text) if _NUMBER.fullmatch(text) and math.isfinite(float(text)) else None
+    if not _NUMBER.fullmatch(text) or math.isinf(float(text)):
+        return None
+    return Decimal(text) if float(text) else Decimal(0)  # whose exponent has a limit
 
 
 def same_number(prediction: str, answer: str) -> bool:
@@ -358,8 +362,7 @@ def _score_any(text: str, answer: str) -> bool:
         return parse_word(text, words) == wanted
     if not {wanted, wanted.rstrip(".")}.isdisjoint(_stated_texts(text)):
         return True
-    given, number = _quantity(text), _as_quantity(wanted)
-    return given is not None and number is not None and _same_quantity(given, number)
+    return _same_quantity(_quantity(text), _as_quantity(wanted))
 
 
 def _stated_texts(text: str) -> set[str]:
@@ -378,14 +381,13 @@ def _stated_texts(text: str) -> set[str]:
     return found - {""}
 
 
-def _as_quantity(answer: str) -> Quantity | None:
+def _as_quantity(answer: str) -> Quantity:
     """Returns the quantity that an answer is: nothing but a number and perhaps its unit."""
-    text = _plain(answer.rstrip("."))
-    if (match := _VALUE.search(text)) is None:
-        return None
-    before, after = text[: match.start()].strip(), text[match.end() :].split()
-    unit = len(after) <= 4 and _NO_UNITS.isdisjoint(after) and all(map(_UNIT.fullmatch, after))
-    return _quantities(text)[0] if unit and before in ("", "+", *_ALIASES) else None
+    before, *rest = _VALUE.split(_plain(answer.rstrip(".")), maxsplit=1)
+    words = "".join(rest[-1:]).split()
+    unit = len(words) <= 4 and _NO_UNITS.isdisjoint(words) and all(map(_UNIT.fullmatch, words))
+    alone = unit and before.strip() in ("", "+", *_ALIASES)
+    return next(iter(_quantities(answer)), _NONE) if alone else _NONE
 
 
 def _same_quantity(given: Quantity, wanted: Quantity) -> bool:

@@ -119,17 +119,17 @@ def require_settings(tokenizer: Any, tools: Sequence[Any], settings: Mapping[str
     """
     for name in settings:
         arguments = {"messages", *inspect.signature(tokenizer.apply_chat_template).parameters}
-        fix = "Give it in the column 'tools'" if name == "tools" else "Leave it out"
+        arguments -= {"documents"}
         require(
-            name not in arguments - {"documents"},
+            name not in arguments,
             f"chat_template_kwargs has {name!r}, an argument of the renderer and no variable of a"
-            f" template. {fix}.",
+            f" template. Leave it out{', and give tools in a column' * (name == 'tools')}.",
         )
-        known = _variables(chat_template(tokenizer, tools))
+        known = _variables(chat_template(tokenizer, tools)) - arguments
         require(
             name in known,
-            f"the tokenizer's chat template does not read {name!r} of chat_template_kwargs:"
-            f" {nearest(name, known - arguments)}. Leave it out, or use another template.",
+            f"the tokenizer's chat template does not read {name!r} of chat_template_kwargs. It"
+            f" reads {', '.join(sorted(known)) or 'none'}.",
         )
 
 

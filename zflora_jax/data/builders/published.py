@@ -145,8 +145,10 @@ def _winogrande(row: Raw) -> list[Row]:
 
 
 def _arc(row: Raw) -> list[Row]:
-    labels, texts = row["choices"]["label"], row["choices"]["text"]
-    return _answers(row["question"], texts, labels.index(row["answerKey"]))
+    labels, texts = zip(
+        *zip(row["choices"]["label"], row["choices"]["text"], strict=True), strict=True
+    )
+    return _answers(row["question"], [*texts], labels.index(row["answerKey"]))
 
 
 def _openbookqa(row: Raw) -> list[Row]:
