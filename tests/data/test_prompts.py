@@ -33,11 +33,6 @@ def test_alpaca_text_byte_for_byte():
         assert prompts.render(None, "alpaca-eval", *texts) == other
 
 
-def test_chat_uses_the_tokenizers_template(tokenizer):
-    assert prompts.render(tokenizer, "chat", "Hi") == "[user]Hi<eos>\n[assistant]"
-    assert prompts.render(tokenizer, "chat", "Hi", "there") == "[user]Hi\n\nthere<eos>\n[assistant]"
-
-
 def test_wrong_styles_are_refused():
     with pytest.raises(ConfigError, match=r"chat template.*alpaca"):
         prompts.render(byte_tokenizer(chat_template=None), "chat", "Hi")

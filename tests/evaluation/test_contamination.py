@@ -38,14 +38,12 @@ def test_what_is_the_same_question(a, b, same):
 def test_a_question_is_its_prompt_and_input():
     train = [Example("What is 1 + 1 ?", "2", "2"), Example("Sum.", "3", "3", input="1, 2")]
     asked = [
-        Example("what is 1+1?", "x", "4"),  # whatever the answer
-        Example("What is 1 + 2?", "2", "2"),
+        Example("what is 1+1?", "x", "4"),
         Example("Sum. 1 2", "3", "3"),
-        Example("Sum.", "3", "3"),
-        Example("Sum.", "4", "4", input="1, 3"),
-    ]
-    assert contaminated(asked, questions(train)) == [True, False, True, False, False]
-    assert contaminated(asked, questions([])) == [False] * 5
+    ]  # whatever the answer
+    asked += [Example(x, "2", "2") for x in ("What is 1 + 2?", "Sum.")]
+    asked += [Example("Sum.", "4", "4", input="1, 3")]
+    assert contaminated(asked, questions(train)) == [True, True, False, False, False]
 
 
 @pytest.fixture(scope="module")

@@ -153,12 +153,8 @@ def test_a_stopped_evaluation_of_several_tasks_goes_on_in_the_task_it_was_in(
     assert sum(asked) == 3 and [task["rows"] for task in summary["tasks"]] == [12, 5]
     assert not list((tmp_path / "out").glob("*.partial.jsonl"))
     page = (tmp_path / "out" / "summary-test-tiny.md").read_text()
-    for text in (
-        "contamination was not checked",
-        "Answers that reached the limit of new tokens: arc_easy",
-        "Chance: arc_easy 0.333",
-        "accuracy: the generated answer by this project's parser.",
-    ):
+    limit = "Answers that reached the limit of new tokens: arc_easy"
+    for text in (limit, "Chance: arc_easy 0.333", "contamination was not checked"):
         assert text in page
 
 
@@ -178,13 +174,9 @@ def test_a_summary_of_tasks(model, arc, two_tasks, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (
-            {"prompt_style": None},
-            r"scores of other settings \(eval.prompt_style\); give another --out",
-        ),
-        ({"limit": 2}, r"scores of other settings \(eval.limit\)"),
+        ({"prompt_style": None}, r"other settings \(eval.prompt_style\); give another --out"),
+        ({"limit": 2}, r"other settings \(eval.limit\)"),
     ],
-    ids=["style", "limit"],
 )
 def test_a_summary_of_other_scores_is_not_replaced(model, arc, tmp_path, changes, message):
     given = {"generate": False, "loss": False, "limit": 3, "prompt_style": "alpaca"}
@@ -235,10 +227,7 @@ def test_a_run_s_own_held_out_rows_are_clean_and_those_of_a_model_trained_elsewh
     nothing.
     """
     sums = [(f"{i} + 1?", str(i + 1)) for i in range(40)]
-    rows = [
-        {"instruction": asked, "input": "", "output": f"The answer is {right}.", "answer": right}
-        for asked, right in sums
-    ]
+    rows = [{"instruction": x, "output": f"The answer is {y}.", "answer": y} for x, y in sums]
     (tmp_path / "train.json").write_text(json.dumps(rows))
     own = dataclasses.replace(TASK_DATA, task="rows", data_dir=str(tmp_path))
 
