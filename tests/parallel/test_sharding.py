@@ -208,15 +208,6 @@ def test_a_run_goes_on_under_another_mesh(run, tmp_path, monkeypatch):
     np.testing.assert_allclose(found, wanted, rtol=2e-5)
 
 
-def test_a_process_puts_its_rows_where_they_belong():
-    """Several processes: test_mesh_use.py."""
-    rows = {"tokens": np.arange(8 * 3, dtype=np.int32).reshape(8, 3)}
-    for config in (MeshConfig(data=2, fsdp=4), MeshConfig(fsdp=2, tensor=2), MeshConfig()):
-        mesh = sharding.make_mesh(config)
-        assert sharding.own_rows(8, mesh) == list(range(8))
-        np.testing.assert_array_equal(sharding.put_rows(rows, 8, mesh)["tokens"], rows["tokens"])
-
-
 # --- widths that a mesh does not divide ----------------------------------------------------------
 
 

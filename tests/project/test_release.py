@@ -1,6 +1,4 @@
-"""What is released works alone: the sdist has all files, the wheel that is built from it runs
-outside the clone.
-"""
+"""A release works alone: the sdist has all files, and its wheel runs outside the clone."""
 
 from __future__ import annotations
 
@@ -43,16 +41,8 @@ def python(*words: str, cwd: Path, **more: object) -> str:
     return done.stdout
 
 
-def built(kind: str, source: Path, out: Path) -> Path:
-    """The sdist or wheel of a source tree, built as pip does, with the setuptools that is here."""
-    code = f"import setuptools.build_meta as b; b.build_{kind}({str(out)!r})"
-    python("-c", code, cwd=source)
-    [file] = out.glob("*.tar.gz" if kind == "sdist" else "*.whl")
-    return file
-
-
 def test_a_wheel_runs_outside_the_clone(tmp_path):
-    source, there, installed = tmp_path / "clone", tmp_path / "there", tmp_path / "installed"
+    source, installed, there = (tmp_path / name for name in ("clone", "installed", "there"))
     there.mkdir()
     folders = re.findall(r"^graft (\S+)", (ROOT / "MANIFEST.in").read_text(), re.MULTILINE)
     for folder in (*folders, "zflora_jax"):
@@ -61,15 +51,15 @@ def test_a_wheel_runs_outside_the_clone(tmp_path):
     for file in filter(Path.is_file, ROOT.iterdir()):
         shutil.copy(file, source)
     wanted = {x.relative_to(source).as_posix() for x in source.rglob("*/*") if x.is_file()}
-    with tarfile.open(built("sdist", source, tmp_path)) as archive:
-        archive.extractall(tmp_path / "sdist", filter="data")
-    [tree] = (tmp_path / "sdist").iterdir()
-    found = {x.relative_to(tree).as_posix() for x in tree.rglob("*") if x.is_file()}
-    assert not wanted - found
-    wheel = built("wheel", tree, tmp_path)
-    pip = ("-m", "pip", "install", "--no-deps", "--no-index", "--no-compile", "--target")
-    python(*pip, str(installed), str(wheel), cwd=tmp_path)
-
+    python("-c", "import setuptools.build_meta as b; b.build_sdist('.')", cwd=source)
+    [sdist] = source.glob("*.tar.gz")
+    with tarfile.open(sdist) as archive:
+        archive.extractall(tmp_path, filter="data")
+    tree = tmp_path / sdist.name.removesuffix(".tar.gz")
+    assert not wanted - {x.relative_to(tree).as_posix() for x in tree.rglob("*/*")}
+    # pip builds a wheel of it, with the setuptools that is here.
+    pip = "-m pip install --no-build-isolation --no-deps --no-index --no-compile --target".split()
+    python(*pip, str(installed), str(sdist), cwd=tmp_path)
     commands = (
         *("--version", "--help", "info smollm2-135m", "init chat --out own.py"),
         "data --config own.py --set model=tiny data.task=arithmetic data.bucket_lengths=512",
