@@ -3,6 +3,8 @@
 import dataclasses
 import json
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
@@ -159,8 +161,14 @@ def test_a_stopped_evaluation_of_several_tasks_goes_on_in_the_task_it_was_in(
 
 
 def test_a_summary_of_tasks(model, arc, two_tasks, tmp_path):
-    run = run_of(arc, generate=False, loss=False)
+    """Also of a model that is taken apart once the losses of all tasks are there."""
+    run = run_of(arc, generate=False)
     summary = score(run, model, two_tasks, tmp_path / "out")
+    given = dataclasses.replace(model, params=jax.tree.map(jnp.copy, model.params))
+    again = score(run, given, two_tasks, tmp_path / "again", donate=True)
+    assert not jax.tree.leaves(given.params)
+    assert again["origin"] == summary["origin"] and again["groups"] == summary["groups"]
+    assert [t["loss"] for t in again["tasks"]] == [t["loss"] for t in summary["tasks"]]
     mean = np.mean([task["likelihood_sum"] for task in summary["tasks"]])
     assert summary["groups"]["commonsense"]["all"]["likelihood_sum"]["mean"] == pytest.approx(mean)
     page = (tmp_path / "out" / "summary-test-tiny.md").read_text()

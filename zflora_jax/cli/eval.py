@@ -86,7 +86,8 @@ def run(args: argparse.Namespace) -> None:
     out = as_path(args.out or (as_path(args.workdir) / "eval" if args.workdir else "runs/eval"))
     with compile_cache(as_path(args.workdir or out) / "compile_cache"):
         model, label = _model(args, config, mesh)
-        summary = evaluate_tasks(config, model, tasks, out, label, trained_on=trained_on or None)
+        seen = trained_on or None
+        summary = evaluate_tasks(config, model, tasks, out, label, trained_on=seen, donate=True)
     if not main:
         return
     for result in summary["tasks"]:

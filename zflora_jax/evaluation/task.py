@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from zflora_jax.adapters.packing import pack_for_decode
 from zflora_jax.core.fields import require, to_dict
 from zflora_jax.core.model import Model, fingerprint, require_fit
 from zflora_jax.core.run_config import EvalConfig, RunConfig
@@ -79,25 +80,29 @@ def evaluate(
         trained_on.
     """
     seen = None if trained_on is None else questions(trained_on)
-    result, _ = _evaluate_task(run, model, out, seen, console)
+    out = None if out is None else as_path(out, "out")
+    result, _ = _answered(_begun(run, model, seen, console), model, out, console)
     _remove_partials(out)
     return result
 
 
-def _evaluate_task(
-    run: RunConfig, model: Model, out: str | Path | None, seen: frozenset[str] | None, console: bool
-) -> tuple[Result, list[Record]]:
-    """Scores a model as `evaluate` does; the caller removes the files of finished batches.
+@dataclasses.dataclass(frozen=True)
+class _Begun:
+    """The rows of a task, compared with the training data, and the model's loss on them."""
 
-    Args:
-      run, model, out, console: As for `evaluate`.
-      seen: Normalised questions of the training data; None where none was named.
+    run: RunConfig
+    name: str
+    examples: Sequence[Example]
+    records: list[Record]
+    result: Result
+    seconds: float
 
-    Returns:
-      (The result; one record per row.)
+
+def _begun(run: RunConfig, model: Model, seen: frozenset[str] | None, console: bool) -> _Begun:
+    """Reads a task's rows and computes the loss. seen: Normalised questions of the training data;
+    None where none was named.
     """
-    out = None if out is None else as_path(out, "out")
-    started, env, run = time.perf_counter(), environment(), one_day(run)
+    started, run = time.perf_counter(), one_day(run)
     require_fit(run, model)
     name, examples, records, result = _rows(run, seen)
     # A process with other rows would wait for the others, or change their numbers.
@@ -112,6 +117,17 @@ def _evaluate_task(
             loss = held_out_loss(run, model, encoded, on_batch=advance if shown else None)
         result |= {"loss": loss["loss"], "loss_rows": int(loss["rows"])}
         result["loss_documents_cut"] = encoded.truncated
+    return _Begun(run, name, examples, records, result, time.perf_counter() - started)
+
+
+def _answered(
+    begun: _Begun, model: Model, out: Path | None, console: bool
+) -> tuple[Result, list[Record]]:
+    """Scores a model, which may be packed now, as `evaluate` does; the caller removes the files of
+    finished batches. Returns (the result; one record per row).
+    """
+    run, name, examples, records = begun.run, begun.name, begun.examples, begun.records
+    started, env, shown = time.perf_counter(), environment(), console and distributed.is_main()
     # Part -> its function, the rows that it scores.
     parts: dict[str, tuple[Callable[..., list[Record]], Sequence[int]]] = {}
     chosen = [i for i, example in enumerate(examples) if example.options]
@@ -132,8 +148,8 @@ def _evaluate_task(
             )
         for i, new in zip(rows, fresh, strict=True):
             records[i] |= new
-    result |= _facts(examples, records) | _scores(run, records)
-    result["seconds"] = time.perf_counter() - started
+    result = begun.result | _facts(examples, records) | _scores(run, records)
+    result["seconds"] = begun.seconds + time.perf_counter() - started
     if out is not None and distributed.is_main():
         lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
         atomic_write(f"{out}.jsonl", lines.encode())
@@ -259,6 +275,7 @@ def evaluate_tasks(
     trained_on: Sequence[TrainedOn] | None = None,
     replace: bool = False,
     console: bool = True,
+    donate: bool = False,
 ) -> Result:
     """Scores a model on several tasks, and gives the mean over the tasks of each group.
 
@@ -276,6 +293,8 @@ def evaluate_tasks(
         project held out for the task itself does not count.
       replace: Whether a summary of that name may be replaced, whatever its settings.
       console: Whether progress is shown.
+      donate: Whether to take leaves out of `model.params` as they are packed for decode, so that no
+        two copies are in memory. `model` cannot be used afterwards.
 
     Returns:
       The content of the summary's JSON.
@@ -290,10 +309,14 @@ def evaluate_tasks(
         distributed.on_main(lambda: _refuse_other(as_path(f"{path}.json"), origin))
     seen = _seen_by_task(run, tasks, trained_on)
     files = {task: out / f"{task}-{run.eval.split}-{label}" for task in tasks}
-    results, records = [], {}
-    for task, file in files.items():
+    results, records, begun = [], {}, {}
+    for task in tasks:  # the loss of all, before the model is packed
         one = dataclasses.replace(run, data=dataclasses.replace(run.data, task=task))
-        result, records[task] = _evaluate_task(one, model, file, seen[task], console)
+        begun[task] = _begun(one, model, seen[task], console)
+    if donate:
+        model = pack_for_decode(model, donate=True)
+    for task, file in files.items():
+        result, records[task] = _answered(begun[task], model, file, console)
         clean = rows_by_kind(records[task], clean_only=True)
         results.append(result | (rows_kept(clean["clean"]) if clean else {}))
     summary = {
