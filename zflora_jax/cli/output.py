@@ -9,11 +9,10 @@ from typing import Any
 
 def silence() -> None:
     """Switches off notices of transformers (no PyTorch) and, where no TPU is, of libtpu."""
-    quiet = {"TRANSFORMERS_NO_ADVISORY_WARNINGS": "1"}
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     if not glob.glob("/dev/accel*") + glob.glob("/dev/vfio/*"):
-        quiet |= {"TPU_WORKER_HOSTNAMES": "localhost", "TPU_ACCELERATOR_TYPE": "v5litepod-8"}
-    for name, value in quiet.items():
-        os.environ.setdefault(name, value)
+        os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+        os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-8")
 
 
 def print_table(values: dict[str, Any], title: str) -> None:

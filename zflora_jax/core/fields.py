@@ -13,7 +13,7 @@ import itertools
 import sys
 import types
 import typing
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
 from zflora_jax.core.foreign import FOREIGN
@@ -156,9 +156,7 @@ def override(config: T, changes: Mapping[str, Any], name: str = "", root: type |
 
 
 def checked_names(cls: type[T]) -> type[T]:
-    """Decorator of a dataclass: an unknown keyword argument is a ConfigError that names the right
-    one.
-    """
+    """Decorator of a dataclass: unknown keyword arguments are ConfigErrors with a suggestion."""
     init: Callable[..., None] = cls.__init__
 
     @functools.wraps(init)
@@ -172,29 +170,20 @@ def checked_names(cls: type[T]) -> type[T]:
 
 
 def meaning_of(key: Any, cls: type, root: type | None = None) -> str:
-    """What an unknown key of `cls` may mean: a setting of that name in another section of `root`,
-    or else the nearest.
+    """What an unknown key of `cls` may mean: a setting of that name in a section of `root`, or else
+    the nearest.
     """
     head, leaf, fields = str(key).partition(".")[0], str(key).rpartition(".")[2], _fields(cls)
     if leaf.lower() in _FOREIGN:  # whatever stands before it
         return nearest(leaf, fields)
-    paths = {path: path.rpartition(".")[2] for path in _paths(root or cls)}
-    own = difflib.get_close_matches(head, fields, 1, 0.8)
-    close = difflib.get_close_matches(leaf, paths.values(), 1, 0.8)
-    if own or not close:
+    hints = _hints(root or cls).items()
+    sections = [(s, _fields(hint)) for s, hint in hints if dataclasses.is_dataclass(hint)]
+    paths = [(f"{section}.{name}", name) for section, names in sections for name in names]
+    close = difflib.get_close_matches(leaf, [name for _, name in paths], 1, 0.8)
+    if difflib.get_close_matches(head, fields, 1, 0.8) or not close:
         return nearest(head, fields)
-    meant = " or ".join(repr(path) for path, name in paths.items() if name == close[0])
+    meant = " or ".join(repr(path) for path, name in paths if name == close[0])
     return f"did you mean {meant}? Allowed: {', '.join(sorted(fields))}"
-
-
-def _paths(cls: Any, section: str = "") -> Iterator[str]:
-    """The dotted names of all settings."""
-    for name in _fields(cls):
-        inner = _hints(cls)[name]
-        if dataclasses.is_dataclass(inner):
-            yield from _paths(inner, _dotted(section, name))
-        else:
-            yield _dotted(section, name)
 
 
 def _dotted(section: str, name: Any) -> Any:

@@ -52,9 +52,9 @@ def held_out_loss(
     sums: list[Sums] = []
     with mesh_in_use(model.params):
         for start, batch in zip(range(0, len(encoded), rows), batches, strict=True):
-            text = f"compiling the held-out loss for {rows} x {batch['tokens'].shape[1]} tokens"
+            part, length = one_sequence_a_row(batch), batch["tokens"].shape[1]
+            text = f"compiling the held-out loss for {rows} x {length} tokens"
             with announced(text, on_batch is not None):
-                part = one_sequence_a_row(batch)
                 sums.append(eval_step(model.config, adapter, variables, part, objective))
             if on_batch is not None:
                 jax.block_until_ready(sums[-2:-1])  # the batch before: this one is under way

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -91,11 +91,9 @@ class MetricWriter:
         if self._progress is not None:
             self._progress.update(step, text)
 
-    def part(self, total: int, description: str) -> AbstractContextManager[Callable[[int], None]]:
+    def part(self, total: int, text: str) -> AbstractContextManager[Callable[[int], None]] | None:
         """Shows progress of `total` steps of other work, see `TrainingProgress.part`."""
-        if self._progress is None:
-            return nullcontext(lambda n: None)
-        return self._progress.part(total, description)
+        return None if self._progress is None else self._progress.part(total, text)
 
     def sync(self) -> None:
         """Uploads what has been written, if the run is in a bucket; OSError if that fails."""

@@ -24,12 +24,19 @@ def progress_bar(total: int, description: str, console: bool) -> Iterator[Callab
 
     screen = Console(stderr=True)
     if not (console and screen.is_terminal):
-        yield _lines(total, description, sys.stderr) if console else lambda n: None
+        yield _lines(total, description, _out()) if console else lambda n: None
         return
     columns = "{task.description}", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     with Progress(*columns, console=screen, transient=True) as bar:
         task = bar.add_task(description, total=total)
         yield lambda n: bar.advance(task, n)
+
+
+def _out() -> TextIO:
+    """stderr, away from results; but a notebook shows that as an error."""
+    from rich.console import Console
+
+    return sys.stdout if Console().is_jupyter else sys.stderr
 
 
 def _lines(total: int, description: str, out: TextIO) -> Callable[[int], None]:
@@ -48,7 +55,7 @@ def _lines(total: int, description: str, out: TextIO) -> Callable[[int], None]:
 @contextmanager
 def announced(text: str, console: bool = True) -> Iterator[None]:
     """Prints `text` on stderr, if `console` is set, as soon as the block has taken 3 seconds."""
-    timer = threading.Timer(LONG, lambda: print(text, file=sys.stderr, flush=True))
+    timer = threading.Timer(LONG, lambda: print(text, file=_out(), flush=True))
     timer.daemon = True
     if console:
         timer.start()

@@ -24,8 +24,6 @@ from zflora_jax.training.checkpoint import Checkpoints
 from zflora_jax.training.loop import Hook
 from zflora_jax.training.trainer import TrainState
 
-_SILENT = nullcontext(lambda n: None)  # in processes that write nothing
-
 
 class RequireFinite(Hook):
     """NonFiniteError when the loss, the gradient or the adapters are NaN or infinite. Put this hook
@@ -87,8 +85,8 @@ class LogMetrics(Hook):
 class HeldOutLoss(Hook):
     """Measures and logs the held-out loss every train.eval_every steps, and at the end."""
 
-    # (adapters, advance, which is told the rows of each batch) -> {"loss": ..., ...}
-    evaluate: Callable[[Tree, Callable[[int], None]], dict[str, float]]
+    # (adapters, advance, which is told the rows of each batch, or None) -> {"loss": ..., ...}
+    evaluate: Callable[[Tree, Callable[[int], None] | None], dict[str, float]]
     rows: int  # that are evaluated
     writer: MetricWriter | None  # None in processes that write nothing
     run: RunConfig
@@ -100,8 +98,8 @@ class HeldOutLoss(Hook):
 
     def on_state(self, step: int, state: TrainState, results: dict[str, Any]) -> None:
         try:
-            part = self.writer.part(self.rows, "held-out loss") if self.writer else _SILENT
-            with part as advance:
+            part = self.writer and self.writer.part(self.rows, "held-out loss")
+            with part or nullcontext() as advance:
                 self.last = self.evaluate(state.adapters, advance)
         except NonFiniteError as error:
             saved, text = results.get("checkpoint"), f"after step {step} {error}"
