@@ -129,7 +129,7 @@ NO_OUTPUT = {"output": " ", "answer": ""}
         ("llm_adapters", {"answer": 4}, r"'answer' must be a string, got int"),
         ("llm_adapters", {"instruction": " "}, r"the instruction \(or question\) is empty"),
         ("llm_adapters", NO_OUTPUT, r"'output' is empty and there is no 'answer'"),
-        ("gsm8k", {"answer": "12"}, r"must end with '#### N', got '12'"),
+        ("gsm8k", {"answer": "12"}, r"must end with '#### N', got '12'. Task 'rows' reads"),
         ("gsm8k", {"answer": None}, r"no field 'answer'.*Expected question, answer"),
         ("summary", {"dialogue": None}, r"no field 'dialogue'.*Expected dialogue, article or"),
         ("summary", {"summary1": " "}, r"a summary is empty"),

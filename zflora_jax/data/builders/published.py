@@ -88,7 +88,11 @@ def gsm8k(row: Raw) -> list[Row]:
     answer = field(row, "answer")
     rationale, mark, number = answer.rpartition("####")
     result = number.strip().replace(",", "")
-    require(bool(mark and result), f"field 'answer' must end with '#### N', got {answer[-40:]!r}.")
+    require(
+        bool(mark and result),
+        f"field 'answer' must end with '#### N', got {answer[-40:]!r}. Task 'rows' reads answers"
+        " without that line.",
+    )
     target = f"{_ANNOTATION.sub('', rationale).strip()}\nThe answer is {result}.".lstrip()
     return _question(field(row, "question"), target, result)
 
