@@ -93,6 +93,7 @@ $5 | 5 dollars; The answer is $5.00.; **$5**; 5$ | $5.99; -$5; €5; 5%; $5 mill
 5½ | 5.5; 5 1/2; 11/2 | 51/2; 5
 52 | 52 | 5²
 5x | 5X | 5; 5y; x
+6 | x = 6; The answer is 6 | The answer is 6^2; The answer is 6:30; The answer is 6-7.; x > 6; <6
 4th | The answer is 4th.; 4 | 5th
 10:30 | The answer is 10:30. | 10; 10:31; 30
 2020-01-05 | 2020-01-05 | 2020; 2020-01-06

@@ -112,8 +112,9 @@ _NO_UNITS = frozenset(
     " that is are was were but if when as so from by than there then the a he she they it".split()
 )
 _POWERS = {"per", "squared", "cubed"}
-# Right after a number these make another word or a term of it: 1980s, 3d, 5x.
-_PARTS = frozenset("sdxyzni")
+# What makes a number a part of something else: 1980s, 3d, 5x, 5:30, 5^2, 5-6; > 5.
+_WHOLE = re.compile(r"[sdxyzni]\b|[-–:^/×*+]\d")
+_BOUND = re.compile(r"(?:^|\s)[<>≤≥≠]\s?$")
 
 
 class Quantity(NamedTuple):
@@ -137,7 +138,7 @@ def _plain(text: str) -> str:
 def _quantities(text: str) -> list[Quantity]:
     text = _plain(text)
     return [
-        Quantity(_value(m), *_unit(text[: m.start()][-2:], text[m.end() :][:80]))
+        Quantity(_value(m), *_unit(text[: m.start()][-3:], text[m.end() :][:80]))
         for m in _VALUE.finditer(text)
     ]
 
@@ -156,16 +157,17 @@ def _value(match: re.Match[str]) -> str:
 
 def _unit(before: str, after: str) -> tuple[int, tuple[str, ...]]:
     """Returns the scale and the unit of a number between two texts."""
-    glued, clause = after[:1].isalpha(), _CLAUSE_END.split(after, maxsplit=1)[0]
-    given = [word.rstrip(".") for word in clause.casefold().split()]
+    after = after.casefold()
+    if part := _WHOLE.match(after) or _BOUND.search(before):
+        return 0, (f"-{part.group().strip()}",)
+    clause = _CLAUSE_END.split(after, maxsplit=1)[0]
+    given = [word.rstrip(".") for word in clause.split()]
     found = list[str]()
     for i, word in enumerate(given):
         linked = word in _NO_UNITS or (word == "in" and i + 1 < len(given))  # "in" ends: inches
         if linked or not _UNIT.fullmatch(word) or len(found) == 4:
             break
         found.append(_ALIASES.get(word, word))
-    if glued and found and found[0] in _PARTS:
-        return 0, (f"-{found[0]}",)
     scale = _SCALES.get(found[0], 0) if found else 0
     found = found[1:] if scale else found
     symbol = _ALIASES.get(before.rstrip()[-1:], "")
