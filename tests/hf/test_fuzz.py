@@ -21,7 +21,7 @@ from zflora_jax.adapters.fuse import fuse
 from zflora_jax.core.adapter_config import AdapterConfig
 from zflora_jax.core.errors import CheckpointError
 from zflora_jax.core.families import FAMILIES
-from zflora_jax.core.fields import ConfigError, from_dict, override, to_dict
+from zflora_jax.core.fields import ConfigError, from_dict, to_dict
 from zflora_jax.core.run_config import RunConfig
 from zflora_jax.hf.config import from_hf_config
 from zflora_jax.hf.load import load_model
@@ -77,19 +77,6 @@ def test_any_config(changes):
     except ConfigError:
         return
     assert from_dict(RunConfig, to_dict(run)) == run
-
-
-@fuzz
-@given(
-    st.sampled_from([f"{key}.{inner}" if inner else key for key, inner in PATHS]),
-    st.text(max_size=20),
-)
-def test_any_override(key, text):
-    try:
-        run = override(RunConfig(), {key: text})
-    except ConfigError:
-        return
-    assert isinstance(run, RunConfig)
 
 
 @fuzz

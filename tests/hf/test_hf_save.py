@@ -38,7 +38,7 @@ from zflora_jax.core.model_config import RopeScaling
 from zflora_jax.evaluation.export_gap import export_gap
 from zflora_jax.hf.config import to_hf_config
 from zflora_jax.hf.load import model_config
-from zflora_jax.hf.restore import SIDE_FOLDER, load_stock, longrope
+from zflora_jax.hf.restore import SIDE_FILE, load_stock, longrope
 from zflora_jax.hf.stock import CHOICES, FLOAT16_LEAST, StockForm, choose_eps_z, state_share
 from zflora_jax.hf.tokenizer import GENERATION, TEMPLATES, TOKENIZER_FILES
 from zflora_jax.ops.rope import rope_frequencies
@@ -286,10 +286,10 @@ def test_a_missing_side_file_and_a_state_in_the_embedding_are_refused(
     fused: Model, out: Path
 ) -> None:
     """The state starts at zero: other software put a value there, and it would be dropped."""
-    (out / SIDE_FOLDER).rename(out / "elsewhere")
+    (out / SIDE_FILE).rename(out / "elsewhere")
     with pytest.raises(CheckpointError, match=r"lacks zflora/restore\.safetensors: copy it"):
         load_model(out)
-    (out / "elsewhere").rename(out / SIDE_FOLDER)
+    (out / "elsewhere").rename(out / SIDE_FILE)
     tensors, name = load_file(out / "model.safetensors"), "model.embed_tokens.weight"
     tensors[name][3, fused.config.base_width] = 0.5
     save_file(tensors, out / "model.safetensors")

@@ -319,9 +319,10 @@ def compressed(model: Model, quant: str, dtype: str, eps_z: float | None) -> HFC
         return pack(codes, row.bits) if part == "weight_packed" else codes
 
     config = {**floats.config, "quantization_config": _quantization_config(form)}
-    stored = {"stored_config": form.stock.native, "multiple": form.stock.multiple}
+    stored: dict[str, Any] = {"stored_config": form.stock.native, "multiple": form.stock.multiple}
     report = {**floats.report, "quant": f"{quant}: {row.text}"}
-    return HFContent(form.stock, config, specs, tensor, report, {"quant": quant, **stored})
+    stored = {"quant": quant, **stored, **floats.manifest}
+    return HFContent(form.stock, config, specs, tensor, report, stored)
 
 
 def _stock_kernel(form: CompressedForm, model: Model, name: str) -> tuple[np.ndarray, np.ndarray]:

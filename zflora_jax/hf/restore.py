@@ -39,7 +39,7 @@ from zflora_jax.hf.stock import (
 
 MANIFEST, FORMAT, VERSION = "zflora.json", "zflora_jax export", 1
 # In a separate folder, because servers load every *.safetensors next to config.json.
-SIDE_FOLDER, SIDE_FILE = "zflora", "restore.safetensors"
+SIDE_FILE = "zflora/restore.safetensors"
 WIDTHS = ("hidden_size", "head_dim", "intermediate_size")
 # Keys of config.json that may differ from the export's: none changes the forward pass.
 _FREE = ("dtype", "torch_dtype", "bos_token_id", "eos_token_id", "pad_token_id", "architectures")
@@ -57,10 +57,12 @@ class BaseFacts:
     codes_fingerprint: str | None = None  # of the codes that they come back from
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Manifest:
     """The content of zflora.json."""
 
+    format: str = FORMAT
+    version: int = VERSION
     project_version: str
     dtype: Literal["float32", "bfloat16", "float16"]  # of the stored tensors
     adapter: AdapterConfig | None  # that was fused; None for a base
@@ -84,12 +86,11 @@ class Manifest:
         config, adapter, form = self.native_config, self.adapter, self.form
         widens = adapter is not None and METHODS[adapter.method].widens
         base = base_config(config, adapter) if adapter and widens else config
-        wanted = {f"base.{name}": getattr(base, name) for name in WIDTHS}
-        wanted |= {"padding": form.width - config.hidden_size}
-        wanted |= {} if scales_state(config) else {"eps_z": 1.0}
-        given = vars(self) | {f"base.{name}": getattr(self.base, name) for name in WIDTHS}
-        for name, value in wanted.items():
-            found = given[name]
+        eps_z = self.eps_z if scales_state(config) else 1.0
+        wanted: dict[str, Any] = {"padding": (self.padding, form.width - config.hidden_size)}
+        wanted |= {"eps_z": (self.eps_z, eps_z)}
+        wanted |= {f"base.{n}": (getattr(self.base, n), getattr(base, n)) for n in WIDTHS}
+        for name, (found, value) in wanted.items():
             require(found == value, f"{name}={found} contradicts native_config: expected {value}.")
 
     @property
@@ -101,7 +102,7 @@ class Manifest:
 def read_manifest(directory: Path) -> Manifest:
     """Reads zflora.json; CheckpointError where it is not one that this project writes."""
     values = read_json(directory / MANIFEST)
-    found, wanted = (values.pop("format", None), values.pop("version", None)), (FORMAT, VERSION)
+    found, wanted = (values.get("format"), values.get("version")), (FORMAT, VERSION)
     if found != wanted:
         raise CheckpointError(
             f"{directory / MANIFEST} is not a manifest that this zflora_jax reads: its format and"
@@ -172,9 +173,9 @@ def load_export(directory: Path, dtype: str, scan_layers: bool, mesh: Any = None
         if form.restored(module_of(place))
     }
     if kept:
-        side = Shards(directory, [f"{SIDE_FOLDER}/{SIDE_FILE}"])
+        side = Shards(directory, [SIDE_FILE])
         wanted = {name: place.hf_shape for name, place in kept.items()}
-        check_shapes(wanted, side.shapes, f"{directory}/{SIDE_FOLDER}/{SIDE_FILE}", MANIFEST)
+        check_shapes(wanted, side.shapes, f"{directory}/{SIDE_FILE}", MANIFEST)
 
     def read(name: str, place: Place) -> np.ndarray:
         if name in kept:

@@ -24,24 +24,13 @@ from zflora_jax.hf.compressed import compressed
 from zflora_jax.hf.directory import export_target, whole_directory
 from zflora_jax.hf.hub import base_name, locate, packaged
 from zflora_jax.hf.keys import as_finite, hf_table
-from zflora_jax.hf.restore import (
-    FORMAT,
-    MANIFEST,
-    SIDE_FILE,
-    SIDE_FOLDER,
-    VERSION,
-    WIDTHS,
-    BaseFacts,
-    Manifest,
-    read_manifest,
-)
+from zflora_jax.hf.restore import MANIFEST, SIDE_FILE, WIDTHS, BaseFacts, Manifest, read_manifest
 from zflora_jax.hf.shards import INDEX, tensor_bytes, write_tensors
 from zflora_jax.hf.stock import (
     HFContent,
     StockForm,
     module_of,
     native_tensor,
-    state_share,
     to_stock,
 )
 from zflora_jax.hf.tokenizer import write_generation_config, write_tokenizer_files
@@ -132,8 +121,7 @@ def _finish(
     write_generation_config(folder, base, values, model.config.eos_token_ids)
     written = [str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()]
     files = sorted([*written, MANIFEST])
-    content = to_dict(replace(manifest, files=tuple(files)))
-    write_json(folder / MANIFEST, {"format": FORMAT, "version": VERSION, **content})
+    write_json(folder / MANIFEST, to_dict(replace(manifest, files=tuple(files))))
     return {"bytes": sum((folder / name).stat().st_size for name in files), "files": files}
 
 
@@ -178,7 +166,7 @@ def _write_side_file(folder: Path | None, model: Model, form: StockForm, dtype: 
         place, x = native_tensor(model, name)
         return as_finite(place.to_hf(x), np.dtype(dtype), name, "the model")
 
-    path = None if folder is None else folder / SIDE_FOLDER / SIDE_FILE
+    path = None if folder is None else folder / SIDE_FILE
     if path is not None:
         path.parent.mkdir()
     write_tensors(path, specs, tensor)
@@ -210,7 +198,6 @@ def _manifest(
         native_config=config,
         padding=form.width - config.hidden_size,
         eps_z=form.eps_z,
-        state_share=state_share(model),
         figures=figures,
         **stored.manifest,
     )

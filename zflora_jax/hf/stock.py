@@ -362,7 +362,7 @@ def stored_form(model: Model, form: StockForm, dtype: str) -> HFContent:
     report |= {"eps_z": form.eps_z} if scales_state(model.config) else {}
     wrong = misread(model, form)
     report |= {"not read right by": "; ".join(wrong)} if wrong else {}
-    return HFContent(form, config, specs, tensor, report)
+    return HFContent(form, config, specs, tensor, report, {"state_share": state_share(model)})
 
 
 # --- eps_z ----------------------------------------------------------------------------------------
