@@ -41,6 +41,14 @@ def test_the_usage_of_a_script_is_what_works(name, capsys):
     assert capsys.readouterr().out.startswith(f"usage: {name}.py [-h] ")
 
 
+def test_a_wrong_command_or_option_names_what_was_meant(capsys):
+    wrong = {"trian": "'trian': did you mean 'train'?", "eval --model m --lr=1": "`optim.learning_"}
+    for argv, said in wrong.items():
+        with pytest.raises(SystemExit):
+            main(argv.split())
+        assert said in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("name", sorted({*subcommands()} - {"bench"}))
 def test_an_empty_value_is_not_an_absent_one(name, refused):
     parser = subcommands()[name]
@@ -130,7 +138,6 @@ def test_sweep_files_are_checked_too(refused, config_file, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ("num_train_epochs=3", "of RunConfig: here that is `train.epochs`. Allowed: adapter"),
         ("train.steps", "--set 'train.steps': expected KEY=VALUE, e.g. train.steps=50."),
         ("model=nowhere/at/all", "no model at 'nowhere/at/all'"),
         ("data.bucket_lengths=320,512", "goes up to 512, beyond the model's context of 400"),

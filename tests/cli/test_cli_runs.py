@@ -152,10 +152,7 @@ def test_own_data_of_instructions_and_outputs_alone_is_trained_on_and_evaluated(
     assert main(["eval", "--workdir", str(tmp_path / "run")]) == 0
     said = capsys.readouterr().out
     assert "test_loss" in said and "answer: A: it is " in said  # some answers to read
-    assert re.search(
-        r"step 2/2  loss .*  lr .*  grad norm .*  epoch 0\.50  .* tokens/s \(.* target tokens\)",
-        said,
-    )
+    assert re.search(r"step 2/2  loss .*lr .*norm .*epoch 0\.50  .*/s \(.* target tokens\)", said)
     [result] = (tmp_path / "run" / "eval").glob("rows-test-step2.json")
     result = json.loads(result.read_text())
     assert np.isfinite(result["loss"]) and "accuracy" not in result

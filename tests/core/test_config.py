@@ -273,8 +273,7 @@ def test_epochs_stand_in_for_steps_and_become_steps():
     run = override(RunConfig(), epochs)
     assert (run.train.steps, run.in_steps(10).steps) == (None, 7)
     assert run.in_steps(10).train.epochs == 0.7  # on record, and the same once more
-    assert run.in_steps(10).in_steps(10) == run.in_steps(10)
-    assert RunConfig().in_steps(10).steps == 100
+    assert run.in_steps(10).in_steps(10) == run.in_steps(10) and RunConfig().steps == 100
     with pytest.raises(ConfigError, match="depend on the training rows"):
         _ = run.steps
     for both in (run.in_steps(10), override(run, {"train.steps": 8, "train.epochs": 0.7})):

@@ -31,8 +31,6 @@ PAGES = {
     for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 }
 # Only parsed here: they take too long even on a tiny model, or need a bucket or several processes.
-# The same commands run with smaller settings in test_latency.py, test_compare.py,
-# test_plan.py, test_bucket_models.py and test_hosts_commands.py.
 PARSED_ONLY = ("zflora bench", "zflora sweep", "s3://", "--distributed", "--target")
 CONFIG = """
 import dataclasses

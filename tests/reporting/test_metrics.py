@@ -88,9 +88,7 @@ def test_resume_refuses_a_damaged_file_and_keeps_it(tmp_path):
     assert read_metrics(path) == [{"step": 1, "split": "train", "loss": 0.1}]
 
 
-def test_progress_is_a_line_every_log_every_steps_when_stdout_is_no_terminal(
-    tmp_path, capsys, monkeypatch
-):
+def test_progress_is_a_line_every_log_every_steps_elsewhere(tmp_path, capsys, monkeypatch):
     now = [100.0]
     monkeypatch.setattr("zflora_jax.reporting.progress.time.monotonic", lambda: now[0])
     with MetricWriter(tmp_path, total_steps=25, log_every=10) as writer:
