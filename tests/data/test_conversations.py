@@ -106,6 +106,8 @@ def test_what_a_template_is_told_beside_the_turns(tmp_path):
         tokenizer, encoded = rows_of(tmp_path, row, template=template)
         text = tokenizer.decode(encoded.rows[0].tokens)
         assert said in text and ("functions" in text) == (said == "functions: ")
+    named = turn("tool", "4") | {"name": "add", "tool_call_id": "1"}  # references to the call
+    rows_of(tmp_path, *messages([SHORT[0], named, SHORT[1]]), template=CHATML)
     with pytest.raises(ConfigError, match=r"row 1: .* leaves out the tools"):
         rows_of(tmp_path, tools, template=LLAMA)
     mood = CHATML.replace("Be kind.<eos>", "' + mood | join(' ') + '<eos>")

@@ -160,7 +160,9 @@ def _require_all_written(tokenizer: Any, example: Example, data: DataConfig) -> 
             )
     without = {"the tools": (replace(example, tools=()), count)} if example.tools else {}
     for i, turn in enumerate(turns):
-        for name in [x for x in turn if x not in _UNWRITTEN and turn[x] not in (None, "", [], {})]:
+        # A tool's name repeats that of the call.
+        unwritten = _UNWRITTEN | ({"name"} if turn["role"] == "tool" else set())
+        for name in [x for x in turn if x not in unwritten and turn[x] not in (None, "", [], {})]:
             rest = {key: x for key, x in turn.items() if key != name}
             other = replace(example, turns=(*turns[:i], rest, *turns[i + 1 :]))
             if name == "tool_calls":
