@@ -309,16 +309,7 @@ def evaluate_tasks(
         distributed.on_main(lambda: _refuse_other(as_path(f"{path}.json"), origin))
     seen = _seen_by_task(run, tasks, trained_on)
     files = {task: out / f"{task}-{run.eval.split}-{label}" for task in tasks}
-    results, records, begun = [], {}, {}
-    for task in tasks:  # the loss of all, before the model is packed
-        one = dataclasses.replace(run, data=dataclasses.replace(run.data, task=task))
-        begun[task] = _begun(one, model, seen[task], console)
-    if donate:
-        model = pack_for_decode(model, donate=True)
-    for task, file in files.items():
-        result, records[task] = _answered(begun[task], model, file, console)
-        clean = rows_by_kind(records[task], clean_only=True)
-        results.append(result | (rows_kept(clean["clean"]) if clean else {}))
+    results, records = _score_all(run, model, files, seen, console, donate)
     summary = {
         "label": label,
         "tasks": results,
@@ -332,6 +323,28 @@ def evaluate_tasks(
     for file in files.values():
         _remove_partials(file)
     return summary
+
+
+def _score_all(
+    run: RunConfig,
+    model: Model,
+    files: Mapping[str, Path],
+    seen: Mapping[str, frozenset[str] | None],
+    console: bool,
+    donate: bool,
+) -> tuple[list[Result], dict[str, list[Record]]]:
+    """Returns the result of each task of `files`, and its records by task."""
+    results, records, begun = [], {}, {}
+    for task in files:  # the loss of all, before the model is packed
+        one = dataclasses.replace(run, data=dataclasses.replace(run.data, task=task))
+        begun[task] = _begun(one, model, seen[task], console)
+    if donate:
+        model = pack_for_decode(model, donate=True)
+    for task, file in files.items():
+        result, records[task] = _answered(begun[task], model, file, console)
+        clean = rows_by_kind(records[task], clean_only=True)
+        results.append(result | (rows_kept(clean["clean"]) if clean else {}))
+    return results, records
 
 
 def check_tasks(run: RunConfig, tasks: Sequence[str]) -> list[str]:

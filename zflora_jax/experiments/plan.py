@@ -63,16 +63,7 @@ def memory_plan(
         f"data.bucket_lengths goes up to {length}, beyond the model's context of"
         f" {config.max_position_embeddings}; leave out lengths above it.",
     )
-    require(
-        memory_gib is None or 0 < memory_gib < float("inf"),
-        f"memory={memory_gib}: must be positive and finite, in GiB per device.",
-    )
-    limit = where.chip.memory if where else None
-    limit = limit if memory_gib is None else int(memory_gib * GIB)
-    require(
-        not search or limit is not None,
-        "the search for the largest batch needs the memory of a device: give a target or a memory.",
-    )
+    limit = _memory_limit(where, memory_gib, search)
     compiled, _ = compile_step(run, config, where)
     result: dict[str, Any] = {
         "devices": run.mesh.devices,
@@ -98,6 +89,21 @@ def memory_plan(
         if search:
             result["largest"] = largest_batch(run, config, where, limit, compiled)
     return result
+
+
+def _memory_limit(where: Target | None, memory_gib: float | None, search: bool) -> int | None:
+    """Returns the bytes of a device's memory; None if unknown."""
+    require(
+        memory_gib is None or 0 < memory_gib < float("inf"),
+        f"memory={memory_gib}: must be positive and finite, in GiB per device.",
+    )
+    limit = where.chip.memory if where else None
+    limit = limit if memory_gib is None else int(memory_gib * GIB)
+    require(
+        not search or limit is not None,
+        "the search for the largest batch needs the memory of a device: give a target or a memory.",
+    )
+    return limit
 
 
 def largest_batch(
