@@ -346,6 +346,11 @@ def test_links_to_other_places_are_neither_read_nor_copied(
         exported = (file for file in tmp_path.glob("out/**/*") if file.is_file())
         assert all(b"secret" not in file.read_bytes() for file in exported), name
         shutil.rmtree(model)
+    shutil.copytree(str(base.source), model)
+    named = {"tokenizer_class": "BertTokenizer", "vocab_file": str(home / "refs" / "a.jinja")}
+    (model / "tokenizer_config.json").write_text(json.dumps(named))
+    with pytest.raises(CheckpointError, match=r"a\.jinja is a link that leads out of"):
+        load_model(model)
 
 
 def test_the_base_of_an_export_is_not_called_as_the_export(exported: Path, tmp_path: Path) -> None:

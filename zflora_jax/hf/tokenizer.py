@@ -5,6 +5,7 @@ differs, so that transformers 4 and 5 read the same tokenizer.
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -31,6 +32,11 @@ def load_tokenizer(directory: Path) -> Any:
     """
     for path in (*directory.iterdir(), *(directory / TEMPLATES).glob("*")):
         inside(directory, str(path.relative_to(directory)), missing_ok=True)
+    settings = directory / "tokenizer_config.json"
+    for key, value in read_json(settings).items() if settings.exists() else ():
+        # transformers 4 opens the files that its settings name, wherever they are.
+        if key.endswith("_file") and isinstance(value, str) and os.path.isfile(value):
+            inside(directory, value)
     names = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
     if not any((directory / name).exists() for name in names):
         return None
