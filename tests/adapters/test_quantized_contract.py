@@ -62,10 +62,8 @@ def test_fused_packed_and_swapped_equal_adapted_and_the_base_keeps_its_bits(kind
     for device in ("cpu", "gpu", "tpu"):
         packed = pack_for_decode(fused, device)
         assert_logits_close(forward(packed, TOKENS), wanted)
-        if device == "cpu":
-            one = forward(packed, TOKENS[:1, :1])
-            # int8 with one scale rounds its inputs to 15 bits on a CPU.
-            assert_logits_close(one, wanted[:1, :1], 2e-4 if kind == "int8" else 1e-5)
+        if device == "cpu" and kind == "int8":  # rounds the inputs of few rows to 15 bits
+            assert_logits_close(forward(packed, TOKENS[:1, :1]), wanted[:1, :1], 2e-4)
         other = pack_for_decode(fuse(model, adapter, moved(model, adapter, seed=5)), device)
         swapped = swap(other, moved(model, adapter))
         if device != "cpu" or kind == "int8":
@@ -102,19 +100,19 @@ def test_merging_by_addition_is_refused_and_says_what_else_there_is(method):
     adapters = moved(model, adapter)
     with pytest.raises(ConfigError, match=r"beside the base .*dequantise the base first"):
         fuse(model, adapter, adapters)
-    beside = generate_tokens(
-        model, [[3, 4, 5]], max_new_tokens=5, adapter=adapter, adapters=adapters
-    )
     numbers = dequantize_model(model)
-    merged = fuse(numbers, adapter, adapters)
-    assert beside == generate_tokens(merged, [[3, 4, 5]], max_new_tokens=5)
     assert_logits_close(
         forward(model, TOKENS, adapter, adapters), forward(numbers, TOKENS, adapter, adapters), 1e-6
     )
+    if method == "lora":  # the blocks of ffa are the same
+        given = {"max_new_tokens": 5, "adapter": adapter, "adapters": adapters}
+        beside = generate_tokens(model, [[3, 4, 5]], **given)
+        merged = fuse(numbers, adapter, adapters)
+        assert beside == generate_tokens(merged, [[3, 4, 5]], max_new_tokens=5)
 
 
 def test_doras_norms_are_those_of_the_dequantised_kernels():
-    model, adapter = quantized_tiny("int4"), DORA
+    model, adapter = quantized_tiny("int4", num_layers=2), DORA
     numbers, apart = dequantize_model(model), in_subtrees(model)
     found, wanted, again = (
         init_adapters(jax.random.key(0), m, adapter) for m in (model, numbers, apart)
@@ -145,7 +143,7 @@ def test_settings_that_would_do_nothing_or_fail_later_are_refused(given, message
 
 
 def test_layers_stacked_or_apart_are_the_same():
-    adapter, stacked = WIDENED["zflora-minimal"], quantized_tiny("q4_0")
+    adapter, stacked = WIDENED["zflora-minimal"], quantized_tiny("q4_0", num_layers=2)
     apart, adapters = in_subtrees(stacked), moved(stacked, adapter)
     assert fingerprint(apart) == fingerprint(stacked)
     wanted = forward(fuse(stacked, adapter, adapters), TOKENS)
@@ -166,7 +164,7 @@ def test_biases_and_head_norms_beside_codes(family):
 
 def test_an_untied_head_and_kinds_side_by_side():
     """Kernels of one input stay apart for decode where they are of different kinds."""
-    model = tiny_model(head_dim=32, tie_word_embeddings=False)
+    model = tiny_model(head_dim=32, tie_word_embeddings=False, num_layers=1)
     mixed = quantize_model(model, how("int4", head="int8"))
     assert stored_text(mixed) == "float32: embed; int4: k, o, q, v, down, gate, up; int8: lm_head"
     wanted = forward(dequantize_model(mixed), TOKENS)

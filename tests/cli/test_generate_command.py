@@ -40,7 +40,8 @@ def said(capsys: pytest.CaptureFixture[str]) -> Any:
 
     def run(*argv: object) -> str:
         capsys.readouterr()
-        assert main(["generate", *map(str, argv), "--max-new-tokens", "8"]) == 0
+        asked = [*map(str, argv), "--max-new-tokens", "8", "--batch-size", "1"]
+        assert main(["generate", *asked]) == 0
         return capsys.readouterr().out
 
     return run
@@ -197,7 +198,7 @@ def test_sigterm_loses_no_answer(asks, monkeypatch, capsys):
 
 @pytest.fixture(scope="module")
 def talker() -> Any:
-    model = untied(max_position_embeddings=128)
+    model = untied(num_layers=1, max_position_embeddings=128)
     model.tokenizer = byte_tokenizer()
     return model
 
@@ -230,9 +231,9 @@ def test_a_conversation_gives_the_turns_before(talker, talk):
 
 
 def test_reset_and_quit(talk):
-    first = talk("hi", tokens=6)
-    found = talk("one", "/reset", "hi", "/quit", "never", tokens=6)
-    assert found == talk("one", tokens=6) + first
+    first = talk("hi", tokens=10)
+    found = talk("one", "/reset", "hi", "/quit", "never", tokens=10)
+    assert found == talk("one", tokens=10) + first
 
 
 def test_turns_that_no_longer_fit_are_left_out_and_said(talk):

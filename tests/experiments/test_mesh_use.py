@@ -125,7 +125,7 @@ def test_every_way_to_run_a_model_follows_its_mesh(mesh_config):
 
 def test_a_mesh_of_other_axes_changes_nothing():
     """One of the caller's own, in which a model of one device is used."""
-    model, prompt = tiny_model(), [[1, 2, 3]]
+    model, prompt = tiny_model(num_layers=1), [[1, 2, 3]]
     wanted = forward(model, prompt), generate_tokens(model, prompt, max_new_tokens=3)
     with jax.set_mesh(jax.make_mesh((2,), ("x",), axis_types=(AxisType.Auto,))):
         found = forward(model, prompt), generate_tokens(model, prompt, max_new_tokens=3)
@@ -137,7 +137,7 @@ def test_adapters_that_lie_on_one_device_go_with_a_model_on_a_mesh():
     """As those of a run that was trained on one device do, with a base that was loaded on
     a mesh.
     """
-    adapter, (model, adapters), (divided, _) = both("zflora-minimal")
+    adapter, (model, adapters), (divided, _) = both("zflora-minimal", num_layers=1)
     here = jax.device_put(adapters, jax.devices()[0])
     fused = fuse(divided, adapter, here)
     assert_trees_equal(fused.params, fuse(model, adapter, adapters).params)

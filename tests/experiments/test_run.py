@@ -181,7 +181,7 @@ def test_lora_run_exports_to_peft_and_back(run, base_dir, tmp_path):
 
 
 def test_bfloat16_run_trains_float32_adapters(run, tmp_path):
-    run = override(run, {"train.dtype": "bfloat16", "train.remat": "block"})
+    run = override(run, {"train.dtype": "bfloat16", "train.remat": "block", "train.steps": 16})
     with jax.numpy_dtype_promotion("standard"):  # jax's own attention mixes dtypes in bfloat16
         trained = quiet_train(run, tmp_path)
         fused = fuse(trained.model, run.adapter, trained.adapters)

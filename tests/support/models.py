@@ -12,10 +12,10 @@ from zflora_jax.adapters.fuse import fuse
 from zflora_jax.adapters.init import init_adapters
 from zflora_jax.core import trees
 from zflora_jax.core.adapter_config import AdapterConfig
+from zflora_jax.core.architecture import param_shapes
 from zflora_jax.core.model import Model
 from zflora_jax.core.model_config import LlamaConfig
 from zflora_jax.core.presets import preset
-from zflora_jax.nn.llama import random_model
 from zflora_jax.ops.attention_mask import AttentionMask
 
 
@@ -44,15 +44,17 @@ def tiny_model(seed: int = 0, **changes: object) -> Model:
 
 @cache
 def _tiny_params(config: LlamaConfig, seed: int) -> trees.Tree:
+    # By numpy: the initialisers of a model take a second to compile.
     rng = np.random.default_rng(seed)
 
-    def scaled(name: str, x: np.ndarray) -> np.ndarray:
+    def drawn(name: str, shape: tuple[int, ...]) -> np.ndarray:
+        values = rng.standard_normal(shape).astype(np.float32)
         if name.endswith(("scale", "bias")):
-            return x + (0.2 * rng.standard_normal(x.shape)).astype(x.dtype)
-        return x * np.asarray(5.0 if "layers" in name else 20.0, x.dtype)
+            return 0.2 * values + name.endswith("scale")
+        return (0.1 if "layers" in name else 0.4) * values
 
-    model = random_model(config, jax.random.key(seed))
-    return trees.map_with_names(scaled, jax.device_get(model.params))
+    shapes = param_shapes(config)
+    return trees.unflatten({name: drawn(name, shape) for name, shape in shapes.items()})
 
 
 def narrow_and_wide(**changes: object) -> tuple[Model, Model]:

@@ -31,8 +31,8 @@ def how(kind: str, group: int | None = None, **more: str) -> QuantizeConfig:
 
 
 def quantized_tiny(kind: str, group: int | None = None, **changes: object) -> Model:
-    """A tiny model, its embedding of the same kind as its kernels."""
-    model = tiny_model(**({"head_dim": 32} | changes))
+    """A tiny model of one layer, its embedding of the same kind as its kernels."""
+    model = tiny_model(**({"head_dim": 32, "num_layers": 1} | changes))
     return quantize_model(model, how(kind, group, embedding=kind))
 
 

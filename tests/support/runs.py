@@ -39,8 +39,8 @@ def get_config():
 
 def saved_base(path: Path, tokenizer: object, family: str = "llama") -> str:
     """A tiny model directory, written to `path`."""
-    nope = (1,) if FAMILIES[family].nope else ()
-    model = tiny_model(family=family, nope_layers=nope, num_layers=2, max_position_embeddings=512)
+    layers = {"nope_layers": (1,), "num_layers": 2} if FAMILIES[family].nope else {"num_layers": 1}
+    model = tiny_model(family=family, max_position_embeddings=512, **layers)
     model.params = jax.tree.map(lambda x: x / 4, model.params)
     model.tokenizer = tokenizer
     save_hf(path, model)

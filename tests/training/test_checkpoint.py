@@ -99,12 +99,17 @@ DAMAGE = {
 }
 
 
+STATE = "state/manifest.ocdbt"
+
+
 @pytest.mark.parametrize(
-    ("name", "how"),
+    ("place", "name", "how"),
     [
-        *(("state/manifest.ocdbt", how) for how in ("lost", *DAMAGE)),
-        *((META, how) for how in ("cut", "emptied")),
+        *(("disk", STATE, how) for how in ("lost", *DAMAGE)),
+        *(("disk", META, how) for how in ("cut", "emptied")),
+        *(("s3", STATE, "flipped"), ("gs", STATE, "lost"), ("gs", META, "cut")),
     ],
+    indirect=["place"],
 )
 def test_a_damaged_checkpoint_names_the_remedy(place, name, how):
     save(place, {1: None, 2: None}, max_to_keep=2)

@@ -19,7 +19,7 @@ from zflora_jax.core.adapter_config import AdapterConfig
 from zflora_jax.core.fields import override
 from zflora_jax.core.run_config import OptimConfig
 from zflora_jax.evaluation import loss as loss_module
-from zflora_jax.experiments import plan
+from zflora_jax.experiments import plan, step_shapes
 from zflora_jax.nn.llama import Llama
 from zflora_jax.reporting.metrics import read_metrics
 from zflora_jax.training import trainer
@@ -120,7 +120,7 @@ def test_a_run_logs_evaluates_and_plans_what_its_objective_says(run, tmp_path, m
     for record in read_metrics(tmp_path / "weighted" / "metrics.jsonl"):
         np.testing.assert_allclose(record["loss"], 3 * record["plain"], rtol=1e-6)
         assert record["tokens"] > 0
-    for module in (trainer, plan):
+    for module in (trainer, step_shapes):
         monkeypatch.setattr(module, "objective_of", lambda run: Preference())
     found, _ = plan.compile_step(run, config)
     assert found["bytes"]["temporaries"] > 0

@@ -171,7 +171,8 @@ def stream(
         given.append(token)
         whole = answer_text(tokenizer, given, config.stop_token_ids or ())
         if not whole.endswith(INCOMPLETE):
-            yield _behind(said, whole)
+            if piece := _behind(said, whole):  # none of a special token
+                yield piece
             said = whole
     whole = answer_text(tokenizer, given, config.stop_token_ids or ())
     if rest := _behind(said, whole):
