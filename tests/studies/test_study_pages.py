@@ -56,11 +56,6 @@ def test_records_are_the_same_bytes_when_written_again(tmp_path):
     assert again.read_bytes() == first and read_lines(tmp_path / "none") == []
 
 
-def test_a_record_of_woz_keeps_its_dialogues(known):
-    units = Table.read(known["accuracy_woz"])._units("woz")
-    assert len(units) == 1000 and len(set(units)) == 250
-
-
 # --- small tables of records ----------------------------------------------------------------------
 
 

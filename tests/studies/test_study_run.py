@@ -148,14 +148,3 @@ def test_a_run_of_another_process_is_left_to_it(two_steps, tmp_path, fake, monke
     monkeypatch.setattr(runner, "time", SimpleNamespace(sleep=ends))
     table = run_study(study, tmp_path / "w", tmp_path / "r", console=False)
     assert table.choices["lora"].rate == 1e-3 and not list(wanted(table))
-
-
-def test_a_measure_that_the_tasks_lack_is_named_before_a_run(
-    two_steps, tmp_path, fake, monkeypatch
-):
-    scores = {"clean": {"likelihood_sum": {"mean": 0.5, "low": 0.4, "high": 0.6}}}
-    summary = {"tasks": [{"task": "arc_easy", "scores": scores, "clean_rows": 9}]}
-    monkeypatch.setattr(zf, "evaluate_tasks", lambda *_, **__: summary)
-    study = Study("m", two_steps, LORA, (1e-3,), (0,), tasks=("arc_easy",), scoring=SCORING)
-    with pytest.raises(zf.ConfigError, match="arc_easy has no accuracy on clean rows, only likeli"):
-        run_study(study, tmp_path / "w", tmp_path / "r", console=False)
