@@ -36,7 +36,7 @@ from zflora_jax.parallel.sharding import make_mesh
 def trained(tmp_path_factory):
     """The workdir of a run on fsdp=2 x tensor=2."""
     folder = tmp_path_factory.mktemp("mesh")
-    save_hf(folder / "model", model_for_meshes(num_layers=1))
+    save_hf(folder / "model", model_for_meshes())
     run = RunConfig(
         model=str(folder / "model"),
         adapter=adapter_of("zflora-uniform"),

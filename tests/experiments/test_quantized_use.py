@@ -69,14 +69,15 @@ def test_eval_scores_a_model_stored_as_codes(base_dir, tmp_path, monkeypatch):
     seen, plain = [], load.load_model
 
     def noted(*given, **settings):
-        seen.append(plain(*given, **settings))
-        return seen[-1]
+        model = plain(*given, **settings)
+        seen.append(is_quantized(model))  # eval frees it
+        return model
 
     monkeypatch.setattr(load, "load_model", noted)
     argv = ["eval", "--model", base_dir, "--tasks", "arithmetic", "--limit", "2", "--out"]
     changed = ["--set", "quantize.kernels=int8", "eval.max_new_tokens=2"]
     assert main([*argv, str(tmp_path / "out"), *changed]) == 0
-    assert is_quantized(seen[0])
+    assert seen == [True]
 
 
 def test_a_base_in_memory_must_be_stored_as_the_run_says(run, base_dir):

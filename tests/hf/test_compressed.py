@@ -148,8 +148,11 @@ def test_the_export_computes_what_the_model_does(quant: str, method: str, tmp_pa
         assert wrong.mean() < 0.03 * size.mean()
     else:
         assert wrong.max() < (TOLERANCE if exact else 0.02) * size.max()
-    gap = export_gap(model, tmp_path / "x", TOKENS)
-    assert gap["max_abs_dlogit"] == pytest.approx(wrong.max(), rel=1e-3, abs=1e-6)
+    gap = export_gap(model, tmp_path / "x", TOKENS)["max_abs_dlogit"]
+    if exact and quant != "floats":  # both are rounding alone
+        assert gap < TOLERANCE * size.max()
+    else:
+        assert gap == pytest.approx(wrong.max(), rel=1e-3)
 
 
 @pytest.mark.parametrize("adapter", [None, AdapterConfig("lora", rank=4), WIDENED["ffba"]])

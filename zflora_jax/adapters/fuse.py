@@ -155,7 +155,8 @@ def _fuse(
 
 def _require_finite(finite: Tree, params: Tree) -> None:
     """ValueError for a name that is not `finite`, in a model of `params` or as they are stored."""
-    wrong = [name for name, flag in finite.items() if not trees.gathered(flag)]
+    known = {name: flag for name, flag in finite.items() if not isinstance(flag, jax.core.Tracer)}
+    wrong = [name for name, flag in known.items() if not trees.gathered(flag)]
     if wrong:
         leaves = (leaf for name, leaf in trees.flatten(params).items() if name.endswith("/kernel"))
         dtypes = {str(getattr(leaf, "scales", leaf).dtype) for leaf in leaves}
