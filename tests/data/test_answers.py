@@ -38,7 +38,8 @@ NUMBER 1234567; The answer is 1,234,567
 NUMBER 50; The answer is 50%.
 NUMBER .5; The answer is .5
 NUMBER 15; The answer is 49 - 34 = 15 customers.; not 3 but 15; I have 15, not 6.; 5 * 3 = 15
-NUMBER 15; The answer is 5 x 3 = 15; Answer = 15, of 7
+NUMBER 15; The answer is 5 x 3 = 15; Answer = 15, of 7; The answer is 3*$5 = $15.; Answer: 3@5 = 15
+NUMBER 15; The answer is 5 · 3 = 15; The answer is 5 apples in 3 bags = 15; Answer: 18 – 3 = 15
 NUMBER -7; The answer is 3. No: the answer is -7.\nAsk 9 more.
 NUMBER 7; So on 3/4/2020 there were 7
 NUMBER 5; The answer is 5 hours (5 * 60 = 300 minutes).

@@ -106,12 +106,13 @@ def test_what_a_template_is_told_beside_the_turns(tmp_path):
         tokenizer, encoded = rows_of(tmp_path, row, template=template)
         text = tokenizer.decode(encoded.rows[0].tokens)
         assert said in text and ("functions" in text) == (said == "functions: ")
-    named = turn("tool", "4") | {"name": "add", "tool_call_id": "1"}  # references to the call
+    named = turn("tool", "4") | {"name": "add", "tool_call_id": "1", "toxic": False}  # metadata
     rows_of(tmp_path, *messages([SHORT[0], named, SHORT[1]]), template=CHATML)
     with pytest.raises(ConfigError, match=r"row 1: .* leaves out the tools"):
         rows_of(tmp_path, tools, template=LLAMA)
     mood = CHATML.replace("Be kind.<eos>", "' + mood | join(' ') + '<eos>")
-    row = {"messages": SHORT, "chat_template_kwargs": {"mood": ["Be merry.", "Be brief."]}}
+    mood_of = {"mood": ["Be merry.", "Be brief."], "custom": None, "python_tools": []}
+    row = {"messages": SHORT, "chat_template_kwargs": mood_of}
     for template in (mood, unmarked(mood)):
         tokenizer, encoded = rows_of(tmp_path, row, template=template)
         assert "Be merry. Be brief." in tokenizer.decode(encoded.rows[0].tokens)
@@ -203,7 +204,7 @@ DROPS_SYSTEM = "{% for m in messages if m.role != 'system' %}" + THINKING.split(
         (NEEDS_SYSTEM, SHORT, r"row 1: .*refuses turns of user, assistant: ZeroDivision"),
         *(
             (CHATML, [SHORT[0], SHORT[1] | {name: "x"}], f"leaves out '{name}' of turn 2")
-            for name in ("reasoning_content", "thinking", "function_call", "tool_call", "name")
+            for name in ("reasoning_content", "thinking", "function_call", "tool_call")
         ),
         (unmarked(CHATML), SHORT[1:], r"begins with the assistant"),
         (CHANNELS, LONG, r"where turn 2 ends cannot be told"),

@@ -216,8 +216,12 @@ def add_processes(parser: CommandParser) -> None:
     add("--process-id", type=int, metavar="I", help=text)
 
 
-# Of one process alone, or given by no user.
-_OWN = ("coordinator", "num_processes", "process_id", "distributed", "run", "as_path")
+# Of one process alone, given by no user, or compared by what they lead to: hosts may mount one
+# directory at different paths.
+_OWN = (
+    *("coordinator", "num_processes", "process_id", "distributed", "run", "as_path"),
+    *("config", "workdir", "out"),
+)
 
 
 def join(args: argparse.Namespace) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import re
 import unicodedata
@@ -101,7 +100,7 @@ _VALUE = re.compile(
 )
 _CLAUSE_END = re.compile(r"[.;,:!?](?=\s|$)|\(|\b(?:because|since)\b")
 _OPERATION = re.compile(r"\d.*[-+*/×÷^x].*\d")
-_OPERATOR = re.compile(r"[-+*/×÷^=]|\b(?:x|plus|minus|times|divided|multiplied|and|of|over|by)\b")
+_ASIDE = re.compile(r"\b(?:with|where|when|if|as|given)\b")  # "4 with 3 + 1 = 4" states 4
 
 _UNIT = re.compile(r"[%°$€£¥₹]|°?[^\W\d_][^\s,;:!?()=]*")
 _ALIASES = {"$": "dollar", "€": "euro", "£": "pound", "¥": "yen", "₹": "rupee", "%": "percent"}
@@ -219,11 +218,8 @@ def _stated_number(statement: str) -> Quantity | None:
     while len(parts) > 1 and not values(parts[-1]):  # "5 - 2 = 3 = x"
         parts.pop()
     before, after = "=".join(parts[:-1]), parts[-1]
-    terms = list(_VALUE.finditer(before))
-    pairs = itertools.pairwise(terms)
-    computed = all(_OPERATOR.search(before[a.end() : b.start() + 1]) for a, b in pairs)
-    result = _quantities(after) if before and computed else []
-    if _OPERATION.search(after) and terms:
+    result = _quantities(after) if before and not _ASIDE.search(before) else []
+    if _OPERATION.search(after) and values(before):
         result = []
     return next(iter(result or _quantities(clause) or _quantities(statement)), None)
 

@@ -8,6 +8,7 @@ conversation before it. The tokens before an answer are compared with those that
 from __future__ import annotations
 
 import contextlib
+import difflib
 import hashlib
 import json
 import logging
@@ -33,7 +34,9 @@ Pair = tuple[np.ndarray, np.ndarray]  # tokens [n] int32; mask [n] bool, True at
 _MARKS = re.compile(r"\{%-?\s*generation\s*-?%\}")
 # What templates take out of a text on purpose: SmolLM3's and Qwen3's switches, earlier thoughts.
 _TAKEN_OUT = re.compile(r"/(?:no_)?think\b|<think>.*?</think>", re.DOTALL)
-# Fields of turns that need not be written: texts, which have a check of their own, and references.
+# Fields of turns that a model would say, in any spelling close to these; the text has a check of
+# its own, and other fields are metadata or references.
+_SAID = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking", "thoughts")
 _UNWRITTEN = frozenset(("role", "content", "id", "tool_call_id"))
 
 # --- sequences to learn ---------------------------------------------------------------------------
@@ -160,9 +163,9 @@ def _require_all_written(tokenizer: Any, example: Example, data: DataConfig) -> 
             )
     without = {"the tools": (replace(example, tools=()), count)} if example.tools else {}
     for i, turn in enumerate(turns):
-        # A tool's name repeats that of the call.
-        unwritten = _UNWRITTEN | ({"name"} if turn["role"] == "tool" else set())
-        for name in [x for x in turn if x not in unwritten and turn[x] not in (None, "", [], {})]:
+        for name in [x for x in turn if x not in _UNWRITTEN and turn[x] not in (None, "", [], {})]:
+            if not difflib.get_close_matches(name, _SAID, 1, 0.75):  # metadata, such as ratings
+                continue
             rest = {key: x for key, x in turn.items() if key != name}
             other = replace(example, turns=(*turns[:i], rest, *turns[i + 1 :]))
             if name == "tool_calls":

@@ -127,7 +127,7 @@ def require_settings(tokenizer: Any, tools: Sequence[Any], settings: Mapping[str
         )
         known = _variables(chat_template(tokenizer, tools)) - arguments
         require(
-            name in known,
+            name in known or settings[name] in ("", [], {}),
             f"the tokenizer's chat template does not read {name!r} of chat_template_kwargs. It"
             f" reads {', '.join(sorted(known)) or 'none'}.",
         )

@@ -226,7 +226,13 @@ def _files(task: Task, folder: Path) -> dict[str, Found]:
     named = {path for _, paths in found.values() for path in paths}
     unread = re.compile(rf"(?:{_WORDS})\b.*\.(?:gz|bz2|xz|zst|zip|arrow|tsv|orc)", re.IGNORECASE)
     others = [path.name for path in tables if path not in named]
-    others += sorted(path.name for path in folder.glob("*") if unread.fullmatch(path.name))
+    # Not the archive that a split was unpacked from.
+    there = tuple(f"{path.name.partition('.')[0]}." for path in named)
+    others += sorted(
+        path.name
+        for path in folder.glob("*")
+        if unread.fullmatch(path.name) and not path.name.startswith(there)
+    )
     require(
         not (task.own and found and others),
         f"task {task.name!r}: {folder} has {', '.join(sorted(path.name for path in named))}, which"

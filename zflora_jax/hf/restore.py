@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -70,7 +71,8 @@ class Manifest:
     native_config: LlamaConfig  # of the fused model
     padding: Natural  # zero channels of the stored residual stream
     eps_z: ScaleOfState
-    state_share: NotNegative  # `stock.state_share` of the model: a wrong eps_z gives another one
+    # `stock.state_share` of the model: a wrong eps_z gives another one. None: not recorded.
+    state_share: NotNegative | None = None
     quant: Annotated[str, Bounds(", ".join(QUANTS), QUANTS.__contains__)] | None = None
     stored_config: LlamaConfig | None = None  # with filled heads and MLP units; None: native_config
     multiple: Count | None = None  # see `StockForm`
@@ -136,7 +138,7 @@ def read_export(directory: Path, *, quantised: bool = False) -> Manifest:
     wrong = [
         f"{key}={hf.get(key)!r}, expected {value!r}"
         for key, value in expected.items()
-        if key not in _FREE and hf.get(key, value) != value
+        if key not in _FREE and not _alike(hf.get(key, value), value)
     ]
     if wrong:
         raise CheckpointError(
@@ -144,6 +146,19 @@ def read_export(directory: Path, *, quantised: bool = False) -> Manifest:
             f" export. {'; '.join(wrong)[:600]}"
         )
     return manifest
+
+
+def _alike(found: Any, value: Any) -> bool:
+    """Whether two values of JSON are equal, floats but for the last bits: powers differ in them
+    between machines.
+    """
+    if isinstance(value, dict) and isinstance(found, dict):
+        return found.keys() == value.keys() and all(_alike(found[k], value[k]) for k in value)
+    if isinstance(value, list) and isinstance(found, list):
+        return len(found) == len(value) and all(map(_alike, found, value))
+    if isinstance(value, float) and isinstance(found, float):
+        return math.isclose(found, value, rel_tol=1e-12)
+    return bool(found == value)
 
 
 def longrope(form: StockForm) -> dict[str, Any]:
@@ -195,12 +210,12 @@ def load_export(directory: Path, dtype: str, scan_layers: bool, mesh: Any = None
     params = unflatten(gather(table, read, mesh, fused=fused))
     base = export.base.name or "" if fused else None
     model = Model(native, params, adapter=export.adapter, base=base)
-    found = state_share(model)
-    if not 0.9 * export.state_share <= found <= 1.1 * export.state_share:  # rounding is far less
+    found, there = state_share(model), export.state_share
+    if there is not None and not 0.9 * there <= found <= 1.1 * there:  # rounding is far less
         raise CheckpointError(
             f"{directory}: {MANIFEST} and the weights do not belong together: read with its eps_z ="
             f" {export.eps_z}, the adapter's state has {found:.3g} of the base's energy; it had"
-            f" {export.state_share:.3g}. Copy both from one export."
+            f" {there:.3g}. Copy both from one export."
         )
     return model
 

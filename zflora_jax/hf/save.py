@@ -24,8 +24,8 @@ from zflora_jax.hf.compressed import compressed
 from zflora_jax.hf.directory import export_target, whole_directory
 from zflora_jax.hf.hub import base_name, locate, packaged
 from zflora_jax.hf.keys import as_finite, hf_table
-from zflora_jax.hf.restore import MANIFEST, SIDE_FILE, WIDTHS, BaseFacts, Manifest, read_manifest
-from zflora_jax.hf.shards import INDEX, tensor_bytes, write_tensors
+from zflora_jax.hf.restore import FORMAT, MANIFEST, SIDE_FILE, WIDTHS, BaseFacts, Manifest
+from zflora_jax.hf.shards import INDEX, read_json, tensor_bytes, write_tensors
 from zflora_jax.hf.stock import (
     HFContent,
     StockForm,
@@ -134,9 +134,11 @@ def _own_dtype(model: Model) -> str:
 def _own_files(directory: Path) -> set[str] | None:
     """The files that an export lists in its manifest; None for any other directory."""
     try:
-        return set(read_manifest(directory).files)
+        manifest = read_json(directory / MANIFEST)
     except CheckpointError:
         return None
+    files = manifest.get("files")  # the rest may be of another version
+    return set(map(str, files)) if manifest.get("format") == FORMAT and files else None
 
 
 def _write_shards(folder: Path | None, stored: HFContent, limit: int) -> None:

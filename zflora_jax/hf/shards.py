@@ -45,6 +45,8 @@ def read_json(path: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{path.parent} has no {path.name}; expected a Hugging Face model directory.{advice}"
         ) from None
+    except CheckpointError:
+        raise
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} cannot be read as JSON: {error}.") from None
     if not isinstance(value, dict):
@@ -60,14 +62,18 @@ def inside(directory: Path, name: str, *, missing_ok: bool = False) -> Path:
     CheckpointError if one does, or there is no such file, which `missing_ok` allows.
     """
     path, root = directory / name, directory.resolve()
-    cached = root.parent.name == "snapshots" and _REVISION.fullmatch(root.name)
+    snapshots = [
+        at
+        for at in (root, *root.parents)
+        if at.parent.name == "snapshots" and _REVISION.fullmatch(at.name)
+    ]
     try:
         target, found = path.resolve(), path.is_file()
     except (OSError, RuntimeError, ValueError) as error:  # a loop, too long a name, a NUL in it
         raise CheckpointError(
             f"{directory}: {name!r:.80} cannot be the name of a file: {error}."
         ) from None
-    in_cache = cached and target.parent == root.parent.parent / "blobs"
+    in_cache = any(target.parent == at.parent.parent / "blobs" for at in snapshots)
     if not (target.is_relative_to(root) or in_cache):
         raise CheckpointError(
             f"{path} is a link that leads out of {directory}; copy the file there, or load the"

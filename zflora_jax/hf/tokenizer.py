@@ -5,7 +5,6 @@ differs, so that transformers 4 and 5 read the same tokenizer.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,6 +21,7 @@ TOKENIZER_FILES = (
 )
 GENERATION = "generation_config.json"
 TEMPLATES = "additional_chat_templates"  # where transformers puts all but the default one
+_FILES = ("vocab_file", "merges_file", "tokenizer_file")
 _NAMED = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 _ADDED = ("content", "lstrip", "normalized", "rstrip", "single_word", "special")
 
@@ -30,13 +30,17 @@ def load_tokenizer(directory: Path) -> Any:
     """Loads a directory's tokenizer without custom code; None if it has no files of one.
     CheckpointError if they cannot be loaded, or a link leads out of the directory.
     """
-    for path in (*directory.iterdir(), *(directory / TEMPLATES).glob("*")):
+    files = (path for path in directory.iterdir() if path.name == TEMPLATES or not path.is_dir())
+    for path in (*files, *(directory / TEMPLATES).glob("*")):
         inside(directory, str(path.relative_to(directory)), missing_ok=True)
     settings = directory / "tokenizer_config.json"
     for key, value in read_json(settings).items() if settings.exists() else ():
-        # transformers 4 opens the files that its settings name, wherever they are.
-        if key.endswith("_file") and isinstance(value, str) and os.path.isfile(value):
-            inside(directory, value)
+        # transformers 4 opens the files that these settings name, from the working directory too.
+        named = Path(value) if key in _FILES and isinstance(value, str) else None
+        if named and named.is_file() and not named.resolve().is_relative_to(directory.resolve()):
+            raise CheckpointError(
+                f"{settings}: {key}={value!r} is outside of the directory; remove that key."
+            )
     names = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
     if not any((directory / name).exists() for name in names):
         return None

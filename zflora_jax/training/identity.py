@@ -32,8 +32,11 @@ def settings(run: RunConfig) -> dict[str, Any]:
 
 
 def require_same_settings(run: RunConfig) -> None:
-    """ConfigError in all processes of a run, unless they have the same settings."""
-    require_equal({key.replace("/", "."): value for key, value in settings(run).items()})
+    """ConfigError in all processes of a run, unless they have the same settings. Paths may differ:
+    what is read from them is compared.
+    """
+    found = {key.replace("/", "."): value for key, value in settings(run).items()}
+    require_equal({key: x for key, x in found.items() if key not in ("model", "data.data_dir")})
 
 
 def differences(there: RunConfig, run: RunConfig) -> dict[str, tuple[Any, Any]]:

@@ -30,7 +30,7 @@ _SHAREGPT = {
 }
 _ROLES = {role: role for role in ("system", "user", "assistant", "tool")} | _SHAREGPT
 _SYSTEM = ("system", "system_prompt")  # columns that may hold the system turn
-_RESULT = re.compile(r"####[^\n]*\s*\Z")
+_RESULT = re.compile(r"^####[ \t]*[-+]?[$€£]?\d[\d,]*(?:\.\d+)?%?\s*\Z", re.MULTILINE)
 _MORE = (*_SYSTEM, "history", "context")  # columns that may hold a part of the prompt
 
 
@@ -150,7 +150,8 @@ def _conversation(turns: list[Turn], row: Raw, context: int = 0) -> list[Row]:
         "unit": "\n".join(turn["content"] for turn in turns[: [*users, 0][0] + 1]),
         "turns": turns,
         "tools": tools or [],
-        "settings": settings or {},
+        # Tables fill the keys that only other rows have with null.
+        "settings": {name: x for name, x in (settings or {}).items() if x is not None},
         "context": context,
     }
     return [found]
