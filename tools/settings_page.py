@@ -1,5 +1,5 @@
 """`python tools/settings_page.py` writes docs/settings.md: every setting of a run, from the
-dataclasses that declare them, and what stands here for names of PEFT, TRL and transformers.
+dataclasses that declare them, and their names in PEFT, TRL and transformers.
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ lists the same), `zflora_jax.RunConfig` holds it in Python, `config.json` in a w
 """
 FOREIGN_SECTION = """## Coming from PEFT and TRL
 
-What stands here for names of PEFT, TRL, transformers and Cloud TPU. A wrong name of a setting that
-is in this table is answered with its row. [How to](howto.md#come-from-peft-and-trl) has the steps.
+Names of PEFT, TRL, transformers and Cloud TPU, and this project's names for the same things. An
+error about an unknown setting shows its row of this table.
+[How to](howto.md#come-from-peft-and-trl) has the steps.
 """
 
 

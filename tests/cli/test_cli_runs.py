@@ -140,9 +140,7 @@ def test_eval_of_tasks_marks_what_was_trained_on(model_dir, tmp_path, capsys):
 def test_own_data_of_instructions_and_outputs_alone_is_trained_on_and_evaluated(
     config_file, tmp_path, capsys
 ):
-    """What docs/howto.md says: no `answer`. There is a loss, and there are answers to read, but
-    no accuracy.
-    """
+    """Rows without `answer` have a loss and answers to read, but no accuracy."""
     rows = [{"instruction": f"Name {i}", "output": f"A: it is {i}"} for i in range(30)]
     (tmp_path / "train.json").write_text(json.dumps(rows))
     own = ["--set", "data.task=rows", f"data.data_dir={tmp_path}"]

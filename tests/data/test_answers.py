@@ -88,7 +88,7 @@ $5 | 5 dollars; The answer is $5.00.; **$5**; 5$ | $5.99; -$5; €5; 5%; $5 mill
 5 inches | 5 inch | 5 in; 5 cm; 5 feet
 37 °C | 37℃; 37 °c | 37 °F; 37 K
 1 million | 1,000,000; 1 million dollars | 1; 1 billion
-5 | 5.0; 5 apples; The answer is 5!; +5; \frac{10}{2}; $5$ | 5x; 5 million; -5; 52; 5²
+5 | 5.0; 5 apples; The answer is 5!; +5; \frac{10}{2}; $5$ | 5x; 5 million; -5; 52; 5²; 5,6; 5k
 0.001 | 1e-3; 1/1000 | 0.002; 0; 0.0015
 9007199254740993 | 9007199254740993 | 9007199254740992
 5½ | 5.5; 5 1/2; 11/2 | 51/2; 5

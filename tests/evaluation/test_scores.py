@@ -231,9 +231,7 @@ def test_only_clean_rows_are_scored_where_asked(model, arc, tmp_path):
 def test_a_run_s_own_held_out_rows_are_clean_and_those_of_a_model_trained_elsewhere_are_not(
     model, tmp_path
 ):
-    """json: 40 rows, of which this project holds 4 out; arithmetic: three splits that share
-    nothing.
-    """
+    """json: 40 rows, 4 of them held out; arithmetic: three splits that share nothing."""
     sums = [(f"{i} + 1?", str(i + 1)) for i in range(40)]
     rows = [{"instruction": x, "output": f"The answer is {y}.", "answer": y} for x, y in sums]
     (tmp_path / "train.json").write_text(json.dumps(rows))

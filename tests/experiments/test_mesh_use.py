@@ -40,9 +40,7 @@ from zflora_jax.training.trainer import eval_step
 
 
 def assert_same(got, want, *, exact=True):
-    """Equal bit by bit, or, where numbers are added in another order, within 1e-5 of each leaf's
-    largest.
-    """
+    """Equal bit by bit, or, with sums in another order, within 1e-5 of a leaf's largest."""
     if exact:
         return assert_trees_equal(got, want)
     for name, leaf in trees.flatten(want).items():

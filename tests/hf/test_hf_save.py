@@ -297,13 +297,14 @@ def test_a_missing_side_file_and_a_state_in_the_embedding_are_refused(
         load_model(out)
 
 
+@pytest.mark.parametrize("sub", ["", "sub"])
 def test_an_export_on_the_hub_is_the_export_on_disk(
-    fused: Model, exported: Path, tmp_path: Path
+    sub: str, fused: Model, exported: Path, tmp_path: Path
 ) -> None:
-    """In the hub's cache each file is a link into the blobs."""
+    """In the hub's cache each file is a link into the blobs, also below a folder."""
     home = tmp_path / "models--org--name"
     (home / "blobs").mkdir(parents=True)
-    there = home / "snapshots" / REVISION
+    there = home / "snapshots" / REVISION / sub
     for i, file in enumerate(path for path in exported.rglob("*") if path.is_file()):
         link = there / file.relative_to(exported)
         link.parent.mkdir(parents=True, exist_ok=True)
@@ -327,7 +328,7 @@ COMPANIONS = (*TOKENIZER_FILES, GENERATION, "config.json", f"{TEMPLATES}/a.jinja
 def test_links_to_other_places_are_neither_read_nor_copied(
     place: str, link: str, bases: dict[str, Model], tmp_path: Path
 ) -> None:
-    """What they name may be a key; also by a second link, or below a folder called snapshots."""
+    """A link may name a private key, directly, by a second link, or below a folder "snapshots"."""
     base, home, model = bases["plain"], tmp_path / "x", tmp_path / "x" / place
     (home / "refs").mkdir(parents=True)
     (home / "refs" / "a.jinja").write_text('{"model_type": "llama", "secret": 1}')
@@ -351,6 +352,10 @@ def test_links_to_other_places_are_neither_read_nor_copied(
     (model / "tokenizer_config.json").write_text(json.dumps(named))
     with pytest.raises(CheckpointError, match=r"vocab_file='.*a\.jinja' is outside of"):
         load_model(model)
+    shutil.copy(model / "tokenizer_config.json", model / "a.jinja")  # a decoy of that name
+    (model / "tokenizer_config.json").write_text('{"vocab_file": "a.jinja"}')
+    with contextlib.chdir(home / "refs"), pytest.raises(CheckpointError, match="is outside of"):
+        load_model(model)
 
 
 def test_the_base_of_an_export_is_not_called_as_the_export(exported: Path, tmp_path: Path) -> None:
@@ -373,6 +378,9 @@ def test_two_spellings_of_rope_and_none_of_zflora(
 ) -> None:
     """Also at positions far apart. Without zflora.json it is an ordinary model, as it was."""
     fused, out = fused_model(bases[name], WIDENED["zflora-uniform"]), tmp_path / "out"
+    report = save_hf(out, fused)
+    assert ("sglang-jax (ignores" in report["misread by"]) == (name == "llama3")
+    assert "MaxText" in report["misread by"] and "misread by" not in save_hf(out, bases["plain"])
     save_hf(out, fused)
     positions = torch.arange(TOKENS.shape[1])[None].repeat(len(TOKENS), 1)
     positions[:, 4:] += 1000  # the rounding of float32 angles grows with it
@@ -383,6 +391,12 @@ def test_two_spellings_of_rope_and_none_of_zflora(
 
     written, first = far(), (out / "config.json").read_text()
     assert '"rope_type": "llama3"' in first and json.loads(first)["rope_theta"] > 500
+    stored = {key: x for key, x in manifest(out).items() if key != "state_share"}
+    (out / "zflora.json").write_text(json.dumps(stored))
+    last_bit = {"rope_theta": float(np.nextafter(json.loads(first)["rope_theta"], 0))}
+    (out / "config.json").write_text(json.dumps(json.loads(first) | last_bit))
+    load_model(out)  # of a machine with another pow, without the state's share
+    save_hf(out, fused)  # and such an export is this project's own
     form = StockForm(fused.config, manifest(out)["eps_z"])
     (out / "config.json").write_text(json.dumps(json.loads(first) | longrope(form)))
     assert_logits_close(far(), written, 5e-4)

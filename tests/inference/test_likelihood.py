@@ -26,9 +26,7 @@ def ids(n: int, seed: int) -> list[int]:
 
 
 def definition(model: Model, prompts: Any, options: Any) -> list[np.ndarray]:
-    """log_softmax of a forward over prompt + option, gathered at the option's tokens and summed in
-    float64.
-    """
+    """float64 log_softmax of a forward over prompt + option, summed at the option's tokens."""
     pairs = [(p, option) for p, row in zip(prompts, options, strict=True) for option in row]
     tokens = np.zeros((-(-len(pairs) // 8) * 8, WIDTH), np.int32)
     for line, (prompt, option) in zip(tokens, pairs, strict=False):
@@ -157,9 +155,7 @@ def test_a_full_context_numpy_ids_and_no_prompts_are_fine() -> None:
 
 
 def test_all_lengths_take_few_compilations(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Prompts and options of up to 120 tokens: four lengths of prompts, and five of options after
-    each.
-    """
+    """Prompts and options of up to 120 tokens: four lengths of prompts, five of options."""
     model, shapes = model_of(), set()
 
     def counted(config: Any, params: Any, past: Any, parents: Any, tokens: Any, *_: Any) -> Any:

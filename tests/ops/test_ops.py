@@ -192,9 +192,7 @@ def test_row_products_of_one_row_and_of_several(
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
 def test_a_move_places_every_bit_and_passes_its_gradient_on(dtype: Any) -> None:
-    """Also NaN and the sign of zero; the gradient of rows taken twice is the sum of theirs; under
-    vmap.
-    """
+    """Also NaN, the sign of zero, under vmap; the gradient of rows taken twice is their sum."""
     table = jnp.asarray([[1.5, -0.0], [jnp.nan, jnp.inf], [3.0, 1e-40]], dtype)
     rows = jnp.asarray([2, 0, 2, -2, 7])
 

@@ -11,13 +11,6 @@ from zflora_jax.parallel import targets
 from zflora_jax.parallel.targets import CHIPS, target
 
 
-def test_names() -> None:
-    assert target("tpu:v5e:2x4").name == "tpu:v5e:2x4"
-    assert target("cuda:h100").name == "cuda:h100:1"
-    assert target("cuda:h100:8").topology == "8"
-    assert {name.partition(":")[0] for name in CHIPS} == {"tpu", "cuda"}
-
-
 @pytest.mark.parametrize(
     ("name", "said"),
     [

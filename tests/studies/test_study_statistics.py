@@ -41,9 +41,7 @@ def test_seeds_that_differ_widen_the_interval():
 
 @pytest.mark.parametrize("case", [(0.0, 0.1, 0.3), (0.02, 0.2, 0.3), (0.02, 0.0, 0.0)])
 def test_intervals_cover_a_true_difference(case):
-    """200 draws of three seeds and 300 rows: the interval holds the truth 95% of the time, within
-    three standard errors of that share.
-    """
+    """In 200 draws the interval holds the truth in 95%, within three standard errors."""
     found = simulate(3, case, 300, draws=200)
     assert abs(found["holds 0"] - 0.95) < 3 * (0.95 * 0.05 / 200) ** 0.5
     # Where seeds change nothing of their own, the noise of answers is not counted twice.

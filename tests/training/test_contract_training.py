@@ -42,9 +42,7 @@ def test_only_adapters_move_and_no_base_gradient_is_formed(adapter, tokens):
 
 @every_method
 def test_no_product_forms_a_base_gradient(adapter):
-    """The compiled step holds no matrix product whose result has the shape of a frozen base
-    kernel's gradient.
-    """
+    """The compiled step has no matrix product of the shape of a base kernel's gradient."""
     if adapter.method == "full":
         return
     if METHODS[adapter.method].heads:

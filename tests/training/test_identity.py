@@ -3,9 +3,10 @@
 import pytest
 
 from zflora_jax.core.adapter_config import AdapterConfig
-from zflora_jax.core.fields import override
+from zflora_jax.core.fields import ConfigError, override
 from zflora_jax.core.run_config import RunConfig
-from zflora_jax.training.identity import same_numbers
+from zflora_jax.parallel import distributed
+from zflora_jax.training.identity import require_same_settings, same_numbers
 
 RUN = RunConfig(adapter=AdapterConfig("lora", rank=4))
 OWN = {"data.task": "rows", "data.data_dir": "here/a"}
@@ -33,3 +34,15 @@ DROPS = {"adapter.dropout": 0.1}
 def test_the_settings_that_decide_the_numbers(there, key, value, same):
     run = override(RUN, there)
     assert same_numbers(run, override(run, {key: value})) is same
+
+
+def test_processes_may_find_one_model_at_two_paths(monkeypatch):
+    gathered = []
+    monkeypatch.setattr(distributed.jax, "process_count", lambda: 2)
+    monkeypatch.setattr(
+        distributed, "gather_bytes", lambda own: (gathered.append(own), gathered)[1]
+    )
+    require_same_settings(override(RUN, {"model": "a", "data.data_dir": "a"}))
+    require_same_settings(override(RUN, {"model": "b", "data.data_dir": "b"}))
+    with pytest.raises(ConfigError, match=r"train\.seed: 0 in process 0, 1; 7 in process 2"):
+        require_same_settings(override(RUN, {"train.seed": 7}))

@@ -71,9 +71,7 @@ def test_equals_the_plain_loss_in_values_and_gradients(mask, chunk):
 
 
 def test_positions_that_do_not_count_get_no_gradient_and_may_hold_anything():
-    """Padding's hidden states may be large; they must not leak, and neither may a NaN logit through
-    a zero weight.
-    """
+    """Padding's hidden states may be large, or give a NaN logit; neither may leak."""
     hidden, head, tokens = inputs()
     whole, (grad, _) = CHUNKED(hidden, head, tokens, COMPLETIONS, 7)
     reached = np.abs(np.asarray(grad)).max(axis=-1) > 0

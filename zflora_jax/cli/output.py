@@ -1,4 +1,4 @@
-"""What commands print, and keep others from printing."""
+"""Console output of commands; notices of other libraries are switched off."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ import glob
 import os
 from typing import Any
 
+from zflora_jax.core.libtpu import ABSENT
+
 
 def silence() -> None:
     """Switches off notices of transformers (no PyTorch) and, where no TPU is, of libtpu."""
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     if not glob.glob("/dev/accel*") + glob.glob("/dev/vfio/*"):
-        os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
-        os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-8")
+        os.environ.update(ABSENT | os.environ)
 
 
 def print_table(values: dict[str, Any], title: str) -> None:

@@ -36,8 +36,8 @@ _FOREIGN = {name: here for names, here in FOREIGN.items() for name in names.lowe
 
 
 def nearest(name: str, allowed: Iterable[str]) -> str:
-    """A sentence for error messages: what stands here for a name of PEFT, TRL or transformers, or
-    else the closest allowed name if there is one; and all of them.
+    """Returns a hint for error messages: this project's name for one of PEFT, TRL or transformers,
+    or the closest allowed name if there is one; then all allowed names.
     """
     names = sorted(allowed)
     if known := _FOREIGN.get(name.lower()):
@@ -170,8 +170,8 @@ def checked_names(cls: type[T]) -> type[T]:
 
 
 def meaning_of(key: Any, cls: type, root: type | None = None) -> str:
-    """What an unknown key of `cls` may mean: a setting of that name in a section of `root`, or else
-    the nearest.
+    """Returns a hint for an unknown key of `cls`: a setting of that name in a section of `root`, or
+    the nearest field.
     """
     head, leaf, fields = str(key).partition(".")[0], str(key).rpartition(".")[2], _fields(cls)
     if leaf.lower() in _FOREIGN:  # whatever stands before it

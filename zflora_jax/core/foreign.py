@@ -1,5 +1,5 @@
-"""Names of PEFT, TRL, transformers and Cloud TPU, and what stands for them here: for error messages
-(`fields.nearest`) and the table in docs/settings.md.
+"""Names of PEFT, TRL, transformers and Cloud TPU, and this project's names for the same things.
+Error messages (`fields.nearest`) and the table in docs/settings.md use them.
 """
 
 from __future__ import annotations
@@ -37,4 +37,4 @@ v5e-16, v5litepod-16: `tpu:v5e:4x4` | v6e-8: `tpu:v6e:2x4`
 v5p-8: `tpu:v5p:2x2x1`, four chips of two cores
 """
 FOREIGN = dict(row.split(": ", 1) for row in _ROWS.strip().replace(" | ", "\n").splitlines())
-"""Names there, joined by ", " -> what stands for them here."""
+"""Names of others, joined by ", " -> this project's names."""

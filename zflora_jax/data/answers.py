@@ -111,8 +111,8 @@ _NO_UNITS = frozenset(
     " that is are was were but if when as so from by than there then the a he she they it".split()
 )
 _POWERS = {"per", "squared", "cubed"}
-# What makes a number a part of something else: 1980s, 3d, 5x, 5:30, 5^2, 5-6; > 5.
-_WHOLE = re.compile(r"[sdxyzni]\b|[-–:^/×*+]\d")
+# Text next to a number that makes it a part of another: 1980s, 3d, 5x, 10k, 5:30, 5^2, 5,6; > 5.
+_WHOLE = re.compile(r"[sdxyznik]\b|[-–:^/×*+,]\d")
 _BOUND = re.compile(r"(?:^|\s)[<>≤≥≠]\s?$")
 
 

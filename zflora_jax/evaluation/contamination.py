@@ -1,4 +1,4 @@
-"""Contamination: test questions that occur in the training data, by what a model reads of them."""
+"""Contamination: test questions whose text, as the model reads it, occurs in the training data."""
 
 from __future__ import annotations
 

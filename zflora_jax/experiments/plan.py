@@ -7,6 +7,7 @@ of the train step, for this machine or for a target (`parallel.targets`).
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from datetime import timedelta
 from typing import Any
 
 import jax
@@ -113,8 +114,10 @@ def largest_batch(
     limit: int,
     compiled: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Searches the largest micro-batch that fits, by compiling: the bytes of a step grow almost
-    linearly with its rows, so a line through two steps says where to look.
+    """Searches the largest micro-batch that fits, to a sixteenth of its rows, by compiling.
+
+    The bytes of a step grow almost linearly with its rows: a line through two steps says where to
+    look.
 
     Args:
       run, config, where: As for `memory_plan`.
@@ -158,9 +161,8 @@ def _next_rows(sizes: Mapping[int, int], limit: int, low: int, high: int | None)
         guess = a + int((limit - first) * (b - a) / max(1, second - first))
     else:
         guess = 2 * low
-    if guess <= low:
-        guess = low + 1
-    return guess if high is None else min(guess, high - 1) if guess < high else (low + high) // 2
+    guess = max(guess, low + 1)
+    return guess if high is None or guess < high else (low + high) // 2
 
 
 def compile_step(
@@ -251,33 +253,34 @@ def plan_table(plan: Mapping[str, Any]) -> dict[str, Any]:
     table: dict[str, Any] = {key: value for key, value in plan.items() if type(value) is int}
     table.pop("memory_bytes", None)
     for name, size in plan["stored"].items():
-        table[f"stored per device: {name}"] = in_words(size)
+        table[f"stored per device: {name}"] = _in_words(size)
     table["train step compiled for"] = f"{found['target']}, not run"
     if plan["devices"] < found["devices"] and found["target"] != "cpu":
         table["devices"] = f"{plan['devices']} of {found['devices']}; mesh.* can use the others"
     for name, size in found.get("bytes", {}).items():
-        table[f"step per device: {name}"] = in_words(size)
+        table[f"step per device: {name}"] = _in_words(size)
     if "refused" in found:
         table["refused by the compiler"] = found["refused"]
     kernel, reason = found["attention"]["kernel"], found["attention"]["reason"]
     table["attention"] = f"{kernel} ({reason})" if reason else kernel
     if "fits" in plan:
         fits = "fits in" if plan["fits"] else "does not fit in"
-        table["the run"] = f"{fits} {in_words(plan['memory_bytes'])} per device"
+        table["the run"] = f"{fits} {_in_words(plan['memory_bytes'])} per device"
     for text, settings in plan.get("changes", {}).items():
         [(key, value)] = settings.items()
         table[f"or --set {key}={value}"] = text
     if "largest" in plan:
         rows, total = plan["largest"]["rows_per_device"], plan["largest"]["total_bytes"]
         sets = " ".join(f"{key}={value}" for key, value in plan["largest"]["settings"].items())
-        text = f"{rows} rows per device, {in_words(total)}: --set {sets}"
+        text = f"{rows} rows per device, {_in_words(total)}: --set {sets}"
         table["largest micro-batch that fits"] = text if rows else "none: a single row is too large"
     for row in plan.get("meshes", ()):
         axes = " ".join(f"{key}={value}" for key, value in row["mesh"].items()) or "one device"
         table[f"at published rates: {axes}"] = (
             f"{1e3 * row['step_s']:.3g} ms a step at least, bound by {_BOUNDS[row['bound']]};"
             f" {row['tokens_per_s']:,.0f} tokens/s at most, all steps"
-            f" {duration(row['run_s'])} at least; {in_words(row['stored_bytes'])} stored per device"
+            f" {timedelta(seconds=round(row['run_s']))} h at least;"
+            f" {_in_words(row['stored_bytes'])} stored per device"
             + " (the fastest that fits)"
             * row["best"]
         )
@@ -287,17 +290,9 @@ def plan_table(plan: Mapping[str, Any]) -> dict[str, Any]:
 _BOUNDS = {"compute": "compute", "hbm": "memory bandwidth", "link": "links between devices"}
 
 
-def in_words(size: int) -> str:
-    """Bytes in GiB, MiB or KiB."""
+def _in_words(size: int) -> str:
+    """Returns bytes in GiB, MiB or KiB."""
     for unit, name in ((GIB, "GiB"), (2**20, "MiB")):
         if size >= unit:
             return f"{size / unit:.2f} {name}"
     return f"{size / 2**10:.1f} KiB"
-
-
-def duration(seconds: float) -> str:
-    """Seconds in the largest unit of which there is one."""
-    for unit, name in ((3600, "h"), (60, "min")):
-        if seconds >= unit:
-            return f"{seconds / unit:.1f} {name}"
-    return f"{seconds:.2g} s"

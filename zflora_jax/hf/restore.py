@@ -222,8 +222,9 @@ def load_export(directory: Path, dtype: str, scan_layers: bool, mesh: Any = None
 
 def load_stock(directory: Path, scan_layers: bool = True, mesh: Any = None) -> Model:
     """Loads an export as stock transformers computes it, to measure the cost of stock form: norms
-    and scores over the full widths, codes as floats. Two things differ: q and k of widened heads
-    are in native order, and norms of widened heads add rms_norm_eps to a mean over the base's dims;
+    and scores over the full widths, codes as floats. Three things differ: q and k of widened heads
+    are in native order, norms of widened heads add rms_norm_eps to a mean over the base's dims, and
+    the adapter's dims stand still where Llama 3's scaling turns them a little.
 
     Parameters have the dtype of the export if that is exact, else float32; activations are bfloat16
     for a bfloat16 export, else float32.

@@ -76,7 +76,8 @@ def save_hf(
 
     Returns:
       {"path", "dtype", "parameters", "widths", "filled with zeros", "bytes", "files"}, "eps_z"
-      where there is a state, and "quant" where it is given.
+      where there is a state, "misread by" where a server would miscompute it, and "quant" where it
+      is given.
 
     Raises:
       ConfigError: The model is packed, its family cannot be stored so, or a setting cannot be used.
@@ -87,6 +88,8 @@ def save_hf(
     require(dtype in DTYPES, f"dtype={dtype!r}: exports are {', '.join(DTYPES)}.")
     stored = compressed(model, quant, dtype, eps_z) if quant else to_stock(model, dtype, eps_z)
     report: dict[str, Any] = {"path": str(target), "dtype": dtype, **stored.report}
+    if wrong := misread(model):
+        report["misread by"] = "; ".join(wrong)
     with contextlib.ExitStack() as stack:
         # None in all processes but the one that writes; they help to gather the tensors.
         whole = whole_directory(target, _own_files, MANIFEST)
@@ -123,6 +126,27 @@ def _finish(
     files = sorted([*written, MANIFEST])
     write_json(folder / MANIFEST, to_dict(replace(manifest, files=tuple(files))))
     return {"bytes": sum((folder / name).stat().st_size for name in files), "files": files}
+
+
+def misread(model: Model) -> list[str]:
+    """Lists the servers that refuse or miscompute an export which transformers and vLLM read right,
+    with the reason. From the sources of tpu-inference b8692ff, sglang-jax cddbf6f and MaxText; RoPE
+    and norms of the first two were run (docs/export.md).
+    """
+    config, found = model.config, []
+    heads, scaled = config.base_head_dim is not None, config.rope_scaling is not None
+    qwen = config.family in ("qwen2", "qwen3")
+    if heads and qwen and config.head_dim != 64 and config.head_dim % 128:
+        found.append(
+            "vLLM on TPUs (Qwen's heads must have 64 or 128 dims; set MODEL_IMPL_TYPE=vllm)"
+        )
+    if scaled:
+        found.append("sglang-jax (ignores Llama 3's RoPE scaling, of the base too)")
+    elif heads and config.rope_theta < 1e5:
+        found.append("sglang-jax (logits are 1% off at rope_theta below 1e5)")
+    if model.adapter is not None and METHODS[model.adapter.method].widens:
+        found.append("MaxText (takes widths and RoPE from its own table of models)")
+    return found
 
 
 def _own_dtype(model: Model) -> str:

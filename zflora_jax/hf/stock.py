@@ -32,7 +32,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from zflora_jax.core import trees
-from zflora_jax.core.adapter_config import METHODS
 from zflora_jax.core.architecture import KERNELS, QK_NORMS, count_base
 from zflora_jax.core.families import require_format
 from zflora_jax.core.fields import Bounds, require
@@ -247,30 +246,6 @@ def _warn_of_turning(native: LlamaConfig) -> None:
         )
 
 
-def misread(model: Model, form: StockForm) -> list[str]:
-    """Servers that refuse or miscompute a form that transformers and vLLM compute right, with the
-    reason. Read in the sources of tpu-inference b8692ff, sglang-jax cddbf6f and of MaxText; RoPE
-    and norms of the first two were run.
-    """
-    native, stored, found = form.native, form.config, []
-    heads, scaled = native.base_head_dim is not None, native.rope_scaling is not None
-    padded = native.family in ("qwen2", "qwen3") and stored.head_dim != 64
-    if heads and padded and stored.head_dim % 128:
-        found.append(
-            "vLLM on TPUs, of Qwen's heads of other than 64 or 128 dims (set"
-            " MODEL_IMPL_TYPE=vllm there)"
-        )
-    if scaled or (heads and native.rope_theta < 1e5):
-        found.append(
-            "sglang-jax, which ignores Llama 3's RoPE scaling (of the base, too)"
-            if scaled
-            else "sglang-jax: 1% off in the logits at rope_theta below 1e5"
-        )
-    if model.adapter is not None and METHODS[model.adapter.method].widens:
-        found.append("MaxText, which takes widths and RoPE from its own table of models")
-    return found
-
-
 def module_of(place: Place) -> str:
     """The parent of a leaf in the native tree: "q", "embed", ...; of a bias "q_bias"."""
     module, parameter = place.leaf.split("/")[-2:]
@@ -360,8 +335,6 @@ def stored_form(model: Model, form: StockForm, dtype: str) -> HFContent:
     config = to_hf_config(form.hf_config, dtype)
     report = {"parameters": count_base(form.config), **widths_report(model.config, form.config)}
     report |= {"eps_z": form.eps_z} if scales_state(model.config) else {}
-    wrong = misread(model, form)
-    report |= {"not read right by": "; ".join(wrong)} if wrong else {}
     return HFContent(form, config, specs, tensor, report, {"state_share": state_share(model)})
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import jax
 
 from zflora_jax.core.fields import ConfigError, nearest, require
+from zflora_jax.core.libtpu import ABSENT
 
 GIB, TERA, GIGA = 2**30, 10**12, 10**9
 
@@ -60,14 +61,8 @@ CHIPS = {
 # Platform -> the compiler's module, and this package's extra that installs it.
 _COMPILERS = {"tpu": ("libtpu", "target-tpu"), "cuda": ("jax_cuda13_plugin", "target-cuda")}
 
-# Without these libtpu asks the network for its place, loads in one process only, and warns of
-# missing hosts.
-_LIBTPU = {
-    "TPU_SKIP_MDS_QUERY": "1",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-    "TPU_ACCELERATOR_TYPE": "v5litepod-8",  # for every target
-}
+# Without these libtpu asks the network for its place and loads in one process only.
+_LIBTPU = {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", **ABSENT}
 
 
 @dataclass(frozen=True)
