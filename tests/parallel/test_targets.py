@@ -15,7 +15,7 @@ from zflora_jax.parallel.targets import CHIPS, target
     ("name", "said"),
     [
         ("tpu:v5e:3x3", "unknown topology '3x3' of tpu:v5e: choose from 1x1, 2x2, 2x4,"),
-        ("tpu:v9:2x4", "targets are tpu:v5e, tpu:v5p, tpu:v6e, cuda:h100"),
+        ("tpu:v9:2x4", "Allowed: cuda:h100, tpu:v5e, tpu:v5p, tpu:v6e, with a topology"),
         ("v5e:2x4", "unknown target 'v5e:2x4'"),
         ("v5e-8", "here that is `tpu:v5e:2x4`"),
         ("cuda:h100:3", "unknown topology '3' of cuda:h100: choose from 1, 2, 4, 8"),

@@ -19,7 +19,8 @@ def add_options(parser: CommandParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    require(args.name in named_configs(), f"{args.name!r}: {nearest(args.name, named_configs())}.")
+    names = named_configs()
+    require(args.name in names, f"no config {args.name!r}: {nearest(args.name, names)}.")
     out = Path(args.out or f"{args.name}.py")
     require(out.suffix == ".py", f"--out {out}: give the name of a Python file, such as {out}.py.")
     require(not out.exists(), f"{out} exists: edit it, or give --out another file.")

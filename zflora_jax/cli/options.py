@@ -76,7 +76,7 @@ def load_config(path: str, function: str) -> Any:
       ConfigError: The file or the function is missing, or raises.
     """
     file = Path(path)
-    if not file.is_file() and path in named_configs(function):
+    if not file.is_file() and path in named_configs():
         file = CONFIGS / f"{path}.py"
     if not file.is_file():
         found = [*map(str, file.parent.glob("*.py")), *named_configs(function)]

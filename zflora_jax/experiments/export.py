@@ -105,15 +105,24 @@ def export_run(
     return exporter.write(out, run, **settings)
 
 
-def check_hf(out: Path, *, quant: str | None = None, dtype: str | None = None, **_: Any) -> None:
-    """Refuses a file name as `out`, and a `quant` that does not exist or contradicts `dtype`."""
-    from zflora_jax.hf.compressed import check_quant
-
+def check_directory(out: Path) -> None:
+    """Refuses a file name as `out`."""
     require(
         out.suffix != ".gguf",
         f"out={str(out)!r} is the name of a file, and a directory is to be written: add --format"
         " gguf (format='gguf'), or give the name of a directory.",
     )
+
+
+def check_hf(out: Path, *, quant: str | None = None, dtype: str | None = None, **_: Any) -> None:
+    """Refuses a file name as `out`, a directory that must not be replaced, and a `quant` that does
+    not exist or contradicts `dtype`.
+    """
+    from zflora_jax.hf.compressed import check_quant
+    from zflora_jax.hf.save import require_replaceable
+
+    check_directory(out)
+    require_replaceable(out)
     if quant is not None:
         check_quant(quant, dtype)
 
@@ -201,6 +210,6 @@ EXPORTERS = {
     "gguf": Exporter(
         "the same as a file for llama.cpp", write_gguf, ("quant", "eps_z"), check_gguf
     ),
-    "peft": Exporter("LoRA adapters without their base", write_peft, (), check_hf),
+    "peft": Exporter("LoRA adapters without their base", write_peft, (), check_directory),
 }
 DEFAULT = "hf"

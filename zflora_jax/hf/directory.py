@@ -75,10 +75,10 @@ def whole_directory(
       own_files: Directory -> the files that this project wrote there, None for a foreign directory.
       sign: Name of a file that marks an export of this type at a URL.
     """
-    _refuse_foreign(target, own_files, sign)
+    refuse_foreign(target, own_files, sign)
     with scratch() if is_url(target) else folder_beside(target) as staging:
         yield staging
-        _refuse_foreign(target, own_files, sign)
+        refuse_foreign(target, own_files, sign)
         if is_url(target):
             _upload(staging, target)
             return
@@ -90,7 +90,7 @@ def whole_directory(
         _rename(staging, target)
 
 
-def _refuse_foreign(target: Path, own_files: Callable[[Path], set[str] | None], sign: str) -> None:
+def refuse_foreign(target: Path, own_files: Callable[[Path], set[str] | None], sign: str) -> None:
     if not target.exists():
         return
     if not target.is_dir():

@@ -21,7 +21,7 @@ from zflora_jax.core.errors import CheckpointError
 from zflora_jax.core.fields import require, to_dict
 from zflora_jax.core.model import Model
 from zflora_jax.hf.compressed import compressed
-from zflora_jax.hf.directory import export_target, whole_directory
+from zflora_jax.hf.directory import export_target, refuse_foreign, whole_directory
 from zflora_jax.hf.hub import base_name, locate, packaged
 from zflora_jax.hf.keys import as_finite, hf_table
 from zflora_jax.hf.restore import FORMAT, MANIFEST, SIDE_FILE, WIDTHS, BaseFacts, Manifest
@@ -101,6 +101,11 @@ def save_hf(
         report |= on_main(lambda: _finish(staging, model, stored.config, report, manifest)) or {}
         on_main(stack.close)  # now it is in its place, or uploaded
     return from_process_0(report)
+
+
+def require_replaceable(path: str | os.PathLike[str]) -> None:
+    """CheckpointError if `save_hf` must not replace the directory, before a model is loaded."""
+    refuse_foreign(export_target(path), _own_files, MANIFEST)
 
 
 def _finish(

@@ -112,8 +112,9 @@ def target(name: str) -> Target:
         kind, topology = name, CHIPS[name].topologies[0]
     require(
         kind in CHIPS,
-        f"unknown target {name!r}: targets are {', '.join(CHIPS)}, with a topology as in"
-        f" tpu:v5e:2x4 ({nearest(topology if kind in ('', 'tpu') else kind, CHIPS)}).",
+        f"unknown target {name!r}:"
+        f" {nearest(topology if kind in ('', 'tpu') else kind, CHIPS)}, with a topology as in"
+        " tpu:v5e:2x4.",
     )
     exist = ", ".join(CHIPS[kind].topologies)
     found = topology in CHIPS[kind].topologies
