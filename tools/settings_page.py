@@ -41,10 +41,13 @@ def page() -> str:
         table = markdown_table(rows, ["name", "values", "default", "meaning"])
         parts.append(f"## {section.name}\n\n{section.title}\n\n{table}\n")
     rows = [
-        {"there": ", ".join(f"`{name}`" for name in names.split(", ")), "here": here}
+        {
+            "PEFT, TRL, transformers": ", ".join(f"`{name}`" for name in names.split(", ")),
+            "zflora_jax": here,
+        }
         for names, here in FOREIGN.items()
     ]
-    table = markdown_table(rows, ["there", "here"])
+    table = markdown_table(rows, ["PEFT, TRL, transformers", "zflora_jax"])
     return "\n".join([*parts, FOREIGN_SECTION, f"{table}\n"])
 
 
