@@ -4,6 +4,7 @@ adapter's next to them give the fused model's function.
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from support.checks import assert_logits_close, assert_trees_equal
 from support.gguf_files import gguf_file, kept_file
 from support.models import tiny_model
 from support.quantized import WIDENED, moved, quantized_tiny
-from support.runs import small_run
+from support.runs import CONFIG, small_run
 
 from zflora_jax import forward, fuse, load_model, save_gguf
 from zflora_jax.cli.main import main
@@ -213,18 +214,38 @@ def test_scales_beyond_float16_make_eps_z_larger(
     assert_blocks_kept(tmp_path / "base.gguf", tmp_path / "x.gguf", base)
 
 
-def test_a_run_is_exported_with_its_blocks(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Its table is floats, which become the file's codes again."""
+@pytest.fixture
+def text_file(tmp_path: Path) -> Path:
+    """A model that a run can train."""
     model = tiny_model(head_dim=32, max_position_embeddings=512)
     model.params = jax.tree.map(lambda x: x / 4, model.params)
     model.tokenizer = byte_tokenizer()
-    file, out = tmp_path / "base.gguf", tmp_path / "x.gguf"
-    save_gguf(file, model, "q4_1")
-    run = override(small_run(str(file)), {"train.steps": 3, "quantize.kernels": "keep"})
+    save_gguf(tmp_path / "base.gguf", model, "q4_1")
+    return tmp_path / "base.gguf"
+
+
+def test_a_run_is_exported_with_its_blocks(
+    text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its table is floats, which become the file's codes again."""
+    out = tmp_path / "x.gguf"
+    run = override(small_run(str(text_file)), {"train.steps": 3, "quantize.kernels": "keep"})
     train(run, tmp_path / "run", console=False)
     command = ["export", "--workdir", str(tmp_path / "run"), "--out", str(out)]
     assert main([*command, "--format", "gguf", "--quant", "keep"]) == 0
     assert "logit" in capsys.readouterr().out  # how near the export is
-    assert_blocks_kept(file, out, load_model(file, quantize="keep"))
+    assert_blocks_kept(text_file, out, load_model(text_file, quantize="keep"))
+
+
+def test_a_quickstart_ends_with_a_switch_the_base_and_its_blocks(
+    text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "config.py").write_text(CONFIG.format(model=str(text_file)))
+    given = f"quickstart --config {tmp_path}/config.py --workdir {tmp_path} --set train.steps=3"
+    assert main(given.split()) == 0
+    report, said = json.loads((tmp_path / "quickstart.json").read_text()), capsys.readouterr().out
+    assert report["loss_after"] < report["loss_before"] and report["base_bit_for_bit"] is True
+    rows = [(tmp_path / f"eval/{x}.jsonl").read_text().splitlines() for x in ("after", "blocks")]
+    floats, blocks = ([json.loads(row)["output"] for row in of] for of in rows)
+    assert floats == blocks and report["accuracy_on_blocks"] == report["accuracy_after"]
+    assert "the base is back, bit for bit" in said and "own 4-bit blocks, untouched" in said

@@ -20,9 +20,16 @@ def add_options(parser: CommandParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     config = run_config(args)  # a wrong setting is refused before jax is imported
-    from zflora_jax.experiments.quickstart import quickstart
+    from zflora_jax.experiments.quickstart import SWITCHES, quickstart
     from zflora_jax.parallel.compile_cache import compile_cache
 
     with compile_cache(Path(args.workdir) / "compile_cache"):
         report = quickstart(config, args.workdir)
     print_table(report, f"quickstart, written to {args.workdir}/quickstart.json")
+    if "switch_ms" in report:
+        same = "bit for bit" if report["base_bit_for_bit"] else "but NOT bit for bit: report this"
+        print(f"the adapter changed in the live model: {report['switch_ms']:.3g} ms")
+        print(f"taken out again after {SWITCHES} changes, the base is back, {same}")
+    if "accuracy_on_blocks" in report:
+        accuracy = f"{report['accuracy_on_blocks']:.2f} ({report['accuracy_after']:.2f} on floats)"
+        print(f"the same adapter on the file's own 4-bit blocks, untouched: accuracy {accuracy}")

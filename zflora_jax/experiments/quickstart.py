@@ -1,19 +1,26 @@
 """The whole path once: train, evaluate before and after, fuse, check that fused equals adapted,
-decode side by side, export, report.
+decode side by side, export, switch the adapter, take the base out again, report.
 """
 
 from __future__ import annotations
 
 import json
+import statistics
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
+from zflora_jax.adapters.fuse import swap, unfuse
+from zflora_jax.adapters.init import init_adapters
+from zflora_jax.core.adapter_config import METHODS
 from zflora_jax.core.fields import require, to_dict
-from zflora_jax.core.model import Model
+from zflora_jax.core.model import Model, fingerprint
+from zflora_jax.core.quantize_config import quantize_config
 from zflora_jax.core.run_config import RunConfig
 from zflora_jax.core.textfile import lines_of
 from zflora_jax.data.pipeline import eval_batches
@@ -24,6 +31,7 @@ from zflora_jax.experiments.latency import decode_latency
 from zflora_jax.experiments.restore import fuse_trained
 from zflora_jax.experiments.setup import held_out
 from zflora_jax.experiments.train import Trained, train
+from zflora_jax.hf.hub import packaged
 from zflora_jax.nn.llama import forward
 from zflora_jax.parallel.mesh import mesh_if_there
 from zflora_jax.reporting.files import local_path, write_json
@@ -35,6 +43,7 @@ from zflora_jax.training.workdir import adopt
 # Largest |dlogit| allowed between fused and adapted logits, relative to the logit scale
 # (CONTRIBUTING.md, "Tolerances"). There is no bound for bfloat16.
 FUSED_TOLERANCE = {"float32": 1e-5, "bfloat16": float("inf")}
+SWITCHES = 10  # of the adapter of a live model
 
 
 def quickstart(run: RunConfig, workdir: str | Path, *, console: bool = True) -> dict[str, Any]:
@@ -61,7 +70,9 @@ def quickstart(run: RunConfig, workdir: str | Path, *, console: bool = True) -> 
     run = trained.run
     fused = fuse_trained(trained.model, run.adapter, trained.adapters, donate=False)
     gap, scale = _fused_gap(run, trained, fused)
-    after = evaluate(run, fused, out=workdir / "eval" / "after", console=console)
+    # The loss is that of training's end: `gap` says that the fused model has the same logits.
+    answers = replace(run, eval=replace(run.eval, loss=False))
+    after = evaluate(answers, fused, out=workdir / "eval" / "after", console=console)
     latency = decode_latency({"base": trained.model, "fused": fused})
     exported = export_run(workdir, workdir / "export")
     label = f"{run.adapter.method} on {run.data.task}"
@@ -74,7 +85,7 @@ def quickstart(run: RunConfig, workdir: str | Path, *, console: bool = True) -> 
         "accuracy_after": after["accuracy"],
         "accuracy_rows": after["rows"],
         "loss_before": before["loss"],
-        "loss_after": after["loss"],
+        "loss_after": trained.report[f"{run.eval.split}_loss"],
         "tpot_ms_base": latency["base"]["tpot_ms"],
         "tpot_ms_fused": latency["fused"]["tpot_ms"],
         "tpot_ratio": latency["fused"]["tpot_ratio"],  # within turns
@@ -83,6 +94,8 @@ def quickstart(run: RunConfig, workdir: str | Path, *, console: bool = True) -> 
         "export_dir": str(workdir / "export"),
         "export_max_abs_dlogit": exported["max_abs_dlogit"],
         "export_top1_agreement": exported["top1_agreement"],
+        **_switched(trained, fused),
+        **_on_blocks(answers, trained, workdir / "eval" / "blocks", console),
         "seconds": time.perf_counter() - started,
         "latency": latency,
         "samples": _samples(workdir),
@@ -132,6 +145,39 @@ def _fused_gap(run: RunConfig, trained: Trained, fused: Model) -> tuple[float, f
         float(np.max(np.abs(adapted - other), where=real, initial=0)),
         float(np.max(np.abs(adapted), where=real, initial=0)),
     )
+
+
+def _switched(trained: Trained, fused: Model) -> dict[str, Any]:
+    """Returns switch_ms, the time to put another adapter into a live model (median, the compiler's
+    left out), and base_bit_for_bit, whether unfusing gives the base's very bits after that.
+
+    `fused` cannot be used afterwards. A method that merges by addition has neither.
+    """
+    adapter = trained.run.adapter
+    if not METHODS[adapter.method].widens:
+        return {}
+    others = [init_adapters(jax.random.key(0), trained.model, adapter), trained.adapters]
+    seconds = []
+    for number in range(SWITCHES + 1):
+        start = time.perf_counter()
+        fused = swap(fused, others[number % 2])
+        jax.block_until_ready(fused.params)
+        seconds.append(time.perf_counter() - start)
+    same = fingerprint(unfuse(fused)[0]) == fingerprint(trained.model)
+    return {"switch_ms": 1e3 * statistics.median(seconds[1:]), "base_bit_for_bit": same}
+
+
+def _on_blocks(run: RunConfig, trained: Trained, out: Path, console: bool) -> dict[str, Any]:
+    """Returns accuracy_on_blocks, of the adapter fused beside the blocks of the base's .gguf file;
+    nothing for another base or a method that merges by addition.
+    """
+    blocks = packaged(run.model) is not None or run.model.endswith(".gguf")
+    if not blocks or run.quantize.active or not METHODS[run.adapter.method].widens:
+        return {}
+    kept = replace(run, quantize=quantize_config("keep"))
+    base = load_base(kept, mesh_if_there(run.mesh))
+    fused = fuse_trained(base, run.adapter, trained.adapters)
+    return {"accuracy_on_blocks": evaluate(kept, fused, out=out, console=console)["accuracy"]}
 
 
 def _samples(workdir: Path) -> list[dict[str, str]]:
