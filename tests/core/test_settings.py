@@ -28,11 +28,8 @@ def test_every_field_of_a_run_is_listed_with_a_meaning():
     for name, setting in SETTINGS.items():
         assert len(setting.meaning) >= 12 and setting.meaning.endswith("."), name
         assert setting.allowed, name
-
-
-def test_defaults_are_written_as_set_takes_them():
-    run = RunConfig()
-    assert override(run, {name: s.default for name, s in SETTINGS.items()}) == run
+    defaults = {name: setting.default for name, setting in SETTINGS.items()}
+    assert override(RunConfig(), defaults) == RunConfig()  # written as --set takes them
 
 
 def test_methods_trackers_and_optimizers_are_named():
@@ -40,9 +37,6 @@ def test_methods_trackers_and_optimizers_are_named():
     for name, table in (("train.report_to", TRACKERS), ("optim.optimizer", OPTIMIZERS)):
         for row in table:
             assert re.search(rf"\b{row}\b", SETTINGS[name].meaning), f"{row}: name it in {name}"
-
-
-def test_names_of_other_libraries_stand_for_settings_that_are_there():
     named = re.findall(r"(?:adapter|data|optim|train|quantize)\.\w+", " ".join(FOREIGN.values()))
     assert named and set(named) <= set(SETTINGS)
 

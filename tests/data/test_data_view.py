@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -15,13 +16,12 @@ from support.tasks import write
 
 from zflora_jax.cli.main import main
 from zflora_jax.core.adapter_config import AdapterConfig
-from zflora_jax.core.fields import ConfigError
+from zflora_jax.core.fields import ConfigError, override
 from zflora_jax.core.run_config import DataConfig, RunConfig
-from zflora_jax.data.encoding import tokenize_examples
+from zflora_jax.data.encoding import Encoded, tokenize_examples
 from zflora_jax.data.mixture import load_mixture
 from zflora_jax.data.pipeline import pack_sequences, train_batches
-from zflora_jax.experiments.data_view import data_view
-from zflora_jax.hf.load import model_tokenizer
+from zflora_jax.experiments.data_view import data_view, fitting_lengths
 
 
 def run_of(**data: object) -> RunConfig:
@@ -29,24 +29,49 @@ def run_of(**data: object) -> RunConfig:
     return RunConfig("tiny", AdapterConfig("lora"), DataConfig(**settings))  # type: ignore[arg-type]
 
 
+def epoch(run: RunConfig) -> tuple[Encoded, Encoded, float]:
+    """(The run's sequences, its rows, the padding of an epoch in %), as training has them."""
+    apart = tokenize_examples(load_mixture(run.data, "train"), byte_tokenizer(), run.data)
+    rows = pack_sequences(apart, run.data.bucket_lengths[-1]) if run.data.packing else apart
+    batches = itertools.islice(train_batches(rows, run.data), max(1, len(rows) // 4))
+    segments = np.concatenate([batch["segments"].ravel() for batch in batches])
+    return apart, rows, 100 * float(np.mean(segments == 0))
+
+
 @pytest.mark.parametrize("packing", [False, True])
-def test_what_is_counted_is_what_training_gets(packing: bool) -> None:
-    run, tokenizer = run_of(packing=packing), byte_tokenizer()
-    view = data_view(run, tokenizer)
-    apart = tokenize_examples(load_mixture(run.data, "train"), tokenizer, run.data)
-    whole = pack_sequences(apart, 320) if packing else apart
+@pytest.mark.parametrize("lengths", [(128, 192, 320), (100, 161)])
+def test_what_is_counted_is_what_training_gets(packing: bool, lengths: tuple[int, ...]) -> None:
+    """Also with the settings that it suggests, and no setting that it suggests is worse."""
+    run = run_of(packing=packing, bucket_lengths=lengths)
+    view = data_view(run, byte_tokenizer())
+    apart, whole, padding = epoch(run)
+    sizes = [len(row.tokens) for row in apart.rows]
     assert view.facts["sequences"] == len(apart) == sum(view.histogram.values())
-    assert view.facts["tokens"] == sum(len(row.tokens) for row in apart.rows)
+    low, high = map(int, next(iter(view.histogram)).split("-"))
+    assert view.histogram[f"{low}-{high}"] == sum(low <= size <= high for size in sizes) > 0
+    assert (
+        1 < len(view.histogram) <= 8
+        and view.facts["tokens"] == sum(sizes)
+        and view.facts["longest"] == max(sizes)
+    )
     assert view.facts.get("packed rows") == (len(whole) if packing else None)
     assert view.facts["steps of an epoch"] == -(-len(whole) // 4)
-    longest = view.facts["longest"]  # a bucket holds its own length
-    edge = data_view(run_of(packing=packing, bucket_lengths=(longest, 320)), tokenizer)
-    assert edge.histogram == {f"1-{longest}": len(apart), f"{longest + 1}-320": 0}
-    # An epoch as the pipeline makes it.
-    batches = itertools.islice(train_batches(whole, run.data), len(whole) // 4)
-    segments = np.concatenate([batch["segments"].ravel() for batch in batches])
-    padding = np.mean(segments == 0)
-    assert view.facts["padding, %"] == pytest.approx(100 * padding, abs=0.06)
+    assert view.facts["padding, %"] == pytest.approx(padding, abs=0.06)
+    for words, (stated, note) in view.settings.items():
+        other = override(run, dict(word.split("=") for word in shlex.split(words)))
+        found = epoch(other)
+        assert stated == pytest.approx(found[2], abs=0.06) and len(other.data.bucket_lengths) <= 4
+        if other.data.packing == packing and note != "drops and cuts no row":
+            assert stated <= view.facts["padding, %"] + 1
+    assert len(found[0]) == 24 and (note == "drops and cuts no row") == (len(apart) < 24)
+
+
+def test_the_fewest_lengths_that_pad_little() -> None:
+    filled = np.asarray([[9, 3], [2, 10], [90, 90], [200, 200]])
+    assert fitting_lengths(filled, 304) == (16, 96, 200, 304)  # each batch its own, and the top
+    assert fitting_lengths(np.full((5, 2), 60), 64) == (64,)
+    assert fitting_lengths(np.asarray([[1000, 1000]] * 99 + [[990, 990]]), 1000) == (1000,)
+    assert fitting_lengths(np.asarray([[500, 600], [3000, 2999]]), 3072) == (600, 3072)
 
 
 def test_facts_of_a_mixture(tmp_path: Path) -> None:
@@ -58,8 +83,8 @@ def test_facts_of_a_mixture(tmp_path: Path) -> None:
     write(tmp_path / "train-2.jsonl", *({"text": f"Once {i}."} for i in range(15)))
     data = {"task": "rows+arithmetic", "data_dir": str(tmp_path), "train_limit": 24}
     facts = data_view(run_of(**data), byte_tokenizer()).facts
-    alone = data_view(run_of(train_limit=24), byte_tokenizer()).facts["padding, %"]
-    assert facts["padding, %"] > alone + 5 and facts["steps of an epoch"] > 0
+    assert facts["padding, %"] == pytest.approx(epoch(run_of(**data))[2], abs=0.06)
+    assert facts["steps of an epoch"] > 0
     weighted = data_view(run_of(**data | {"task": "rows*1+arithmetic*3"}), byte_tokenizer()).facts
     assert "steps of an epoch" not in weighted
     own = data_view(run_of(**data | {"task": "rows"}), byte_tokenizer()).facts
@@ -72,11 +97,15 @@ def test_rows_are_shown_with_what_is_trained() -> None:
     view = data_view(run, tokenizer, 259, rows=2)
     assert len(view.rows) == 2
     example = load_mixture(run.data, "train")[0]
-    (context, first), (answer, second) = view.rows[0]
-    assert (first, second) == (False, True)
+    (one, context, first, size), (_, answer, second, more) = view.rows[0]
+    assert (one, first, second) == (1, False, True) and more == len(example.target) + 1
     assert example.prompt in context and answer == f"{example.target}<eos>"
-    [(everything, trained)] = data_view(run_of(train_on_prompt=True), tokenizer, rows=1).rows[0]
-    assert trained and everything == context + answer
+    whole = run_of(train_on_prompt=True)
+    assert data_view(whole, tokenizer, rows=1).rows[0] == [(1, context + answer, True, size + more)]
+    pairs = run_of(packing=True, bucket_lengths=(512,))
+    packed = data_view(pairs, tokenizer, rows=1).rows[0]  # its sequences apart
+    texts = ["".join(x[1] for x in packed if x[0] == i) for i in range(1, packed[-1][0] + 1)]
+    assert len(texts) > 1 and all(x.count("<eos>") == 2 and x.endswith("<eos>") for x in texts)
     with pytest.raises(ConfigError, match="rows=-1"):
         data_view(run, tokenizer, rows=-1)
     with pytest.raises(ConfigError, match="258"):  # padding, as training refuses it
@@ -90,8 +119,8 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     words = ["data", "--config", str(config), "--rows", "1", "--out", str(tmp_path / "x")]
     assert main([*words, "--set", "data.train_limit=8"]) == 0
     said = capsys.readouterr().out
-    assert "row 1, trained tokens in [[ ]]:" in said and "[[" in said.split("row 1")[1]
+    assert "row 1, trained tokens in [[ ]]:\n-- sequence 1 of 1," in said and "█" in said
+    assert "'data.bucket_lengths=[320]'  (now)" in said
     found = json.loads((tmp_path / "x.json").read_text())
-    assert found["histogram"] == {"1-320": 8} and found["config"]["data"]["train_limit"] == 8
+    assert sum(found["histogram"].values()) == 8 and found["config"]["data"]["train_limit"] == 8
     assert main([*words, "--set", "data.task=gsm8k", f"data.data_dir={tmp_path}"]) == 2
-    assert model_tokenizer(base)("a b")["input_ids"] == byte_tokenizer()("a b")["input_ids"]

@@ -170,10 +170,7 @@ def test_dialogues_that_begin_alike_stay_together(tmp_path):
     write(tmp_path / "train.jsonl", *[{"messages": SHORT}] * 40)
     with pytest.raises(ConfigError, match=r"begin alike.*Put validation.json\(l\) and test"):
         load("rows", "train", tmp_path)
-
-
-def test_a_usual_opening_stays_in_train(tmp_path):
-    """More rows begin with it than a split should have."""
+    # With a usual opening more rows begin than a split should have: they stay in train.
     rows = [{"messages": [turn("user", "hi"), turn("assistant", f"{i}")]} for i in range(85)]
     rows += [{"messages": [turn("user", f"{i}?"), SHORT[1]]} for i in range(15)]
     write(tmp_path / "train.jsonl", *rows)

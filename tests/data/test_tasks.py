@@ -124,17 +124,12 @@ def test_missing_splits_are_held_out_of_train(tmp_path):
     assert parts() == {"train": sorted(questions), "validation": ["v0"], "test": ["t0", "t1"]}
 
 
-def test_what_is_held_out_has_no_twin_in_train(tmp_path):
-    """Questions that differ in case and marks alone hash apart; the one held out is then
-    left out.
-    """
+def test_a_hold_out_has_a_bound_and_no_twin_in_train(tmp_path):
+    """Questions that differ in case and marks alone hash apart; that held out is then left out."""
     questions = [f"How many is {i % 200}{'?' * (i // 200)}" for i in range(300)]
     write_questions(tmp_path / "train.json", questions)
     train, *held = ({q.rstrip("?") for q in prompts_of(split, tmp_path)} for split in SPLITS)
     assert all(len(part) < 30 and not train & part for part in held) and any(held)
-
-
-def test_a_hold_out_has_a_bound_and_keeps_equal_questions_together(tmp_path):
     write_questions(tmp_path / "train.json", [f"q{i // 3}" for i in range(3 * 1000)])
     train, *held = (prompts_of(split, tmp_path) for split in SPLITS)
     assert all(HOLD_OUT <= len(part) < HOLD_OUT + 3 for part in held)

@@ -53,6 +53,9 @@ def test_the_kernels_of_a_loop() -> None:
     assert async_bytes(loop) == 8 * 128 * 2
     with pytest.raises(ValueError, match="no loop 'elsewhere'"):
         Program(TEXT).loop("elsewhere")
+    size = 64 * 128 * 2  # collectives count as often as their loops run
+    sent = {"all-reduce": 5 * int(2 * 3 / 4 * size), "all-gather": int(3 / 4 * size)}
+    assert Program(TEXT).collectives() == sent
 
 
 def test_copies_of_kernels_and_caches() -> None:
@@ -96,9 +99,3 @@ ENTRY %main (x: f32[2]) -> f32[8] {{
     for dtype, size in (("s4", 4), ("u4", 4), ("f8e4m3b11fnuz", 8), ("bf16", 16), ("pred", 8)):
         of_dtype = text.replace("f32[", f"{dtype}[")
         assert Program(of_dtype).collectives() == {"all-gather": 8 * size // 8 * 3 // 4}, dtype
-
-
-def test_collectives_count_as_often_as_their_loops_run() -> None:
-    size = 64 * 128 * 2
-    sent = {"all-reduce": 5 * int(2 * 3 / 4 * size), "all-gather": int(3 / 4 * size)}
-    assert Program(TEXT).collectives() == sent

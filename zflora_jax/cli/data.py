@@ -33,12 +33,21 @@ def run(args: argparse.Namespace) -> None:
     vocab_size = model_config(config.model).vocab_size
     view = data_view(config, model_tokenizer(config.model), vocab_size, args.rows)
     print_table(view.facts, f"{args.config}: training rows")
-    print_table(view.histogram, "sequences by length in tokens")
+    most = max(view.histogram.values())
+    bars = {k: f"{'█' * round(30 * n / most):30} {n:,}" for k, n in view.histogram.items()}
+    print_table(bars, "sequences by length in tokens")
     console = Console(soft_wrap=True, highlight=False, markup=False)
+    console.print("padding with these settings, to paste after --set:", style="cyan")
+    for name, (padding, note) in view.settings.items():
+        console.print(f"{padding:6.1f}%  {name}{note and f'  ({note})'}")
     for number, row in enumerate(view.rows, 1):
-        console.print(f"row {number}, trained tokens in [[ ]]:", style="cyan")
-        parts = [(f"[[{part}]]", "bold green") if trained else part for part, trained in row]
-        console.print(Text.assemble(*parts, style="dim"), end="\n\n")
+        console.print(f"\nrow {number}, trained tokens in [[ ]]:", style="bold cyan")
+        for i in range(1, row[-1][0] + 1):
+            parts = [span for span in row if span[0] == i]
+            size = sum(tokens for *_, tokens in parts)
+            console.print(f"-- sequence {i} of {row[-1][0]}, {size:,} tokens", style="cyan")
+            texts = [(f"[[{x}]]", "bold green") if trained else x for _, x, trained, _ in parts]
+            console.print(Text.assemble(*texts, style="dim"))
     if args.out:
-        facts = {"facts": view.facts, "histogram": view.histogram}
-        write_json(f"{args.out}.json", facts | {"config": to_dict(config)})
+        counts = {"facts": view.facts, "histogram": view.histogram, "settings": view.settings}
+        write_json(f"{args.out}.json", counts | {"config": to_dict(config)})
