@@ -42,7 +42,7 @@ def make(name: str) -> tuple[Any, list[list[int]], float]:
     if name != "tiny":
         model = load_model(name)
         return model, [model.tokenizer(text)["input_ids"] for text in PROMPTS], 0.01
-    model, draw = small_model("llama"), np.random.default_rng(0)
+    model, draw = small_model(), np.random.default_rng(0)
     return model, [draw.integers(4, 512, 20 + 3 * i).tolist() for i in range(4)], 0.02
 
 

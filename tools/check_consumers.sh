@@ -1,13 +1,14 @@
 #!/usr/bin/env bash
-# Opens exports of the base and of all six methods in vLLM, lm-evaluation-harness and llama.cpp, and compares their greedy tokens and likelihoods
-# with this project's. Writes results/consumers.json and .md.
+# Opens exports of three bases and of all six methods in vLLM, transformers, lm-evaluation-harness and llama.cpp, and compares their greedy tokens
+# and likelihoods with this project's, in float32 and bfloat16. Writes results/consumers.json and .md.
 #
-#   tools/check_consumers.sh [DIR]        DIR (default build/consumers) gets the environments and exports: 6 GB, 20 minutes on 2 cores
+#   tools/check_consumers.sh [DIR [OPTIONS]]   DIR (default build/consumers) gets the environments and exports: 20 GB, 1 hour on 2 cores
 #
 # Needs .venv (make test), python3.11 and PyPI. What is there already is used again. Any build of torch will do; where PyPI's brings CUDA, a CPU build installed into DIR/vllm and DIR/others first is smaller.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 dir=${1:-build/consumers}
+shift || true
 python=${PYTHON:-python3.11}
 mkdir -p "$dir"
 
@@ -37,4 +38,4 @@ if [ ! -e "$dir/others/.done" ]; then
   touch "$dir/others/.done"
 fi
 
-exec .venv/bin/python tools/check_consumers.py --vllm-python "$dir/vllm/bin/python" --python "$dir/others/bin/python" --dir "$dir"
+exec .venv/bin/python tools/check_consumers.py --vllm-python "$dir/vllm/bin/python" --python "$dir/others/bin/python" --dir "$dir" "$@"

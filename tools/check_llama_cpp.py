@@ -15,23 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from check_consumers import PROMPTS, ask
+from check_consumers import PROMPTS, ask, scores
 from consumer_workers import NEW_TOKENS
 
 CHUNK = 512
-
-
-def nll(model: Any, chunks: list[list[int]]) -> float:
-    """The mean negative log-likelihood of the tokens of each chunk but its first, in nats."""
-    from zflora_jax import forward
-
-    losses = []
-    for chunk in chunks:
-        logits = np.asarray(forward(model, np.asarray([chunk], np.int32)), np.float64)[0, :-1]
-        logits -= logits.max(-1, keepdims=True)
-        picked = logits[np.arange(len(logits)), chunk[1:]]
-        losses.append(np.log(np.exp(logits).sum(-1)) - picked)
-    return float(np.mean(np.concatenate(losses)))
 
 
 def check(file: Path, python: str, text: str) -> dict[str, Any]:
@@ -50,7 +37,8 @@ def check(file: Path, python: str, text: str) -> dict[str, Any]:
         next((i for i, (a, b) in enumerate(zip(x, y, strict=True)) if a != int(b)), NEW_TOKENS)
         for x, y in zip(found["tokens"], tokens, strict=True)
     ]
-    ours, theirs = math.exp(nll(model, chunks)), math.exp(found["nll"])
+    mean = np.mean(np.concatenate(scores(model, chunks)["logp"]))
+    ours, theirs = math.exp(-mean), math.exp(found["nll"])
     return row | {
         f"same greedy tokens of {NEW_TOKENS}": ", ".join(map(str, same)),
         "perplexity, llama.cpp": theirs,

@@ -20,19 +20,14 @@ from zflora_jax.core.architecture import count_base, param_shapes
 from zflora_jax.core.errors import CheckpointError
 from zflora_jax.core.fields import require, to_dict
 from zflora_jax.core.model import Model
+from zflora_jax.core.model_config import LlamaConfig
 from zflora_jax.hf.compressed import compressed
 from zflora_jax.hf.directory import export_target, refuse_foreign, whole_directory
 from zflora_jax.hf.hub import base_name, locate, packaged
 from zflora_jax.hf.keys import as_finite, hf_table
 from zflora_jax.hf.restore import FORMAT, MANIFEST, SIDE_FILE, WIDTHS, BaseFacts, Manifest
 from zflora_jax.hf.shards import INDEX, read_json, tensor_bytes, write_tensors
-from zflora_jax.hf.stock import (
-    HFContent,
-    StockForm,
-    module_of,
-    native_tensor,
-    to_stock,
-)
+from zflora_jax.hf.stock import HFContent, StockForm, module_of, native_tensor, round_up, to_stock
 from zflora_jax.hf.tokenizer import write_generation_config, write_tokenizer_files
 from zflora_jax.nn.quantize_model import is_quantized, stored_text
 from zflora_jax.ops.quantized import QuantizedArray
@@ -40,6 +35,8 @@ from zflora_jax.parallel.distributed import from_process_0, on_main
 from zflora_jax.reporting.files import write_json
 
 DTYPES = ("float32", "bfloat16", "float16")
+# vLLM's Qwen2 takes the head size from hidden_size; its Llama reads head_dim, and biases if told to
+QWEN2_IN_VLLM = '{"architectures": ["LlamaForCausalLM"], "qkv_bias": true}'
 
 
 def save_hf(
@@ -134,17 +131,17 @@ def _finish(
 
 
 def misread(model: Model) -> list[str]:
-    """Lists the servers that refuse or miscompute an export which transformers and vLLM read right,
-    with the reason. From the sources of tpu-inference b8692ff, sglang-jax cddbf6f and MaxText; RoPE
-    and norms of the first two were run (docs/export.md).
+    """Lists the servers that refuse or miscompute an export which transformers reads right, with
+    the reason. vLLM 0.32 was run; of tpu-inference b8692ff, sglang-jax cddbf6f and MaxText the
+    sources were read, and RoPE and norms of the first two run (docs/export.md).
     """
     config, found = model.config, []
+    if options := serve_options(config):
+        found.append(f"vLLM (refuses Qwen2's head size without {options})")
     heads, scaled = config.base_head_dim is not None, config.rope_scaling is not None
     qwen = config.family in ("qwen2", "qwen3")
     if heads and qwen and config.head_dim != 64 and config.head_dim % 128:
-        found.append(
-            "vLLM on TPUs (Qwen's heads must have 64 or 128 dims; set MODEL_IMPL_TYPE=vllm)"
-        )
+        found.append("vLLM on TPUs (Qwen's heads need 64 or 128 dims; set MODEL_IMPL_TYPE=vllm)")
     if scaled:
         found.append("sglang-jax (ignores Llama 3's RoPE scaling, of the base too)")
     elif heads and config.rope_theta < 1e5:
@@ -152,6 +149,13 @@ def misread(model: Model) -> list[str]:
     if model.adapter is not None and METHODS[model.adapter.method].widens:
         found.append("MaxText (takes widths and RoPE from its own table of models)")
     return found
+
+
+def serve_options(config: LlamaConfig) -> str:
+    """The options that `vllm serve` needs for an export of a native config; "" for none."""
+    computed = round_up(config.hidden_size, config.num_heads) // config.num_heads
+    other = config.family == "qwen2" and computed != config.head_dim
+    return f"--hf-overrides '{QWEN2_IN_VLLM}'" if other else ""
 
 
 def _own_dtype(model: Model) -> str:
@@ -252,7 +256,7 @@ tags: [zflora]
 |---|---|
 {table}
 
-Load it with transformers (`AutoModelForCausalLM.from_pretrained`) or vLLM (`vllm serve`){needs}.
+Load it with transformers (`AutoModelForCausalLM.from_pretrained`) or vLLM (`{serve}`){needs}.
 
 These weights derive from the base model; its licence and terms apply to them.
 """
@@ -278,6 +282,7 @@ def model_card(model: Model, report: Mapping[str, Any], rows: Mapping[str, Any])
         title=f"{title}, {adapter.method} adapter fused in" if adapter else title,
         description=_description(model, report),
         table="\n".join(f"| {k} | {v} |" for k, v in cells.items()),
+        serve=f"vllm serve {serve_options(model.config)}".strip(),
         needs=", after `pip install compressed-tensors`" if quantised else "",
     )
 
