@@ -39,6 +39,7 @@ from zflora_jax.evaluation.export_gap import export_gap
 from zflora_jax.hf.config import to_hf_config
 from zflora_jax.hf.load import model_config
 from zflora_jax.hf.restore import SIDE_FILE, load_stock, longrope
+from zflora_jax.hf.save import misread, model_card
 from zflora_jax.hf.stock import CHOICES, FLOAT16_LEAST, StockForm, choose_eps_z, state_share
 from zflora_jax.hf.tokenizer import GENERATION, TEMPLATES, TOKENIZER_FILES
 from zflora_jax.ops.rope import rope_frequencies
@@ -382,10 +383,12 @@ def test_two_spellings_of_rope_and_none_of_zflora(
 ) -> None:
     """Also at positions far apart. Without zflora.json it is an ordinary model, as it was."""
     fused, out = fused_model(bases[name], WIDENED["zflora-uniform"]), tmp_path / "out"
-    report = save_hf(out, fused)
+    plain, report = save_hf(out, bases["plain"]), save_hf(out, fused)
+    assert "misread by" not in plain and "MaxText" in report["misread by"]
     assert ("sglang-jax (ignores" in report["misread by"]) == (name == "llama3")
-    assert "MaxText" in report["misread by"] and "misread by" not in save_hf(out, bases["plain"])
-    save_hf(out, fused)
+    qwen2 = [replace(x, config=x.config.replace(family="qwen2")) for x in (bases["plain"], fused)]
+    assert ["overrides" in str(misread(x)) for x in (*qwen2, fused)] == [False, True, False]
+    assert "vLLM (`vllm serve --hf-overrides '{" in model_card(qwen2[1], report, {})
     positions = torch.arange(TOKENS.shape[1])[None].repeat(len(TOKENS), 1)
     positions[:, 4:] += 1000  # the rounding of float32 angles grows with it
 
@@ -488,14 +491,10 @@ def test_the_estimate_bounds_the_share_of_every_token(seed: int, tmp_path: Path)
 
 @pytest.mark.parametrize("eps", [2.0**-10, 0.0625, 1.0])
 def test_a_named_scale_is_written_and_read_back(eps: float, tmp_path: Path) -> None:
-    fused = trained_like()
-    assert (
-        save_hf(tmp_path / "out", fused, eps_z=eps)["eps_z"]
-        == eps
-        == manifest(tmp_path / "out")["eps_z"]
-    )
-    assert_trees_equal(load_model(tmp_path / "out").params, fused.params)
-    wrong = np.abs(logits(load_stock(tmp_path / "out")) - logits(fused)).max()
+    fused, out = trained_like(), tmp_path / "out"
+    assert save_hf(out, fused, eps_z=eps)["eps_z"] == eps == manifest(out)["eps_z"]
+    assert_trees_equal(load_model(out).params, fused.params)
+    wrong = np.abs(logits(load_stock(out)) - logits(fused)).max()
     assert (wrong > TOLERANCE * np.abs(logits(fused)).max()) == (eps > 2**-7)
 
 
