@@ -6,8 +6,8 @@ fusions by each of the six methods with perturbed adapters, in float32 and bfloa
 and 6 layers of the sizes of Qwen2.5-0.5B and Qwen3-0.6B with random weights and SmolLM2's tokens.
 Every consumer generates greedily from the same token ids, or the same text: three prompts and the
 first pieces of docs/method.md, whose log-likelihoods transformers and vLLM give, too. Writes
-results/consumers.json and .md; `--bases` and `--methods` renew some rows and keep the others. A row reports an
-export that a consumer refuses or computes differently.
+results/consumers.json and .md; `--bases` and `--methods` renew some rows and keep the others. A row
+reports an export that a consumer refuses or computes differently.
 """
 
 from __future__ import annotations
