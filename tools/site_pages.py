@@ -1,4 +1,6 @@
-"""Hook of mkdocs: makes a page of all commands, and divides docs/api.md into a page per section."""
+"""Hook of mkdocs: makes a page of all commands, divides docs/api.md into a page per section, and
+marks the tables whose rows become blocks on a phone (docs/site.css).
+"""
 
 from __future__ import annotations
 
@@ -25,6 +27,14 @@ def on_files(files: Files, config: Any) -> Files:
     return files
 
 
+def on_page_content(html: str, page: Any, **_: Any) -> str:
+    """Marks the tables of settings and commands, and writes `q|v`, not its escape in tables."""
+    if page.file.src_uri in ("settings.md", "commands.md"):
+        html = html.replace("<table>", '<div class="stacked"><table>')
+        html = html.replace("</table>", "</table></div>")
+    return re.sub(r"(<td.*?</td>)", lambda cell: cell[0].replace(r"\|", "|"), html, flags=re.DOTALL)
+
+
 def api_pages(text: str) -> dict[str, str]:
     """File name -> text: of each section of docs/api.md, and of an overview that links them."""
     overview, *sections = re.split(r"^## ", text, flags=re.MULTILINE)
@@ -32,9 +42,10 @@ def api_pages(text: str) -> dict[str, str]:
     for section in sections:
         title, _, body = section.partition("\n")
         name = f"api/{title.lower().replace(' ', '-')}.md"
-        pages[name] = f"# {title}\n{body}"
-        names = [path.rpartition(".")[2] for path in re.findall(r"^::: (\S+)", body, re.MULTILINE)]
-        overview += f"- [{title}]({name}): {', '.join(f'`{one}`' for one in names)}\n"
+        pages[name] = f"# API: {title.lower()}\n{body}"  # other pages have the same titles
+        paths = re.findall(r"^::: (\S+)", body, re.MULTILINE)
+        names = [f"[`{path.rpartition('.')[2]}`][{path}]" for path in paths]
+        overview += f"- [{title}]({name}): {', '.join(names)}\n"
     return pages | {"api.md": overview}
 
 
