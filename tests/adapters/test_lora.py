@@ -180,7 +180,8 @@ def test_decode_beside_the_base_is_decode_of_the_fused(adapter: AdapterConfig) -
             {"rank_pattern": {"down": 2}, "targets": "q|v"},
             r"alpha_pattern: 'down' matches none of the kernels q, v",
         ),
-        ({"alpha_pattern": {"mlp": 2.0}}, r"alpha_pattern: 'mlp' matches none of the"),
+        ({"alpha_pattern": {"mlp|q": 2.0}}, r"alpha_pattern: 'mlp\|q' matches none of the"),
+        ({"rank_pattern": {"[q_proj]": 8}}, r"'\[q_proj\]' matches none of .*, such as 'q\|v'"),
     ],
 )
 def test_settings_that_do_not_go_together_or_with_the_model(changes: Any, message: str) -> None:

@@ -118,9 +118,8 @@ def test_targets(targets, kernels):
     assert target_kernels(targets) == tuple(kernels.split())
 
 
-NO_KERNEL = (
-    r"matches no kernel; kernels are q, k, v, o, gate, up, down \(or use 'all', 'attention',"
-)
+NO_KERNEL = r"is no regex of kernel names; kernels are q, k, v, o, gate, up, down \(or use 'all'"
+LISTS = ("['q_proj', 'v_proj']", "[q_proj,v_proj]", '["q","v"]', "[q, v]", "q,v", "q_proj|v")
 NO_REGEX = r"is not a valid regex .* or a regex such as 'q\|v'"
 NOTHING = "leaves method '{}' nothing to widen: "
 
@@ -128,7 +127,8 @@ NOTHING = "leaves method '{}' nothing to widen: "
 @pytest.mark.parametrize(
     ("method", "changes", "message"),
     [
-        *(("lora", {"targets": t}, NO_KERNEL) for t in ("q_proj", "Q", "", "al")),
+        *(("lora", {"targets": t}, NO_KERNEL) for t in ("Q", "", "all|q", "q|dwn", "[down]")),
+        *(("lora", {"targets": t}, r"Here that is 'q\|v'.$") for t in LISTS),
         *(("lora", {"targets": t}, NO_REGEX) for t in ("q|(", "*", "q{99999999999}")),
         ("full", {"targets": "mlp"}, r"'full' trains every .*; leave targets at 'all'"),
         ("lora", {"head_scores": False}, r"method 'lora' does not have it"),

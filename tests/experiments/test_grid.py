@@ -131,7 +131,7 @@ def test_models_and_targets_that_cannot_be_used_are_rows(base, tmp_path):
     settings = [{"model": str(tmp_path / "none")}, {"adapter.targets": "nothing"}]
     rows = run_grid(base, settings, tmp_path / "s", console=False)
     assert [row["status"].partition(":")[0] for row in rows] == ["failed", "failed"]
-    assert "matches no kernel" in rows[1]["status"]
+    assert "is no regex of kernel names" in rows[1]["status"]
 
 
 def test_a_signal_after_the_last_step_and_a_fault_of_ours_end_a_sweep(

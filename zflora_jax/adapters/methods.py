@@ -39,6 +39,9 @@ _NEEDS = {  # what a stream needs to be widened
     "mlp": "MLP units need gate, up and down, and extra_mlp_units above 0",
 }
 
+# Names as PEFT has them, and a class of other characters than names of one letter.
+_LISTED = re.compile(r"""[_\s'"]|\[[^]^-]*[^]qkvo^-]""")
+
 # Head sizes that the attention kernels of common servers are built for (docs/export.md).
 SERVED_HEAD_DIMS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256)
 
@@ -69,22 +72,32 @@ def target_kernels(targets: str) -> tuple[str, ...]:
     if targets in named:
         return named[targets]
     try:
-        chosen = tuple(name for name in KERNELS if re.fullmatch(targets, name))
+        chosen = matching(targets)
     except (re.error, OverflowError, RecursionError) as error:  # "q{99999999999}" overflows
         raise ConfigError(
             f"adapter.targets={targets!r} is not a valid regex ({error}); use"
             f" {nearest(targets, named)} or a regex such as 'q|v'."
         ) from None
     # As PEFT has them: q_proj,v_proj
-    found = [name for name in KERNELS if re.search(rf"\b{name}_proj\b", targets)]
+    found = [name for name in KERNELS if re.search(rf"\b{name}(_proj)?\b", targets)]
     peft = "all" if targets == "all-linear" else "|".join(found)
-    hint = f" Here that is {peft!r}." if peft else ""
+    hint = f" Here that is {peft!r}." if peft and ("|" not in targets or "_" in targets) else ""
     require(
         bool(chosen),
-        f"adapter.targets={targets!r} matches no kernel; kernels are {', '.join(KERNELS)} (or use"
-        f" 'all', 'attention', 'mlp'). Matching is on the full name.{hint}",
+        f"adapter.targets={targets!r} is no regex of kernel names; kernels are {', '.join(KERNELS)}"
+        f" (or use 'all', 'attention' or 'mlp', alone). Matching is on the full name.{hint}",
     )
     return chosen
+
+
+def matching(pattern: str) -> tuple[str, ...]:
+    """The kernels whose whole name a regex matches. None if it lists names, which would be a class
+    of characters, or if one of its alternatives is no kernel.
+    """
+    words = set(pattern.split("|")) if re.fullmatch(r"[\w|]+", pattern) else set()
+    if _LISTED.search(pattern) or not words <= KERNELS.keys():
+        return ()
+    return tuple(name for name in KERNELS if re.fullmatch(pattern, name))
 
 
 def default_extra_head_dim(head_dim: int) -> int:
@@ -156,7 +169,7 @@ def _check_lora(config: LlamaConfig, adapter: AdapterConfig, chosen: Sequence[st
     )
     for pattern, _ in (*adapter.rank_pattern, *adapter.alpha_pattern):
         require(
-            any(re.fullmatch(pattern, kernel) for kernel in chosen),
+            any(kernel in chosen for kernel in matching(pattern)),
             f"adapter.rank_pattern or alpha_pattern: {pattern!r} matches none of the kernels"
             f" {', '.join(chosen)}. Give a regex of whole names, such as 'q|v'.",
         )

@@ -4,14 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from zflora_jax.cli.options import (
-    CommandParser,
-    add_mesh,
-    add_processes,
-    changes,
-    join,
-    mesh_asked,
-)
+from zflora_jax.cli.options import CommandParser, add_mesh, add_processes, changes, join, mesh_asked
 from zflora_jax.cli.output import print_table
 from zflora_jax.cli.stopping import terminated
 from zflora_jax.experiments.export import DEFAULT, EXPORTERS

@@ -42,12 +42,7 @@ from zflora_jax.training.loop import Hook, fit
 from zflora_jax.training.objective import Batch, objective_of
 from zflora_jax.training.optim import require_optimizer
 from zflora_jax.training.trainer import Metrics, TrainState, step_of
-from zflora_jax.training.workdir import (
-    Changes,
-    adopt,
-    claimed,
-    record_start,
-)
+from zflora_jax.training.workdir import Changes, adopt, claimed, record_start
 
 log = logging.getLogger(__name__)
 
