@@ -6,8 +6,8 @@ fusions by each of the six methods with perturbed adapters, in float32 and bfloa
 and 6 layers of the sizes of Qwen2.5-0.5B and Qwen3-0.6B with random weights and SmolLM2's tokens.
 Every consumer generates greedily from the same token ids, or the same text: three prompts and the
 first pieces of docs/method.md, whose log-likelihoods transformers and vLLM give, too. Writes
-results/consumers.json and .md; `--bases` and `--methods` renew some rows and keep the others. A row
-reports an export that a consumer refuses or computes differently.
+results/consumers.json and .md; `--bases`, `--methods` and `--consumers` renew some figures and keep
+the others. A row reports an export that a consumer refuses or computes differently.
 """
 
 from __future__ import annotations
@@ -214,10 +214,11 @@ def scores(model: Any, rows: list[list[int]]) -> dict[str, Any]:
 
 
 def ours(model: Any, ids: list[list[int]]) -> dict[str, Any]:
-    """This project's greedy tokens after `ids`, and `scores`."""
+    """This project's greedy tokens after the first of `ids`, the prompts, and `scores`."""
     from zflora_jax import generate_tokens
 
-    tokens = generate_tokens(model, ids, max_new_tokens=NEW_TOKENS, stop_token_ids=())
+    some = ids[: len(PROMPTS)]
+    tokens = generate_tokens(model, some, max_new_tokens=NEW_TOKENS, stop_token_ids=())
     return {"tokens": [list(map(int, row)) for row in tokens], **scores(model, ids)}
 
 
@@ -246,7 +247,7 @@ def verdict(found: dict[str, Any], want: dict[str, Any]) -> dict[str, Any]:
 
     out = {"error": found["error"]} if "error" in found else {}
     if "tokens" in found:
-        out["tokens"] = same(want["tokens"], found["tokens"])
+        out["tokens"] = same(want["tokens"], found["tokens"][: len(want["tokens"])])
     if "texts" in found:
         out["texts"] = "same text" if found["texts"] == want["texts"] else "other text"
     for key in found.keys() & {"logp", "likelihoods"}:
@@ -263,7 +264,7 @@ def cell(found: dict[str, Any] | None, exact: bool) -> str:
     """A verdict as text. exact: In float32, where only the largest difference matters."""
     if found is None or "error" in found:
         return "-" if found is None else f"refused: {found['error']}"
-    parts = [found["texts"] if "texts" in found else found["tokens"].split()[0]]
+    parts = [found["texts"] if "texts" in found else found["tokens"].replace(" of ", "/")]
     if "mean" in found:
         parts.append(f"{found['max']:.0e}" if exact else f"{found['mean']:.4f}")
     return ", ".join(parts + ([] if exact else [f"{100 * found['top-1']:.1f}%"]))
@@ -280,9 +281,10 @@ def check(name: str, methods: Sequence[str], args: argparse.Namespace) -> list[d
     *ids, text_ids = [base.tokenizer(text)["input_ids"] for text in (*PROMPTS, text)]
     ids += [text_ids[i * CHUNK : (i + 1) * CHUNK] for i in range(CHUNKS)]
     rows, wants, jobs = [], [], []
+    asks = set(args.consumers) - (set() if base is smollm2 else set(CONSUMERS))
     for method in methods:
         model, export = fused(base, method, RANK, STD), args.dir / "exports" / f"{name}-{method}"
-        wants.append(ours(model, ids) | (words(model) if base is smollm2 else {}))
+        wants.append(ours(model, ids) | (words(model) if "lm_eval" in asks else {}))
         for dtype in DTYPES:
             report = save_hf(path := f"{export}-{dtype}", model, dtype=dtype)
             jobs.append({"export": path, "dtype": dtype})
@@ -292,7 +294,7 @@ def check(name: str, methods: Sequence[str], args: argparse.Namespace) -> list[d
         row = {"base": name, "model": method, **{key: shape[key] for key in WIDTHS}}
         row["adapter"] = verdict(wants[-1], wants[0])
         row["ours bfloat16"] = verdict(ours(load_model(path, "bfloat16"), ids), wants[-1])
-        if base is smollm2:
+        if "llama.cpp" in asks:
             save_gguf(gguf := export.with_suffix(".gguf"), model, "f32")
             answer = ask(args.python, "llama.cpp", {"gguf": str(gguf), "ids": ids})
             row["llama.cpp"] = verdict(answer, wants[-1])
@@ -306,8 +308,8 @@ def check(name: str, methods: Sequence[str], args: argparse.Namespace) -> list[d
 
     with ThreadPoolExecutor() as pool:
         pythons = {"transformers": args.python, "vllm": args.vllm_python}
-        waits = {x: pool.submit(asked, pythons[x], x, jobs, ids=ids) for x in SERVERS}
-        if base is smollm2:
+        waits = {x: pool.submit(asked, pythons[x], x, jobs, ids=ids) for x in SERVERS if x in asks}
+        if "lm_eval" in asks:
             tasks = str(args.dir / "tasks")
             waits["lm_eval"] = pool.submit(asked, args.python, "lm_eval", jobs[::2], tasks=tasks)
     for key, wait in waits.items():
@@ -341,9 +343,13 @@ def page(results: dict[str, Any]) -> str:
         shown.append({key: row[key] for key in ("base", "model")})
         shown[-1]["hidden, head, MLP"] = ", ".join(str(row[key]) for key in WIDTHS)
         shown[-1]["adapter"] = f"{row['adapter']['mean']:.2f}"
-        shown[-1] |= {title: cell(row[f"{key} float32"], True) for key, title in SERVERS.items()}
+        shown[-1] |= {
+            title: cell(row.get(f"{key} float32"), True) for key, title in SERVERS.items()
+        }
         shown[-1] |= {title: cell(row.get(key), True) for key, title in CONSUMERS.items()}
-        shown[-1] |= {f"{title}, bfloat16": cell(row[key], False) for key, title in half.items()}
+        shown[-1] |= {
+            f"{title}, bfloat16": cell(row.get(key), False) for key, title in half.items()
+        }
     one = next(reversed(results.values()))
     text = f"""\
 # What reads the exports
@@ -354,10 +360,10 @@ bfloat16 moves log p of a fused model {min(ratios):.2f} to {max(ratios):.2f} tim
 its base.
 
 Rank {RANK}, noise of std {STD}. {", ".join(f"{k} {v}" for k, v in one["versions"].items())}.
-Against this project in float32: equal greedy tokens, of {(len(PROMPTS) + CHUNKS) * NEW_TOKENS}, and
-|d log p| in nats of the prompts' tokens (float32: the largest; bfloat16: the mean, and the share of
-equal top-1 tokens). "adapter": mean |d log p| to the base, in float32. vLLM was given the options
-that the report of an export of Qwen2 names.
+Against this project in float32: equal greedy tokens, and |d log p| in nats of the prompts' tokens
+(float32: the largest; bfloat16: the mean, and the share of equal top-1 tokens). "adapter": mean
+|d log p| to the base, in float32. vLLM was given the options that the report of an export of Qwen2
+names.
 
 {markdown_table(shown, list(shown[0]))}
 
@@ -375,6 +381,8 @@ def main() -> None:
     parser.add_argument("--dir", required=True, type=Path, help="where exports and GGUF files go")
     parser.add_argument("--bases", nargs="+", choices=BASES, default=BASES)
     parser.add_argument("--methods", nargs="+", metavar="METHOD", help="default: all")
+    every = (*SERVERS, *CONSUMERS)
+    parser.add_argument("--consumers", nargs="+", choices=every, default=every)
     parser.add_argument("--out", default="results/consumers")
     args = parser.parse_args()
     from zflora_jax.core.adapter_config import METHODS
@@ -389,8 +397,9 @@ def main() -> None:
     for name in args.bases:
         new = {row["model"]: row for row in check(name, ["base", *(args.methods or METHODS)], args)}
         results = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-        new = {row["model"]: row for row in results.get(name, {}).get("rows", [])} | new
-        rows = [new[model] for model in ("base", *METHODS) if model in new]
+        old = {row["model"]: row for row in results.get(name, {}).get("rows", [])}
+        merged = {model: old.get(model, {}) | new.get(model, {}) for model in ("base", *METHODS)}
+        rows = [row for row in merged.values() if row]
         results[name] = {"rows": rows, "versions": versions, "environment": env}
         results = {base: results[base] for base in BASES if base in results}
         write_result(args.out, results, page(results))
