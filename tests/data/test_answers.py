@@ -57,14 +57,14 @@ NUMBER 208; The answer is 208 with 5 - 3 = 2 left.; The answer is \$208 in 4
 NUMBER 0.5; ½; The answer is $\frac{1}{2}$; The answer is 50% = 0.5; #### Step 2\nThe answer is 1/2
 NUMBER -; no idea
 LETTER B; The answer is B; The answer is b) 5; b.; 'B'; _B_; “B”; (b).; Answer: b; option 'b'
-LETTER B; \boxed{B}; Ⓑ; #### B
 LETTER C; The answer is (c); the answer is 5 km, option c
 LETTER C; Rationale: (A) is too small and (B) too big, so (C); c); "C"; `C`; not B but C
 LETTER C; It is C, not D; **Answer**: C; (Ｃ); neither A nor B, so C
+LETTER C; The answer is neither A nor B, it is C.; The answer is not (A) or B, it is C
 LETTER D; A man walks 5 miles, so option D; The correct answer is **D) 40**; isn't B. D
 LETTER D; The answer should be (D).; <think>A? B?</think>D; I'd say D; D rather than E
 LETTER A; The answer is A; The answer is 23.65, (A).; A; <answer>A</answer>; the answer is: "A"; (a)
-LETTER A; $\boxed{\text{(A)}}$; a
+LETTER A; $\boxed{\text{(A)}}$; a; Ⓐ; #### A
 LETTER -; A man walks 5 miles; The answer is a number; Add them. Carl's Dog Eats; Plan A-1, B-side
 LETTER -; Carl's Dog; An apple; 'tis a dog; not B; C_{6}
 """.strip().splitlines()
@@ -89,6 +89,8 @@ $5 | 5 dollars; The answer is $5.00.; **$5**; 5$ | $5.99; -$5; €5; 5%; $5 mill
 37 °C | 37℃; 37 °c | 37 °F; 37 K
 1 million | 1,000,000; 1 million dollars | 1; 1 billion
 5 | 5.0; 5 apples; The answer is 5!; +5; \frac{10}{2}; $5$ | 5x; 5 million; -5; 52; 5²; 5,6; 5k
+5 | 5 | minus 5; negative 5; >=5; <5; != 5; √5; 2^5
+-5 | minus 5; It fell to minus 5.; The answer is negative 5 | 10 minus 5
 0.001 | 1e-3; 1/1000 | 0.002; 0; 0.0015
 9007199254740993 | 9007199254740993 | 9007199254740992
 5½ | 5.5; 5 1/2; 11/2 | 51/2; 5
@@ -105,6 +107,9 @@ Infinity | The answer is infinity. | NaN; inf; 1e999
 C++ | The answer is C++.; `C++` | C#; C; C+
 x < 3 | $x < 3$; The answer is x < 3. | x > 3; x ≤ 3; 3
 O(n) | O(n) | O(n^2); O(n²)
+$x^2$ | $x^2$; The answer is $x^2$.; x^2; \(x²\) | x; $x$
+\boxed{4} | \boxed{4}; 4; The answer is \boxed{4}. | 5
+100\% | 100\%; 100% | 10\%
 m² | m^2 | m2; m³
 दिन | The answer is दिन. | दान
 😀 | The answer is 😀! | 😢
@@ -143,9 +148,7 @@ TEXT the end. | The  end. | The end
 def test_scores(line):
     name, answer, right, wrong = re.fullmatch(r"(\w+) (.*) \| (.*) \| (.*)", line).groups()
     score = getattr(answers, name).score
-    texts = {text: True for text in right.split("; ")} | dict.fromkeys(
-        ["", *wrong.split("; ")], False
-    )
+    texts = dict.fromkeys(right.split("; "), True) | dict.fromkeys(["", *wrong.split("; ")], False)
     assert {x: score(x.replace(r"\n", "\n"), answer) for x in texts} == texts
 
 

@@ -76,9 +76,10 @@ def _places(text: str) -> list[str]:
 _AROUND = re.compile(
     r"(?<![^\W_])[*_`]+(?=\S)|(?<=\S)[*_`]+(?![^\W_]|\{)|(?<!\w)[\"'“‘’]+(?=\S)|(?<=\S)[\"'”’]+(?!\w)"
 )
+_CLAIM = r"(?:(?:be|the|(?-i:an?)|option|choice|answer)\s+)*[$(\[-]*\w+(?:[.,/]\w+)*[)\]]*"
 _DENIED = re.compile(
-    r"(?:\b(?:can)?not|\b(?:neither|nor|rather\s+than|instead\s+of)|n['’]t)\s+"
-    r"(?:(?:be|the|an?|option|choice|answer)\s+)*[$(\[-]*\w+(?:[.,/]\w+)*",
+    r"(?:\b(?:can)?not|\b(?:neither|rather\s+than|instead\s+of)|n['’]t)\s+"
+    rf"{_CLAIM}(?:,?\s+n?or\s+{_CLAIM})*",
     re.IGNORECASE,
 )
 
@@ -104,7 +105,6 @@ _ASIDE = re.compile(r"\b(?:with|where|when|if|as|given)\b")  # "4 with 3 + 1 = 4
 
 _UNIT = re.compile(r"[%°$€£¥₹]|°?[^\W\d_][^\s,;:!?()=]*")
 _ALIASES = {"$": "dollar", "€": "euro", "£": "pound", "¥": "yen", "₹": "rupee", "%": "percent"}
-_ALIASES |= {"feet": "foot", "people": "person"}
 _SCALES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
 _NO_UNITS = frozenset(
     "left more total altogether remaining each now exactly only and or of for to at on with which"
@@ -113,7 +113,8 @@ _NO_UNITS = frozenset(
 _POWERS = {"per", "squared", "cubed"}
 # Text next to a number that makes it a part of another: 1980s, 3d, 5x, 10k, 5:30, 5^2, 5,6; > 5.
 _WHOLE = re.compile(r"[sdxyznik]\b|[-–:^/×*+,]\d")
-_BOUND = re.compile(r"(?:^|\s)[<>≤≥≠]\s?$")
+_BOUND = re.compile(r"(?:[<≤≥≠√^]|[<>!]=|(?:^|\s)>)\s?$")
+_MINUS = re.compile(r"(?<![\d)] )\b(?:minus|negative) (?=[$€£¥₹]?\.?\d)", re.IGNORECASE)
 
 
 class Quantity(NamedTuple):
@@ -129,7 +130,8 @@ _NONE = Quantity("", 0, ())
 
 def _plain(text: str) -> str:
     """Returns a text with numbers in one form; see `values`."""
-    text = re.sub(r"(?<![\w.])\N{EN DASH}(?=[\d.$])", "-", text.replace("\N{MINUS SIGN}", "-"))
+    text = _MINUS.sub("-", text.replace("\N{MINUS SIGN}", "-"))  # in "10 minus 3" it is no sign
+    text = re.sub(r"(?<![\w.])\N{EN DASH}(?=[\d.$])", "-", text)
     text = re.sub(r"(?<![\w.])-([$€£¥₹])(?=[\d.])", r"\1-", _THOUSANDS.sub("", text))
     return _FRAC.sub(r"\1/\2", text)
 
@@ -164,7 +166,7 @@ def _unit(before: str, after: str) -> tuple[int, tuple[str, ...]]:
     found = list[str]()
     for i, word in enumerate(given):
         linked = word in _NO_UNITS or (word == "in" and i + 1 < len(given))  # "in" ends: inches
-        if linked or not _UNIT.fullmatch(word) or len(found) == 4:
+        if linked or not _UNIT.fullmatch(word):
             break
         found.append(_ALIASES.get(word, word))
     scale = _SCALES.get(found[0], 0) if found else 0
@@ -188,8 +190,7 @@ def _same_unit(given: Sequence[str], wanted: Sequence[str]) -> bool:
 
 def _same_word(a: str, b: str) -> bool:
     short, long = sorted((a, b), key=len)
-    plurals = (f"{short}s", f"{short}es", f"{short[:-1]}ies")
-    return short == long or (len(short) > 2 and long in plurals)
+    return short == long or (len(short) > 2 and long in (f"{short}s", f"{short}es"))
 
 
 def _quantity(text: str) -> Quantity:
@@ -353,9 +354,11 @@ def _score_any(text: str, answer: str) -> bool:
     """Scores a completion by the type of its right answer, for files of mixed answers: a letter, a
     word, a number with or without a unit, or else the whole text that is stated.
     """
-    wanted = _folded(answer)
-    if answer.strip() in tuple("ABCDE"):
-        return parse_letter(text) == answer.strip()
+    # 4 of "\\boxed{4}", x^2 of "$x^2$"
+    stated = _places(_marked(answer))[0].strip() or answer.strip()
+    wanted = _folded(stated)
+    if stated in tuple("ABCDE"):
+        return parse_letter(text) == stated
     if words := next((words for words in CHOICES if wanted in words), None):
         return parse_word(text, words) == wanted
     if not {wanted, wanted.rstrip(".")}.isdisjoint(_stated_texts(text)):
@@ -383,7 +386,7 @@ def _as_quantity(answer: str) -> Quantity:
     """Returns the quantity that an answer is: nothing but a number and perhaps its unit."""
     before, *rest = _VALUE.split(_plain(answer.rstrip(".")), maxsplit=1)
     words = "".join(rest[-1:]).split()
-    unit = len(words) <= 4 and _NO_UNITS.isdisjoint(words) and all(map(_UNIT.fullmatch, words))
+    unit = _NO_UNITS.isdisjoint(words) and all(map(_UNIT.fullmatch, words))
     alone = unit and before.strip() in ("", "+", *_ALIASES)
     return next(iter(_quantities(answer)), _NONE) if alone else _NONE
 
