@@ -130,7 +130,6 @@ D | Because: the answer is (D). | Because: the answer is (B).
 False | untrue, the answer is false | The answer is untrue
 answer2 | answer 2; the correct answer is answer2 | the correct answer is answer1
 solution1 | I have 2 ideas: solution1 | solution2
-36 | The answer is 36 dollars in 3 days | 3
 3 | 3 | The answer is 36 dollars in 3 days
 """.strip().splitlines()
 SCORED = """

@@ -16,7 +16,6 @@ SUMMARY = (
 def add_options(parser: CommandParser) -> None:
     add_config(parser)
     parser.option("--rows", "N", "rows to show", int, default=3)
-    parser.option("--out", "PATH", "also write the counts to PATH.json")
     add_settings(parser)
 
 
@@ -24,10 +23,8 @@ def run(args: argparse.Namespace) -> None:
     from rich.console import Console
     from rich.text import Text
 
-    from zflora_jax.core.fields import to_dict
     from zflora_jax.experiments.data_view import data_view
     from zflora_jax.hf.load import model_config, model_tokenizer
-    from zflora_jax.reporting.files import write_json
 
     config = run_config(args)
     vocab_size = model_config(config.model).vocab_size
@@ -48,6 +45,3 @@ def run(args: argparse.Namespace) -> None:
             console.print(f"-- sequence {i} of {row[-1][0]}, {size:,} tokens", style="cyan")
             texts = [(f"[[{x}]]", "bold green") if trained else x for _, x, trained, _ in parts]
             console.print(Text.assemble(*texts, style="dim"))
-    if args.out:
-        counts = {"facts": view.facts, "histogram": view.histogram, "settings": view.settings}
-        write_json(f"{args.out}.json", counts | {"config": to_dict(config)})

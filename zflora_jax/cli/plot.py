@@ -15,7 +15,6 @@ def add_options(parser: CommandParser) -> None:
     parser.add_argument("runs", nargs="+", metavar="RUN", help="workdirs of runs, finished or not")
     text = "PATH.png and PATH.svg are written (default: curves in the only run; needed for several)"
     parser.option("--out", "PATH", text)
-    parser.option("--title", "TEXT", "above the figure (default: the runs' names)")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -34,6 +33,6 @@ def run(args: argparse.Namespace) -> None:
     )
     out = args.out or str(as_path(args.runs[0]) / "curves")
     out = out.removesuffix(".png").removesuffix(".svg")
-    title = args.title or (args.runs[0] if len(runs) == 1 else f"{len(runs)} runs")
+    title = args.runs[0] if len(runs) == 1 else f"{len(runs)} runs"
     training_curves({name: path / METRICS_FILE for name, path in runs.items()}, out, title)
     print(f"written: {out}.png, {out}.svg")
