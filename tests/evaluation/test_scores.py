@@ -41,7 +41,7 @@ def two_tasks(arc, tmp_path):
 
 
 def score(run, model, tasks, out, **more):
-    return evaluate_tasks(run, model, tasks, out, "tiny", console=False, **more)
+    return evaluate_tasks(run, model, iter(tasks), out, "tiny", console=False, **more)
 
 
 def lines_of(path):

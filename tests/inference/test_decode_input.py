@@ -22,11 +22,7 @@ from zflora_jax.inference.text import generate
     ("prompts", "settings", "message"),
     [
         ([[1, 2], []], {}, r"prompt 1 is empty: .*at least one token"),
-        (
-            [[1] * 505],
-            {},
-            r"prompt 0 has 505 tokens; with max_new_tokens=8 that .*context of 512\.",
-        ),
+        ([[1] * 505], {}, r"0 has 505 tokens; with max_new_tokens=8 that .*context of 512\."),
         ([[1], [2, 259]], {}, r"prompt 1 holds token ids outside 0\.\.258"),
         ([[-1]], {}, r"prompt 0 holds token ids outside 0\.\.258"),
         ([[1]], {"max_new_tokens": 0}, "max_new_tokens=0: must be at least 1"),
@@ -37,16 +33,9 @@ from zflora_jax.inference.text import generate
         ([1, 2, 3], {}, r"prompt 0 is 1: expected a list of token ids"),
         ([[[1], [2, 3]]], {}, r"prompt 0 holds lists"),
         ([[1]], {"stop_token_ids": [259]}, r"stop_token_ids holds token ids outside 0\.\.258"),
-        (
-            [[1]],
-            {"max_new_token": 3},
-            "unknown key 'max_new_token' .*did you mean 'max_new_tokens'",
-        ),
-        (
-            [[1]],
-            {"stop_token_ids": 2},
-            r"stop_token_ids=2: expected a list of int, written as \[2\]",
-        ),
+        (None, {}, r"prompt 0 is None: expected a list of token ids"),
+        ([[1]], {"max_new_token": 3}, "unknown key 'max_new_token' .*you mean 'max_new_tokens'"),
+        ([[1]], {"stop_token_ids": 2}, r"stop_token_ids=2: expected a list of int, .* \[2\]"),
         ([[1]], {"seed": 1.5}, "seed=1.5: expected int, got float"),
         ([[1]], {"seed": 2**32}, r"seed=4294967296: must be from 0 to 2\*\*32 - 1"),
         ([[1]], {"sampler": 0.7}, "sampler=0.7: expected a table of Sampler fields"),
@@ -65,19 +54,20 @@ def test_texts_need_a_list_and_a_tokenizer() -> None:
     with pytest.raises(ValueError, match=r"no tokenizer; use generate_tokens"):
         generate(model, ["hello"])
     model.tokenizer = byte_tokenizer()
-    with pytest.raises(ValueError, match=r"a list of texts, got .*one text goes in a list"):
+    with pytest.raises(ValueError, match=r"a list of texts, got 'hello'; one text goes in a list"):
         generate(model, "hello")
     with pytest.raises(ValueError, match=r"prompt 1 is empty"):
         generate(model, ["hello", ""], max_new_tokens=4)
     plain, chat = (
-        generate(model, ["hello", "hi"], max_new_tokens=4, chat=chat) for chat in (False, True)
+        generate(model, iter(["hello", "hi"]), max_new_tokens=4, chat=chat)
+        for chat in (False, True)
     )
     assert len(plain) == len(chat) == 2 and plain != chat
 
 
 def test_a_full_context_and_no_prompts_are_fine() -> None:
     model = tiny_model(max_position_embeddings=20)
-    [answer] = generate_tokens(model, [[1] * 16], max_new_tokens=4, stop_token_ids=())
+    [answer] = generate_tokens(model, iter([[1] * 16]), max_new_tokens=4, stop_token_ids=())
     assert len(answer) == 4
     assert generate_tokens(model, [], max_new_tokens=4) == []
 

@@ -147,10 +147,10 @@ def test_bounds_of_memory_change_no_result(monkeypatch: pytest.MonkeyPatch) -> N
     assert len(sizes) > 2 and max(sizes) == 4
 
 
-def test_a_full_context_numpy_ids_and_no_prompts_are_fine() -> None:
+def test_a_full_context_iterators_numpy_ids_and_no_prompts_are_fine() -> None:
     model = model_of(max_position_embeddings=20)
     arrays = [np.asarray(ids(16, 1))], [[np.asarray(ids(4, 2)), np.asarray(ids(3, 3))]]
-    assert_same(option_log_likelihoods(model, *arrays), definition(model, *arrays))
+    assert_same(option_log_likelihoods(model, *map(iter, arrays)), definition(model, *arrays))
     assert option_log_likelihoods(model, [], []) == []
 
 

@@ -75,7 +75,7 @@ def test_pieces_together_are_the_generated_text(talker, chat):
     pieces = list(
         stream(
             talker,
-            [{"role": "user", "content": PROMPT}] if chat else PROMPT,
+            iter([{"role": "user", "content": PROMPT}]) if chat else PROMPT,
             max_new_tokens=24,
             sampler=Sampler(1.0),
             seed=4,
@@ -130,8 +130,9 @@ def test_what_cannot_be_said_is_refused(talker):
         next(stream(without, PROMPT))
     with pytest.raises(ConfigError, match=r"a list of turns.*one text goes without a list"):
         next(stream(talker, ["hi"]))  # type: ignore[list-item]
-    with pytest.raises(ConfigError, match=r"a list of texts, got 5"):
-        generate(talker, [5])  # type: ignore[list-item]
+    for wrong in (None, [None], 5, [5]):
+        with pytest.raises(ConfigError, match=r"a list of texts, got (5|None); one text goes in"):
+            generate(talker, wrong)
     without.tokenizer = byte_tokenizer(chat_template=None)
     with pytest.raises(ConfigError, match="chat template"):
         next(stream(without, [{"role": "user", "content": "hi"}]))

@@ -10,7 +10,7 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -268,7 +268,7 @@ def _remove_partials(out: str | Path | None) -> None:
 def evaluate_tasks(
     run: RunConfig,
     model: Model,
-    tasks: Sequence[str],
+    tasks: Iterable[str],
     out: str | Path,
     label: str,
     *,
@@ -302,7 +302,8 @@ def evaluate_tasks(
     Raises:
       ConfigError: As for `check_tasks`, or a summary there is of another model or other settings.
     """
-    out, env, run = as_path(out, "out"), environment(), one_day(run, tasks=[*tasks], label=label)
+    tasks = [*tasks]
+    out, env, run = as_path(out, "out"), environment(), one_day(run, tasks=tasks, label=label)
     tasks = check_tasks(run, tasks)
     path, origin = out / f"summary-{run.eval.split}-{label}", _origin(run, model, tasks)
     if not replace:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -177,7 +177,7 @@ def decode_latency(
 
 def method_latency(
     base: Model,
-    methods: Sequence[str] = FUSED,
+    methods: Iterable[str] = FUSED,
     *,
     rank: int = 16,
     batch: int = 1,
@@ -202,9 +202,9 @@ def method_latency(
     for name, value in counts.items():
         require(value >= 1, f"{name}={value}: must be at least 1.")
     require(new_tokens >= 2, f"new_tokens={new_tokens}: TPOT needs at least 2.")
+    methods, limit = list(methods), base.config.max_position_embeddings
     unknown = [method for method in methods if method not in FUSED]
     require(not unknown, f"methods {unknown} cannot be fused; choose from {', '.join(FUSED)}.")
-    limit = base.config.max_position_embeddings
     require(
         prompt_length + new_tokens <= limit,
         f"prompts of {prompt_length} and {new_tokens} new tokens exceed the model's context of"

@@ -92,10 +92,7 @@ class Shards:
     """
 
     def __init__(
-        self,
-        directory: Path,
-        files: list[str] | None = None,
-        dtypes: tuple[str, ...] = FLOATS,
+        self, directory: Path, files: list[str] | None = None, dtypes: tuple[str, ...] = FLOATS
     ) -> None:
         import ml_dtypes  # noqa: F401 (teaches numpy bfloat16)
         from safetensors import safe_open
@@ -204,9 +201,7 @@ def read_place(shards: Shards, name: str, place: Place, dtype: Any = np.float32)
 
 
 def write_tensors(
-    path: Path | None,
-    specs: Mapping[str, Spec],
-    tensor: Callable[[str], np.ndarray],
+    path: Path | None, specs: Mapping[str, Spec], tensor: Callable[[str], np.ndarray]
 ) -> None:
     """Writes a safetensors file tensor by tensor, so that only one of them is in memory; the bytes
     are those of `safetensors.numpy.save_file` but for the order of several dtypes.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,6 +55,11 @@ def batches(
     size = min(batch_size, power_of_two(len(order)))
     for start in range(0, len(order), batch_size):
         yield Batch(order[start : start + batch_size], size)
+
+
+def listed(values: Any) -> list[Any]:
+    """Returns a list of what a sequence or a generator holds; of another value, that value."""
+    return list(values) if isinstance(values, Iterable) else [values]
 
 
 def pad_left(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -18,6 +18,7 @@ from zflora_jax.core.trees import Tree, gathered, unstack_layers
 from zflora_jax.inference.batching import (
     batches,
     check_prompts,
+    listed,
     pad_left,
     padded_length,
     power_of_two,
@@ -32,7 +33,7 @@ Array = jax.Array
 
 def generate_tokens(
     model: Model,
-    prompts: Sequence[Sequence[int]],
+    prompts: Iterable[Sequence[int]],
     config: GenerationConfig | None = None,
     *,
     adapter: AdapterConfig | None = None,
@@ -64,7 +65,7 @@ def generate_tokens(
         holds ids that the model has no embedding for.
       NonFiniteError: Logits are NaN or infinite.
     """
-    config = _complete(model, config, settings)
+    config, prompts = _complete(model, config, settings), listed(prompts)
     check_prompts(model, prompts, config.max_new_tokens)
     require(
         (adapter is None) == (adapters is None),
@@ -90,10 +91,7 @@ def generate_tokens(
 
 
 def stream_tokens(
-    model: Model,
-    prompt: Sequence[int],
-    config: GenerationConfig | None = None,
-    **settings: Any,
+    model: Model, prompt: Sequence[int], config: GenerationConfig | None = None, **settings: Any
 ) -> Iterator[int]:
     """Generates for one prompt, token by token, with a compiled step for each.
 

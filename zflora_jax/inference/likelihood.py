@@ -14,7 +14,7 @@ Letters: N rows of a call, T tokens per row, P positions of the head, d residual
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -31,6 +31,7 @@ from zflora_jax.core.trees import Tree, gathered
 from zflora_jax.inference.batching import (
     batches,
     check_row,
+    listed,
     pad_left,
     padded_length,
     power_of_two,
@@ -51,8 +52,8 @@ SHORTEST_PROMPT, SHORTEST_OPTION = 32, 16
 
 def option_log_likelihoods(
     model: Model,
-    prompts: Sequence[Sequence[int]],
-    options: Sequence[Sequence[Sequence[int]]],
+    prompts: Iterable[Sequence[int]],
+    options: Iterable[Iterable[Sequence[int]]],
     *,
     batch_size: int = 16,
 ) -> list[np.ndarray]:
@@ -78,9 +79,10 @@ def option_log_likelihoods(
         vocabulary, or there are more tokens than the context holds.
       NonFiniteError: A log-likelihood is NaN or infinite.
     """
-    _check(model, prompts, options, batch_size)
+    prompts, rows = listed(prompts), [listed(row) for row in listed(options)]
+    _check(model, prompts, rows, batch_size)
     run = packed(model)
-    ids = [[[int(token) for token in option] for option in row] for row in options]
+    ids = [[[int(token) for token in option] for option in row] for row in rows]
     lengths = [len(prompt) + _agreement(row) for prompt, row in zip(prompts, ids, strict=True)]
     scores = [np.zeros(0, np.float32)] * len(ids)
     # The longest first: the last batch, filled up, is the cheapest.

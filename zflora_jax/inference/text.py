@@ -11,6 +11,7 @@ from zflora_jax.core.fields import override, require
 from zflora_jax.core.model import Model
 from zflora_jax.core.trees import Tree
 from zflora_jax.data.prompts import encode_prompt_texts, end_token, render, render_turns
+from zflora_jax.inference.batching import listed
 from zflora_jax.inference.decode import generate_tokens, stream_tokens
 from zflora_jax.inference.generation_config import GenerationConfig
 
@@ -66,7 +67,7 @@ def _drawn(model: Model, ids: Iterable[int]) -> list[int]:
 
 def generate(
     model: Model,
-    prompts: Sequence[str],
+    prompts: Iterable[str],
     config: GenerationConfig | None = None,
     *,
     chat: bool = False,
@@ -115,23 +116,23 @@ def generate(
 
 
 def encode_prompts(
-    model: Model, prompts: Sequence[str], *, chat: bool = False, date: str | None = None
+    model: Model, prompts: Iterable[str], *, chat: bool = False, date: str | None = None
 ) -> list[list[int]]:
     """Returns the token ids that `generate` gives the model; arguments as for `generate`."""
-    tokenizer = _tokenizer(model)
-    wrong = next((p for p in prompts if not isinstance(p, str)), None)
+    tokenizer, texts = _tokenizer(model), listed(prompts)
+    wrong = [prompts] if isinstance(prompts, str) else [p for p in texts if not isinstance(p, str)]
     require(
-        not isinstance(prompts, str) and wrong is None,
-        f"prompts must be a list of texts, got {prompts if wrong is None else wrong!r:.80}; one"
-        " text goes in a list, and turns of a conversation to `stream`.",
+        not wrong,
+        f"prompts must be a list of texts, got {[*wrong, ''][0]!r:.80}; one text goes in a list,"
+        " and turns of a conversation to `stream`.",
     )
-    texts = [render(tokenizer, "chat", text, date=date) for text in prompts] if chat else prompts
-    return encode_prompt_texts(tokenizer, list(texts))
+    texts = [render(tokenizer, "chat", text, date=date) for text in texts] if chat else texts
+    return encode_prompt_texts(tokenizer, texts)
 
 
 def stream(
     model: Model,
-    prompt: str | Sequence[Turn],
+    prompt: str | Iterable[Turn],
     config: GenerationConfig | None = None,
     *,
     date: str | None = None,
@@ -156,14 +157,14 @@ def stream(
     Raises:
       ConfigError: As for `generate`.
     """
-    tokenizer = _tokenizer(model)
-    chat = not isinstance(prompt, str)
+    tokenizer, chat = _tokenizer(model), not isinstance(prompt, str)
+    turns = listed(prompt) if chat else []
     require(
-        isinstance(prompt, str) or all(isinstance(turn, Mapping) for turn in prompt),
-        f"prompt must be a text or a list of turns with role and content, got {prompt!r:.80}; one"
+        all(isinstance(turn, Mapping) for turn in turns),
+        f"prompt must be a text or a list of turns with role and content, got {turns!r:.80}; one"
         " text goes without a list.",
     )
-    text = render_turns(tokenizer, prompt, date) if not isinstance(prompt, str) else prompt
+    text = prompt if isinstance(prompt, str) else render_turns(tokenizer, turns, date)
     config = override(config or LONG_ANSWER, settings).stopping_at(_ends(model, chat))
     given: list[int] = []
     said = ""

@@ -109,11 +109,7 @@ class Block(nn.Module):
         self.attn, self.mlp = Attention(c, self.adapter), MLP(c, self.adapter)
 
     def __call__(
-        self,
-        carry: Channels,
-        cache: LayerCache | None,
-        use_rope: Array | None,
-        context: Context,
+        self, carry: Channels, cache: LayerCache | None, use_rope: Array | None, context: Context
     ) -> tuple[Channels, LayerCache | None]:
         update, cache = self.attn(self.attn_norm(*carry), context, cache, use_rope)
         carry = jax.tree.map(lambda x: save_for_backward(x, "residual"), add(carry, update))
