@@ -121,6 +121,7 @@ def test_targets(targets, kernels):
 NO_KERNEL = r"is no regex of kernel names; kernels are q, k, v, o, gate, up, down \(or use 'all'"
 LISTS = ("['q_proj', 'v_proj']", "[q_proj,v_proj]", '["q","v"]', "[q, v]", "q,v", "q_proj|v")
 NO_REGEX = r"is not a valid regex .* or a regex such as 'q\|v'"
+NO_USE = r"(units=8|head_dim=4) changes nothing with .*: (MLP units need|head dims need v and o)"
 NOTHING = "leaves method '{}' nothing to widen: "
 
 
@@ -132,16 +133,8 @@ NOTHING = "leaves method '{}' nothing to widen: "
         *(("lora", {"targets": t}, NO_REGEX) for t in ("q|(", "*", "q{99999999999}")),
         ("full", {"targets": "mlp"}, r"'full' trains every .*; leave targets at 'all'"),
         ("lora", {"head_scores": False}, r"method 'lora' does not have it"),
-        (
-            "zflora-minimal",
-            {"targets": "attention", "extra_mlp_units": 8},
-            r"extra_mlp_units=8 changes nothing with adapter.targets='attention': MLP units need",
-        ),
-        (
-            "ffba",
-            {"targets": "mlp", "extra_head_dim": 4},
-            r"extra_head_dim=4 changes nothing with adapter.targets='mlp': head dims need v and o",
-        ),
+        ("zflora-minimal", {"targets": "attention", "extra_mlp_units": 8}, NO_USE),
+        ("ffba", {"targets": "mlp", "extra_head_dim": 4}, NO_USE),
         ("zflora-minimal", {"targets": "q|k|v"}, NOTHING),  # the state is read but never written
         ("zflora-minimal", {"targets": "o|down"}, NOTHING),  # written but never read
         ("ffba", {"targets": "q|v"}, NOTHING),

@@ -87,6 +87,7 @@ def test_missing_config_file_names_the_nearest(no_run, config_file, tmp_path):
     assert message in no_run(config=near)
     message = "does not exist. Allowed: chat, quickstart."  # those that come with the package
     assert message in no_run(config=tmp_path / "none" / "c.py")
+    assert f"config file {tmp_path} is a directory. " in no_run(config=tmp_path)
 
 
 def test_init_writes_a_config_that_is_not_there(refused, tmp_path):

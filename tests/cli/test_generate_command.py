@@ -65,10 +65,13 @@ def test_every_line_of_a_file_is_one_prompt_whole_and_without_a_byte_order_mark(
     """The prompts are read as data files are, from a file and from stdin alike."""
     prompts, path = ["2 + 2?", "a\u2028b\x0bc"], tmp_path / "prompts.txt"
     path.write_bytes(("\ufeff" + "\r\n".join(prompts) + "\r\n").encode())
-    for file, stdin in ((path, b""), ("-", path.read_bytes())):
+    (pipe, end), data = os.pipe(), path.read_bytes()
+    assert os.write(end, data) and os.close(end) is None
+    for file, stdin in ((path, b""), ("-", data), (f"/dev/fd/{pipe}", b"")):
         monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(stdin), encoding="utf-8"))
         lines = said("--model", base_dir, "--file", file).split("\n")[:-1]
         assert [json.loads(line)["prompt"] for line in lines] == prompts
+    os.close(pipe)
     path.write_text(f"hi\n\n{'x' * 600}\n")
     said_so = refused("generate", "--model", base_dir, "--file", path)
     assert "line 3 of --file has" in said_so and "with --max-new-tokens=" in said_so
@@ -95,7 +98,8 @@ def test_a_lora_is_fused_unless_the_model_is_widened_already(base_dir, said, ref
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--file", "nowhere.txt"], "--file nowhere.txt does not exist"),
+        (["--file", "nowhere.txt"], "--file nowhere.txt does not exist; give a text file"),
+        (["--file", "."], "--file . is a directory; give a text file"),
         (["--prompt", "a", "--top-k", "5"], "need a temperature above 0"),
         (["--prompt", "a", "--plain", "--system", "b"], "need the style 'chat'"),
         (["--plain"], "need the style 'chat'"),

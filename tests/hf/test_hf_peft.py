@@ -150,6 +150,7 @@ def test_we_read_what_peft_writes(settings: dict[str, Any], base: Model, tmp_pat
         ("init_lora_weights", "pissa_niter_4", "init_lora_weights"),
         ("target_modules", ["c_attn"], r"target_modules=\['c_attn'\] match no module"),
         ("r", 0, "r=0"),
+        ("use_dora", True, rf"{CONFIG}: use_dora=True is for all layers here.*with peft"),
         ("r", 3, r"lora_A.*\(2, 48\), expected \(3, 48\)"),
         ("target_modules", ["q_proj", "v_proj"], r"missing .*v_proj\.lora_A"),
         ("layers_to_transform", 0, r"unexpected .*layers\.1"),
@@ -162,7 +163,7 @@ def test_we_read_what_peft_writes(settings: dict[str, Any], base: Model, tmp_pat
     ],
 )
 def test_wrong_settings_are_named(key: str, value: Any, words: str, base: Model, out: Path) -> None:
-    edit(out, **{key: value})
+    edit(out, **{key: value}, **({"layers_to_transform": 0} if key == "use_dora" else {}))
     with pytest.raises((ConfigError, CheckpointError), match=words):
         load_peft(out, base)
 

@@ -4,6 +4,8 @@ with old.
 
 from __future__ import annotations
 
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -45,3 +47,11 @@ def test_pages() -> None:
     assert len(pages) <= DOC_PAGES, pages
     lines = (ROOT / "CONTRIBUTING.md").read_text("utf-8").count("\n")
     assert lines <= CONTRIBUTING_LINES, f"{lines} lines"
+
+
+@pytest.mark.skipif(not shutil.which("git"), reason="asks git")
+def test_no_other_link_is_tracked() -> None:
+    """`zflora_jax/configs` makes configs/ a part of the package; a user's .venv is none."""
+    listed = subprocess.run(["git", "ls-files", "-s"], cwd=ROOT, capture_output=True, text=True)
+    links = {line.split("\t")[1] for line in listed.stdout.splitlines() if line[:6] == "120000"}
+    assert links <= {"zflora_jax/configs"}  # none without a repository

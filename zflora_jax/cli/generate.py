@@ -148,10 +148,11 @@ def _lines(file: str | None) -> list[tuple[int, str]] | None:
     """The prompts of --file, a line each: (number of the line, text)."""
     if file is None:
         return None
+    folder = Path(file).is_dir()  # a pipe is read, too
     require(
-        file == "-" or Path(file).is_file(),
-        f"--file {file} does not exist; give a text file with a prompt on every line, or - for"
-        " stdin.",
+        file == "-" or (Path(file).exists() and not folder),
+        f"--file {file} {'is a directory' if folder else 'does not exist'}; give a text file with a"
+        " prompt on every line, or - for stdin.",
     )
     data = sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()
     lines = enumerate(lines_of(decode(data, f"--file {file}")), 1)

@@ -80,7 +80,8 @@ def load_config(path: str, function: str) -> Any:
         file = CONFIGS / f"{path}.py"
     if not file.is_file():
         found = [*map(str, file.parent.glob("*.py")), *named_configs(function)]
-        raise ConfigError(f"config file {path} does not exist. {nearest(path, found)}.")
+        wrong = "is a directory" if file.is_dir() else "does not exist"
+        raise ConfigError(f"config file {path} {wrong}. {nearest(path, found)}.")
     spec = importlib.util.spec_from_file_location(file.stem, file)
     if spec is None or spec.loader is None:
         raise ConfigError(

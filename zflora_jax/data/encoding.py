@@ -405,10 +405,7 @@ class Encoded:
 
 
 def tokenize_examples(
-    examples: Sequence[Example],
-    tokenizer: Any,
-    data: DataConfig,
-    vocab_size: int | None = None,
+    examples: Sequence[Example], tokenizer: Any, data: DataConfig, vocab_size: int | None = None
 ) -> Encoded:
     """Tokenises examples of one task or a Mixture, prompt and target.
 

@@ -320,6 +320,11 @@ def _adapter_config(where: str, settings: Mapping[str, Any], count: int) -> Adap
         f"{where}: target_modules, rank_pattern or alpha_pattern differ between layers, and native"
         f" LoRA has one rank and alpha for a kernel in all layers that it adapts. {_MERGE}.",
     )
+    every = layers == {tuple(range(count))}
+    require(
+        every or not settings.get("use_dora"),
+        f"{where}: use_dora=True is for all layers here, and this adapter has some. {_MERGE}.",
+    )
     loras = {kernel: next(iter(of.values())) for kernel, of in found.items()}
     rank, alpha = max(loras.values(), key=lambda lora: lora[0])
     sets = {"all": set(KERNELS), "attention": set(ATTENTION), "mlp": set(MLP)}
@@ -329,7 +334,7 @@ def _adapter_config(where: str, settings: Mapping[str, Any], count: int) -> Adap
         dropout=settings.get("lora_dropout") or 0.0,
         use_rslora=bool(settings.get("use_rslora")),
         use_dora=bool(settings.get("use_dora")),
-        layers_to_transform=None if layers == {tuple(range(count))} else layers.pop(),
+        layers_to_transform=None if every else layers.pop(),
         rank_pattern=tuple((kernel, r) for kernel, (r, _) in loras.items() if r != rank),
         alpha_pattern=tuple((kernel, a) for kernel, (_, a) in loras.items() if a != alpha),
     )

@@ -268,11 +268,7 @@ def _in_range(model: Model, eps_z: float) -> bool:
 
 
 def save_gguf(
-    out: str | os.PathLike[str],
-    model: Model,
-    quant: str = "q8_0",
-    *,
-    eps_z: float | None = None,
+    out: str | os.PathLike[str], model: Model, quant: str = "q8_0", *, eps_z: float | None = None
 ) -> dict[str, Any]:
     """Writes a base or fused model as a GGUF file.
 
@@ -335,8 +331,7 @@ def gguf_target(out: str | os.PathLike[str], quant: str) -> Path:
     )
     target = local_path(out, "out").expanduser().absolute()
     require(
-        target.suffix == ".gguf",
-        f"out={os.fspath(out)!r}: the name of a GGUF file ends in .gguf.",
+        target.suffix == ".gguf", f"out={os.fspath(out)!r}: the name of a GGUF file ends in .gguf."
     )
     _refuse_foreign(target)
     return target
