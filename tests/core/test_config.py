@@ -238,7 +238,7 @@ def test_impossible_runs(changes, message):
         ("data.bucket_lengths", "[64, 128]", (64, 128)),
         ("data.bucket_lengths", "64", (64,)),
         ("train.report_to", "tensorboard, wandb", ("tensorboard", "wandb")),
-        ("train.report_to", "[trackio]", ("trackio",)),
+        ("train.report_to", "[wandb]", ("wandb",)),
         ("train.report_to", "[]", ()),
         ("adapter.layers_to_transform", "1", (1,)),
         ("data.data_dir", "12", "12"),

@@ -122,8 +122,8 @@ def test_an_export_replaces_an_export_of_its_type_and_nothing_else(url):
         with pytest.raises(CheckpointError, match="exists and was not written by this project"):
             saves[other](f"{url}/{name}")
         saves[name](f"{url}/{name}")
-    put(as_path(url) / "full/notes.txt", b"mine")
-    with pytest.raises(CheckpointError, match=r"did not write there: notes\.txt\. It is left"):
+    put(as_path(url) / "full/notes.txt", b"mine"), put(as_path(url) / "full/README.md", b"mine")
+    with pytest.raises(CheckpointError, match=r"were edited: README\.md, notes\.txt\. It is left"):
         save_hf(f"{url}/full", model)
 
 

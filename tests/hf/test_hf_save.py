@@ -163,13 +163,16 @@ def test_only_our_own_exports_are_replaced(
     assert stat.S_IMODE(second.st_mode) == stat.S_IMODE(config.st_mode)
 
     (out / "notes.txt").write_text("mine")
-    with pytest.raises(CheckpointError, match=r"did not write there: notes\.txt"):
+    card = (out / "README.md").read_text()
+    (out / "README.md").write_text("my words")
+    with pytest.raises(CheckpointError, match=r"there, or that were edited: README.md, notes\.txt"):
         save_hf(out, model)
     assert (out / "notes.txt").read_text() == "mine"
+    (out / "README.md").write_text(card)
     (out / "notes.txt").unlink()
     late = lambda *_: (out / "late").touch()  # noqa: E731
     monkeypatch.setattr("zflora_jax.hf.save.write_tokenizer_files", late)
-    with pytest.raises(CheckpointError, match="did not write there: late"):
+    with pytest.raises(CheckpointError, match="edited: late"):
         save_hf(out, model)  # the file came while it was written
     (out / "late").unlink()
     other = {"format": "something else", "files": [*names(out)]}
@@ -398,7 +401,7 @@ def test_two_spellings_of_rope_and_none_of_zflora(
 
     written, first = far(), (out / "config.json").read_text()
     assert '"rope_type": "llama3"' in first and json.loads(first)["rope_theta"] > 500
-    stored = {key: x for key, x in manifest(out).items() if key != "state_share"}
+    stored = {key: x for key, x in manifest(out).items() if key not in ("state_share", "digests")}
     (out / "zflora.json").write_text(json.dumps(stored))
     last_bit = {"rope_theta": float(np.nextafter(json.loads(first)["rope_theta"], 0))}
     (out / "config.json").write_text(json.dumps(json.loads(first) | last_bit))

@@ -162,7 +162,7 @@ class TrainConfig:
     """Also keep the checkpoint with the lowest validation loss. Needs eval.split=validation and
     train.eval_every a divisor of train.save_every."""
     report_to: tuple[str, ...] = ("tensorboard",)
-    """Trackers that get the metrics besides metrics.jsonl: tensorboard, wandb, trackio, the rows of
+    """Trackers that get the metrics besides metrics.jsonl: tensorboard, wandb, the rows of
     reporting.trackers.TRACKERS."""
     matmul_precision: Precision = "default"
     """Precision of float32 products in training, evaluation and decode. At default, TPUs and GPUs

@@ -277,10 +277,7 @@ def parse_letter(text: str) -> str:
     """
     text = _words(text)
     for place in _places(text)[:-1]:
-        found = _FIRST.match(place)
-        for pattern in (_IN_PARENTHESES, _OPTION, _SINGLE):
-            found = found or pattern.search(place)
-        if found:
+        if found := _FIRST.match(place) or _SINGLE.search(place):
             return next(filter(None, found.groups())).upper()
     for pattern in (_NAMED, _IN_PARENTHESES, _OPTION, _SINGLE):
         if hits := pattern.findall(text):

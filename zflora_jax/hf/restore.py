@@ -78,6 +78,7 @@ class Manifest:
     multiple: Count | None = None  # see `StockForm`
     figures: Any = None  # a table for readers, or None
     files: tuple[str, ...] = ()
+    digests: Any = None  # SHA-256 of those that are no tensors, by name; None: not recorded
 
     def __post_init__(self) -> None:
         check_types(self)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 from collections.abc import Mapping
 from dataclasses import replace
@@ -126,7 +127,9 @@ def _finish(
     write_generation_config(folder, base, values, model.config.eos_token_ids)
     written = [str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()]
     files = sorted([*written, MANIFEST])
-    write_json(folder / MANIFEST, to_dict(replace(manifest, files=tuple(files))))
+    digests = {name: _digest(folder / name) for name in written if not _is_tensors(name)}
+    manifest = replace(manifest, files=tuple(files), digests=digests)
+    write_json(folder / MANIFEST, to_dict(manifest))
     return {"bytes": sum((folder / name).stat().st_size for name in files), "files": files}
 
 
@@ -165,13 +168,31 @@ def _own_dtype(model: Model) -> str:
 
 
 def _own_files(directory: Path) -> set[str] | None:
-    """The files that an export lists in its manifest; None for any other directory."""
+    """The files that an export lists in its manifest and nobody edited; None for any other
+    directory.
+    """
     try:
         manifest = read_json(directory / MANIFEST)
     except CheckpointError:
         return None
-    files = manifest.get("files")  # the rest may be of another version
-    return set(map(str, files)) if manifest.get("format") == FORMAT and files else None
+    files, digests = manifest.get("files"), manifest.get("digests")  # the rest: any version's
+    if manifest.get("format") != FORMAT or not files:
+        return None
+
+    def ours(name: str) -> bool:
+        if digests is None or name == MANIFEST or _is_tensors(name):
+            return True
+        return (directory / name).is_file() and digests.get(name) == _digest(directory / name)
+
+    return {name for name in map(str, files) if ours(name)}
+
+
+def _is_tensors(name: str) -> bool:
+    return name.endswith(".safetensors")
+
+
+def _digest(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 def _write_shards(folder: Path | None, stored: HFContent, limit: int) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 import os
 import secrets
@@ -50,63 +49,42 @@ class TensorBoard:
         self._events.close()
 
 
-class Trackio:
-    """trackio, and the interface that it shares with wandb. A resumed run goes on in the same
-    place. The package's own environment variables set the rest (WANDB_MODE, TRACKIO_SPACE_ID).
+class Wandb:
+    """Weights & Biases. A resumed run goes on in the same place. The package's own environment
+    variables set the rest (WANDB_MODE, WANDB_PROJECT).
     """
 
-    package: ClassVar[str] = "trackio"
+    package: ClassVar[str] = "wandb"
 
     def __init__(self, workdir: Path, start_step: int, config: Mapping[str, Any]) -> None:
-        module = importlib.import_module(self.package)
+        import wandb
+
         remembered = workdir / RUN_ID
         if start_step == 0 or not remembered.is_file():  # a run from the start is another run
             atomic_write(remembered, secrets.token_hex(4).encode())
         identity = remembered.read_text(encoding="utf-8")
-        more = self._settings(workdir, identity)
-        more |= {"project": os.environ.get(f"{self.package.upper()}_PROJECT", "zflora_jax")}
-        more |= {"name": f"{workdir.resolve().name}-{identity}", "config": dict(config)}
+        name = {"id": identity, "name": f"{workdir.resolve().name}-{identity}"}
+        place = {"dir": str(workdir), "project": os.environ.get("WANDB_PROJECT", "zflora_jax")}
+        # "create_new", as runs of a sweep may train side by side.
+        how = {"resume": "allow", "reinit": "create_new"}
         try:
-            self._run = module.init(resume="allow", **more)
-        except Exception as error:  # each has its own: no key, no network, ...
+            self._run = wandb.init(config=dict(config), **name, **place, **how)
+        except Exception as error:  # no key, no network, ...
             raise ConfigError(
-                f"train.report_to: {self.package} did not start: {error} (WANDB_MODE=offline keeps"
-                " wandb's files local)."
+                f"train.report_to: wandb did not start: {error} (WANDB_MODE=offline keeps its files"
+                " local)."
             ) from error
-
-    def _settings(self, workdir: Path, identity: str) -> dict[str, Any]:
-        return {}
+        # wandb's own step never goes back, but that of a run resumed from its checkpoint may.
+        self._run.define_metric("*", step_metric="step")
 
     def write(self, step: int, numbers: Mapping[str, float]) -> None:
-        self._run.log(dict(numbers), step=step)
+        self._run.log({**numbers, "step": step})
 
     def close(self) -> None:
         self._run.finish()
 
 
-class Wandb(Trackio):
-    """Weights & Biases."""
-
-    package: ClassVar[str] = "wandb"
-
-    def __init__(self, workdir: Path, start_step: int, config: Mapping[str, Any]) -> None:
-        super().__init__(workdir, start_step, config)
-        # wandb's own step never goes back, but that of a run resumed from its checkpoint may.
-        self._run.define_metric("*", step_metric="step")
-
-    def _settings(self, workdir: Path, identity: str) -> dict[str, Any]:
-        # "create_new", as runs of a sweep may train side by side.
-        return {"id": identity, "dir": str(workdir), "reinit": "create_new"}
-
-    def write(self, step: int, numbers: Mapping[str, float]) -> None:
-        self._run.log({**numbers, "step": step})
-
-
-TRACKERS: dict[str, type[Tracker]] = {
-    "tensorboard": TensorBoard,
-    "wandb": Wandb,
-    "trackio": Trackio,
-}
+TRACKERS: dict[str, type[Tracker]] = {"tensorboard": TensorBoard, "wandb": Wandb}
 """The trackers by the names that train.report_to has for them."""
 
 
