@@ -194,31 +194,16 @@ def test_groups_follow_the_heads_and_codes_stay():
 @pytest.mark.parametrize(
     ("use", "message"),
     [
-        (
-            lambda: quantize_model(tiny_model(), QuantizeConfig("nf4", group=32)),
-            r"attn/o/kernel: its 16 inputs are no multiple of 32",
-        ),
+        (lambda: quantize_model(tiny_model(), how("nf4")), r"o/kernel: its 16 inputs are no mult"),
         (lambda: quantize_model(tiny_model(), "keep"), "'keep' is for the codes of a GGUF file"),
-        (
-            lambda: quantize_model(quantized_tiny("int8"), how("nf4")),
-            r"stored as int8 in groups of 0 already.*nf4",
-        ),
-        (
-            lambda: quantize_model(pack_for_decode(tiny_model()), "int8"),
-            "quantise the base, then fuse, then pack",
-        ),
-        (
-            lambda: dequantize_model(pack_for_decode(quantized_tiny("int4"))),
-            "a packed model cannot be dequantised",
-        ),
+        (lambda: quantize_model(quantized_tiny("int8"), how("nf4")), "as int8 in groups of 0 alr"),
+        (lambda: quantize_model(pack_for_decode(tiny_model()), "int8"), "then fuse, then pack"),
+        (lambda: dequantize_model(pack_for_decode(quantized_tiny("int4"))), "a packed model cann"),
         (
             lambda: quantize_model(tiny_model(), QuantizeConfig("int8", head="int8")),
             r"quantize.head=int8: .* set quantize.embedding",
         ),
-        (
-            lambda: resize_vocab(quantized_tiny("int8"), 300),
-            r"embed/embedding is stored as int8: resize a model",
-        ),
+        (lambda: resize_vocab(quantized_tiny("int8"), 300), "embedding is stored as int8: resize"),
     ],
 )
 def test_uses_that_are_refused(use, message):

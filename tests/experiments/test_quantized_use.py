@@ -48,6 +48,23 @@ def test_a_kept_scale_that_is_not_finite_is_named(part, tmp_path):
     assert GGUFFile(path).tensors  # the file itself can be read
 
 
+@pytest.mark.parametrize("kind", ["q8_0", "q4_0", "q4_1"])
+def test_scales_beyond_float16_are_refused_and_those_below_it_named(kind, tmp_path, caplog):
+    model = tiny_model(head_dim=32, num_layers=1)
+    up, beyond = model.params["layers"]["mlp"]["up"], rf"mlp/up/kernel .* of {kind}, whose scales"
+    up["kernel"] *= 1e8
+    save_hf(tmp_path / "large", model, dtype="float32")
+    (tmp_path / "large" / "zflora.json").unlink()  # which reads its tensors one by one
+    with pytest.raises(CheckpointError, match=beyond):
+        quantize_model(model, kind)
+    with pytest.raises(CheckpointError, match=beyond):
+        load_model(tmp_path / "large", quantize=kind)
+    up["kernel"] *= 1e-16
+    save_hf(tmp_path / "small", model, dtype="float32")
+    assert quantize_model(model, kind) and load_model(tmp_path / "small", quantize=kind)
+    assert caplog.text.count(f"mlp/up/kernel as {kind} (1 such leaves): values below") == 2
+
+
 def test_generate_runs_a_files_own_blocks_unless_it_is_told_not_to(tmp_path, capsys, monkeypatch):
     from support.byte_tokenizer import byte_tokenizer
 

@@ -101,9 +101,7 @@ class Widening(KernelAdapter):
         return -len(self.outputs) - 1
 
     def spans(self, block: str) -> tuple[slice, slice]:
-        """The inputs (along `axis`) and outputs (along the last axis) of a block in the wide
-        kernel.
-        """
+        """The inputs (along `axis`) and outputs (the last axis) of a block in the wide kernel."""
         widths = zip(_BLOCKS[block], (self.inputs[-1], self.outputs[-1]), strict=True)
         reads, writes = (slice(n, None) if extra else slice(0, n) for extra, n in widths)
         return reads, writes

@@ -142,9 +142,7 @@ def _for_device(leaf: Any, kind: str, dtype: str) -> Any:
 
 
 def _joinable(params: Tree, kind: str) -> bool:
-    """Whether the kernels of one input are all float on a type of device, or have codes of one type
-    and group size.
-    """
+    """Whether kernels of one input are all floats on a device, or codes of one type and group."""
     forms: dict[str, set[Any]] = {}
     for name, leaf in trees.flatten(params).items():
         if name.endswith("/kernel") and not name.startswith("lm_head"):

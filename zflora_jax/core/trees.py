@@ -119,9 +119,7 @@ def size(tree: Mapping[str, Any]) -> int:
 
 
 def unstack_layers(tree: Mapping[str, Any], num_layers: int) -> Tree:
-    """{"layers": leaves [L, ...]} -> {"layers_0": leaves [...], ...}; another tree is returned as
-    it is.
-    """
+    """{"layers": leaves [L, ...]} -> {"layers_0": leaves [...], ...}; another tree as it is."""
     if "layers" not in tree:
         return dict(tree)
     rest = {k: v for k, v in tree.items() if k != "layers"}

@@ -115,9 +115,7 @@ class Task:
         return self.source == "own"
 
     def example(self, row: Mapping[str, Any], where: str = "") -> Example:
-        """Returns the example of a row, some of its fields; ConfigError where it does not fit the
-        task.
-        """
+        """Returns the example of a row, some of its fields; ConfigError where it does not fit."""
         fields: Any = {name: tuple(x) if isinstance(x, list) else x for name, x in row.items()}
         example = Example(**fields, document=self.document, where=where)
         require(

@@ -61,7 +61,5 @@ def _asked(example: Example, answer: int) -> str:
 
 
 def contaminated(test_examples: Iterable[Example], seen: frozenset[str]) -> list[bool]:
-    """Returns for each test example whether its question is one of `seen` (equal normalised text,
-    not nearly equal).
-    """
+    """Returns for each test example whether its normalised question is one of `seen`."""
     return [question(example) in seen for example in test_examples]

@@ -217,9 +217,7 @@ def _rows(
 
 
 def _facts(examples: Sequence[Example], records: Sequence[Record]) -> Result:
-    """Returns the counts that a reader needs next to the scores: answers and documents cut,
-    chance.
-    """
+    """Returns counts that a reader needs next to the scores: answers and documents cut, chance."""
     facts: Result = {}
     if "document_cut" in records[0]:
         facts["documents_cut"] = sum(record["document_cut"] for record in records)
@@ -237,9 +235,7 @@ def _facts(examples: Sequence[Example], records: Sequence[Record]) -> Result:
 
 
 def _scores(run: RunConfig, records: Sequence[Record]) -> Result:
-    """Returns the scores by name, those of clean rows with "_clean" after it, and all of them with
-    their intervals.
-    """
+    """Returns the scores by name, those of clean rows as NAME_clean, and all with intervals."""
     kinds = rows_by_kind(records, run.eval.clean_only)
     scores = {kind: scores_of(rows, run.eval.seed) for kind, rows in kinds.items()}
     first = next(iter(scores.values()))

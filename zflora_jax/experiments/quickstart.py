@@ -131,9 +131,7 @@ def _require_equal(gap: float, scale: float, dtype: str, workdir: Path) -> None:
 
 
 def _fused_gap(run: RunConfig, trained: Trained, fused: Model) -> tuple[float, float]:
-    """Returns (largest |dlogit| between the fused and the adapted model, largest |logit|) on
-    held-out rows.
-    """
+    """Returns (largest |dlogit| of fused and adapted model, largest |logit|), held-out rows."""
     encoded = held_out(run, trained.model)
     batch = next(iter(eval_batches(encoded, min(8, len(encoded)), run.data.bucket_lengths)))
     tokens, segments = batch["tokens"], batch["segments"]

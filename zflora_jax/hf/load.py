@@ -25,7 +25,7 @@ from zflora_jax.hf.keys import QuantizedLeaves, gather
 from zflora_jax.hf.restore import MANIFEST, load_export, read_export
 from zflora_jax.hf.shards import Shards, checked_table, read_json, read_place
 from zflora_jax.hf.tokenizer import TEMPLATES, TOKENIZER_FILES, load_tokenizer
-from zflora_jax.nn.quantize_model import quantize_model
+from zflora_jax.nn.quantize_model import checked_scales, quantize_model
 from zflora_jax.parallel.distributed import require_equal
 
 log = logging.getLogger(__name__)
@@ -131,6 +131,6 @@ def _load_directory(
         read = partial(read_place, shards, dtype=dtype)
         codes = QuantizedLeaves(config, how, read)
         params = gather(checked_table(shards, config), read, mesh, codes)
-        model = Model(config, unflatten(params))
+        model = checked_scales(Model(config, unflatten(params)))
     model.tokenizer = load_tokenizer(directory)
     return model

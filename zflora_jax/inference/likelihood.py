@@ -132,9 +132,7 @@ def _agreement(rows: list[list[int]]) -> int:
 
 
 def _length(n: int, least: int) -> int:
-    """Returns the smallest power of two that holds n, at least `least`; beyond 64
-    `padded_length`.
-    """
+    """Returns the power of two that holds n, at least `least`; beyond 64 `padded_length`."""
     return max(least, power_of_two(n) if n <= 64 else padded_length(n))
 
 

@@ -22,9 +22,7 @@ INCOMPLETE = "\ufffd"  # the replacement character: bytes of a character that is
 
 
 def stop_ids(model: Model, prompt_style: str) -> list[int]:
-    """Returns the ids that end an answer: the model's EOS and, where a chat template has another
-    one, the end of a turn.
-    """
+    """Returns the ids that end an answer: the model's EOS and the chat template's end of a turn."""
     return _drawn(model, {*model.config.eos_token_ids, end_token(model.tokenizer, prompt_style)})
 
 
@@ -39,9 +37,7 @@ def stop_as_trained(model: Model, prompt_style: str) -> Model:
 
 
 def answer_text(tokenizer: Any, answer: Sequence[int], stop: Sequence[int]) -> str:
-    """Decodes generated tokens without special tokens and without the stop token, which need not be
-    a special one.
-    """
+    """Decodes generated tokens without special tokens and the stop token, special or not."""
     ended = len(answer) > 0 and answer[-1] in stop
     given = answer[:-1] if ended else answer
     # Old releases of transformers would remove spaces.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from functools import partial
 from typing import Any
 
@@ -12,6 +13,7 @@ import numpy as np
 from zflora_jax.core import trees
 from zflora_jax.core.adapter_config import METHODS
 from zflora_jax.core.architecture import KERNELS, kernel_shapes
+from zflora_jax.core.errors import CheckpointError
 from zflora_jax.core.fields import require
 from zflora_jax.core.model import Model
 from zflora_jax.core.model_config import LlamaConfig
@@ -20,13 +22,18 @@ from zflora_jax.ops.quantized import (
     KINDS,
     QuantizedArray,
     check_kind,
+    code_values,
     dequantize,
+    is_finite,
     quantize,
     quantized_names,
+    spread,
 )
 from zflora_jax.parallel.devices import on_cpu
 from zflora_jax.parallel.mesh import has_values_here, mesh_in_use
 from zflora_jax.parallel.sharding import constrain
+
+log = logging.getLogger(__name__)
 
 
 def stored_as(name: str, how: QuantizeConfig) -> str:
@@ -76,9 +83,7 @@ def check_tables(config: LlamaConfig, how: QuantizeConfig) -> None:
 
 
 def require_stored_as(model: Model, how: QuantizeConfig) -> None:
-    """ConfigError if a leaf is not stored as `how` says: a run's evaluation and export load by
-    `how`.
-    """
+    """ConfigError if a leaf is not stored as `how` says, by which evaluation and export load."""
     for name, leaf in trees.flatten(model.params).items():
         wanted, found = stored_as(name, how), "none"
         if isinstance(leaf, QuantizedArray):
@@ -109,6 +114,7 @@ def quantize_model(model: Model, how: QuantizeConfig | str) -> Model:
     Raises:
       ConfigError: a packed or fused model, one that is stored as other codes already, or groups
         that do not divide a kernel's inputs.
+      CheckpointError: as for `checked_scales`.
     """
     how, config = quantize_config(how), model.config
     widened = model.adapter is not None and METHODS[model.adapter.method].widens
@@ -119,7 +125,33 @@ def quantize_model(model: Model, how: QuantizeConfig | str) -> Model:
     _require_types(config, how)
     with mesh_in_use(model.params):
         params = trees.map_with_names(partial(_quantized, config, how), model.params)
-    return dataclasses.replace(model, params=params)
+    return checked_scales(dataclasses.replace(model, params=params))
+
+
+def checked_scales(model: Model) -> Model:
+    """`model`; CheckpointError if a scale or minimum of its codes is not finite. Logs a scale that
+    is 0 because its type ends there.
+    """
+    lost: list[str] = []
+    for name in quantized_names(model.params):
+        leaf = trees.flatten(model.params)[name]
+        finite, zero = map(trees.gathered, _ends(leaf))
+        if not finite:
+            raise CheckpointError(
+                f"{name} holds NaN or is beyond the range of {leaf.kind}, whose scales are"
+                f" {leaf.scales.dtype}: choose int8 or nf4, or leave it as floats."
+            )
+        lost += [f"{name} as {leaf.kind}"] if zero else []
+    if lost:
+        where = f"{lost[0]} ({len(lost)} such leaves)"
+        log.warning("%s: values below the range of its scales are 0; choose int8 or nf4", where)
+    return model
+
+
+@jax.jit
+def _ends(w: QuantizedArray) -> tuple[jax.Array, jax.Array]:
+    """Whether all scales are finite; whether one is 0 and a value of its codes is not."""
+    return is_finite(w), ((spread(w, w.scales) == 0) & (code_values(w.kind, w.codes) != 0)).any()
 
 
 def quantized_shapes(config: LlamaConfig, how: QuantizeConfig, params: trees.Tree) -> trees.Tree:

@@ -13,9 +13,7 @@ NON_FINITE = -2  # the logits of the row are no finite numbers
 
 
 def greedy(logits: Array) -> Array:
-    """The first of the largest logits [B, V] of each row, int32 [B]; NON_FINITE for a row with
-    NaN or +infinity.
-    """
+    """The first of the largest logits [B, V] of each row, int32 [B]; NON_FINITE for NaN or +inf."""
     # XLA's CPU compiler makes a slow loop of argmax (0.28 ms against 0.15 ms for one row of 49152).
     # Columns, because `linear.head_logits` computes float32 logits in them on a CPU.
     columns = logits.T

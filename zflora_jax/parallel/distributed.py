@@ -254,9 +254,7 @@ class StopSignals:
         return self._asked or (self._shared is not None and self._shared._asked)
 
     def requested(self, step: int) -> bool:
-        """Whether to stop after `step`: the same answer in all processes, which call this for every
-        step.
-        """
+        """Whether to stop after `step`, the same in all processes, which call this every step."""
         if jax.process_count() == 1:
             return self.asked
         # JAX counts calls: a signal that came before the first one asks for a stop at call 1,

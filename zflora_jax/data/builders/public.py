@@ -72,9 +72,7 @@ class Tfds:
 
 @dataclass(frozen=True)
 class Hub:
-    """A dataset of the Hugging Face hub: repository, config if it has several, revision (None:
-    main).
-    """
+    """A dataset of the hub: repository, config if it has several, revision (None: main)."""
 
     name: str
     config: str | None = None

@@ -128,9 +128,7 @@ class GGUFFile:
         return {key: self.get(key) for key in self._fields if key.startswith(prefix)}
 
     def dequantised(self, tensor: Tensor) -> np.ndarray:
-        """A tensor in float32; CheckpointError for a type that the `gguf` package cannot
-        dequantise.
-        """
+        """A tensor in float32; CheckpointError for a type that `gguf` cannot dequantise."""
         from gguf import dequantize
 
         try:

@@ -44,6 +44,7 @@ from zflora_jax.hf.keys import (
     whole_groups,
 )
 from zflora_jax.hf.stock import NO_ROTATION, StockForm, module_of
+from zflora_jax.nn.quantize_model import checked_scales
 from zflora_jax.ops.quantized import QuantizedArray
 
 log = logging.getLogger(__name__)
@@ -70,7 +71,7 @@ def load_gguf(
             "%s: dequantised to %s, as only blocks of %s are kept: %s",
             *(path, dtype, ", ".join(KEPT).upper(), leaves.left_text),
         )
-    return Model(config, params, tokenizer=gguf_tokenizer(file, config))
+    return checked_scales(Model(config, params, tokenizer=gguf_tokenizer(file, config)))
 
 
 def has_blocks(path: Path) -> bool:

@@ -320,9 +320,7 @@ def save_gguf(
 
 
 def gguf_target(out: str | os.PathLike[str], quant: str) -> Path:
-    """The absolute path of the file, after checks of the arguments of `save_gguf` that need no
-    model.
-    """
+    """The absolute path of the file, after checks of `save_gguf`'s arguments without the model."""
     require(
         quant in (*QUANTS, KEEP),
         f"quant={quant!r}: {nearest(quant, (*QUANTS, KEEP))}. For other types, such as q4_k_m,"
