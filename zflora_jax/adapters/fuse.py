@@ -75,6 +75,10 @@ def fuse(model: Model, adapter: AdapterConfig, adapters: Tree, *, donate: bool =
       ValueError: leaves are missing, unexpected, misshapen or not finite, or a kernel would not be
         finite in the base's dtype.
     """
+    require(
+        isinstance(adapter, AdapterConfig),
+        f"fuse(model, adapter, adapters): adapter is a {type(adapter).__name__}, no AdapterConfig.",
+    )
     config, row = model.config, METHODS[adapter.method]
     if model.adapter is not None and METHODS[model.adapter.method].widens:
         raise ValueError(

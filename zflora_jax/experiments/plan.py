@@ -95,8 +95,8 @@ def memory_plan(
 def _memory_limit(where: Target | None, memory_gib: float | None, search: bool) -> int | None:
     """Returns the bytes of a device's memory; None if unknown."""
     require(
-        memory_gib is None or 0 < memory_gib < float("inf"),
-        f"memory={memory_gib}: must be positive and finite, in GiB per device.",
+        memory_gib is None or 0 < memory_gib <= 8192,
+        f"memory={memory_gib}: must be positive and at most 8192, in GiB per device.",
     )
     limit = where.chip.memory if where else None
     limit = limit if memory_gib is None else int(memory_gib * GIB)

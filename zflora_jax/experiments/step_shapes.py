@@ -24,9 +24,7 @@ from zflora_jax.training.trainer import TrainState, init_state
 def step_arguments(
     run: RunConfig, config: LlamaConfig, mesh: Any
 ) -> tuple[trees.Tree, TrainState, trees.Tree]:
-    """Returns (params, state, batch) of a train step as ShapeDtypeStructs, placed on `mesh`, a
-    Mesh or AbstractMesh.
-    """
+    """Returns (params, state, batch) of a train step as ShapeDtypeStructs on `mesh`."""
     config = run.train.applied_to(config)
 
     def tree(shapes: Mapping[str, tuple[int, ...]], dtype: Any) -> trees.Tree:

@@ -67,6 +67,7 @@ def load_model(
       CheckpointError: The source does not exist, or its files are damaged, or tensors are missing,
         unexpected, misshapen, stored twice or not finite.
     """
+    require(isinstance(source, str | os.PathLike), f"source={source!r}: give a path or a name.")
     source = os.fspath(source)
     require(
         dtype in ("float32", "bfloat16"),

@@ -279,9 +279,7 @@ def _checkpointer(workdir: Path) -> Any:
 
 @contextlib.contextmanager
 def _whole_copy(folder: Path, wanted: Mapping[str, str]) -> Iterator[Path]:
-    """The directory of a state, or a temporary copy of it from a bucket, whose files are `wanted`:
-    name -> SHA-256.
-    """
+    """The directory of a state or a bucket's temporary copy, of files `wanted`: name -> SHA-256."""
     with local_copy(folder, wanted) as files:
         found = checksums(files, wanted)
         if wrong := [name for name in wanted if found[name] != wanted[name]]:
