@@ -180,7 +180,7 @@ def _own_files(directory: Path) -> set[str] | None:
         return None
 
     def ours(name: str) -> bool:
-        if digests is None or name == MANIFEST or _is_tensors(name):
+        if not isinstance(digests, dict) or name == MANIFEST or _is_tensors(name):
             return True
         return (directory / name).is_file() and digests.get(name) == _digest(directory / name)
 
