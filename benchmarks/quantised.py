@@ -24,6 +24,7 @@ import zflora_jax as zf
 from zflora_jax.adapters.packing import pack_for_decode
 from zflora_jax.cli.options import load_config
 from zflora_jax.core import trees
+from zflora_jax.core.fields import override
 from zflora_jax.core.presets import preset
 from zflora_jax.core.quantize_config import QuantizeConfig
 from zflora_jax.core.run_config import (
@@ -53,9 +54,10 @@ Row = dict[str, Any]
 
 
 def run_of(adapter: zf.AdapterConfig) -> RunConfig:
-    """The quickstart's run, with another adapter."""
+    """The quickstart's run, longer and scored on more rows, with another adapter."""
     run = load_config(str(ROOT / "configs" / "quickstart.py"), "get_config")
-    return dataclasses.replace(run, adapter=adapter)
+    longer = {"train.steps": 60, "eval.limit": 100, "eval.batch_size": 25}
+    return override(dataclasses.replace(run, adapter=adapter), longer)
 
 
 def trained(run: RunConfig, base: zf.Model) -> trees.Tree:

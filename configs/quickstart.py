@@ -22,6 +22,6 @@ def get_config() -> RunConfig:
         adapter=AdapterConfig("zflora-minimal", rank=16),
         data=DataConfig(task="arithmetic", batch_size=8, bucket_lengths=(96, 104, 128)),
         optim=OptimConfig(learning_rate=2e-3, warmup_steps=5),
-        train=TrainConfig(steps=60, save_every=20, log_every=5),
-        eval=EvalConfig(limit=100, batch_size=25, max_new_tokens=56),
+        train=TrainConfig(steps=40, save_every=20, log_every=5),
+        eval=EvalConfig(limit=64, batch_size=32, max_new_tokens=56),
     )
