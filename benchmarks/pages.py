@@ -21,6 +21,7 @@ PAGES = {  # result -> module in benchmarks/ or tools/
     "cost_quality": "cost_quality",
     "latency": "latency",
     "quantised": "quantised",
+    "quickstart": "quickstart",
     "task_switch": "task_switch",
     "lm_eval": "check_lm_eval",
     "train": "training",
