@@ -6,16 +6,16 @@ import sys
 
 import litert
 import pytest
-from check_llama_cpp import nll
+from check_consumers import scores
 from support.models import tiny_model
 
 from zflora_jax import option_log_likelihoods
 
 
-def test_perplexities_count_every_token_but_the_first_of_a_piece():
-    short, model = [list(range(9)), list(range(100, 109))], tiny_model()
-    want = option_log_likelihoods(model, [c[:1] for c in short], [[c[1:]] for c in short])
-    assert abs(nll(model, short) + sum(float(row[0]) for row in want) / 16) < 1e-4
+def test_scores_count_every_token_but_the_first_of_a_piece():
+    model, rows = tiny_model(), [list(range(9)), list(range(100, 109))]
+    want = option_log_likelihoods(model, [row[:1] for row in rows], [[row[1:]] for row in rows])
+    assert [*map(sum, scores(model, rows)["logp"])] == pytest.approx([*map(float, want)], abs=1e-4)
 
 
 @pytest.mark.parametrize(

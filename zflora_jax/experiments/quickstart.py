@@ -79,8 +79,7 @@ def quickstart(run: RunConfig, workdir: str | Path, *, console: bool = True) -> 
     training_curves({label: workdir / METRICS_FILE}, workdir / "curves", label)
     report = {
         "method": run.adapter.method,
-        "params_base": trained.report["params_base"],
-        "params_trainable": trained.report["params_trainable"],
+        **{name: trained.report[name] for name in ("params_base", "params_trainable")},
         "accuracy_before": before["accuracy"],
         "accuracy_after": after["accuracy"],
         "accuracy_rows": after["rows"],
@@ -104,8 +103,7 @@ def quickstart(run: RunConfig, workdir: str | Path, *, console: bool = True) -> 
     }
     write_json(workdir / "quickstart.json", report)
     for sample in report["samples"] if console else ():
-        lines = {name: " ".join(text.split()) for name, text in sample.items()}
-        print("", *(f"{name}: {line}" for name, line in lines.items()), sep="\n")
+        print("", *(f"{name}: {' '.join(x.split())}" for name, x in sample.items()), sep="\n")
     _require_equal(gap, scale, run.train.dtype, workdir)
     return report
 
