@@ -36,7 +36,7 @@ NUMBER -3.50; The answer is -$3.50
 NUMBER 1250.50; The answer is $1,250.50 in 3 days.
 NUMBER 1234567; The answer is 1,234,567
 NUMBER 50; The answer is 50%.
-NUMBER 5e-1; The answer is 5e-1
+NUMBER .5; The answer is .5
 NUMBER 15; The answer is 49 - 34 = 15 customers.; not 3 but 15; I have 15, not 6.; 5 * 3 = 15
 NUMBER 15; The answer is 5 x 3 = 15; Answer = 15, of 7; The answer is 3*$5 = $15.; Answer: 3@5 = 15
 NUMBER 15; The answer is 5 · 3 = 15; The answer is 5 apples in 3 bags = 15; Answer: 18 – 3 = 15
