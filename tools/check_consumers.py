@@ -1,9 +1,9 @@
 """Checks that vLLM, transformers, lm-evaluation-harness and llama.cpp (GGUF files in f32) compute
 the same from an export as this project.
 
-Command: tools/check_consumers.sh, which makes the environments. Exports three bases and their
-fusions by each of the six methods with perturbed adapters, in float32 and bfloat16: SmolLM2-135M,
-and 6 layers of the sizes of Qwen2.5-0.5B and Qwen3-0.6B with random weights and SmolLM2's tokens.
+Command: tools/check_consumers.sh, which makes the environments. Exports bases and their fusions
+with perturbed adapters, in float32 and bfloat16: of SmolLM2-135M, and of 6 layers of the sizes of
+Qwen2.5-0.5B and Qwen3-0.6B with random weights and SmolLM2's tokens. The rows are what was run.
 Every consumer generates greedily from the same token ids, or the same text: three prompts and the
 first pieces of docs/method.md, whose log-likelihoods transformers and vLLM give, too. Writes
 results/consumers.json and .md; `--bases`, `--methods` and `--consumers` renew some figures and keep

@@ -24,7 +24,7 @@ SOLUTIONS solution2; resolution1 or solution2
 ENDINGS ending3; pending1, ending3
 OPTIONS option2; OPTION2; not option1, the answer is option2
 NUMBER 4; 2 + 2 = 4. The answer is 4.; The answer is 4. There were 10 at first.; The answer is 4/0
-NUMBER 4; The answer is 4. Then 4 + 1 = 5.
+NUMBER 4; The answer is 4. Then 4 + 1 = 5.; He has 20 dollars minus 4; Cost minus 4
 NUMBER 0.75; The answer is 3/4.
 NUMBER 1.5; The answer is 1 1/2 cups
 NUMBER -1.5; The answer is -1 1/2
@@ -56,7 +56,7 @@ NUMBER 208; The answer is 208 with 5 - 3 = 2 left.; The answer is \$208 in 4
 NUMBER 0.5; ½; The answer is $\frac{1}{2}$; The answer is 50% = 0.5; #### Step 2\nThe answer is 1/2
 NUMBER -; no idea
 LETTER B; The answer is B; The answer is b) 5; b.; 'B'; _B_; “B”; (b).; Answer: b; option 'b'
-LETTER C; The answer is (c); the answer is 5 km, option c
+LETTER C; The answer is (c); the answer is 5 km, option c; The answer is option c as D is small
 LETTER C; Rationale: (A) is too small and (B) too big, so (C); c); "C"; `C`; not B but C
 LETTER C; It is C, not D; **Answer**: C; (Ｃ); neither A nor B, so C
 LETTER C; The answer is neither A nor B, it is C.; The answer is not (A) or B, it is C
@@ -123,7 +123,7 @@ Paris | "Paris"; **Paris**; <answer>Paris</answer>; Paris. It is. | Paris, Texas
 Paris | \boxed{\text{Paris}}; Paris\n\nIt is.; Paris, as it is; <think>Rome?</think>Paris | Rome
 yes | Yes.; Yes, the sky is.; The answer is: yes; Yes because | No.; Yesterday; yes men
 no | No, it is not. | No idea; Nobody
-42 is the answer | 42 is the answer | 42
+42 men or the answer is no | 42 men or the answer is no | 42; no
 the answer | The answer | The answer is
 D | Because: the answer is (D). | Because: the answer is (B).
 False | untrue, the answer is false | The answer is untrue

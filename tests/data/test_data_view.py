@@ -17,6 +17,7 @@ from support.tasks import write
 from zflora_jax.cli.main import main
 from zflora_jax.core.adapter_config import AdapterConfig
 from zflora_jax.core.fields import ConfigError, override
+from zflora_jax.core.presets import preset
 from zflora_jax.core.run_config import DataConfig, RunConfig
 from zflora_jax.data.encoding import Encoded, tokenize_examples
 from zflora_jax.data.mixture import load_mixture
@@ -94,7 +95,7 @@ def test_facts_of_a_mixture(tmp_path: Path) -> None:
 def test_rows_are_shown_with_what_is_trained() -> None:
     tokenizer = byte_tokenizer()
     run = run_of()
-    view = data_view(run, tokenizer, 259, rows=2)
+    view = data_view(run, tokenizer, preset("tiny"), rows=2)
     assert len(view.rows) == 2
     example = load_mixture(run.data, "train")[0]
     (one, context, first, size), (_, answer, second, more) = view.rows[0]
@@ -109,7 +110,7 @@ def test_rows_are_shown_with_what_is_trained() -> None:
     with pytest.raises(ConfigError, match="rows=-1"):
         data_view(run, tokenizer, rows=-1)
     with pytest.raises(ConfigError, match="258"):  # padding, as training refuses it
-        data_view(run, tokenizer, 258)
+        data_view(run, tokenizer, preset("tiny").replace(vocab_size=258))
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

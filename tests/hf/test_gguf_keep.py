@@ -248,4 +248,4 @@ def test_a_quickstart_ends_with_a_switch_the_base_and_its_blocks(
     rows = [(tmp_path / f"eval/{x}.jsonl").read_text().splitlines() for x in ("after", "blocks")]
     floats, blocks = ([json.loads(row)["output"] for row in of] for of in rows)
     assert floats == blocks and report["accuracy_on_blocks"] == report["accuracy_after"]
-    assert "the base is back, bit for bit" in said and "own 4-bit blocks, untouched" in said
+    assert "the base is back, bit for bit" in said and "own quantised blocks, untouched" in said

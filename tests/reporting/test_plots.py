@@ -45,10 +45,7 @@ def test_the_names_of_several_runs_and_of_many_below(tmp_path, count):
     figure = plots.training_curves(runs, tmp_path / "c", "many")
     drawn = [line.get_color() for line in figure.axes[0].lines]
     assert len({str(colour) for colour in drawn}) == count
-    if count <= plots.IN_PANEL:
-        assert figure.axes[0].get_legend() and not figure.legends
-        return
-    [legend] = figure.legends
-    assert [text.get_text() for text in legend.get_texts()] == [f"run {i}" for i in range(count)]
+    [legend], labels = figure.legends, [f"run {i} (train, last 2)" for i in range(count)]
+    assert [text.get_text() for text in legend.get_texts()] == labels
     assert not any(axes.get_legend() for axes in figure.axes)
     assert drawn == [handle.get_color() for handle in legend.legend_handles]

@@ -39,8 +39,8 @@ _NEEDS = {  # what a stream needs to be widened
     "mlp": "MLP units need gate, up and down, and extra_mlp_units above 0",
 }
 
-# Names as PEFT has them, and a class of other characters than names of one letter.
-_LISTED = re.compile(r"""[_\s'"]|\[[^]^-]*[^]qkvo^-]""")
+# Names as PEFT has them, and a whole pattern that is a class of more than names of one letter.
+_LISTED = re.compile(r"""[_\s'",]|^\[[^]]*[^]qkvo^-][^]]*\]$""")
 
 # Head sizes that the attention kernels of common servers are built for (docs/export.md).
 SERVED_HEAD_DIMS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256)

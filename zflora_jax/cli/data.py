@@ -27,8 +27,8 @@ def run(args: argparse.Namespace) -> None:
     from zflora_jax.hf.load import model_config, model_tokenizer
 
     config = run_config(args)
-    vocab_size = model_config(config.model).vocab_size
-    view = data_view(config, model_tokenizer(config.model), vocab_size, args.rows)
+    model = model_config(config.model)
+    view = data_view(config, model_tokenizer(config.model), model, args.rows)
     print_table(view.facts, f"{args.config}: training rows")
     most = max(view.histogram.values())
     bars = {k: f"{'█' * round(30 * n / most):30} {n:,}" for k, n in view.histogram.items()}

@@ -32,4 +32,6 @@ def run(args: argparse.Namespace) -> None:
         print(f"taken out again after {SWITCHES} changes, the base is back, {same}")
     if "accuracy_on_blocks" in report:
         accuracy = f"{report['accuracy_on_blocks']:.2f} ({report['accuracy_after']:.2f} on floats)"
-        print(f"the same adapter on the file's own 4-bit blocks, untouched: accuracy {accuracy}")
+        print(
+            f"the same adapter on the file's own quantised blocks, untouched: accuracy {accuracy}"
+        )

@@ -105,6 +105,7 @@ _ASIDE = re.compile(r"\b(?:with|where|when|if|as|given)\b")  # "4 with 3 + 1 = 4
 
 _UNIT = re.compile(r"[%°$€£¥₹]|°?[^\W\d_][^\s,;:!?()=]*")
 _ALIASES = {"$": "dollar", "€": "euro", "£": "pound", "¥": "yen", "₹": "rupee", "%": "percent"}
+_ALIASES |= {"feet": "foot", "people": "person"}
 _SCALES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
 _NO_UNITS = frozenset(
     "left more total altogether remaining each now exactly only and or of for to at on with which"
@@ -114,7 +115,9 @@ _POWERS = {"per", "squared", "cubed"}
 # Text next to a number that makes it a part of another: 1980s, 3d, 5x, 10k, 5:30, 5^2, 5,6; > 5.
 _WHOLE = re.compile(r"[sdxyznik]\b|[-–:^/×*+,]\d")
 _BOUND = re.compile(r"(?:[<≤≥≠√^]|[<>!]=|(?:^|\s)>)\s?$")
-_MINUS = re.compile(r"(?<![\d)] )\b(?:minus|negative) (?=[$€£¥₹]?\.?\d)", re.IGNORECASE)
+# In "12 apples minus 4" it is no sign.
+_SIGN = r"(^\W*|[.:=(]\s*|\b(?:is|are|was|be|to|by|of)\s+)(?:minus|negative) (?=[$€£¥₹]?\.?\d)"
+_MINUS = re.compile(_SIGN, re.IGNORECASE)
 
 
 class Quantity(NamedTuple):
@@ -130,7 +133,7 @@ _NONE = Quantity("", 0, ())
 
 def _plain(text: str) -> str:
     """Returns a text with numbers in one form; see `values`."""
-    text = _MINUS.sub("-", text.replace("\N{MINUS SIGN}", "-"))  # in "10 minus 3" it is no sign
+    text = _MINUS.sub(r"\1-", text.replace("\N{MINUS SIGN}", "-"))
     text = re.sub(r"(?<![\w.])\N{EN DASH}(?=[\d.$])", "-", text)
     text = re.sub(r"(?<![\w.])-([$€£¥₹])(?=[\d.])", r"\1-", _THOUSANDS.sub("", text))
     return _FRAC.sub(r"\1/\2", text)
@@ -190,7 +193,8 @@ def _same_unit(given: Sequence[str], wanted: Sequence[str]) -> bool:
 
 def _same_word(a: str, b: str) -> bool:
     short, long = sorted((a, b), key=len)
-    return short == long or (len(short) > 2 and long in (f"{short}s", f"{short}es"))
+    plurals = (f"{short}s", f"{short}es", f"{short[:-1]}ies")
+    return short == long or (len(short) > 2 and long in plurals)
 
 
 def _quantity(text: str) -> Quantity:
@@ -277,7 +281,10 @@ def parse_letter(text: str) -> str:
     """
     text = _words(text)
     for place in _places(text)[:-1]:
-        if found := _FIRST.match(place) or _SINGLE.search(place):
+        found = _FIRST.match(place)
+        for pattern in (_IN_PARENTHESES, _OPTION, _SINGLE):
+            found = found or pattern.search(place)
+        if found:
             return next(filter(None, found.groups())).upper()
     for pattern in (_NAMED, _IN_PARENTHESES, _OPTION, _SINGLE):
         if hits := pattern.findall(text):
@@ -351,8 +358,9 @@ def _score_any(text: str, answer: str) -> bool:
     """Scores a completion by the type of its right answer, for files of mixed answers: a letter, a
     word, a number with or without a unit, or else the whole text that is stated.
     """
-    # 4 of "\\boxed{4}", x^2 of "$x^2$"
-    stated = _places(_marked(answer))[0].strip() or answer.strip()
+    marked = _marked(answer).strip()  # "answer: 4" of "\\boxed{4}", x^2 of "$x^2$"
+    head = _STATED.match(marked)
+    stated = (marked[head.end() :].strip() if head else marked) or answer.strip()
     wanted = _folded(stated)
     if stated in tuple("ABCDE"):
         return parse_letter(text) == stated
@@ -383,7 +391,7 @@ def _as_quantity(answer: str) -> Quantity:
     """Returns the quantity that an answer is: nothing but a number and perhaps its unit."""
     before, *rest = _VALUE.split(_plain(answer.rstrip(".")), maxsplit=1)
     words = "".join(rest[-1:]).split()
-    unit = _NO_UNITS.isdisjoint(words) and all(map(_UNIT.fullmatch, words))
+    unit = len(words) <= 4 and _NO_UNITS.isdisjoint(words) and all(map(_UNIT.fullmatch, words))
     alone = unit and before.strip() in ("", "+", *_ALIASES)
     return next(iter(_quantities(answer)), _NONE) if alone else _NONE
 

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from zflora_jax.core.fields import require
+from zflora_jax.core.model_config import LlamaConfig
 from zflora_jax.core.run_config import DataConfig, RunConfig
 from zflora_jax.data.encoding import Encoded, TokenizedSequence, tokenize_examples
 from zflora_jax.data.mixture import load_mixture
@@ -33,14 +34,14 @@ class DataView:
 
 
 def data_view(
-    run: RunConfig, tokenizer: Any, vocab_size: int | None = None, rows: int = 3
+    run: RunConfig, tokenizer: Any, config: LlamaConfig | None = None, rows: int = 3
 ) -> DataView:
     """Reads and tokenises the training rows of a run, as training does.
 
     Args:
       run: Its settings.
       tokenizer: The tokenizer of the run's model.
-      vocab_size: Rows of the model's embedding; None: token ids are not checked.
+      config: The model's; None: neither token ids nor its context are looked at.
       rows: How many rows to show.
 
     Raises:
@@ -49,11 +50,12 @@ def data_view(
     require(rows >= 0, f"rows={rows}: must be at least 0.")
     require(tokenizer is not None, f"model {run.model!r} has no tokenizer.")
     examples, data = load_mixture(run.data, "train"), run.data
-    encoded = tokenize_examples(examples, tokenizer, data, vocab_size)
+    encoded = tokenize_examples(examples, tokenizer, data, config.vocab_size if config else None)
     packed = pack_sequences(encoded, data.bucket_lengths[-1]) if data.packing else encoded
     uncut = encoded
     if encoded.dropped or encoded.truncated:
-        uncut = tokenize_examples(examples, tokenizer, replace(data, bucket_lengths=(2**30,)))
+        whole = replace(data, bucket_lengths=(config.max_position_embeddings if config else 2**30,))
+        uncut = tokenize_examples(examples, tokenizer, whole)
     settings = _settings(data, encoded, uncut)
     lengths = np.asarray([len(row.tokens) for row in encoded.rows])
     trained = sum(int(row.loss_mask.sum()) for row in encoded.rows)
@@ -88,7 +90,9 @@ def _settings(data: DataConfig, encoded: Encoded, uncut: Encoded) -> dict[str, t
     """The run's lengths, then others: for its rows, with and without packing; for uncut rows."""
     found, own = dict[str, tuple[float, str]](), data.bucket_lengths
     tries = [(encoded, data.packing, "now"), (encoded, data.packing, "")]
-    tries += [(encoded, not data.packing, ""), (uncut, data.packing, "drops and cuts no row")]
+    beyond = uncut.dropped + uncut.truncated
+    fits = f"{beyond} rows exceed the context" if beyond else "drops and cuts no row"
+    tries += [(encoded, not data.packing, ""), (uncut, data.packing, fits)]
     for rows, packing, note in tries[: 3 + (uncut is not encoded)]:
         top = own[-1] if note == "now" else _up(max(len(row.tokens) for row in rows.rows))
         if packing:

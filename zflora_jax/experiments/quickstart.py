@@ -31,6 +31,7 @@ from zflora_jax.experiments.latency import decode_latency
 from zflora_jax.experiments.restore import fuse_trained
 from zflora_jax.experiments.setup import held_out
 from zflora_jax.experiments.train import Trained, train
+from zflora_jax.hf.gguf.read import has_blocks
 from zflora_jax.hf.hub import packaged
 from zflora_jax.nn.llama import forward
 from zflora_jax.parallel.mesh import mesh_if_there
@@ -154,7 +155,7 @@ def _switched(trained: Trained, fused: Model) -> dict[str, Any]:
         return {}
     others = [init_adapters(jax.random.key(0), trained.model, adapter), trained.adapters]
     seconds = []
-    for number in range(SWITCHES + 1):
+    for number in range(SWITCHES):
         start = time.perf_counter()
         fused = swap(fused, others[number % 2])
         jax.block_until_ready(fused.params)
@@ -167,8 +168,9 @@ def _on_blocks(run: RunConfig, trained: Trained, out: Path, console: bool) -> di
     """Returns accuracy_on_blocks, of the adapter fused beside the blocks of the base's .gguf file;
     nothing for another base or a method that merges by addition.
     """
-    blocks = packaged(run.model) is not None or run.model.endswith(".gguf")
-    if not blocks or run.quantize.active or not METHODS[run.adapter.method].widens:
+    file = packaged(run.model) or Path(run.model)
+    blocks = file.suffix == ".gguf" and has_blocks(file) and not run.quantize.active
+    if not blocks or not METHODS[run.adapter.method].widens:
         return {}
     kept = replace(run, quantize=quantize_config("keep"))
     base = load_base(kept, mesh_if_there(run.mesh))
@@ -183,11 +185,6 @@ def _samples(workdir: Path) -> list[dict[str, str]]:
         for path in (workdir / "eval" / "before.jsonl", workdir / "eval" / "after.jsonl")
     )
     return [
-        {
-            "prompt": old["prompt"],
-            "base": old["output"],
-            "tuned": new["output"],
-            "answer": old["answer"],
-        }
-        for old, new in zip(before, after, strict=True)
+        {"prompt": x["prompt"], "base": x["output"], "tuned": y["output"], "answer": x["answer"]}
+        for x, y in zip(before, after, strict=True)
     ]

@@ -15,7 +15,6 @@ from zflora_jax.core.storage import as_path
 from zflora_jax.reporting.files import atomic_write
 from zflora_jax.reporting.metrics import read_metrics
 
-IN_PANEL = 4  # with more runs their names stand below the figure
 # Panels of `training_curves`: the key of a record, its label, whether the axis is logarithmic.
 PANELS = (
     ("loss", "loss (nats per token)", False),
@@ -36,7 +35,6 @@ def training_curves(runs: Mapping[str, str | Path], out: str | Path, title: str)
     """
     from matplotlib import colormaps, rc_context
     from matplotlib.figure import Figure
-    from matplotlib.lines import Line2D
 
     # Up to ten colours are easy to tell from each other.
     scale = colormaps["tab10" if len(runs) <= 10 else "turbo"]
@@ -58,13 +56,10 @@ def training_curves(runs: Mapping[str, str | Path], out: str | Path, title: str)
         axes.grid(alpha=0.3)
         if logarithmic and axes.lines:
             axes.set_yscale("log")
-        if axes.lines and key == "loss" and len(records) <= IN_PANEL:
-            axes.legend(frameon=False, fontsize=8).set_in_layout(False)  # it may overlap the curves
-    if len(records) > IN_PANEL:
-        lines = [Line2D([], [], color=c, label=n) for n, c in zip(records, colours, strict=True)]
-        figure.set_figheight(7.4 + 0.2 * -(-len(records) // 2))
-        style = {"frameon": False, "fontsize": 7}
-        figure.legend(handles=lines, loc="outside lower center", ncols=2, **style)
+    lines = figure.axes[0].lines
+    figure.set_figheight(7.4 + 0.2 * -(-len(lines) // 2))
+    style = {"frameon": False, "fontsize": 8}
+    figure.legend(handles=lines, loc="outside lower center", ncols=2, **style)
     if not any(axes.lines for axes in figure.axes):
         raise ConfigError(f"{', '.join(map(str, runs.values()))}: no numbers to draw.")
     out = as_path(out, "figure")
