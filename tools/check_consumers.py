@@ -368,7 +368,7 @@ names.
 {markdown_table(shown, list(shown[0]))}
 
 """
-    return text + "\n".join([*(origin_line(one["environment"]) for one in results.values()), ""])
+    return text + "\n\n".join(origin_line(one["environment"]) for one in results.values()) + "\n"
 
 
 def main() -> None:

@@ -60,7 +60,7 @@ def uses(workdir: Path, out: Path, kernels: str = "none") -> list[list[str]]:
 def said(output: str) -> list[str]:
     """The answers that `generate` printed."""
     parts = [part.split("\n", 1)[1] for part in output.split("--- ")[1:] if part[:8] == "generate"]
-    logged = ("[Gloo]", "loading ")  # stderr is in the same pipe
+    logged = ("[Gloo]", "loading ", "compiling ")  # stderr is in the same pipe
     return ["\n".join(x for x in part.splitlines() if not x.startswith(logged)) for part in parts]
 
 
