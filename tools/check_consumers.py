@@ -3,7 +3,7 @@ the same from an export as this project.
 
 Command: tools/check_consumers.sh, which makes the environments. Exports bases and their fusions
 with perturbed adapters, in float32 and bfloat16: of SmolLM2-135M, and of 6 layers of the sizes of
-Qwen2.5-0.5B and Qwen3-0.6B with random weights and SmolLM2's tokens. The rows are what was run.
+Qwen2.5-0.5B and Qwen3-0.6B with random weights and SmolLM2's tokens.
 Every consumer generates greedily from the same token ids, or the same text: three prompts and the
 first pieces of docs/method.md, whose log-likelihoods transformers and vLLM give, too. Writes
 results/consumers.json and .md; `--bases`, `--methods` and `--consumers` renew some figures and keep
@@ -326,6 +326,11 @@ def version(python: str, package: str) -> str:
     return subprocess.run([python, "-c", code], capture_output=True, text=True).stdout.strip()
 
 
+def _equal(found: dict[str, Any]) -> bool:
+    first, _, last = found.get("tokens", "").partition(" of ")
+    return found.get("texts") == "same text" or (first == last != "")
+
+
 def page(results: dict[str, Any]) -> str:
     """The page of all bases' rows."""
     from zflora_jax.reporting.provenance import origin_line
@@ -350,22 +355,30 @@ def page(results: dict[str, Any]) -> str:
         shown[-1] |= {
             f"{title}, bfloat16": cell(row.get(key), False) for key, title in half.items()
         }
+    keys = (*(f"{key} float32" for key in SERVERS), *CONSUMERS)
+    exact = [
+        row[key] for one in results.values() for row in one["rows"] for key in keys if key in row
+    ]
     one = next(reversed(results.values()))
     text = f"""\
-# What reads the exports
+# Software that reads exports
 
-{(__doc__ or "").strip()}
-
-bfloat16 moves log p of a fused model {min(ratios):.2f} to {max(ratios):.2f} times as far as that of
-its base.
-
-Rank {RANK}, noise of std {STD}. {", ".join(f"{k} {v}" for k, v in one["versions"].items())}.
-Against this project in float32: equal greedy tokens, and |d log p| in nats of the prompts' tokens
-(float32: the largest; bfloat16: the mean, and the share of equal top-1 tokens). "adapter": mean
-|d log p| to the base, in float32. vLLM was given the options that the report of an export of Qwen2
-names.
+{sum(map(_equal, exact))} of {len(exact)} comparisons in float32 gave this project's tokens or text.
+bfloat16 moves log p of a fused model {min(ratios):.2f} to {max(ratios):.2f} times as far as log p
+of its base.
 
 {markdown_table(shown, list(shown[0]))}
+
+- adapter: mean |d log p| between model and base, in float32. Rank {RANK}, noise of std {STD}.
+- transformers, vLLM: equal greedy tokens, and the largest |d log p| to this project, in nats.
+- lm-eval, over transformers: the generated text, and the largest difference of log-likelihoods.
+- llama.cpp: equal greedy tokens from a GGUF file in f32.
+- bfloat16: the same against this project in float32, with the mean |d log p|, and how often the
+  likeliest token is equal.
+- SmolLM2-135M has its weights; the Qwen sizes have 6 layers, random weights and SmolLM2's tokens.
+  vLLM got the options that the report of a Qwen2 export names.
+
+{", ".join(f"{k} {v}" for k, v in one["versions"].items())}.
 
 """
     return text + "\n\n".join(origin_line(one["environment"]) for one in results.values()) + "\n"

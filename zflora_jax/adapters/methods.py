@@ -39,7 +39,7 @@ _NEEDS = {  # what a stream needs to be widened
     "mlp": "MLP units need gate, up and down, and extra_mlp_units above 0",
 }
 
-# Names as PEFT has them, and a whole pattern that is a class of more than names of one letter.
+# PEFT's names and lists, and a pattern that is one class with letters of longer names.
 _LISTED = re.compile(r"""[_\s'",]|^\[[^]]*[^]qkvo^-][^]]*\]$""")
 
 # Head sizes that the attention kernels of common servers are built for (docs/export.md).
@@ -91,8 +91,8 @@ def target_kernels(targets: str) -> tuple[str, ...]:
 
 
 def matching(pattern: str) -> tuple[str, ...]:
-    """The kernels whose whole name a regex matches. None if it lists names, which would be a class
-    of characters, or if one of its alternatives is no kernel.
+    """Returns the kernels whose whole name a regex matches. A list of names, which would be a class
+    of characters, and names joined by "|" of which one is no kernel match no kernel.
     """
     words = set(pattern.split("|")) if re.fullmatch(r"[\w|]+", pattern) else set()
     if _LISTED.search(pattern) or not words <= KERNELS.keys():

@@ -1,4 +1,4 @@
-"""What a run will train on, before it trains: counts, lengths, padding, and rows as tokens."""
+"""Preview of a run's training rows: counts, lengths, padding, and rows as tokens."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def data_view(
 
 
 def _settings(data: DataConfig, encoded: Encoded, uncut: Encoded) -> dict[str, tuple[float, str]]:
-    """The run's lengths, then others: for its rows, with and without packing; for uncut rows."""
+    """Returns the padding with the run's lengths, then with lengths that fit its rows."""
     found, own = dict[str, tuple[float, str]](), data.bucket_lengths
     tries = [(encoded, data.packing, "now"), (encoded, data.packing, "")]
     beyond = uncut.dropped + uncut.truncated

@@ -32,7 +32,7 @@ from zflora_jax.experiments.restore import fuse_trained
 from zflora_jax.experiments.setup import held_out
 from zflora_jax.experiments.train import Trained, train
 from zflora_jax.hf.gguf.read import has_blocks
-from zflora_jax.hf.hub import packaged
+from zflora_jax.hf.hub import locate
 from zflora_jax.nn.llama import forward
 from zflora_jax.parallel.mesh import mesh_if_there
 from zflora_jax.reporting.files import local_path, write_json
@@ -168,7 +168,7 @@ def _on_blocks(run: RunConfig, trained: Trained, out: Path, console: bool) -> di
     """Returns accuracy_on_blocks, of the adapter fused beside the blocks of the base's .gguf file;
     nothing for another base or a method that merges by addition.
     """
-    file = packaged(run.model) or Path(run.model)
+    file = locate(run.model)
     blocks = file.suffix == ".gguf" and has_blocks(file) and not run.quantize.active
     if not blocks or not METHODS[run.adapter.method].widens:
         return {}
