@@ -123,13 +123,13 @@ Paris | "Paris"; **Paris**; <answer>Paris</answer>; Paris. It is. | Paris, Texas
 Paris | \boxed{\text{Paris}}; Paris\n\nIt is.; Paris, as it is; <think>Rome?</think>Paris | Rome
 yes | Yes.; Yes, the sky is.; The answer is: yes; Yes because | No.; Yesterday; yes men
 no | No, it is not. | No idea; Nobody
-42 men or the answer is no | 42 men or the answer is no | 42; no
+no answer: 5 | no answer: 5 | 5
+42 men women cats dogs birds | 42 men women cats dogs birds | 42; 42 men
 the answer | The answer | The answer is
 D | Because: the answer is (D). | Because: the answer is (B).
 False | untrue, the answer is false | The answer is untrue
 answer2 | answer 2; the correct answer is answer2 | the correct answer is answer1
 solution1 | I have 2 ideas: solution1 | solution2
-3 | 3 | The answer is 36 dollars in 3 days
 """.strip().splitlines()
 SCORED = """
 NUMBER 4 | 4.0009 | 4.0011

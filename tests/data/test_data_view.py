@@ -50,11 +50,8 @@ def test_what_is_counted_is_what_training_gets(packing: bool, lengths: tuple[int
     assert view.facts["sequences"] == len(apart) == sum(view.histogram.values())
     low, high = map(int, next(iter(view.histogram)).split("-"))
     assert view.histogram[f"{low}-{high}"] == sum(low <= size <= high for size in sizes) > 0
-    assert (
-        1 < len(view.histogram) <= 8
-        and view.facts["tokens"] == sum(sizes)
-        and view.facts["longest"] == max(sizes)
-    )
+    assert 1 < len(view.histogram) <= 8
+    assert (view.facts["tokens"], view.facts["longest"]) == (sum(sizes), max(sizes))
     assert view.facts.get("packed rows") == (len(whole) if packing else None)
     assert view.facts["steps of an epoch"] == -(-len(whole) // 4)
     assert view.facts["padding, %"] == pytest.approx(padding, abs=0.06)
@@ -93,20 +90,21 @@ def test_facts_of_a_mixture(tmp_path: Path) -> None:
 
 
 def test_rows_are_shown_with_what_is_trained() -> None:
-    tokenizer = byte_tokenizer()
-    run = run_of()
+    tokenizer, run = byte_tokenizer(), run_of()
     view = data_view(run, tokenizer, preset("tiny"), rows=2)
-    assert len(view.rows) == 2
     example = load_mixture(run.data, "train")[0]
-    (one, context, first, size), (_, answer, second, more) = view.rows[0]
+    [[(one, context, first, size), (_, answer, second, more)], _] = view.rows
     assert (one, first, second) == (1, False, True) and more == len(example.target) + 1
     assert example.prompt in context and answer == f"{example.target}<eos>"
     whole = run_of(train_on_prompt=True)
     assert data_view(whole, tokenizer, rows=1).rows[0] == [(1, context + answer, True, size + more)]
-    pairs = run_of(packing=True, bucket_lengths=(512,))
+    pairs = run_of(packing=True, bucket_lengths=(512,), train_on_prompt=True)
     packed = data_view(pairs, tokenizer, rows=1).rows[0]  # its sequences apart
     texts = ["".join(x[1] for x in packed if x[0] == i) for i in range(1, packed[-1][0] + 1)]
     assert len(texts) > 1 and all(x.count("<eos>") == 2 and x.endswith("<eos>") for x in texts)
+    narrow = preset("tiny").replace(max_position_embeddings=165)
+    *_, (_, note) = data_view(run_of(bucket_lengths=(161,)), tokenizer, narrow).settings.values()
+    assert re.fullmatch("[1-9][0-9]* rows exceed the context", note)
     with pytest.raises(ConfigError, match="rows=-1"):
         data_view(run, tokenizer, rows=-1)
     with pytest.raises(ConfigError, match="258"):  # padding, as training refuses it

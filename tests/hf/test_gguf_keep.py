@@ -20,12 +20,13 @@ from support.models import tiny_model
 from support.quantized import WIDENED, moved, quantized_tiny
 from support.runs import CONFIG, small_run
 
-from zflora_jax import forward, fuse, load_model, save_gguf
+from zflora_jax import forward, fuse, load_model, save_gguf, swap
 from zflora_jax.cli.main import main
 from zflora_jax.core import trees
 from zflora_jax.core.fields import ConfigError, override
 from zflora_jax.core.model import Model
 from zflora_jax.core.model_config import RopeScaling
+from zflora_jax.experiments import quickstart
 from zflora_jax.experiments.train import train
 from zflora_jax.hf.gguf.file import ATTENTION_FACTOR, GGUFFile
 from zflora_jax.nn.quantize_model import is_quantized
@@ -238,14 +239,16 @@ def test_a_run_is_exported_with_its_blocks(
 
 
 def test_a_quickstart_ends_with_a_switch_the_base_and_its_blocks(
-    text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any
 ) -> None:
+    made: list[Any] = []
+    monkeypatch.setattr(quickstart, "swap", lambda *x: made.append(x) or swap(*x))
     (tmp_path / "config.py").write_text(CONFIG.format(model=str(text_file)))
     given = f"quickstart --config {tmp_path}/config.py --workdir {tmp_path} --set train.steps=3"
-    assert main(given.split()) == 0
-    report, said = json.loads((tmp_path / "quickstart.json").read_text()), capsys.readouterr().out
-    assert report["loss_after"] < report["loss_before"] and report["base_bit_for_bit"] is True
-    rows = [(tmp_path / f"eval/{x}.jsonl").read_text().splitlines() for x in ("after", "blocks")]
-    floats, blocks = ([json.loads(row)["output"] for row in of] for of in rows)
-    assert floats == blocks and report["accuracy_on_blocks"] == report["accuracy_after"]
+    assert main([*given.split(), "optim.learning_rate=0.1"]) == 0 and len(made) == 10
+    r, said = json.loads((tmp_path / "quickstart.json").read_text()), capsys.readouterr().out
+    assert r["loss_after"] < r["loss_before"] and r["base_bit_for_bit"] is True
+    files = (tmp_path / f"eval/{name}.jsonl" for name in ("before", "after", "blocks"))
+    rows = [[json.loads(row)["output"] for row in x.read_text().splitlines()] for x in files]
+    assert rows[0] != rows[1] == rows[2] and r["accuracy_on_blocks"] == r["accuracy_after"]
     assert "the base is back, bit for bit" in said and "own quantised blocks, untouched" in said
