@@ -14,7 +14,7 @@ from support.byte_tokenizer import byte_tokenizer
 from support.gguf_files import PIECES, byte_level, sentencepiece
 from support.huggingface import hf_model, write_gguf
 from support.models import tiny_model
-from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers
 from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
 
 from zflora_jax import load_model, resize_vocab, save_gguf, save_hf
@@ -54,7 +54,7 @@ def test_files_start_texts_as_llama_cpp_does(
     save_hf(tmp_path / "out", model)
     exported = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
     for tokenizer in (model.tokenizer, exported):
-        assert tokenizer("abb")["input_ids"] == ids
+        assert len(tokenizer) == size and tokenizer("abb")["input_ids"] == ids
         plain = tokenizer("abb", add_special_tokens=False)["input_ids"]
         assert plain == [i for i in ids if i not in (1, 2, 256)]
         assert tokenizer.decode(ids, skip_special_tokens=True) == "abb"
@@ -64,12 +64,16 @@ def test_files_start_texts_as_llama_cpp_does(
 
 
 @pytest.mark.parametrize(
-    ("kind", "pre", "words"),
-    [("mystery", "default", "mystery"), ("gpt2", "viking", "pre-tokenizer 'viking' is not known")],
+    ("changes", "words"),
+    [
+        ({"kind": "mystery"}, "'mystery' is not known"),
+        ({"pre": "viking"}, "pre-tokenizer 'viking' is not known"),
+        ({"last": "<eos>"}, "259 tokens are listed, but only 258 differ"),
+    ],
 )
-def test_an_unknown_tokenizer_is_left_out(kind: str, pre: str, words: str, tmp_path: Path) -> None:
+def test_an_unknown_tokenizer_is_left_out(changes: Any, words: str, tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match=words):
-        model = model_with(tmp_path / "x.gguf", partial(byte_level, pre=pre, kind=kind), 259)
+        model = model_with(tmp_path / "x.gguf", partial(byte_level, **changes), 259)
     assert model.tokenizer is None
 
 
@@ -79,9 +83,9 @@ def model_with(path: Path, vocabulary: Any, size: int = len(PIECES)) -> Model:
     return load_model(path)
 
 
-def merging(name: str = "gpt-2", cut: str = "", normalizer: Any = None) -> Any:
-    """A byte-level tokenizer that merges "t h", "th e" and digits, with texts cut as llama.cpp does
-    under a name, or by a regular expression.
+def merging(name: str = "gpt-2", cut: Any = None, normalizer: Any = None) -> Any:
+    """A byte-level tokenizer that merges "t h", "th e" and digits; texts are cut as llama.cpp does
+    under a name, or by `cut`.
     """
     tokenizer, row = byte_tokenizer(), PRE_TOKENIZERS[name]
     vocab = tokenizer.get_vocab()
@@ -90,15 +94,12 @@ def merging(name: str = "gpt-2", cut: str = "", normalizer: Any = None) -> Any:
     tokens = [*chars, *("".join(merge) for merge in merges), "xyz"]  # which no merge makes
     ids = {token: i for i, token in enumerate(tokens)}
     backend = Tokenizer(models.BPE(vocab=ids, merges=merges, ignore_merges=row.keeps_tokens))
-    backend.pre_tokenizer = pre_tokenizer(name)
-    if cut:
-        split = pre_tokenizers.Split(Regex(cut), behavior="isolated")
-        bytes_ = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-        backend.pre_tokenizer = pre_tokenizers.Sequence([split, bytes_])
+    backend.pre_tokenizer = cut or pre_tokenizer(name)
     backend.decoder, backend.normalizer = tokenizer.backend_tokenizer.decoder, normalizer
-    backend.add_special_tokens(["<bos>", "<eos>", "<pad>"])
+    backend.add_special_tokens(["<bos>", "<eos>", "<｜pad▁｜>"])  # beyond the byte alphabet
+    backend.add_tokens([AddedToken("<｜user｜>", normalized=False)])
     return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=backend, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>"
+        tokenizer_object=backend, bos_token="<bos>", eos_token="<eos>", pad_token="<｜pad▁｜>"
     )
 
 
@@ -115,8 +116,8 @@ def test_byte_level_tokenizers_make_the_round(name: str, tmp_path: Path) -> None
     file, found = GGUFFile(tmp_path / "x.gguf"), load_model(tmp_path / "x.gguf")
     assert file.get("tokenizer.ggml.pre") == name
     assert file.get("tokenizer.ggml.tokens")[-1].startswith("[PAD")  # ids without a token
-    assert file.get("tokenizer.ggml.token_type")[-6:] == [3, 3, 3, 5, 5, 5]
-    for text in (TEXT, "one <eos> two"):
+    assert file.get("tokenizer.ggml.token_type")[-7:] == [3, 3, 3, 4, 5, 5, 5]
+    for text in (TEXT, "one <eos> two<｜pad▁｜><｜user｜>"):
         assert found.tokenizer(text)["input_ids"] == model.tokenizer(text)["input_ids"]
 
 
@@ -162,11 +163,11 @@ def spaced() -> Any:
 @pytest.mark.parametrize(
     ("tokenizer", "words"),
     [
-        (lambda: merging(cut=r"\w+|\W+"), r"pre_tokenizer.*none that can be named.*llama-bpe"),
+        (lambda: merging(cut=pre_tokenizers.Whitespace()), "none that can be named.*llama-bpe"),
         (lambda: merging(normalizer=normalizers.Lowercase()), "normalises texts.*Lowercase"),
         (spaced, "'one <tool> two' gives"),
         (object, r"tokenizer \(object.*no byte-level BPE.*model\.tokenizer = None"),
-        (lambda: merging("llama-bpe"), r"has 265 tokens.*vocabulary 259"),
+        (lambda: merging("llama-bpe"), r"has 266 tokens.*vocabulary 259"),
     ],
 )
 def test_what_a_file_cannot_express_is_refused(tokenizer: Any, words: str, tmp_path: Path) -> None:

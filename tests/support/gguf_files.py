@@ -14,18 +14,8 @@ from zflora_jax import load_model
 from zflora_jax.core.model import Model
 from zflora_jax.hf.gguf.write import gguf_form
 
-PIECES = [
-    "<unk>",
-    "<s>",
-    "</s>",
-    *(f"<0x{byte:02X}>" for byte in range(256)),
-    "▁",
-    "a",
-    "b",
-    "▁a",
-    "ab",
-    "▁ab",
-]
+PIECES = ["<unk>", "<|startoftext|>", "<|endoftext|>"]  # other names than Llama 2's
+PIECES += [*(f"<0x{byte:02X}>" for byte in range(256)), "▁", "a", "b", "▁a", "ab", "▁ab"]
 
 
 def sentencepiece(writer: Any, **flags: bool) -> None:
@@ -40,12 +30,20 @@ def sentencepiece(writer: Any, **flags: bool) -> None:
         writer.add_bool(f"tokenizer.ggml.{name}", value)
 
 
-def byte_level(writer: Any, pre: str, flag: bool | None = None, kind: str = "gpt2") -> None:
-    """The byte tokenizer's vocabulary. flag: Whether texts start with BOS; None: it is not said."""
+def byte_level(
+    writer: Any,
+    pre: str = "default",
+    flag: bool | None = None,
+    kind: str = "gpt2",
+    last: str = "<pad>",
+) -> None:
+    """The byte tokenizer's vocabulary, with another last token. flag: Whether texts start with BOS;
+    None: it is not said.
+    """
     vocab = byte_tokenizer().get_vocab()
     writer.add_tokenizer_model(kind)
     writer.add_tokenizer_pre(pre)
-    writer.add_token_list(sorted(vocab, key=vocab.get))
+    writer.add_token_list([*sorted(vocab, key=vocab.get)[:258], last])
     writer.add_token_types([1] * 256 + [3] * 3)
     writer.add_bos_token_id(256)
     writer.add_eos_token_id(257)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import warnings
 from collections.abc import Mapping
@@ -20,13 +19,8 @@ END_IDS = ("eos_token_id", "eot_token_id", "eom_token_id")  # llama.cpp stops at
 # llama.cpp's token ids of a sentencepiece vocabulary without names (src/llama-vocab.cpp).
 SENTENCEPIECE_IDS = {"bos_token_id": 1, "eos_token_id": 2, "unknown_token_id": 0}
 
-# GGUF's name below "tokenizer.ggml." -> transformers' name, where they differ.
-_NAMES = {
-    "model": "tokenizer_type",
-    "pre": "pre_tokenizer_type",
-    "unknown_token_id": "unk_token_id",
-    "padding_token_id": "pad_token_id",
-}
+# transformers' names of special tokens -> GGUF's.
+_SPECIAL = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
 
 # Regular expressions of the pieces that texts are cut into.
 _LLAMA3 = (
@@ -83,30 +77,23 @@ def gguf_tokenizer(file: GGUFFile, config: LlamaConfig) -> Any:
 
 
 def _tokenizer(values: Mapping[str, Any], config: LlamaConfig) -> Any:
-    """A tokenizer from the "tokenizer." keys of a file, by transformers' own converter."""
+    """A tokenizer from the "tokenizer." keys of a file."""
     from tokenizers import processors
     from transformers import PreTrainedTokenizerFast
 
     given = {key.removeprefix(TOKENIZER): value for key, value in values.items()}
-    kind, name = given.get("model"), given.get("pre", "default")
+    kind, row = given.get("model"), PRE_TOKENIZERS.get(given.get("pre", ""), PreTokenizer(""))
     if kind == "llama":
         given = SENTENCEPIECE_IDS | given
-    if kind == "gpt2":
-        given.setdefault("merges", [])  # an empty array is not stored
-    data = {_NAMES.get(key, key): value for key, value in given.items()}
-    backend, extra = _converter()("llama", data)
-    row = PRE_TOKENIZERS.get(name, PreTokenizer(""))
-    if kind == "gpt2":  # whose converter knows few of the names, before transformers 5.24 none
-        backend.pre_tokenizer = pre_tokenizer(name)
-        backend.model.ignore_merges = row.keeps_tokens
+    backend = _backend(given)
     special = {
-        f"{name}_token": data["tokens"][data[f"{name}_token_id"]]
-        for name in ("bos", "eos", "unk", "pad")
-        if f"{name}_token_id" in data
+        f"{name}_token": given["tokens"][given[f"{key}_token_id"]]
+        for name, key in _SPECIAL.items()
+        if f"{key}_token_id" in given
     }
     adds = {"bos_token": kind == "llama" or row.adds_bos, "eos_token": False}  # if it is not said
     added = {
-        name: (special[name], data[f"{name}_id"])
+        name: (special[name], given[f"{name}_id"])
         for name, silent in adds.items()
         if given.get(f"add_{name}", silent) and name in special
     }
@@ -114,28 +101,49 @@ def _tokenizer(values: Mapping[str, Any], config: LlamaConfig) -> Any:
     backend.post_processor = processors.TemplateProcessing(
         single=[*first, "$A", *last], special_tokens=list(added.values())
     )
-    if kind == "llama" and not given.get("add_space_prefix", True):
-        _without_prefix(backend)
-    settings = {
-        "model_max_length": config.max_position_embeddings,
-        "model_input_names": ["input_ids", "attention_mask"],
-        "clean_up_tokenization_spaces": False,
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        model_max_length=config.max_position_embeddings,
+        model_input_names=["input_ids", "attention_mask"],
+        clean_up_tokenization_spaces=False,
+        **special,
         **{f"add_{name}": name in added for name in adds},
-    }
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **(extra | special | settings))
+    )
     tokenizer.chat_template = values.get(_TEMPLATE)
     return tokenizer
 
 
-def _converter() -> Any:
-    """transformers' converter from GGUF metadata to a `tokenizers` backend, from its own module:
-    the public way (AutoTokenizer with gguf_file) needs torch.
+def _backend(given: Mapping[str, Any]) -> Any:
+    """The `tokenizers` backend. transformers' converter adds tokens of GPT-2 and Llama 2, and omits
+    special ones beyond the byte alphabet.
     """
-    try:
-        found = importlib.import_module("transformers.integrations.gguf.gguf_tokenizer_mapping")
-    except ImportError:  # transformers before 5.24
-        found = importlib.import_module("transformers.integrations.ggml")
-    return found.convert_gguf_tokenizer
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+    from transformers.convert_slow_tokenizer import generate_merges
+
+    kind, tokens = given.get("model"), given["tokens"]
+    vocab = {token: i for i, token in enumerate(tokens)}
+    if kind == "gpt2":  # merges: an empty array is not stored
+        name, merges = given.get("pre", "default"), given.get("merges", [])
+        backend = Tokenizer(models.BPE(vocab=vocab, merges=[tuple(m.split(" ")) for m in merges]))
+        backend.pre_tokenizer, backend.decoder = pre_tokenizer(name), decoders.ByteLevel()
+        backend.model.ignore_merges = PRE_TOKENIZERS[name].keeps_tokens
+    else:
+        require(kind == "llama", f"{kind!r} is not known; known are 'gpt2' and 'llama'.")
+        merges = generate_merges(vocab, dict(zip(tokens, given["scores"], strict=True)))
+        model = models.BPE(vocab=vocab, merges=merges, fuse_unk=True, byte_fallback=True)
+        backend, space = Tokenizer(model), given.get("add_space_prefix", True)
+        backend.pre_tokenizer = pre_tokenizers.Metaspace(
+            replacement="▁", prepend_scheme="first" if space else "never", split=False
+        )
+        steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+        backend.decoder = decoders.Sequence(steps + [decoders.Strip(" ", left=1)] * space)
+    typed = list(zip(tokens, given.get("token_type", []), strict=False))
+    special = [AddedToken(t, normalized=False, special=True) for t, n in typed if n == _CONTROL]
+    backend.add_special_tokens(special)
+    backend.add_tokens([AddedToken(t, normalized=False) for t, n in typed if n == _USER_DEFINED])
+    size = backend.get_vocab_size()
+    require(size == len(tokens), f"{len(tokens)} tokens are listed, but only {size} differ.")
+    return backend
 
 
 def pre_tokenizer(name: str) -> Any:
@@ -156,25 +164,13 @@ def pre_tokenizer(name: str) -> Any:
     return pre_tokenizers.Sequence([first, last])
 
 
-def _without_prefix(backend: Any) -> None:
-    """Stops `backend` from adding a space before a text, and from removing one of decoded text."""
-    from tokenizers import decoders, pre_tokenizers
-
-    backend.pre_tokenizer = pre_tokenizers.Metaspace(
-        replacement="▁", prepend_scheme="never", split=False
-    )
-    backend.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
-    )
-
-
 # --- writing --------------------------------------------------------------------------------------
 
 # Texts that a written tokenizer must read as the model's own does.
 _PROBES = (
     "Hello, world! It's 12345.67 o'clock; don't we've I'LL",
     "x = [i**2 for i in range(10)]\n\tif (x != 7):\n\n    return None  # done\r\n",
-    "na\u00efve caf\u00e9 \u00fcber \u043f\u0440\u0438\u0432\u0435\u0442 \u4f60\u597d \U0001f600",
+    "naïve café über привет 你好 😀",
     "the   three\n\n\nspaces ",
 )
 _REMEDY = (
