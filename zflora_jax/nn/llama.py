@@ -46,14 +46,14 @@ class Llama(nn.Module):
     def setup(self) -> None:
         c, execution, adapter = self.config.stored, self.config.execution, self.adapter
         if execution.packed and adapter is not None:
-            if METHODS[adapter.method].in_place == "full":
-                raise ValueError(
-                    "method 'full' cannot replace packed kernels: fuse first, then pack."
-                )
-            if adapter.use_dora:
-                raise ValueError("DoRA needs per-kernel norms, which packing merges.")
-            if c.widened or execution.fill_mlp:
-                raise ValueError("Adapters need the unpacked fused model.")
+            require(
+                METHODS[adapter.method].in_place != "full",
+                "method 'full' replaces kernels, which decode packs: use zf.fuse(model, adapter,"
+                " adapters) first.",
+            )
+            require(not adapter.use_dora, "DoRA needs per-kernel norms, which packing merges.")
+            wide = c.widened or execution.fill_mlp
+            require(not wide, "Adapters need the unpacked fused model.")
         self.embed = Embed(c)
         policy = POLICIES[execution.remat]
         block: Any = nn.remat(Block, prevent_cse=not execution.scan_layers, policy=policy)
