@@ -13,7 +13,8 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from harness import arguments, at_least, origins, write_part
+from harness import RESULTS, arguments, at_least, origins, write_part
+from plots import bars
 
 from zflora_jax.core.adapter_config import METHODS, AdapterConfig
 from zflora_jax.core.presets import preset
@@ -196,6 +197,19 @@ fsdp.
 """
 
 
+def picture(result: Mapping[str, Any]) -> None:
+    """Draws results/kernels.png: the kernels of a token of Llama-3.2-1B."""
+    chips, shown = {"cuda:h100:1": "H100", "tpu:v5e:1x1": "TPU v5e"}, dict[str, float]()
+    names = {"base": "base", "zflora-minimal": "zFLoRA, fused", "lora unmerged": "LoRA, unmerged"}
+    for row in result.get("decode", []):
+        first = row["rank"] in (None, 8) and row["batch"] == 1 and row["model"] == "llama-3.2-1b"
+        if first and row["target"] in chips and row["label"] in names:
+            shown[f"{chips[row['target']]}: {names[row['label']]}"] = row["kernels"]
+    shown = dict(sorted(shown.items(), key=lambda item: (item[0].split(":")[0], item[1])))
+    label = "two layers of Llama-3.2-1B, batch 1; a merged LoRA launches the base's"
+    bars(shown, RESULTS / "kernels", "Kernels of a token (compiled, not run)", label=label)
+
+
 def main() -> None:
     parser = arguments(__doc__, "accelerators")
     parser.add_argument(
@@ -219,7 +233,8 @@ def main() -> None:
         for row in made[part](args):
             print(row, flush=True)
             rows.append(row)
-        write_part(args.out, part, rows, page)
+        result = write_part(args.out, part, rows, page)
+    picture(result)
 
 
 if __name__ == "__main__":

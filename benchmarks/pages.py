@@ -19,7 +19,6 @@ from zflora_jax.reporting.files import atomic_write
 PAGES = {  # result -> module in benchmarks/ or tools/
     "accelerators": "accelerators",
     "consumers": "check_consumers",
-    "cost_quality": "cost_quality",
     "latency": "latency",
     "quantised": "quantised",
     "quickstart": "quickstart",

@@ -1,11 +1,8 @@
-"""A quantised base: its quality, memory and decode time.
+"""A quantised base: its memory and decode time.
 
-Command: python benchmarks/quantised.py [--parts quality decode compiled]
-(about 45 minutes on 2 CPU cores; `compiled` needs the extras target-tpu and target-cuda)
+Command: python benchmarks/quantised.py [--parts decode compiled]
+(about 30 minutes on 2 CPU cores; `compiled` needs the extras target-tpu and target-cuda)
 Writes results/quantised.json and .md. A part that is not named keeps its rows.
-quality: adapters of each method are trained on the float32 base as the quickstart does; then the
-base is quantised, and the adapters run unmerged, or are fused with it (their blocks quantised,
-too), or LoRA is merged in float32 and the result quantised, as other tools do.
 decode: greedy tokens on this CPU, by turns.
 compiled: the token loop of two layers of Llama-3.2-1B and train steps of Llama-2-7B, compiled for
 absent devices and not run.
@@ -13,100 +10,32 @@ absent devices and not run.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from decode_programs import DecodeCase, loop_row
-from harness import ROOT, arguments, at_least, origins, perturbed, write_part
+from harness import arguments, at_least, origins, perturbed, write_part
 
 import zflora_jax as zf
 from zflora_jax.adapters.packing import pack_for_decode
-from zflora_jax.cli.options import load_config
 from zflora_jax.core import trees
-from zflora_jax.core.fields import override
 from zflora_jax.core.presets import preset
 from zflora_jax.core.quantize_config import QuantizeConfig
-from zflora_jax.core.run_config import (
-    DataConfig,
-    RunConfig,
-    TrainConfig,
-)
-from zflora_jax.evaluation.loss import held_out_loss
-from zflora_jax.evaluation.task import evaluate
+from zflora_jax.core.run_config import DataConfig, RunConfig, TrainConfig
 from zflora_jax.experiments.latency import contender, decode_turns, ratio, summary
 from zflora_jax.experiments.plan import compile_step
-from zflora_jax.experiments.setup import held_out
 from zflora_jax.ops.quantized import bytes_of
 from zflora_jax.parallel.targets import GIB, target
 from zflora_jax.reporting.tables import markdown_table
-from zflora_jax.training.trainer import fresh_state, make_train_step
 
-KINDS = ("int8", "q8_0", "int4", "nf4", "q4_0", "q4_1")
-ADAPTERS = {
-    "lora": zf.AdapterConfig("lora", rank=16),
-    "ffba": zf.AdapterConfig("ffba", rank=32, extra_head_dim=16),
-    "zflora-minimal": zf.AdapterConfig("zflora-minimal", rank=16),
-    "zflora-uniform": zf.AdapterConfig("zflora-uniform", rank=16, extra_head_dim=16),
-}
 TARGETS = ("cuda:h100", "tpu:v5e:1x1")
 Row = dict[str, Any]
-
-
-def run_of(adapter: zf.AdapterConfig) -> RunConfig:
-    """The quickstart's run, longer and scored on more rows, with another adapter."""
-    run = load_config(str(ROOT / "configs" / "quickstart.py"), "get_config")
-    longer = {"train.steps": 60, "eval.limit": 100, "eval.batch_size": 25}
-    return override(dataclasses.replace(run, adapter=adapter), longer)
-
-
-def trained(run: RunConfig, base: zf.Model) -> trees.Tree:
-    """Adapters after the run's steps on the training split, in its order."""
-    from zflora_jax.data.encoding import tokenize_examples
-    from zflora_jax.data.mixture import load_mixture
-    from zflora_jax.data.pipeline import eval_batches, one_sequence_a_row
-
-    examples = load_mixture(run.data, "train", 8 * run.train.steps)
-    encoded = tokenize_examples(examples, base.tokenizer, run.data, base.config.vocab_size)
-    step = make_train_step(base.config, run.adapter, run.optim, run.train.steps)
-    state = fresh_state(run, base)
-    for batch in eval_batches(encoded, 8, run.data.bucket_lengths):
-        state, _ = step(base.params, state, one_sequence_a_row(batch))
-    return state.adapters
-
-
-def scores(run: RunConfig, model: zf.Model) -> Row:
-    """Held-out loss and accuracy of a model, dequantised because that is faster on a CPU."""
-    found = evaluate(run, zf.dequantize_model(model), console=False)
-    return {"loss": found["loss"], "accuracy": found["accuracy"]}
-
-
-def quality() -> Iterable[Row]:
-    """Rows of the base and of each method, by type of the base."""
-    base = zf.load_model("smollm2-135m")
-    stored = {"float32": base} | {kind: zf.quantize_model(base, kind) for kind in KINDS}
-    for kind, model in stored.items():
-        run = run_of(ADAPTERS["lora"])
-        yield {"method": "base", "kind": kind} | scores(run, model)
-    for method, adapter in ADAPTERS.items():
-        run = run_of(adapter)
-        rows, adapters = held_out(run, base), trained(run, base)
-        merged = zf.fuse(base, adapter, adapters)
-        for kind, model in stored.items():
-            if kind == "float32":
-                one = merged
-            elif method == "lora":
-                one = zf.quantize_model(merged, kind)
-            else:
-                one = zf.fuse(model, adapter, adapters)
-            beside = held_out_loss(run, zf.dequantize_model(model), rows, adapters)["loss"]
-            yield {"method": method, "kind": kind, "beside": beside} | scores(run, one)
 
 
 def decode(repeats: int, new_tokens: int) -> Iterable[Row]:
     """Rows of the time per token on this CPU and the bytes of the parameters."""
     base = zf.load_model("smollm2-135m")
-    adapter = ADAPTERS["zflora-minimal"]
+    adapter = zf.AdapterConfig("zflora-minimal", rank=16)
     adapters = perturbed(base, adapter)
     whole = {
         "int8": QuantizeConfig("int8", embedding="int8"),
@@ -165,7 +94,6 @@ def compiled() -> Iterable[Row]:
 def page(result: Mapping[str, Any]) -> str:
     """Returns the page in Markdown."""
     sections = {
-        "quality": (_quality_table, QUALITY),
         "decode": (_decode_table, DECODE),
         "compiled": (_loop_table, COMPILED),
     }
@@ -184,16 +112,6 @@ def _markdown(rows: Iterable[Row]) -> str:
     return markdown_table(rows, list(rows[0]))
 
 
-QUALITY = """## Quality
-
-Generated arithmetic, 100 held-out rows, SmolLM2-135M, adapters trained on the float32 base as the
-quickstart does (60 steps of 8 rows). Loss is in nats per target token. The packaged model is itself
-Q4_1, so other types round its weights a second time.
-
-- unmerged: float32 adapters next to the quantised base.
-- in one model: LoRA is merged into the float32 base and the sum quantised; the others are fused,
-  with their blocks quantised as the base is.
-"""
 DECODE = """## Decode on this CPU
 
 SmolLM2-135M, float32 activations, batch 1, greedy tokens after a prompt of 64, medians of turns.
@@ -209,16 +127,6 @@ kernel, as a dequantised copy would be.
 STEPS = """A train step of Llama-2-7B, zflora-minimal r = 16, 4 x 512 tokens, remat block. A
 dequantised copy of the base would show as 12.3 GiB more temporaries.
 """
-
-
-def _quality_table(row: Row) -> Row:
-    return {
-        "model": row["method"],
-        "base": row["kind"],
-        "loss, unmerged": f"{row['beside']:.4f}" if "beside" in row else "-",
-        "loss, in one model": f"{row['loss']:.4f}",
-        "accuracy, in one model": f"{row['accuracy']:.2f}",
-    }
 
 
 def _decode_table(row: Row) -> Row:
@@ -258,14 +166,13 @@ def _step_table(row: Row) -> Row:
 
 def main() -> None:
     parser = arguments(__doc__, "quantised")
-    parts = ("quality", "decode", "compiled")
+    parts = ("decode", "compiled")
     parser.add_argument("--parts", nargs="+", choices=parts, default=list(parts))
     parser.add_argument("--repeats", type=int, default=9, help="turns of decode")
     parser.add_argument("--tokens", type=int, default=48, help="generated tokens of decode")
     args = parser.parse_args()
     at_least(parser, args, repeats=1, tokens=2)
     made = {
-        "quality": quality,
         "decode": lambda: decode(args.repeats, args.tokens),
         "compiled": compiled,
     }

@@ -2,8 +2,7 @@
 
   zflora sweep --config configs/quantised_gsm8k.py --set data.data_dir=DIR --workdir runs/quantised
 
-DIR/gsm8k has GSM8K's train.jsonl, test.jsonl. Result: results/quantised_gsm8k.md. 12 runs, about a
-minute each on 2 CPU cores.
+DIR/gsm8k has GSM8K's train.jsonl, test.jsonl. 12 runs, about a minute each on 2 CPU cores.
 
 Question: is the held-out loss on a quantised base within the seeds' spread of that on a bfloat16
 base? The packaged model has 4 bits itself (Q4_1), so its weights are rounded a second time.

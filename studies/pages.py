@@ -28,8 +28,6 @@ NOTES = Path(__file__).parent / "notes"
 OVERVIEW = "accuracy"  # the page over all studies whose names begin so
 # Pages of plain rows, without a study: page -> its columns.
 ROWS = {
-    "quantised_gsm8k": ("quantize.kernels", "train.dtype", "train.seed", "status")
-    + ("params_trainable", "test_loss", "steps", "seconds", "first_step_seconds"),
     "paired_intervals": ("seeds", "seed", "row", "answer", "rows", "width", "holds 0")
     + ("as good by 3 points", "°", "holds 0, of °"),
 }

@@ -20,7 +20,7 @@ from typing import Any
 import jax
 
 import zflora_jax as zf
-from studies import pages
+from studies import deployment, pages
 from studies.records import RECORDS, new_record, serves, write_lines
 from studies.study import BASE, Run, Study, studies
 from studies.tables import Table
@@ -86,6 +86,7 @@ def wanted(table: Table) -> Iterator[Run]:
         runs += study.rate_runs(label).values()
         if label in table.choices and len(table.tried[label]) == len(study.learning_rates):
             runs += study.seed_runs(label, table.choices[label].rate).values()
+    runs += [run for of in table.deployed.values() for run in of.values()]
     for run in runs:
         if run.name not in table.runs or not serves(table.runs[run.name], study, run):
             yield run
@@ -107,7 +108,7 @@ def make(study: Study, run: Run, folder: Path, console: bool) -> None:
         zf.atomic_write(folder / "record.json", json.dumps(record).encode())
 
 
-@functools.lru_cache(maxsize=1)
+@functools.lru_cache(maxsize=2)
 def base_of(run: zf.RunConfig) -> zf.Model:
     """The base model that the runs of a study share."""
     return zf.load_base(run, zf.make_mesh(run.mesh) if run.mesh.devices > 1 else None)
@@ -115,6 +116,8 @@ def base_of(run: zf.RunConfig) -> zf.Model:
 
 def _measured(study: Study, run: Run, folder: Path, console: bool) -> dict[str, Any]:
     """Trains a run and returns the results that its record keeps."""
+    if study.deployments and run.scored:
+        return _deployed(study, run, folder, console)
     model, settings, env = base_of(study.base), run.settings, zf.environment()
     if run.method == BASE:
         losses = {s: zf.split_loss(settings, model, s)["loss"] for s in ("validation", "test")}
@@ -133,6 +136,33 @@ def _measured(study: Study, run: Run, folder: Path, console: bool) -> dict[str, 
             model = zf.fuse_trained(model, settings.adapter, trained.adapters, donate=False)
     if run.scored:
         result["scores"] = _scores(study, settings, model, folder / "eval", console)
+    return result | {key: env.get(key) for key in ORIGIN}
+
+
+def _deployed(study: Study, run: Run, folder: Path, console: bool) -> dict[str, Any]:
+    """The results of a deployment, or of the untrained model, in float32."""
+    exactly = {"train.dtype": "float32"}
+    settings, result = zf.override(run.settings, exactly), dict[str, Any]()
+    base = base_of(zf.override(study.base, exactly))
+    if run.method == BASE:
+        model, result["nbytes"] = deployment.floats(base), deployment.nbytes(base.params)
+        result["validation_loss"] = zf.split_loss(settings, model, "validation")["loss"]
+    else:
+        _, _, adapters, _ = zf.load_run(folder.parent / run.of)
+        trained = deployment.Trained(settings, base, adapters)
+        _, deploy = study.deployments[run.method]
+        model, result["nbytes"] = deploy(trained)
+        exact = deployment.exact(trained)
+        result["kl"] = deployment.divergence(exact, model, settings)
+        result["trained_loss"] = zf.split_loss(settings, exact, "test")["loss"]
+        result["update_in_steps"] = deployment.update_in_steps(base, exact)
+        result["params_trainable"] = zf.count_params(base.config, settings.adapter)
+        del exact
+    test = zf.split_loss(settings, model, "test")
+    result |= {"test_loss": test["loss"], "test_rows": int(test["rows"])}
+    result |= {"test_tokens": int(test["tokens"])}
+    result["scores"] = _scores(study, settings, model, folder / "eval", console)
+    env = zf.environment()
     return result | {key: env.get(key) for key in ORIGIN}
 
 

@@ -10,17 +10,19 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import zflora_jax as zf
+from studies.deployment import Deployment
 
 BASE = "base"  # the untrained model's label
 
 
 class Run(NamedTuple):
-    """A training run of a study, or the evaluation of the untrained model."""
+    """A training run of a study, or the evaluation of the untrained model, or of a deployment."""
 
     name: str
     method: str
     settings: zf.RunConfig
     scored: bool
+    of: str = ""  # of a deployment: the name of the run that trained its adapter
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,9 @@ class Study:
       settings: Label -> dotted optimizer settings of that method.
       more_seeds: Label -> further seeds of that method.
       contrasts: Pairs of labels that are compared with each other.
+      deployments: Label -> (a method's label, how its trained adapters are deployed). Where there
+        are any, they are scored in place of the methods, each seed's, and compared; the untrained
+        model is scored as `deployment.floats` gives it.
       category: Category of the tasks, shown with the name.
       page: Name of the result page; "": the study's own.
     """
@@ -63,19 +68,22 @@ class Study:
     settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     more_seeds: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     contrasts: tuple[tuple[str, str], ...] = ()
+    deployments: Mapping[str, tuple[str, Deployment]] = field(default_factory=dict)
     category: str = ""
     page: str = ""
 
     def __post_init__(self) -> None:
         labels = [*self.settings, *self.more_seeds, *(x for pair in self.contrasts for x in pair)]
         labels += [self.reference] if self.reference else []
-        unknown = [label for label in labels if label not in self.methods]
+        known = self.deployments or self.methods
+        unknown = [label for label in labels if label not in known]
+        unknown += [of for of, _ in self.deployments.values() if of not in self.methods]
         seeds = [self.seeds_of(label) for label in self.methods]
         changed = {key for of in self.settings.values() for key in of}
         wrong = {
             f"{BASE!r} is the untrained model's label": BASE in self.methods,
             "tasks and scoring go together": bool(self.tasks) != (self.scoring is not None),
-            f"{unknown} are no labels of its methods {list(self.methods)}": bool(unknown),
+            f"{unknown} are no labels of its methods {list(known)}": bool(unknown),
             "give each seed once, and at least one": any(
                 len(set(s)) < max(len(s), 1) for s in seeds
             ),
@@ -108,8 +116,16 @@ class Study:
 
     def seed_runs(self, label: str, rate: float) -> dict[int, Run]:
         """Seed -> the whole run at the chosen rate, whose model is scored."""
-        steps, scored = self.base.train.steps, bool(self.tasks)
+        steps, scored = self.base.train.steps, bool(self.tasks) and not self.deployments
         return {s: self._run(label, rate, s, steps, scored) for s in self.seeds_of(label)}
+
+    def deployed_runs(self, label: str, rate: float) -> dict[int, Run]:
+        """Seed -> the deployment of the adapter that was trained at that rate."""
+        runs = self.seed_runs(self.deployments[label][0], rate)
+        return {
+            s: run._replace(name=f"{label}-seed{s}", method=label, scored=True, of=run.name)
+            for s, run in runs.items()
+        }
 
     def _run(self, label: str, rate: float, seed: int, steps: int, scored: bool) -> Run:
         base = self.base

@@ -53,6 +53,8 @@ class Table:
       choices: Label -> the method's rate, of methods with a finite loss.
       chosen: Label -> seed -> record of the run at that rate.
       labels: The methods whose runs at that rate are all there.
+      deployed: Deployment -> seed -> its run, where the runs of its method are all there. In a
+        study with deployments, chosen and labels are of these.
     """
 
     def __init__(self, study: Study, records: Sequence[Record]) -> None:
@@ -70,6 +72,17 @@ class Table:
             for label, choice in self.choices.items()
         }
         self.labels = [m for m, of in self.chosen.items() if len(of) == len(study.seeds_of(m))]
+        self.deployed = {
+            label: study.deployed_runs(label, self.choices[of].rate)
+            for label, (of, _) in study.deployments.items()
+            if of in self.labels
+        }
+        if study.deployments:
+            for label in self.deployed:
+                of = study.deployments[label][0]
+                self.choices[label], self.tried[label] = self.choices[of], self.tried[of]
+            self.chosen = {label: self._there(runs) for label, runs in self.deployed.items()}
+            self.labels = [m for m, of in self.chosen.items() if len(of) == len(self.deployed[m])]
 
     def _there(self, runs: Mapping[Any, Run]) -> dict[Any, Record]:
         return {key: self.runs[run.name] for key, run in runs.items() if run.name in self.runs}

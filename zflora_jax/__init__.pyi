@@ -5,13 +5,18 @@ from .adapters.init import (
     plain_lora as plain_lora,
     split_base as split_base,
 )
+from .adapters.kernel_adapter import LowRank as LowRank
 from .adapters.packing import pack_for_decode as pack_for_decode
 from .adapters.widths import (
     count_params as count_params,
     rank_for_budget as rank_for_budget,
     round_widths as round_widths,
 )
-from .core.adapter_config import AdapterConfig as AdapterConfig
+from .core.adapter_config import (
+    METHODS as METHODS,
+    AdapterConfig as AdapterConfig,
+    Method as Method,
+)
 from .core.errors import (
     CheckpointError as CheckpointError,
     NonFiniteError as NonFiniteError,
@@ -37,7 +42,7 @@ from .experiments.export import export_run as export_run
 from .experiments.grid import sweep as sweep
 from .experiments.info import describe as describe
 from .experiments.restore import fuse_trained as fuse_trained, load_run as load_run
-from .experiments.setup import split_loss as split_loss
+from .experiments.setup import held_out as held_out, split_loss as split_loss
 from .experiments.train import train as train
 from .hf.gguf.write import save_gguf as save_gguf
 from .hf.load import load_model as load_model
@@ -54,6 +59,7 @@ from .nn.quantize_model import (
     quantize_model as quantize_model,
 )
 from .nn.vocabulary import resize_vocab as resize_vocab
+from .ops.linear import project as project
 from .parallel.sharding import make_mesh as make_mesh
 from .reporting.files import atomic_write as atomic_write
 from .reporting.provenance import environment as environment

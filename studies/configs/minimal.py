@@ -30,15 +30,6 @@ def get_studies() -> list[Study]:
     gained = dict.fromkeys(("state-alone", "without-qkv"), (1, 2))  # with the first seed
     return [
         Study("minimal_cloze", base, CHANGES, (1.5e-3,), (0,), more_seeds=gained, page="minimal"),
-        # The geometric mean of the two lower rates of accuracy_cloze, which are nearly equal.
-        Study(
-            "minimal_cloze_rate",
-            base,
-            {"zflora-minimal": MINIMAL},
-            (8.7e-4,),
-            (0,),
-            page="minimal",
-        ),
         Study(
             "minimal_cloze_plus",
             base,

@@ -135,7 +135,6 @@ def test_wrong_cases(settings: dict[str, Any], message: str) -> None:
         ("training.py", ["--repeats", "0"], "--repeats 0: give at least 1"),
         ("vllm_latency.py", ["--batches", "1", "0"], "--batches [1, 0]: give at least 1"),
         ("vllm_latency.py", ["--vllm-python", "nowhere"], "an environment that has vLLM"),
-        ("against.py", ["--other", "nowhere"], "expected a checkout of this repository"),
         ("pages.py", ["nothing"], "no page nothing: choose from accelerators"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,

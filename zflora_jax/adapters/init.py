@@ -146,10 +146,8 @@ def split_base(model: Model, adapter: AdapterConfig) -> tuple[Model, Tree | None
     )
     kernels = resolve_adapter(model.config, adapter).kernels
     for kernel, kernel_adapter in kernels.items():
-        side, rank = (
-            min(map(math.prod, (kernel_adapter.inputs, kernel_adapter.outputs))),
-            adapter.rank_of(kernel),
-        )
+        side = min(map(math.prod, (kernel_adapter.inputs, kernel_adapter.outputs)))
+        rank = adapter.rank_of(kernel)
         above = f"rank {rank} is above the smaller side of {kernel}, {side}."
         require(rank <= side, f"adapter.init={adapter.init!r}: {above}")
     adapters = init_adapters(jax.random.key(0), model, adapter.replace(init=None))
@@ -181,10 +179,8 @@ def _cut(
     start: str, kernel_adapter: Any, kernel: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """(W - s A B, A [in, r], B [r, out]) of a kernel of one layer, A and B as PEFT takes them."""
-    matrix, rank = (
-        kernel.astype(jnp.float32).reshape(math.prod(kernel_adapter.inputs), -1),
-        kernel_adapter.rank,
-    )
+    matrix = kernel.astype(jnp.float32).reshape(math.prod(kernel_adapter.inputs), -1)
+    rank = kernel_adapter.rank
     if start == "olora":  # QR of the transpose (arXiv 2406.01775); its first columns suffice
         q, _ = jnp.linalg.qr(matrix.T[:, :rank])
         a, b = jnp.matmul(matrix, q, precision="highest"), q.T

@@ -135,7 +135,8 @@ def resolve_adapter(config: LlamaConfig, adapter: AdapterConfig | None) -> Resol
         return ResolvedAdapter()
     if not row.widens:
         _check_lora(config, adapter, chosen)
-        make = Tiled if row.in_place == "ffa" else DoRA if adapter.use_dora else LowRank
+        kinds = {"lora": DoRA if adapter.use_dora else LowRank, "ffa": Tiled, "own": row.kernel}
+        make = kinds[row.in_place]
         s, r = adapter.scale_of, adapter.rank_of
         return ResolvedAdapter(
             kernels={k: make(*axes[k], s(k), r(k), dropout=adapter.dropout) for k in chosen}

@@ -37,17 +37,19 @@ class Method:
 
     Attributes:
       residual, heads, mlp: Whether the stream is widened.
-      in_place: How kernels are changed instead.
+      in_place: How kernels are changed instead; "own" by `kernel`.
       start: Distribution of the random blocks; None if nothing is random.
       source: Publication that a method that widens reconstructs; its exports name it.
+      kernel: A subclass of `LowRank`, for in_place="own"; its `fuse` also takes quantised kernels.
     """
 
     residual: bool = False
     heads: bool = False
     mlp: bool = False
-    in_place: Literal["none", "lora", "ffa", "full"] = "none"
+    in_place: Literal["none", "lora", "ffa", "full", "own"] = "none"
     start: Start | None = "normal"
     source: str = ""
+    kernel: Any = None
 
     @property
     def widens(self) -> bool:

@@ -88,7 +88,8 @@ def fuse_trained(
       adapters: The trained adapters.
       donate: Whether the base's arrays are freed.
     """
-    if is_quantized(model) and not METHODS[adapter.method].widens:
+    row = METHODS[adapter.method]
+    if is_quantized(model) and not (row.widens or row.kernel):
         log.warning(
             "%s is added to the dequantised base, so the model takes the memory of %s weights",
             adapter.method,

@@ -105,8 +105,13 @@ def state_like(run: RunConfig, model: Model, start: Tree | None, mesh: Mesh | No
 
 
 def held_out(run: RunConfig, model: Model, split: str | None = None) -> Encoded:
-    """Returns the first eval.limit rows of `split` (None: eval.split), for the held-out loss. All
-    processes of a run call this: with other numbers of batches they would wait for each other.
+    """Returns the rows of the held-out loss, tokenised. All processes of a run call this: with
+    other numbers of batches they would wait for each other.
+
+    Args:
+      run: The run's settings; eval.limit is the number of rows.
+      model: The base or a fused model.
+      split: "train", "validation" or "test"; None: eval.split.
     """
     require_fit(run, model)
     split = split or run.eval.split

@@ -96,8 +96,15 @@ def bfloat16_product(
 
 
 def project(x: Array, block: Array, axes: int = 1) -> Array:
-    """The last `axes` axes of x [B, T, ...] against the first of an adapter block -> [B, T, *the
-    other axes of the block] in x's dtype.
+    """The product of x and an adapter's block, whose gradient has the block's dtype.
+
+    Args:
+      x: [B, T, ...].
+      block: Its first axes are the last ones of x.
+      axes: Their number.
+
+    Returns:
+      [B, T, *the other axes of the block] in x's dtype.
     """
     out = block.shape[axes:]
     flat = matmul(x.reshape(*x.shape[:-axes], -1), block.reshape(math.prod(block.shape[:axes]), -1))

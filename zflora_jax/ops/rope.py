@@ -44,9 +44,8 @@ def rope_tables(config: LlamaConfig, positions: Array, length: int) -> tuple[Arr
         return plain_rope_tables(config, positions)
     # Looked up in a constant: XLA's CPU compiler would compute them again in every layer, twice.
     table = np.arange(length, dtype=np.float32)[:, None, None] * _frequencies(config)
-    cos, sin = (
-        jnp.take(jnp.asarray(of(table)), positions, axis=0, mode="clip") for of in (np.cos, np.sin)
-    )
+    parts = map(jnp.asarray, (np.cos(table), np.sin(table)))
+    cos, sin = (jnp.take(part, positions, axis=0, mode="clip") for part in parts)
     return cos, sin
 
 
