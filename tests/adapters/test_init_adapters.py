@@ -8,7 +8,6 @@ import math
 import warnings
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from support.cases import LAYERS, adapter_cases, case_id, dead_slices, is_few
@@ -26,9 +25,7 @@ from zflora_jax.adapters.methods import (
 from zflora_jax.adapters.widths import count_params
 from zflora_jax.core import trees
 from zflora_jax.core.adapter_config import METHODS, AdapterConfig
-from zflora_jax.core.architecture import param_shapes
 from zflora_jax.core.fields import ConfigError
-from zflora_jax.core.model import Model
 from zflora_jax.core.presets import preset
 from zflora_jax.core.run_config import OptimConfig
 from zflora_jax.training.objective import CrossEntropy
@@ -37,24 +34,12 @@ from zflora_jax.training.trainer import init_state, make_train_step
 TINY = preset("tiny")  # d 64, heads 4/2 of 16, f 96, 2 layers
 
 
-def a_model(**changes: object) -> Model:
-    """Of the tiny shape with `changes`; values from numpy, so that nothing is compiled."""
-    config, rng = TINY.replace(**changes), np.random.default_rng(0)
-    shapes = param_shapes(config)
-    return Model(
-        config,
-        trees.unflatten(
-            {n: jnp.asarray(rng.standard_normal(s), jnp.float32) for n, s in shapes.items()}
-        ),
-    )
-
-
 @pytest.mark.parametrize("method", [m for m in METHODS if m != "full"])
 def test_initial_values(method):
     """forward: N(0, 1/in), lora_a uniform within +-1/sqrt(in), q's forward zero; everything else
     zero.
     """
-    model, row = a_model(hidden_size=128, intermediate_size=160, num_layers=3), METHODS[method]
+    model, row = tiny_model(hidden_size=128, intermediate_size=160, num_layers=3), METHODS[method]
     adapter = AdapterConfig(method, rank=12, extra_head_dim=16 if row.heads else None)
     adapters = trees.flatten(init_adapters(jax.random.key(5), model, adapter))
     inputs, live, drawn = {"o": 64, "down": 160}, live_layers(model.config, adapter), 0
@@ -103,7 +88,7 @@ def test_starts_that_do_not_exist(method, init, message):
 
 
 def test_full_starts_as_a_copy_of_the_base():
-    model = a_model()
+    model = tiny_model()
     adapters = init_adapters(jax.random.key(0), model, AdapterConfig("full"))
     assert_trees_equal(adapters, model.params)
     assert adapters["final_norm"]["scale"] is not model.params["final_norm"]["scale"]
@@ -114,7 +99,7 @@ def test_full_starts_as_a_copy_of_the_base():
 def test_initial_values_depend_on_the_key_and_the_leaf_s_name(method):
     """Not on how layers are stored, nor on the leaves beside it."""
     adapter = AdapterConfig(method, rank=6)
-    stacked, apart = (a_model(scan_layers=scan) for scan in (True, False))
+    stacked, apart = (tiny_model(scan_layers=scan) for scan in (True, False))
     apart.params = trees.unstack_layers(stacked.params, 2)
     adapters = init_adapters(jax.random.key(1), stacked, adapter)
     assert_trees_equal(init_adapters(jax.random.key(1), stacked, adapter), adapters)
@@ -139,7 +124,7 @@ def test_head_sizes_that_servers_lack_are_allowed_with_a_warning():
             rf"head_dim {base} \+ 8 = {base + 8} is outside .*vLLM.*Leave extra_head_dim unset"
         )
         with pytest.warns(UserWarning, match=message):
-            model = a_model(num_layers=1, head_dim=base)
+            model = tiny_model(num_layers=1, head_dim=base)
             init_adapters(jax.random.key(0), model, ffba.replace(extra_head_dim=8))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -148,7 +133,7 @@ def test_head_sizes_that_servers_lack_are_allowed_with_a_warning():
             AdapterConfig("zflora-minimal"),
         ):
             assert resolve_adapter(TINY, adapter).heads + 16 in (16, *SERVED_HEAD_DIMS)
-            init_adapters(jax.random.key(0), a_model(num_layers=1), adapter)
+            init_adapters(jax.random.key(0), tiny_model(num_layers=1), adapter)
 
 
 # --- dead layers ---------------------------------------------------------------------------------

@@ -164,7 +164,6 @@ def test_decode_beside_the_base_is_decode_of_the_fused(adapter: AdapterConfig) -
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"method": "ffba", "use_dora": True}, r"use_dora=True: method 'ffba' does not have it"),
         ({"method": "ffa", "layers_to_transform": (0,)}, r"transform=\(0,\): method"),
         ({"method": "zflora-minimal", "init": "pissa"}, r"init='pissa': only method lora"),
         ({"layers_to_transform": ()}, r"layers_to_transform=\(\): must be layers from 0"),

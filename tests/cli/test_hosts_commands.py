@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from support.grids import always
-from support.hosts import commands, config_file, finish
+from support.hosts import commands, config_file, finish, losses
 from support.runs import small_run
 
 from zflora_jax.cli.main import main
@@ -19,7 +19,6 @@ from zflora_jax.core.fields import override
 from zflora_jax.core.run_config import RunConfig
 from zflora_jax.experiments.restore import load_run
 from zflora_jax.experiments.train import train
-from zflora_jax.reporting.metrics import read_metrics
 
 PROMPTS = "2+3=\nWhat is 12 plus 7?\n"
 
@@ -30,11 +29,6 @@ def four(model_dir: Path) -> RunConfig:
     mesh = {"mesh.fsdp": 2, "mesh.tensor": 2, "data.grad_accum_steps": 1}
     short = {"train.steps": 3, "data.bucket_lengths": (320,), "data.train_limit": 16}
     return override(small_run(str(model_dir)), mesh | short)
-
-
-def losses(workdir: Path) -> np.ndarray:
-    found = [r for r in read_metrics(workdir / "metrics.jsonl") if r["split"] == "train"]
-    return np.asarray([[r["step"], r["loss"], r["tokens"]] for r in found])
 
 
 def uses(workdir: Path, out: Path, kernels: str = "none") -> list[list[str]]:

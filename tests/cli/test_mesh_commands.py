@@ -59,11 +59,8 @@ def test_a_run_is_loaded_and_used_on_its_mesh(trained, tmp_path):
     _, alone, wanted, _ = load_run(trained, mesh=one_device())
     assert step == 3 and float(np.abs(wanted["layers"]["attn"]["q"]["backward"]).max()) > 1e-3
     assert_divided(base.params)
-    assert adapters["layers"]["attn"]["q"]["forward"].sharding.mesh.shape == {
-        "data": 1,
-        "fsdp": 2,
-        "tensor": 2,
-    }
+    sizes = {"data": 1, "fsdp": 2, "tensor": 2}
+    assert adapters["layers"]["attn"]["q"]["forward"].sharding.mesh.shape == sizes
     assert_trees_equal(adapters, wanted)
     rows, three = held_out(run, alone), override(run, {"data.batch_size": 3, "mesh.fsdp": 1})
     losses = [
@@ -131,9 +128,8 @@ def test_an_export_does_not_gather_the_model(trained, tmp_path):
 
 def test_with_fewer_devices_a_run_is_loaded_onto_one(trained, tmp_path, caplog):
     shutil.copytree(trained, tmp_path / "run")
-    config = json.loads((trained / "config.json").read_text()) | {
-        "mesh": {"data": 1, "fsdp": 2, "tensor": 32}
-    }
+    mesh = {"data": 1, "fsdp": 2, "tensor": 32}
+    config = json.loads((trained / "config.json").read_text()) | {"mesh": mesh}
     (tmp_path / "run" / "config.json").write_text(json.dumps(config))
     with caplog.at_level(logging.WARNING, "zflora_jax"):
         _, model, adapters, _ = load_run(tmp_path / "run")

@@ -59,7 +59,6 @@ def test_a_run_decides_how_its_model_is_computed_and_not_what_it_is():
     [
         ({"modle": "tiny"}, r"unknown key 'modle': did you mean 'model'\? Allowed: adapter, data"),
         ({"adapter": {"method": "lora", "rnk": 4}}, r"key 'adapter\.rnk': did you mean 'rank'\?"),
-        ({"train": {"zzzz": 4}}, r"unknown key 'train\.zzzz': Allowed: dtype, epochs, eval"),
         ({1: 2}, "unknown key 1: Allowed"),
         ({"model": ""}, "model=: must be a name or a path, not empty"),
         ({"data": {"data_dir": ""}}, r"data_dir=: must be a name or a path, not empty, or None"),
@@ -147,7 +146,6 @@ def test_impossible_models(changes, message):
             )
             for method in sorted(methods)
         ),
-        ("zflora-minimal", {"init": "pissa"}, "only method lora can start as a part of the base"),
     ],
 )
 def test_impossible_adapters(method, changes, message):
@@ -167,7 +165,6 @@ BEST = {"train.keep_best": True}
             ({"data.bucket_lengths": lengths}, r"bucket_lengths=\(.*\): must be increasing lengths")
             for lengths in ((), (128, 64), (64, 64), (0, 64))
         ),
-        ({"data.date": "26.11.2026"}, r"date=26\.11\.2026: must be a day as YYYY-MM-DD.*or None"),
         ({"optim.warmup_steps": 100}, r"does not leave a step at full rate in train\.steps=100; l"),
         ({"optim.final_lr_fraction": 1.5}, r"optim\.final_lr_fraction=1\.5: must be from 0 to 1"),
         *(
@@ -197,7 +194,7 @@ BEST = {"train.keep_best": True}
         ({"eval.seed": 2**32}, r"eval\.seed=4294967296: must be from 0"),  # JAX folds it into 0
         (BEST, r"needs the loss of every checkpoint: set train\.eval"),
         (BEST | {"train.eval_every": 25}, r"set eval\.split=validation, so that the test split"),
-        ({"mesh.data": 3}, r"does not divide the 8 rows of a micro-batch .* a multiple of 3"),
+        ({"mesh.data": 3, "mesh.fsdp": 2}, r"does not divide the 8 rows of a micro.*multiple of 6"),
         ({"mesh.data": 4, "mesh.slices": 3}, r"mesh\.data=4 is not a multiple of mesh\.slices=3"),
         ({"adapter.method": "ffa"} | OPTIM, "ratio=4.0: method 'ffa' has no blocks of two kinds"),
         (

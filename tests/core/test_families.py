@@ -109,8 +109,8 @@ def test_every_method_on_every_family(family: str, method: str, tokens: Any) -> 
 
 @pytest.mark.parametrize("family", always(NEW, lambda name: name in ("qwen3", "smollm3")))
 def test_a_training_step_of_every_family(family: str, tokens: Any) -> None:
-    """Adapter gradients are the same with scanned and separate layers, kept and recomputed, and no
-    leaf of them is zero.
+    """Adapter gradients are the same with scanned and separate layers and by every policy of remat,
+    and no leaf of them is zero.
     """
     model, adapter = tiny_family(family), AdapterConfig("zflora-uniform", rank=4)
     adapters = perturbed_adapters(model, adapter, std=0.1)
@@ -126,14 +126,18 @@ def test_a_training_step_of_every_family(family: str, tokens: Any) -> None:
 
         return jax.device_get(jax.jit(jax.grad(loss))(adapters))
 
-    kept = gradients(model.config.replace(remat="none"), model.params, adapters)
+    kept, dots = (
+        trees.flatten(gradients(model.config.replace(remat=policy), model.params, adapters))
+        for policy in ("none", "dots")
+    )
     apart = (trees.unstack_layers(tree, layers) for tree in (model.params, adapters))
     separate = gradients(model.config.replace(remat="block", scan_layers=False), *apart)
     again = trees.flatten(trees.stack_layers(separate, layers))
-    for name, leaf in trees.flatten(kept).items():
+    for name, leaf in kept.items():
         scale = float(np.abs(leaf).max())
         assert scale > 0, name
-        np.testing.assert_allclose(again[name], leaf, rtol=0, atol=1e-5 * scale, err_msg=name)
+        for other in (dots, again):
+            np.testing.assert_allclose(other[name], leaf, rtol=0, atol=1e-5 * scale, err_msg=name)
 
 
 def test_prompts_of_several_lengths_with_a_window() -> None:
@@ -199,12 +203,20 @@ def test_a_config_is_read_as_it_was_written(name: str) -> None:
     assert from_hf_config(written) == preset(name)
 
 
-def test_a_window_that_no_layer_has_is_none() -> None:
+def test_a_window_that_no_layer_has_is_none_and_one_without_length_is_that_of_transformers() -> (
+    None
+):
     plain = to_hf_config(preset("qwen2.5-0.5b"), "float32") | WINDOW
     plain.pop("layer_types")
     assert from_hf_config(plain).sliding_window == 5
     assert from_hf_config(plain | {"max_window_layers": 24}).sliding_window is None
     assert from_hf_config(plain | {"use_sliding_window": False}).sliding_window is None
+    for family in ("qwen2", "qwen3"):
+        used = {"use_sliding_window": True, "max_window_layers": 0}
+        stock = transformers.AutoConfig.for_model(family, **used)
+        config = stock.to_dict()
+        del config["sliding_window"], config["layer_types"]
+        assert from_hf_config(config).sliding_window == stock.sliding_window == 4096
     mistral = to_hf_config(preset("mistral-7b-v0.1"), "float32") | {"sliding_window": 5}
     assert from_hf_config(mistral | {"use_sliding_window": False}).sliding_window == 5
 

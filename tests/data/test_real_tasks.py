@@ -42,10 +42,6 @@ WRONG_OUTPUTS = {"addsub": 25, "aqua": 131, "multiarith": 40, "singleeq": 24, "s
 WRONG_OUTPUTS |= {"math_data": 759}
 
 
-def wrong_outputs(name, examples):
-    return sum(not is_right(name, e.target, e.answer) for e in examples if e.answer)
-
-
 @functools.cache
 def is_right(name: str, text: str, answer: str) -> bool:
     answers = TASKS[name].answers
@@ -76,7 +72,7 @@ def test_every_real_row_is_read_and_its_gold_answer_can_be_reached(name, monkeyp
             examples = []
         sizes.append(len(examples))
         prompts.append({example.prompt for example in examples})
-        wrong += wrong_outputs(name, examples)
+        wrong += sum(not is_right(name, e.target, e.answer) for e in examples if e.answer)
         for example in examples:
             assert example.prompt and example.target
             assert name != "gsm8k" or not ("<<" in example.target or "####" in example.target)

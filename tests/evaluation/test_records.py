@@ -70,16 +70,10 @@ def test_likelihoods_are_those_of_the_whole_text(model, arc):
     assert (record["correct_sum"], record["options"]) == (right, list(example.options))
 
 
-def test_correct_norm_divides_by_characters(model, monkeypatch):
+def test_correct_norm_divides_by_characters(model):
     example = Example("Q", "yes indeed", "yes", options=("no", "yes indeed"))
-    monkeypatch.setattr(
-        records_module,
-        "option_log_likelihoods",
-        lambda *_, **__: [np.asarray([-4.0, -10.0], np.float32)],
-    )
-    (record,) = likelihood_records(model, [example], TASK_DATA, EVAL)
-    # -2 a character against -1.
-    assert (record["correct_sum"], record["correct_norm"]) == (False, True)
+    found = records_module._chosen([-4.0, -10.0], example)  # a character: -2 against -1
+    assert (found["correct_sum"], found["correct_norm"]) == (False, True)
     with pytest.raises(ConfigError, match="options"):
         likelihood_records(model, [Example("Q", "t", "a")], TASK_DATA, EVAL)
 

@@ -179,18 +179,13 @@ def test_a_summary_of_tasks(model, arc, two_tasks, tmp_path):
     assert not (tmp_path / "none").exists()  # said before the first task has run
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"prompt_style": None}, r"other settings \(eval.prompt_style\); give another --out"),
-        ({"limit": 2}, r"other settings \(eval.limit\)"),
-    ],
-)
-def test_a_summary_of_other_scores_is_not_replaced(model, arc, tmp_path, changes, message):
+def test_a_summary_of_other_scores_is_not_replaced(model, arc, tmp_path):
     given = {"generate": False, "loss": False, "limit": 3, "prompt_style": "alpaca"}
     score(run_of(arc, **given), model, ["arc_easy"], tmp_path)
-    with pytest.raises(ConfigError, match=message):
-        score(run_of(arc, **given | changes), model, ["arc_easy"], tmp_path)
+    for name, value in (("prompt_style", None), ("limit", 2)):
+        message = rf"other settings \(eval.{name}\); give another --out"
+        with pytest.raises(ConfigError, match=message):
+            score(run_of(arc, **given | {name: value}), model, ["arc_easy"], tmp_path)
 
 
 # --- clean rows -----------------------------------------------------------------------------------

@@ -97,11 +97,6 @@ def test_rows_for_new_tokens_are_trained_on_by_way_of_a_directory(run, base_dir,
             lambda model: dataclasses.replace(model, config=model.config.replace(dtype="bfloat16")),
             r"activations are bfloat16, and train\.dtype is float32",
         ),
-        (
-            {"train.dtype": "bfloat16"},
-            lambda model: model,
-            r"params are float32, and train\.dtype is bfloat16",
-        ),
         ({"data.bucket_lengths": [1024]}, lambda model: model, "beyond the model's context"),
     ],
 )

@@ -9,7 +9,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -17,6 +16,7 @@ from safetensors.numpy import load_file
 from support.checks import TOLERANCE
 from support.exports import perturbed_adapters
 from support.grids import pairwise
+from support.models import tiny_model
 from support.quantized import WIDENED, how
 
 from zflora_jax import AdapterConfig, forward, fuse, load_model, quantize_model, save_hf
@@ -25,14 +25,12 @@ from zflora_jax.core.architecture import KERNELS
 from zflora_jax.core.errors import CheckpointError
 from zflora_jax.core.fields import ConfigError
 from zflora_jax.core.model import Model
-from zflora_jax.core.presets import preset
 from zflora_jax.evaluation.export_gap import export_gap
 from zflora_jax.experiments.export import EXPORTERS
 from zflora_jax.hf.compressed import pack, unpack
 from zflora_jax.hf.keys import hf_table
 from zflora_jax.hf.restore import load_stock
 from zflora_jax.hf.stock import module_of
-from zflora_jax.nn.llama import random_model
 
 TOKENS = np.random.default_rng(0).integers(0, 256, (2, 24)).astype(np.int32)
 pytestmark = [
@@ -48,19 +46,6 @@ def fused(base: Model, adapter: AdapterConfig, floats: Model | None = None) -> M
         perturbed_adapters(floats or base, adapter, std=0.1),
     )
     return fuse(base, adapter, adapters)
-
-
-def tiny_model(**changes: Any) -> Model:
-    """As `support.models` has it, but of the package's initial values."""
-    rng, config = np.random.default_rng(0), preset("tiny").replace(**changes)
-
-    def scaled(name: str, x: np.ndarray) -> np.ndarray:
-        if name.endswith("scale"):
-            return x + (0.2 * rng.standard_normal(x.shape)).astype(x.dtype)
-        return x * np.float32(5.0 if "layers" in name else 20.0)
-
-    params = jax.device_get(random_model(config, jax.random.key(0)).params)
-    return Model(config, jax.device_put(trees.map_with_names(scaled, params)))
 
 
 def quantised(kind: str, method: str = "base", **changes: Any) -> Model:

@@ -383,10 +383,9 @@ def test_stop_tokens_come_from_generation_config() -> None:
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        *[("model_type", "gemma"), ("attention_bias", True), ("mlp_bias", True)],
+        *[("attention_bias", True), ("mlp_bias", True)],
         ("hidden_act", "gelu"),
         ("quantization_config", {"quant_method": "gptq"}),
-        ("partial_rotary_factor", 0.5),
         ("architectures", ["LlamaForSequenceClassification"]),
         *(("architectures", value) for value in (5, "LlamaForCausalLM", {"LlamaForCausalLM": 1})),
         ("num_hidden_layers", 2**40),
@@ -404,13 +403,3 @@ def test_unsupported_settings_are_refused_by_name(key: str, value: Any) -> None:
     keys = {"rope_type": "rope_scaling", "num_kv_heads": "num_key_value_heads"}
     with pytest.raises(ConfigError, match=key):
         from_hf_config(hf_config(**{keys.get(key, key): value}))
-
-
-@pytest.mark.parametrize("family", ["qwen2", "qwen3"])
-def test_a_used_window_without_length_is_that_of_transformers(family: str) -> None:
-    given = {"use_sliding_window": True, "max_window_layers": 0}
-    stock = transformers.AutoConfig.for_model(family, **given)
-    config = stock.to_dict()
-    del config["sliding_window"], config["layer_types"]
-    assert from_hf_config(config).sliding_window == stock.sliding_window == 4096
-    assert from_hf_config(config | {"use_sliding_window": False}).sliding_window is None

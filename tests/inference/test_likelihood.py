@@ -178,9 +178,6 @@ def test_all_lengths_take_few_compilations(monkeypatch: pytest.MonkeyPatch) -> N
     assert {rows for _, rows, _ in shapes} == {8}
 
 
-# --- stock transformers ---------------------------------------------------------------------------
-
-
 # --- wrong input ----------------------------------------------------------------------------------
 
 

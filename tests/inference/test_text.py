@@ -86,14 +86,10 @@ def test_pieces_together_are_the_generated_text(talker, chat):
 
 
 def test_a_piece_never_ends_within_a_character(talker, monkeypatch):
-    text = "aé€😀b"
-    monkeypatch.setattr(
-        "zflora_jax.inference.text.stream_tokens", lambda *_, **__: iter(text.encode())
-    )
+    text, tokens_of = "aé€😀b", "zflora_jax.inference.text.stream_tokens"
+    monkeypatch.setattr(tokens_of, lambda *_, **__: iter(text.encode()))
     assert list(stream(talker, PROMPT)) == list(text)
-    monkeypatch.setattr(
-        "zflora_jax.inference.text.stream_tokens", lambda *_, **__: iter("é".encode()[:1])
-    )
+    monkeypatch.setattr(tokens_of, lambda *_, **__: iter("é".encode()[:1]))
     assert list(stream(talker, PROMPT)) == ["�"]  # cut there by max_new_tokens
 
 

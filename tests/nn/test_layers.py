@@ -4,12 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from support.models import perturb, tiny_model
+from support.models import tiny_model
 
 from zflora_jax.adapters.init import init_adapters
 from zflora_jax.adapters.kernel_adapter import DoRA
 from zflora_jax.adapters.methods import fused_config
-from zflora_jax.core import trees
 from zflora_jax.core.adapter_config import AdapterConfig
 from zflora_jax.core.presets import preset
 from zflora_jax.nn.layers import Dense
@@ -64,30 +63,6 @@ def test_bfloat16_heads_round_no_logit_to_bfloat16(tied: bool, length: int) -> N
     narrow = np.asarray(want, jnp.bfloat16)
     shared = (narrow == narrow.max(1, keepdims=True)).sum(1) > 1
     assert shared.mean() > 0.01  # so this test can fail
-
-
-@pytest.mark.parametrize("remat", ["none", "block"])
-def test_what_the_backward_pass_keeps_changes_no_gradient(remat):
-    """Every policy of `ops.remat` against the default."""
-    adapter = AdapterConfig("zflora-minimal", rank=4)
-    tokens = np.random.default_rng(0).integers(0, 256, (2, 24)).astype(np.int32)
-
-    def gradients(remat: str) -> trees.Tree:
-        model = tiny_model(remat=remat)
-        adapters = perturb(init_adapters(jax.random.key(1), model, adapter))
-
-        def loss(adapters: trees.Tree) -> jax.Array:
-            logits = Llama(model.config, adapter).apply(
-                {"params": model.params, "adapters": adapters}, tokens
-            )
-            return jnp.sum(jnp.tanh(logits))
-
-        return jax.jit(jax.grad(loss))(adapters)
-
-    for got, want in zip(
-        jax.tree.leaves(gradients(remat)), jax.tree.leaves(gradients("dots")), strict=True
-    ):
-        np.testing.assert_allclose(got, want, rtol=2e-4, atol=2e-5)
 
 
 def test_gradient_of_magnitudes_in_bfloat16() -> None:

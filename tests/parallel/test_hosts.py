@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from support.checks import assert_trees_equal
-from support.hosts import config_file, finish, spawn
+from support.hosts import config_file, finish, losses, spawn
 from support.tasks import write_questions
 
 from zflora_jax.cli.main import main
@@ -42,12 +42,6 @@ def launch(
     config = config_file(run, workdir.parent / f"{workdir.name}.py")
     argv = ["train", "--config", config, "--workdir", str(workdir)]
     return spawn(["-m", "zflora_jax.cli", *argv], processes, devices, flags=True)
-
-
-def losses(workdir: Path) -> np.ndarray:
-    records = read_metrics(workdir / "metrics.jsonl")
-    names = ("step", "loss", "tokens")
-    return np.asarray([[r[name] for name in names] for r in records if r["split"] == "train"])
 
 
 @pytest.mark.soak

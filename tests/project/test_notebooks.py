@@ -50,16 +50,13 @@ def with_tiny_settings(path, base_dir):
     return notebook
 
 
-def code_of(path):
-    cells = nbformat.read(path, as_version=4).cells
-    return "\n".join(cell.source for cell in cells if cell.cell_type == "code")
-
-
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=stem)
 def test_what_a_notebook_uses_is_there(path):
     """Names that it imports, and keywords that it gives to functions of the project."""
+    cells = nbformat.read(path, as_version=4).cells
+    code = "\n".join(cell.source for cell in cells if cell.cell_type == "code")
     names, calls = {}, []
-    for node in ast.walk(ast.parse(code_of(path))):
+    for node in ast.walk(ast.parse(code)):
         if isinstance(node, ast.Import | ast.ImportFrom):
             exec(ast.unparse(node), names)
         elif isinstance(node, ast.Call) and re.fullmatch(r"[\w.]+", ast.unparse(node.func)):

@@ -11,11 +11,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import jax
+import numpy as np
 
+from support.paths import ROOT
 from zflora_jax.core.fields import to_dict
 from zflora_jax.core.run_config import RunConfig
-
-ROOT = Path(__file__).parent.parent.parent
+from zflora_jax.reporting.metrics import read_metrics
 
 
 def spawn(
@@ -69,6 +70,12 @@ def finish(processes: list[subprocess.Popen[str]], code: int = 0, seconds: int =
         out[-3000:] for out in outputs
     )
     return outputs
+
+
+def losses(workdir: Path) -> np.ndarray:
+    """Step, loss and tokens of every training record."""
+    found = [r for r in read_metrics(workdir / "metrics.jsonl") if r["split"] == "train"]
+    return np.asarray([[r["step"], r["loss"], r["tokens"]] for r in found])
 
 
 def config_file(run: RunConfig, path: Path) -> str:

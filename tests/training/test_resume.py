@@ -14,6 +14,7 @@ from support.runs import claim, mark_saved, quiet_train, small_run
 
 from zflora_jax.core.errors import Preempted
 from zflora_jax.core.fields import ConfigError, override
+from zflora_jax.experiments.restore import load_run
 from zflora_jax.parallel.distributed import StopSignals
 from zflora_jax.reporting.files import plain
 from zflora_jax.reporting.metrics import read_metrics
@@ -118,7 +119,7 @@ def test_a_stop_at_a_step_that_is_due_loses_no_evaluation(run, tmp_path, monkeyp
 # --- a finished run -------------------------------------------------------------------------------
 
 
-def test_a_finished_run_keeps_its_report(run, workdir, monkeypatch):
+def test_a_finished_run_keeps_its_report(run, workdir, monkeypatch, caplog):
     """Run again elsewhere: commit, device, date and timings are those of the training."""
     run = override(run, {"optim.schedule": "constant"})
     before = files(workdir)
@@ -129,8 +130,10 @@ def test_a_finished_run_keeps_its_report(run, workdir, monkeypatch):
     free = {"train.log_every": 3, "eval.max_new_tokens": 5}
     rounding = {"train.matmul_precision": "highest", "data.grad_accum_steps": 4}
     there = read_config(workdir)
-    report = quiet_train(override(run, free | rounding), workdir).report
-    assert report == json.loads(before["report.json"])
+    caplog.set_level("INFO", logger="zflora_jax")
+    again = quiet_train(override(run, free | rounding), workdir)
+    assert again.report == json.loads(before["report.json"]) and "is finished" in caplog.text
+    assert_trees_equal(again.adapters, load_run(workdir)[2])
     assert files(workdir) == before and read_config(workdir) == override(there, free)
 
 
