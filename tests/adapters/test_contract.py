@@ -2,8 +2,6 @@
 perturbed first so that each test can fail.
 """
 
-from __future__ import annotations
-
 import jax
 import jax.numpy as jnp
 import numpy as np

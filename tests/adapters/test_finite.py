@@ -2,8 +2,6 @@
 likelihoods and choices among losses.
 """
 
-from __future__ import annotations
-
 import dataclasses
 
 import jax

@@ -2,8 +2,6 @@
 that can change nothing are not counted and stay zero.
 """
 
-from __future__ import annotations
-
 import math
 import warnings
 

@@ -2,8 +2,6 @@
 values and gradients are those of the peft library, and its directories go both ways.
 """
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import shutil

@@ -2,8 +2,6 @@
 widths devices like.
 """
 
-from __future__ import annotations
-
 import pytest
 
 from zflora_jax.adapters.methods import (

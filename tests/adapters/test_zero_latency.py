@@ -2,8 +2,6 @@
 token of the base. Compiled for a TPU, not run; docs/results.md has GPUs and more sizes.
 """
 
-from __future__ import annotations
-
 import functools
 from typing import Any
 

@@ -2,8 +2,6 @@
 message that says what to change, no traceback.
 """
 
-from __future__ import annotations
-
 import argparse
 import shutil
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The commands on runs that are there: what they print and write, and what they refuse."""
 
-from __future__ import annotations
-
 import argparse
 import json
 import re

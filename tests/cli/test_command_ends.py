@@ -1,7 +1,5 @@
 """How commands end that do not finish, what they leave, and what their tables show."""
 
-from __future__ import annotations
-
 import os
 import shutil
 import signal

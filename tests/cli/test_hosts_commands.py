@@ -2,8 +2,6 @@
 files of one process, and no process reads the whole of a tensor that is divided.
 """
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

@@ -2,8 +2,6 @@
 given, what is allowed and how to fix it.
 """
 
-from __future__ import annotations
-
 import json
 import math
 from typing import Any

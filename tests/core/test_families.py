@@ -2,8 +2,6 @@
 unfuse on it; unsupported settings of a config.json are refused by name.
 """
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

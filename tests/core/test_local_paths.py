@@ -3,8 +3,6 @@ URLs, and those of commands that write to directories only, are refused at the s
 a directory called "gs:".
 """
 
-from __future__ import annotations
-
 import contextlib
 import os
 from pathlib import Path

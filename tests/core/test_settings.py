@@ -1,7 +1,5 @@
 """The list of settings: complete, explained, and the same in the help and in docs/settings.md."""
 
-from __future__ import annotations
-
 import dataclasses
 import re
 

@@ -1,7 +1,5 @@
 """Parameter trees: names, stacking, fingerprints and the messages that say what differs."""
 
-from __future__ import annotations
-
 import jax
 import jax.numpy as jnp
 import ml_dtypes

@@ -2,8 +2,6 @@
 cannot be read or learned is said. That TRL makes the same: test_trl.py.
 """
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 from support.byte_tokenizer import BOS, byte_tokenizer

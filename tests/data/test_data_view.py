@@ -1,7 +1,5 @@
 """`zflora data`: what is counted is what training gets; rows are shown with what is trained."""
 
-from __future__ import annotations
-
 import itertools
 import re
 import shlex

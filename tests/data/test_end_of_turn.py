@@ -4,8 +4,6 @@ The directory is like Llama 3.2's: the template closes a turn with <|eot_id|>, t
 is <|end_of_text|>, and the tokens of the template are in added_tokens_decoder alone.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import json
 from pathlib import Path

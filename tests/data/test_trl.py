@@ -1,7 +1,5 @@
 """TRL's SFTTrainer makes the tokens and the loss mask that training here makes of the same rows."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import warnings

@@ -1,7 +1,5 @@
 """A model that is handed to `train` meets the run's settings, as a loaded one does."""
 
-from __future__ import annotations
-
 import dataclasses
 from unittest.mock import Mock
 

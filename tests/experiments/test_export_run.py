@@ -2,8 +2,6 @@
 nothing that has to fail.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from pathlib import Path

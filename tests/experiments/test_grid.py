@@ -1,7 +1,5 @@
 """Sweeps over a grid: a row per run, failures too; not run again; `zflora sweep`."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import logging

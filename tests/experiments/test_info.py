@@ -1,7 +1,5 @@
 """What a path is said to be: every kind of directory that this project writes or reads."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from pathlib import Path

@@ -2,8 +2,6 @@
 model with real files on disk; bit-equal resume is in tests/training.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import signal

@@ -1,7 +1,5 @@
 """Models and exports in a bucket, and the commands on them. The stores are servers on loopback."""
 
-from __future__ import annotations
-
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial

@@ -2,8 +2,6 @@
 them with a known error, and other kernels are refused.
 """
 
-from __future__ import annotations
-
 import json
 from dataclasses import replace
 from pathlib import Path

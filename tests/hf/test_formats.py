@@ -1,7 +1,5 @@
 """Every family in every format: its consumer computes the model, or the table's text refuses it."""
 
-from __future__ import annotations
-
 import json
 import re
 from pathlib import Path

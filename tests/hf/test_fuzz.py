@@ -1,7 +1,5 @@
 """Loaders under arbitrary input, flipped header bytes among it: a typed error or a value."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import shutil

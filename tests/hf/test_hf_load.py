@@ -2,8 +2,6 @@
 damaged or hostile files are refused by name; the table of names; loading onto a mesh.
 """
 
-from __future__ import annotations
-
 import json
 import shutil
 from collections.abc import Callable

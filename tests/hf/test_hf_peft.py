@@ -2,8 +2,6 @@
 settings are refused by name.
 """
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

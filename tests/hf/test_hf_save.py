@@ -2,8 +2,6 @@
 do not match; eps_z, which stock form needs because a joint norm sees the state.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os

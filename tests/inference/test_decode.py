@@ -2,8 +2,6 @@
 or beside the base; rows stop at their own token, and a damaged model raises.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -2,8 +2,6 @@
 config say the same.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

@@ -2,8 +2,6 @@
 input is refused.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import jax

@@ -2,8 +2,6 @@
 transformers; what depends on the seed; wrong settings.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import jax

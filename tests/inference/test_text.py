@@ -1,7 +1,5 @@
 """Streams say what batch generation says, a character at a time at the least."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import jax

@@ -3,8 +3,6 @@ blocks, by splash attention in Pallas' interpreter, and by what cuDNN is given. 
 chosen where: test_attention_kernels.py.
 """
 
-from __future__ import annotations
-
 from functools import partial
 from typing import Any
 

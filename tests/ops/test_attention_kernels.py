@@ -3,8 +3,6 @@ lowered for it; what is known of devices, here or absent. That the kernels are r
 test_attention.py.
 """
 
-from __future__ import annotations
-
 import re
 from collections import Counter
 from functools import partial

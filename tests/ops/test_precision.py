@@ -1,7 +1,5 @@
 """One matmul precision for all that a model does: read off what is lowered."""
 
-from __future__ import annotations
-
 import re
 from typing import Any
 

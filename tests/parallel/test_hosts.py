@@ -2,8 +2,6 @@
 all agree on; wrong start-ups say what to give.
 """
 
-from __future__ import annotations
-
 import json
 import shutil
 import signal

@@ -3,8 +3,6 @@ parameter; widths that a mesh does not divide; slices of devices, between which 
 data axis cross (TPU programs: test_plan.py); wrong meshes say what to change.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import logging
 import re

@@ -1,7 +1,5 @@
 """Devices that are absent: their names, their errors, and programs compiled for them."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 from support.needs import needs_libtpu

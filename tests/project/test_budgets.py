@@ -1,7 +1,5 @@
 """The sizes that the repository keeps to: new scope pays with old."""
 
-from __future__ import annotations
-
 import shutil
 import subprocess
 from pathlib import Path

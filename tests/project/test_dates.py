@@ -1,7 +1,5 @@
 """Data does not depend on the clock: the day that a chat template is told is a setting."""
 
-from __future__ import annotations
-
 import datetime
 import json
 

@@ -2,8 +2,6 @@
 commands and examples run, on a tiny model.
 """
 
-from __future__ import annotations
-
 import json
 import re
 import shlex

@@ -2,8 +2,6 @@
 size.
 """
 
-from __future__ import annotations
-
 import ast
 import importlib
 import inspect

@@ -1,7 +1,5 @@
 """The notebooks run from top to bottom on a tiny model, and what is committed has its outputs."""
 
-from __future__ import annotations
-
 import ast
 import inspect
 import os

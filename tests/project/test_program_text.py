@@ -1,7 +1,5 @@
 """The reader of compiled programs, on texts written by hand."""
 
-from __future__ import annotations
-
 import pytest
 from program_text import Program, async_bytes, kernels
 

@@ -1,7 +1,5 @@
 """A release works alone: the sdist has all files, and its wheel runs outside the clone."""
 
-from __future__ import annotations
-
 import os
 import re
 import shutil

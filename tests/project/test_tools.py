@@ -1,7 +1,5 @@
 """tools/: what the checks of other software read (the tiny model: test_release.py)."""
 
-from __future__ import annotations
-
 import sys
 
 import litert

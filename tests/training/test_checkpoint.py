@@ -2,8 +2,6 @@
 named with its remedy. The stores are servers on loopback.
 """
 
-from __future__ import annotations
-
 import json
 from hashlib import sha256
 from pathlib import Path

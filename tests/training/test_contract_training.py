@@ -1,7 +1,5 @@
 """Every method trains its adapters alone: no base kernel moves or has its gradient formed."""
 
-from __future__ import annotations
-
 import jax
 import jax.numpy as jnp
 import numpy as np

@@ -2,8 +2,6 @@
 are servers on loopback.
 """
 
-from __future__ import annotations
-
 import errno
 import os
 import signal

@@ -1,7 +1,5 @@
 """The chunked loss is the plain one, in values and gradients, and never holds all logits."""
 
-from __future__ import annotations
-
 import jax
 import jax.numpy as jnp
 import numpy as np

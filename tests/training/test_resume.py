@@ -2,8 +2,6 @@
 finished run.
 """
 
-from __future__ import annotations
-
 import json
 import shutil
 from pathlib import Path
