@@ -4,7 +4,7 @@ changed one thing at a time, and judged by the validation loss.
   python -m studies.run minimal --set data.data_dir=DIR --workdir runs/minimal
 
 DIR holds llm_adapters/. Runs are those of accuracy_cloze except for the adapter or its rates, and
-are not scored: docs/experiments.md, "Where zflora-minimal trails".
+are not scored: studies/experiments.md, "Where zflora-minimal trails".
 """
 
 from dataclasses import replace

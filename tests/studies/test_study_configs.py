@@ -1,5 +1,5 @@
 """The definitions of studies: public names alone, equal budgets, the tables that
-docs/experiments.md announces, wrong fields.
+studies/experiments.md announces, wrong fields.
 """
 
 import ast
