@@ -61,6 +61,7 @@ def rows():
     return read
 
 
+@pytest.mark.soak
 def test_overlaps_of_the_real_files_on_normalised_text(rows):
     """The numbers known of these files; in cloze form many more questions than with options."""
     train = rows("math_data", *SPLITS)

@@ -53,6 +53,7 @@ def test_turns_alternate_and_ratios_are_within_a_turn(monkeypatch: pytest.Monkey
     assert found == pytest.approx({"x": 20, "x_min": 10, "x_max": 40})
 
 
+@pytest.mark.soak
 def test_latency_by_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "latency.json"
     small = ["--model", "tiny", "--repeats", "2", "--prompt", "8", "--new-tokens", "3"]

@@ -16,6 +16,7 @@ import pytest
 from support.byte_tokenizer import byte_tokenizer
 from support.checks import assert_logits_close, assert_trees_equal
 from support.gguf_files import gguf_file, kept_file
+from support.grids import always
 from support.models import tiny_model
 from support.quantized import WIDENED, moved, quantized_tiny
 from support.runs import CONFIG, small_run
@@ -105,16 +106,19 @@ SCALED = {"rope_scaling": RopeScaling(8.0, 1.0, 4.0, 64)}
 
 @pytest.mark.parametrize(
     ("kind", "method", "changes"),
-    [
-        ("q8_0", "zflora-minimal", {"tie_word_embeddings": False}),
-        ("q4_0", "zflora-uniform", {}),
-        # Its blocks have minima; with every method that widens heads.
-        ("q4_1", "zflora-uniform", {}),
-        ("q4_1", "values only", {"tie_word_embeddings": False}),
-        ("q4_1", "ffba", SCALED),  # whose frequencies stay in the divisors
-        ("q8_0", "zflora-uniform", {"family": "qwen2"}),
-        ("q8_0", "zflora-minimal", {"family": "qwen3"}),
-    ],
+    always(
+        [
+            ("q8_0", "zflora-minimal", {"tie_word_embeddings": False}),
+            ("q4_0", "zflora-uniform", {}),
+            # Its blocks have minima; with every method that widens heads.
+            ("q4_1", "zflora-uniform", {}),
+            ("q4_1", "values only", {"tie_word_embeddings": False}),
+            ("q4_1", "ffba", SCALED),  # whose frequencies stay in the divisors
+            ("q8_0", "zflora-uniform", {"family": "qwen2"}),
+            ("q8_0", "zflora-minimal", {"family": "qwen3"}),
+        ],
+        lambda case: case[0] == "q4_1" or case[2].get("family") == "qwen3",
+    ),
 )
 def test_an_adapters_blocks_stand_next_to_the_bases(
     kind: str, method: str, changes: dict[str, Any], tmp_path: Path

@@ -183,6 +183,7 @@ def test_packaged_tokenizer(smollm: Model, tmp_path: Path) -> None:
 
 
 @needs_smollm2
+@pytest.mark.soak
 def test_loads_without_torch(tmp_path: Path) -> None:
     """torch and the package's own code stay out: in a process where importing either fails, the
     model and its tokenizer load.

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
+
 import jax
 import numpy as np
 import pytest
 from support.checks import assert_trees_equal, compiled
-from support.grids import pairwise
+from support.grids import always
 from support.models import perturb, untied
 
 from zflora_jax.adapters import fuse as fusing
@@ -54,7 +56,11 @@ def test_a_hundred_swaps_compile_once_and_leave_the_base(base, packed):
 
 @pytest.mark.usefixtures("optimised")
 @pytest.mark.parametrize(
-    ("method", "packed"), pairwise(["ffba", "zflora-minimal", "zflora-uniform"], [True, False])
+    ("method", "packed"),
+    always(
+        list(itertools.product(["ffba", "zflora-minimal", "zflora-uniform"], [True, False])),
+        lambda case: case in [("ffba", True), ("zflora-minimal", False)],
+    ),
 )
 def test_a_swap_copies_no_kernel(base, method, packed):
     """It allocates less than one layer's smallest kernel on top of the donated buffers."""

@@ -124,6 +124,7 @@ def steps_of(adapter, mesh=MeshConfig(), rows=None, *, rate=1e-2, remat="dots", 
     return three_steps(model, adapter, mesh, rows, optim=optim, **settings)[0][:, :2]
 
 
+@pytest.mark.soak
 def test_what_drops_out_hangs_neither_on_the_mesh_nor_on_recomputation():
     wanted = steps_of(DROPPED)
     np.testing.assert_allclose(

@@ -1,0 +1,151 @@
+"""Adapters that are put into a quantised base, and ways to deploy an adapter on one."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from support.byte_tokenizer import byte_tokenizer
+from support.models import tiny_model
+from support.quantized import moved, quantized_tiny
+
+import zflora_jax as zf
+from studies import deployment, quantised_methods
+from studies.deployment import Trained, gptq
+from studies.run import run_study
+from studies.study import BASE, Study
+from zflora_jax.core import trees
+
+TOKENS = np.random.default_rng(0).integers(0, 250, (2, 12))
+LORA = zf.AdapterConfig("lora", rank=4)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def own_methods(the_methods_of_the_package):
+    zf.METHODS.update(quantised_methods.METHODS)
+
+
+def exactly_stored(kind: str) -> zf.Model:
+    """A quantised base with float32 scales, in which nothing that is trained is rounded."""
+    base = quantized_tiny(kind)
+    wide = lambda x: x.astype(jnp.float32) if x.dtype == jnp.float16 else x  # noqa: E731
+    return dataclasses.replace(base, params=jax.tree.map(wide, base.params))
+
+
+def logits(model: zf.Model, *adapted: object) -> np.ndarray:
+    return np.asarray(zf.forward(model, TOKENS, *adapted))
+
+
+@pytest.mark.parametrize("method", quantised_methods.METHODS)
+def test_a_method_of_a_quantised_base_is_fused_as_it_was_trained(method):
+    base, adapter = exactly_stored("q4_1"), zf.AdapterConfig(method, rank=4)
+    start = zf.init_adapters(jax.random.key(0), base, adapter)
+    np.testing.assert_allclose(logits(base, adapter, start), logits(base), atol=2e-5)
+    adapters = jax.tree.map(lambda x: 0.3 * x, moved(base, adapter))
+    wanted, fused = logits(base, adapter, adapters), zf.fuse(base, adapter, adapters)
+    assert np.abs(wanted - logits(base)).max() > 0.05
+    np.testing.assert_allclose(logits(fused), wanted, atol=1e-4)
+    old, new = (trees.flatten(m.params)["layers/mlp/up/kernel"] for m in (base, fused))
+    same = [bool((getattr(old, x) == getattr(new, x)).all()) for x in ("codes", "scales", "mins")]
+    changed = {"qa-lora": [1, 1, 0], "scales": [1, 0, 1], "scales-minima": [1, 0, 0]}
+    assert same == changed.get(method, [0, 0, 0])
+
+
+def test_deployments_are_the_numbers_of_what_is_stored():
+    base = quantized_tiny("q4_1")
+    trained = Trained(zf.RunConfig(adapter=LORA), base, moved(base, LORA))
+    exact = deployment.exact(trained)
+    np.testing.assert_allclose(logits(exact), logits(base, LORA, trained.adapters), atol=1e-4)
+
+    def error(deploy, exact):
+        found = deploy(trained)
+        return np.abs(logits(found.model) - logits(exact)).max(), found.nbytes
+
+    here, there = error(deployment.in_bfloat16, exact), error(deployment.rounded, exact)
+    kernels = [x for _, x in deployment._leaves(base.params) if hasattr(x, "codes") and x.ndim > 2]
+    assert 0 < here[0] < there[0] / 10 and there[1] == deployment.nbytes(base.params)
+    assert here[1] - there[1] == sum(2 * x.codes.size - x.nbytes for x in kernels)
+    assert deployment.update_in_steps(base, exact) > 0.1
+
+    wide = zf.AdapterConfig("zflora-minimal", rank=32)
+    trained = trained._replace(run=zf.RunConfig(adapter=wide), adapters=moved(base, wide))
+    exact = deployment.exact(trained)
+    four, eight = error(deployment.in_codes, exact), error(deployment.in_eight_bits, exact)
+    assert 0 < eight[0] < four[0] / 4
+    assert deployment.nbytes(base.params) < four[1] < error(deployment.unmerged, exact)[1]
+    assert deployment.update_in_steps(base, exact) is None
+
+
+def test_gram_matrices_are_those_of_the_kernels_inputs():
+    model = tiny_model(num_layers=2)
+    found = deployment.grams(model, TOKENS)
+    table = trees.flatten(model.params)
+    x = np.asarray(table["embed/embedding"])[TOKENS].reshape(-1, model.config.hidden_size)
+    x = x / np.sqrt((x**2).mean(-1, keepdims=True) + model.config.rms_norm_eps)
+    x = x * np.asarray(table["layers/attn_norm/scale"])[0]
+    np.testing.assert_allclose(found["layers/attn/q/kernel"][0], x.T @ x, rtol=2e-4, atol=2e-4)
+    assert found["layers/mlp/down/kernel"].shape == (2, 96, 96)
+
+
+def test_gptq_moves_the_error_of_an_input_to_later_ones():
+    draw = np.random.default_rng(0)
+    x = draw.normal(size=(400, 8)) @ draw.normal(size=(8, 64)) + 0.3 * draw.normal(size=(400, 64))
+    w = draw.normal(size=(64, 24)).astype(np.float32)
+    gram, none = (x.T @ x).astype(np.float32), np.eye(64, dtype=np.float32)
+    for kind, group in (("q4_1", 32), ("int4", 64)):
+        rounded = gptq(w, none, kind, group)
+        error = [np.square(x @ (w - q)).sum() for q in (gptq(w, gram, kind, group), rounded)]
+        assert error[0] < 0.5 * error[1]
+    w = quantised(w)
+    assert np.mean(np.abs(gptq(w, none, "q4_1", 32) - w) > 1e-3) < 0.01  # halves, ties
+    grid = np.full_like(w, 0.1), np.full_like(w, -0.7)
+    found = gptq(w, gram, "q4_1", 32, grid=grid)
+    np.testing.assert_allclose(found, np.clip(np.round(found / 0.1), -7, 8) * 0.1, atol=1e-6)
+    with pytest.raises(zf.ConfigError, match="not for nf4"):
+        gptq(w, gram, "nf4", 32)
+
+
+def quantised(w: np.ndarray) -> np.ndarray:
+    from zflora_jax.ops.quantized import quantize
+
+    found, wanted = (
+        quantised_methods.requantised(jnp.asarray(w), x) if made else x
+        for x in [quantize(jnp.asarray(w), "q4_1")]
+        for made in (True, False)
+    )
+    np.testing.assert_allclose(found.astype(jnp.float32), wanted.astype(jnp.float32), atol=1e-5)
+    return np.asarray(wanted.astype(jnp.float32))
+
+
+def test_a_study_scores_deployments_of_each_seed(two_steps, tmp_path):
+    model = tiny_model(head_dim=32, num_layers=1, max_position_embeddings=512)
+    model.tokenizer = byte_tokenizer()
+    zf.save_hf(tmp_path / "m", model)
+    changes = {"model": str(tmp_path / "m"), "quantize.kernels": "q4_1", "data.packing": True}
+    study = Study(
+        "tiny",
+        zf.override(two_steps, changes),
+        {"lora": LORA},
+        (1e-2,),
+        (0, 1),
+        tasks=("arc_easy",),
+        scoring=zf.EvalConfig(limit=None, batch_size=4, loss=False, generate=False),
+        measure="likelihood_sum",
+        reference="lora beside",
+        margin=3.0,
+        deployments={
+            "lora beside": ("lora", deployment.unmerged),
+            "lora rounded": ("lora", deployment.rounded),
+        },
+    )
+    table = run_study(study, tmp_path / "w", tmp_path / "r", console=False)
+    assert table.labels == list(study.deployments) and len(table.runs) == 1 + 2 + 2 * 2
+    kl = {label: table.chosen[label][1]["result"]["kl"] for label in table.labels}
+    assert kl["lora beside"] == 0 < kl["lora rounded"]
+    assert table.differences.keys() >= {BASE}
+    assert table.results("lora rounded")["test_loss"].notna().all()
+    with pytest.raises(zf.ConfigError, match="are no labels of its methods"):
+        dataclasses.replace(study, reference="lora")
