@@ -14,18 +14,22 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
+from scipy.stats import binomtest
 
 import zflora_jax as zf
 from studies.plots import forest
 from studies.records import RECORDS, read_lines
-from studies.statistics import Difference, holm, verdict
+from studies.statistics import Difference, seed_difference, verdict
 from studies.study import BASE, Study, studies
 from studies.tables import ENDS, MEAN, Table, headline, informative
 
 RESULTS = Path(__file__).parent.parent / "results"
 NOTES = Path(__file__).parent / "notes"
 OVERVIEW = "accuracy"  # the page over all studies whose names begin so
+COMPARED = "zflora-minimal"  # its method
+SPLITS = ("validation", "test")
 # Pages of plain rows, without a study: page -> its columns.
 ROWS = {
     "paired_intervals": ("seeds", "seed", "row", "answer", "rows", "width", "holds 0")
@@ -224,65 +228,61 @@ def places(tables: Sequence[Table]) -> str:
 # --- the page over several studies ----------------------------------------------------------------
 
 
-def overview(name: str, tables: Sequence[Table], picture: Path | None) -> str:
-    """The page over several studies: their differences, settings and scores.
+def overview(tables: Sequence[Table], picture: Path | None) -> str:
+    """The page over several studies: `COMPARED` and the reference in each, in its note's places for
+    a table and for the pooled losses.
 
     Args:
-      name: Name of the page.
       tables: The studies' tables.
-      picture: The PNG file of the forest plot; None draws nothing.
+      picture: The PNG file of the picture; None draws nothing.
     """
-    heads = [{m: headline(g) for m, g in table.differences.items()} for table in tables]
-    planned = [(t, m) for t in range(len(tables)) for m in tables[t].study.methods]
-    planned = [(t, m) for t, m in planned if m != tables[t].study.reference]
-    # A comparison without all its runs counts as p = 1: no star goes when it comes.
-    p = holm({key: heads[key[0]][key[1]].p if key[1] in heads[key[0]] else 1.0 for key in planned})
-    cells, panels = dict[str, dict[str, str]](), dict[str, dict[str, Difference]]()
-    for t, table in enumerate(tables):
-        for label, gap in heads[t].items():
-            text = f", {said(table, label, gap)}" if said(table, label, gap) else ""
-            star = " *" if p.get((t, label), 1.0) < 0.05 else ""
-            row = cells.setdefault(label, {"method": label})
-            row[table.study.title] = f"{gap}{star}{text}"
-            if label != BASE:
-                mark = " °" if gap.of_rows_only else ""
-                panels.setdefault(table.study.title, {})[f"{label}{mark}{text}"] = gap
+    tables = [table for table in tables if COMPARED in table.differences]
+    rows, points = list[dict[str, Any]](), dict[str, list[Difference]]()
+    for table in tables:
+        study, gap = table.study, headline(table.differences[COMPARED])
+        points[study.title] = [gap, *(seed_difference(*losses(table, on)) for on in SPLITS)]
+        row = {"table": f"[{study.title}]({study.page or study.name}.md)"}
+        for label in (BASE, study.reference, COMPARED):
+            mean, std = table.headline(label)
+            row[label] = f"{mean:.1f}{deviation(std)}"
+        row["difference"] = f"{gap}, {said(table, COMPARED, gap)}"
+        alone = scores_of_seeds(table)
+        row["by seeds alone"] = f"± {alone.high - alone.mean:.1f}, {said(table, COMPARED, alone)}"
+        found = zip(SPLITS, points[study.title][1:], strict=True)
+        rows.append(row | {f"{on} loss": f"{one}%" for on, one in found})
     if picture:
-        forest(panels, picture, {t.study.title: t.study.margin or 0.0 for t in tables})
-    links = {t.study.title: f"[{t.study.title}]({t.study.page or t.study.name}.md)" for t in tables}
-    star = f' "*": p < 0.05 after Holm\'s correction over all {len(planned)} planned comparisons.'
-    return joined(
-        [
-            f"# {name.capitalize()}",
-            note(name),
-            "## Differences",
-            zf.markdown_table(list(cells.values()), {"method": "method"} | links),
-            f"Scores minus lora's, points of 100. {LEGEND.format(star)}",
-            f"![Differences]({name}.png)",
-            "## Scores",
-            table_of([score_row(t, m) for t in tables for m in t.scores["method"].unique()]),
-            "Score: mean over tasks and seeds, ± the standard deviation of seeds. Seconds: of the"
-            " fastest run, on whatever CPU it ran: they compare no methods.",
-        ]
-    )
+        forest(points, picture, [table.study.margin or 0.0 for table in tables])
+    return joined([note(OVERVIEW).format(table=table_of(rows), losses=pooled(tables))])
 
 
-def score_row(table: Table, label: str) -> dict[str, Any]:
-    """A method's parameters, rate, score and loss; of `BASE` those of the untrained model."""
-    (mean, std), choice = table.headline(label), table.choices.get(label)
-    row = {"table": table.study.title, "method": label, "parameters": trainable(table, label)}
-    if choice is None:
-        loss = table.runs[BASE]["result"]["test_loss"]
-        return row | {"learning rate": None, "score": f"{mean:.1f}", "test loss": loss}
-    remark, found = choice.untuned.partition(", so")[0], table.results(label)
-    gap = table.loss_difference(label)
-    return row | {
-        "learning rate": f"{choice.rate:g}{', ' if remark else ''}{remark}",
-        "score": f"{mean:.1f}{deviation(std)}",
-        "test loss": value(found["test_loss"].mean()),
-        "test loss minus the reference's": gap.losses() if gap else None,
-        "seconds": value(found["seconds"].min()),
-    }
+def losses(table: Table, split: str) -> np.ndarray:
+    """Losses of `COMPARED` and of the reference, [2, seeds], in percent of the reference's mean."""
+    pair = [table.chosen[label] for label in (COMPARED, table.study.reference)]
+    seeds = sorted(pair[0].keys() & pair[1].keys())
+    found = np.array([[of[seed]["result"][f"{split}_loss"] for seed in seeds] for of in pair])
+    return 100 * found / found[1].mean()
+
+
+def scores_of_seeds(table: Table) -> Difference:
+    """The difference in score by Student's t over the means of seeds, without their rows."""
+    frame, study, tasks = table.scores, table.study, table.differences[COMPARED]
+    frame = frame[(frame["score"] == study.measure) & frame["task"].isin(tasks)]
+    means = frame.groupby(["method", "seed"])["mean"].mean().unstack("method")
+    return seed_difference(*means[[COMPARED, study.reference]].dropna().to_numpy().T)
+
+
+def pooled(tables: Sequence[Table]) -> str:
+    """How losses differ over all tables: the mean, and sign tests over tables and over seeds."""
+    texts = []
+    for split in SPLITS:
+        gaps = [np.subtract(*losses(table, split)) for table in tables]
+        means = np.array([gap.mean() for gap in gaps])
+        counts = []
+        for unit, of in (("tables", means), ("seeds", np.concatenate(gaps))):
+            p = binomtest(int((of > 0).sum()), len(of)).pvalue
+            counts.append(f"{(of > 0).sum()} of {len(of)} {unit} (p = {p:.2g})")
+        texts.append(f"- {split}: {means.mean():+.1f}%, higher in {' and '.join(counts)}")
+    return "\n".join(texts)
 
 
 # --- all pages ------------------------------------------------------------------------------------
@@ -302,7 +302,7 @@ def pages(chosen: Iterable[Study], records: Path, picture: Path | None) -> dict[
         by_page.setdefault(table.study.page or table.study.name, []).append(table)
     found = {name: study_page(name, of) for name, of in by_page.items()}
     if over := [table for table in tables if table.study.name.startswith(f"{OVERVIEW}_")]:
-        found[OVERVIEW] = overview(OVERVIEW, over, picture and picture / f"{OVERVIEW}.png")
+        found[OVERVIEW] = overview(over, picture and picture / f"{OVERVIEW}.png")
     return found
 
 

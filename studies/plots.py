@@ -1,8 +1,8 @@
-"""Forest plots of differences."""
+"""The picture of the page over several studies."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from matplotlib.figure import Figure
@@ -11,32 +11,38 @@ from studies.statistics import Difference
 
 
 def forest(
-    groups: Mapping[str, Mapping[str, Difference]], out: Path, margins: Mapping[str, float]
+    rows: Mapping[str, Sequence[Difference]], out: Path, margins: Sequence[float], reach: float = 15
 ) -> None:
-    """Draws differences as points with their intervals, a panel per group and a row per label. Zero
-    is marked, and a margin below it is shaded.
+    """Draws differences to LoRA with their intervals, a row per table: scores, with the margin
+    below zero shaded, and next to them losses.
 
     Args:
-      groups: Group -> label -> difference in points.
+      rows: Table -> differences in score (points), validation loss and test loss (percent).
       out: The PNG file.
-      margins: Group -> how far below zero a difference may lie.
+      margins: How far below zero each table's score may lie.
+      reach: Largest loss shown, in percent.
     """
-    heights = [len(rows) for rows in groups.values()]
-    figure = Figure(figsize=(7.0, 1.4 + 0.75 * len(groups) + 0.3 * sum(heights)))
+    figure = Figure(figsize=(8.0, 1.4 + 0.4 * len(rows)))
     figure.set_layout_engine("constrained")
-    figure.suptitle("Differences to LoRA, 95% intervals (right: better)")
-    panels = figure.subplots(len(groups), 1, sharex=True, squeeze=False, height_ratios=heights)
-    for axes, (group, rows) in zip(panels[:, 0], groups.items(), strict=True):
-        for place, gap in enumerate(rows.values()):
-            reach = [[max(gap.mean - gap.low, 0.0)], [max(gap.high - gap.mean, 0.0)]]
-            axes.errorbar(gap.mean, place, xerr=reach, fmt="o", color="C0", capsize=3, ms=5)
+    figure.suptitle("Scores are not told apart from LoRA's; held-out losses are slightly higher")
+    scores, losses = figure.subplots(1, 2, sharey=True)
+    marks = ((scores, 0.0, "C0", ""), (losses, -0.15, "C0", "validation"))
+    for i, (axes, shift, face, label) in enumerate((*marks, (losses, 0.15, "white", "test"))):
+        gaps = [of[i] for of in rows.values()]
+        ends = [[g.mean - g.low for g in gaps], [g.high - g.mean for g in gaps]]
+        places = [place + shift for place in range(len(gaps))]
+        style = {"fmt": "o", "color": "C0", "mfc": face, "capsize": 3, "ms": 5, "label": label}
+        axes.errorbar([g.mean for g in gaps], places, xerr=ends, **style)
+    scores.barh(range(len(rows)), [-m for m in margins], 0.8, color="C2", alpha=0.12)
+    scores.set_yticks(range(len(rows)), list(rows))
+    scores.set_ylim(len(rows) - 0.5, -0.5)
+    scores.set_xlabel("score minus LoRA's, points of 100\n(right: better; shaded: the margin)")
+    losses.set_xlabel("held-out loss minus LoRA's, %\n(right: worse)")
+    losses.set_xlim(-reach, reach)
+    losses.legend(frameon=False, fontsize=8)
+    for axes in (scores, losses):
         axes.axvline(0, color="black", linewidth=0.8)
-        axes.axvspan(-margins[group], 0, color="C2", alpha=0.12, linewidth=0)
-        axes.set_yticks(range(len(rows)), list(rows))
-        axes.set_ylim(len(rows) - 0.5, -0.5)
-        axes.set_title(group, fontsize=9, loc="left")
         axes.grid(axis="x", alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
-    figure.supxlabel("points of 100 of each study's measure\n(shaded: the margin)", fontsize=10)
     out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(out, dpi=150)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -205,15 +205,6 @@ def _variance_of_seeds(gaps: Sequence[Column]) -> float:
         freedom = (seeds - 1) * max(units - 1, 1)
         noise += np.sum(left**2) / freedom * units / (gap.rows.sum() * len(gaps)) ** 2
     return max(0.0, float(np.mean(means, axis=0).var(ddof=1) - noise))
-
-
-def holm(p: Mapping[str, float]) -> dict[str, float]:
-    """Holm's step-down correction of a family's p-values (Holm 1979): name -> adjusted p."""
-    adjusted, floor = {}, 0.0
-    for rank, name in enumerate(sorted(p, key=p.__getitem__)):
-        floor = max(floor, min(1.0, p[name] * (len(p) - rank)))
-        adjusted[name] = floor
-    return {name: adjusted[name] for name in p}
 
 
 def verdict(difference: Difference, margin: float) -> str:

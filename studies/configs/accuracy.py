@@ -71,7 +71,7 @@ def table(name: str, task: str, longest: int = 512, **given: object) -> Study:
     lengths = tuple(range(128, longest + 1, 128))
     data = replace(BASE.data, task=task, bucket_lengths=lengths, batch_size=1024 // longest)
     fields = {"methods": PAIR, "learning_rates": RATES, "tasks": (task,), "scoring": GENERATED}
-    fields |= {"measure": "accuracy", "margin": 3.0, "category": "math"} | given
+    fields |= {"measure": "accuracy", "margin": 3.0, "category": "generated"} | given
     run = replace(BASE, data=data)
     return Study(f"accuracy_{name}", run, seeds=(0, 1, 2), reference="lora", **fields)
 
@@ -105,9 +105,9 @@ def get_studies() -> list[Study]:
     return [
         get_cloze(),
         table("arithmetic", "arithmetic_steps", 256, more_seeds=MORE_SEEDS, **arithmetic),
-        table("math_data", "math_data", tasks=tests),
+        table("math_data", "math_data", tasks=tests, category="word problems"),
         table("woz", "woz", more_seeds=MORE_SEEDS, category="dialogue"),
-        table("dialogsum", "dialogsum_dev", measure="rougeL", margin=1.5, category="dialogue"),
+        table("dialogsum", "dialogsum_dev", measure="rougeL", margin=1.5, category="summaries"),
         # The best rate at rank 16 is the middle one: that, and the one on the side where the best
         # rate of fewer or more parameters would lie.
         at_rank(4, 5, RATES[1:]),

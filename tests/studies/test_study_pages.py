@@ -188,23 +188,21 @@ def test_a_rate_at_the_edge_is_said(rate, rates, said):
     assert Choice(rate, dict.fromkeys(rates, 1.0)).untuned == said
 
 
-def test_the_overview_corrects_for_all_planned_comparisons(tmp_path, monkeypatch):
-    """By Holm: a p of 0.01 counts for all that are planned, run or not. The untrained model has no
-    star, and a method that is not complete neither.
-    """
+def test_the_overview_pools_losses_and_judges_scores_by_seeds_alone(tmp_path, monkeypatch):
+    """A table without all runs of the method is left out."""
+    monkeypatch.setattr(pages, "COMPARED", "ffa")
     study = small(tasks=("arc_easy",), transfer=())
-    whole, begun = Table(study, records(study)), Table(study, records(study)[:3])
-    page = pages.overview("small", [whole], tmp_path / "p.png")
+    made = [records(study, {"lora": (1.0, 1.2), "ffa": (a, 1.4)}) for a in (1.1, 0.8)]
+    tables = [Table(study, of) for of in (*made, made[0][:3])]
+    page = pages.overview(tables, tmp_path / "p.png")
     assert (tmp_path / "p.png").read_bytes()[:4] == b"\x89PNG"
-    assert cells(page, "ffa")[1].endswith("° *, as good")
-    assert cells(page, "ffba")[1].endswith("° *, inferior") and "*" not in cells(page, "base")[1]
-    assert "all 2 planned comparisons" in page and "## Scores" in page
-    # Student's t of two seeds of 20, 21 and 30, 31 rows says nothing here: rows alone decide.
-    [row] = [line for line in page.splitlines() if line.startswith("| two | lora |")]
-    assert "| 51.2 ± 1.8 |" in row
-    for gap in whole.differences["ffa"].values():
-        object.__setattr__(gap, "p", 0.02)
-    assert "*" not in cells(pages.overview("small", [whole, begun, begun], None), "ffa")[1]
+    # Means of (0.1, 0.2) and (-0.2, 0.2) of 1.1.
+    counts = "higher in 1 of 2 tables (p = 1) and 3 of 4 seeds (p = 0.62)"
+    assert f"- test: +6.8%, {counts}" in page and "- validation: +0.0%" in page
+    row = cells(page, "[two](small_two.md)")
+    assert row[2:4] == ["51.2 ± 1.8", "76.2 ± 1.8"] and row[4].startswith("+25.0 [")
+    # Both seeds differ by 25 points, so they alone say nothing of how seeds vary.
+    assert row[5:7] == ["± inf, undecided", "+0.0 [+0.0, +0.0]%"] and page.count("[two]") == 2
 
 
 def test_a_page_that_differs_is_named(tmp_path, capsys, monkeypatch):

@@ -8,7 +8,7 @@ from scipy.stats import ttest_rel
 from support.grids import always
 
 from studies.intervals import simulate
-from studies.statistics import Difference, holm, paired_difference, seed_difference, verdict
+from studies.statistics import Difference, paired_difference, seed_difference, verdict
 
 DIALOGUES, TURNS = 40, 5
 ROW_UNITS = np.repeat(np.arange(DIALOGUES), TURNS)
@@ -119,14 +119,6 @@ def test_losses_are_compared_over_their_seeds():
     for wrong in (([1.0], [1.0]), ([1.0, 2.0], [1.0])):
         with pytest.raises(ValueError, match="same seeds, two or more"):
             seed_difference(*wrong)
-
-
-def test_holm_is_the_published_procedure():
-    # Holm (1979): p times the number of those left, in order, never below one before.
-    found = holm({"a": 0.01, "b": 0.04, "c": 0.03, "d": 0.005})
-    assert found == pytest.approx({"a": 0.03, "b": 0.06, "c": 0.06, "d": 0.02})
-    assert list(found) == ["a", "b", "c", "d"] and holm({}) == {}
-    assert holm({"a": 0.9, "b": 0.8}) == {"a": 1.0, "b": 1.0}
 
 
 @pytest.mark.parametrize(
