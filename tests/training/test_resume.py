@@ -176,7 +176,6 @@ OWN_ROWS = {"data.task": "rows", "data.data_dir": "old"}
         ({}, {"train.steps": 12}, None),
         ({}, {"adapter.rank": 2}, r"adapter\.rank: 4 there, 2 now"),
         ({}, {"train.dtype": "bfloat16"}, r"train\.dtype: 'float32' there, 'bfloat16' now"),
-        ({}, {"train.remat": "block", "train.loss_chunk": 64, "data.grad_accum_steps": 4}, None),
         # What drops out is drawn for each micro-batch.
         (DROPOUT, {"data.grad_accum_steps": 4}, r"data\.grad_accum_steps: 2 there, 4 now"),
         (DROPOUT, {"train.remat": "block"}, None),
@@ -210,6 +209,16 @@ def test_a_run_that_saved_nothing_yet_may_change_in_everything(run, tmp_path):
     other = {"data.bucket_lengths": [128], "train.dtype": "bfloat16", "adapter.rank": 2}
     adopted, changes = adopt(tmp_path, override(run, other))
     assert adopted.adapter.rank == 2 and changes["train.dtype"] == ("float32", "bfloat16")
+
+
+def test_files_without_a_config_are_refused_and_a_lock_alone_is_not(run, tmp_path):
+    claim(tmp_path, run)
+    (tmp_path / "config.json").unlink()
+    assert adopt(tmp_path, run)[1] == {} and [x.name for x in tmp_path.iterdir()] == [".lock"]
+    for name in ("metrics.jsonl", "report.json", "starts.jsonl"):
+        (tmp_path / name).touch()
+        with pytest.raises(ConfigError, match=f"has .*{name} but no config.json"):
+            adopt(tmp_path, run)
 
 
 def test_a_workdir_that_is_taken_meanwhile_is_refused(run, tmp_path, monkeypatch):

@@ -19,6 +19,7 @@ from zflora_jax.core.storage import as_path
 from zflora_jax.core.textfile import lines_of
 from zflora_jax.data.dates import dated
 from zflora_jax.reporting.files import atomic_write, plain, write_json
+from zflora_jax.reporting.metrics import METRICS_FILE
 from zflora_jax.training.identity import counted_as, decides, differences, rounded_as
 from zflora_jax.training.lock import locked
 
@@ -72,9 +73,11 @@ def adopt(workdir: str | Path, run: RunConfig) -> tuple[RunConfig, Changes]:
     """
     workdir = as_path(workdir, "workdir")
     if not (workdir / "config.json").is_file():
+        made = (CHECKPOINTS, METRICS_FILE, REPORT_FILE, STARTS_FILE)  # after config.json
+        kept = ", ".join(name for name in made if (workdir / name).exists())
         require(
-            not (workdir / CHECKPOINTS).exists(),
-            f"{workdir} has checkpoints but no config.json, so it is unclear what they belong to."
+            not kept,
+            f"{workdir} has {kept} but no config.json, so it is unclear what they belong to."
             " Use another --workdir.",
         )
         return dated(run), {}
