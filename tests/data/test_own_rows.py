@@ -22,9 +22,7 @@ CALL = [SHORT[0], {"role": "assistant", "content": None, "tool_calls": [{"name":
 
 def as_csv(path, *rows):
     """Conversations as JSON."""
-    cells = [
-        {k: x if isinstance(x, str) else json.dumps(x) for k, x in row.items()} for row in rows
-    ]
+    cells = [{k: x if isinstance(x, str) else json.dumps(x) for k, x in r.items()} for r in rows]
     with open(path, "w", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
@@ -206,11 +204,21 @@ def test_what_own_rows_say_is_taken_as_it_stands():
         ("Which?", "    return x\n", "", ()),
         (f"{form}DD/MM/YYYY", "01/02", "01/02", ()),
         (f"{form}yes/no", "Yes.", "yes", ()),
-        (f"{form}yes/no", "It is yes.", "yes", ("It is yes.", "It is no.")),
     ):
         row = {"instruction": asked, "output": output} | ({"answer": answer} if answer else {})
         [found] = map(task.example, read_rows([("", row)]))
         assert (found.target, found.answer, found.options) == (output, answer, options)
+    for output, listed, answer in (  # the answer is a whole word or number, the one that is stated
+        ("{}, it is not known", "yes/no", "no"),
+        ("{}. Because it's A.B", "A/B/C", "B"),
+        ("12 - 10 = 2. The answer is {}, as 1 < 2.", "1/2/12", "2"),
+        ("2.5 or 2/5 or -2 or 2-fold? {}!", "2/5", "2"),
+        ("It is not 2 but 4: \\boxed{{{}}}", "2/4", "4"),
+        ("3{}4", "</>", "<"),
+    ):
+        row = {"instruction": form + listed, "output": output.format(answer), "answer": answer}
+        [found] = map(task.example, read_rows([("", row)]))
+        assert found.options == tuple(map(output.format, listed.split("/")))
     for answer in ("Paris", "#### A\nb", "Use <<this>>.\n#### Paris, France", "#### 4\n"):
         [found] = map(task.example, read_rows([("", {"question": "a", "answer": answer})]))
         wanted = ("The answer is 4.", "4") if "4" in answer else (answer, answer)
@@ -236,8 +244,9 @@ def test_a_form_is_recognised_by_all_that_it_needs():
 
 def test_a_form_that_is_named(tmp_path):
     """The form of the first row is that of all, and of no other task of a mixture."""
-    rows = [{"text": f"{i}", "messages": SHORT} for i in range(30)]
-    path = write(tmp_path / "train.jsonl", *rows)
+    path = write(
+        tmp_path / "train.jsonl", *({"text": f"{i}", "messages": SHORT} for i in range(30))
+    )
     questions = [{"question": f"{i}?", "answer": f"{i} #### {i}"} for i in range(30)]
     write(tmp_path / "gsm8k" / "train.jsonl", *questions)
     data = DataConfig("rows+gsm8k", data_dir=str(tmp_path), row_format="text")

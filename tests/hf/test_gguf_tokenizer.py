@@ -27,17 +27,13 @@ TEXT = "xyz don't 12345  THE the\n\nend"
 NAMES = ("gpt-2", "smollm", "llama-bpe", "smaug-bpe", "qwen2", "tekken")
 
 
-def spm(**flags: bool) -> Any:
-    return lambda writer: sentencepiece(writer, **flags)
-
-
 @pytest.mark.parametrize(
     ("vocabulary", "size", "ids"),
     [
-        (spm(), len(PIECES), [1, 264, 261]),
-        (spm(add_bos_token=False), len(PIECES), [264, 261]),
-        (spm(add_bos_token=True, add_eos_token=True), len(PIECES), [1, 264, 261, 2]),
-        (spm(add_space_prefix=False), len(PIECES), [1, 263, 261]),
+        (sentencepiece, len(PIECES), [1, 264, 261]),
+        (partial(sentencepiece, add_bos_token=False), len(PIECES), [264, 261]),
+        (partial(sentencepiece, add_eos_token=True), len(PIECES), [1, 264, 261, 2]),
+        (partial(sentencepiece, add_space_prefix=False), len(PIECES), [1, 263, 261]),
         (partial(byte_level, pre="llama-bpe"), 259, [256, 97, 98, 98]),
         (partial(byte_level, pre="llama-bpe", flag=False), 259, [97, 98, 98]),
         (partial(byte_level, pre="default", flag=True), 259, [256, 97, 98, 98]),

@@ -157,8 +157,7 @@ def test_packaged_model(smollm: Model) -> None:
 @needs_smollm2
 def test_packaged_tokenizer(smollm: Model, tmp_path: Path) -> None:
     """Token for token what transformers builds from the file, but for its one omission: SmolLM cuts
-    digits apart before anything else, so that spaces before a digit stay together ("ĠĠ", "1") as in
-    the model's own tokenizer.json; transformers splits them as GPT-2 does ("Ġ", "Ġ", "1").
+    digits apart first, so that spaces before one stay together, as in its own tokenizer.json.
     """
     path = locate("smollm2-135m")
     theirs = transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)

@@ -19,9 +19,7 @@ PIECES += [*(f"<0x{byte:02X}>" for byte in range(256)), "▁", "a", "b", "▁a",
 
 
 def sentencepiece(writer: Any, **flags: bool) -> None:
-    """A vocabulary as old converters wrote it: no ids of BOS and EOS, and no flags but the
-    given.
-    """
+    """A vocabulary as old converters wrote it: no ids of BOS and EOS, no flags but the given."""
     writer.add_tokenizer_model("llama")
     writer.add_token_list(PIECES)
     writer.add_token_scores([0.0] * 259 + [-1000.0] * 3 + [-1.0, -2.0, -3.0])
@@ -30,16 +28,8 @@ def sentencepiece(writer: Any, **flags: bool) -> None:
         writer.add_bool(f"tokenizer.ggml.{name}", value)
 
 
-def byte_level(
-    writer: Any,
-    pre: str = "default",
-    flag: bool | None = None,
-    kind: str = "gpt2",
-    last: str = "<pad>",
-) -> None:
-    """The byte tokenizer's vocabulary, with another last token. flag: Whether texts start with BOS;
-    None: it is not said.
-    """
+def byte_level(writer: Any, pre="default", flag=None, kind="gpt2", last="<pad>") -> None:
+    """The byte tokenizer's vocabulary. flag: Whether texts start with BOS; None: it is not said."""
     vocab = byte_tokenizer().get_vocab()
     writer.add_tokenizer_model(kind)
     writer.add_tokenizer_pre(pre)

@@ -56,8 +56,7 @@ def pack_for_decode(
       model: A base or fused model; a packed one is returned as it is.
       kind: Type of device, "cpu", "gpu" or "tpu"; None for this process's.
       unmerged: Config of adapters that are to run next to the model.
-      donate: Whether to take leaves out of `model.params` as they are packed, so that no two copies
-        are in memory. `model` cannot be used afterwards.
+      donate: Whether to empty `model.params` meanwhile, so that memory never holds two copies.
     """
     kind = kind or this_kind()
     if model.config.execution.packed:

@@ -72,6 +72,22 @@ def _places(text: str) -> list[str]:
     return [after.strip().partition("\n")[0].strip(), after, text]
 
 
+_CUE = re.compile(rf"{_STATED.pattern}|\\boxed\s*\{{|<answer>|^####|</think>", re.I | re.M)
+# A whole word or number: no part of "it's", "no-one", -2, 2.5 and 1/2.
+_WORD_START = r"(?:(?!\w)|(?<!\w)(?<!\w['’-])(?<!\d[.,/:])(?<![-−](?=\d)))"
+_WORD_END = r"(?:(?<!\w)|(?!['’-]?\w)(?![.,/:]\d))"
+
+
+def around_answer(text: str, answer: str) -> tuple[str, ...]:
+    """Returns the texts before and after the answer that a target states, behind the last "answer
+    is" or else first; () where it states none.
+    """
+    found = [m.span() for m in re.finditer(_WORD_START + re.escape(answer) + _WORD_END, text)]
+    behind = max((m.end() for m in _CUE.finditer(text)), default=0)
+    found = [span for span in found if span[0] >= behind] + found
+    return (text[: found[0][0]], text[found[0][1] :]) if found else ()
+
+
 # Emphasis and quotes around words, not operators and apostrophes between them.
 _AROUND = re.compile(
     r"(?<![^\W_])[*_`]+(?=\S)|(?<=\S)[*_`]+(?![^\W_]|\{)|(?<!\w)[\"'“‘’]+(?=\S)|(?<=\S)[\"'”’]+(?!\w)"

@@ -126,19 +126,17 @@ def _warn(problem: str) -> None:
     log.warning("chat template: the last answer of some conversations %s", problem)
 
 
-def _written(tokenizer: Any, e: Example, data: DataConfig, count: int, answered: bool) -> str:
+def _written(
+    tokenizer: Any, e: Example, data: DataConfig, count: int, answered: bool, **options: bool
+) -> Any:
     """Writes the first `count` turns; if they are not answered, with the header of an answer."""
-    return _rendered(tokenizer, e, data, count, add_generation_prompt=not answered)
-
-
-def _rendered(tokenizer: Any, e: Example, data: DataConfig, count: int, **options: bool) -> Any:
     require(
         data.prompt_style == "chat",
         "conversations are written by the tokenizer's chat template:"
         f" data.prompt_style={data.prompt_style!r} must be 'chat'.",
     )
     prompts.require_settings(tokenizer, e.tools, e.settings)
-    settings = {**e.settings, **options}
+    settings = {**e.settings, "add_generation_prompt": not answered, **options}
     return prompts.render_turns(tokenizer, e.turns[:count], data.date, e.tools, **settings)
 
 
@@ -197,8 +195,7 @@ def _by_marks(tokenizer: Any, example: Example, data: DataConfig) -> Pair:
         " template marks. Save the model's tokenizer as tokenizer.json.",
     )
     options = {"tokenize": True, "return_dict": True, "return_assistant_tokens_mask": True}
-    options |= {"add_generation_prompt": False}
-    found = _rendered(tokenizer, example, data, len(example.turns), **options)
+    found = _written(tokenizer, example, data, len(example.turns), True, **options)
     (tokens,) = prompts.with_bos(tokenizer, [found["input_ids"]])
     added = len(tokens) - len(found["input_ids"])
     mask = np.pad(np.asarray(found["assistant_masks"], bool), (added, 0))
@@ -274,9 +271,7 @@ def encode_prompts(
 
     Args:
       examples: The examples. The prompt of a conversation is what precedes its last answer.
-      tokenizer: A Hugging Face tokenizer.
-      prompt_style: One of `prompts.STYLES`.
-      date: The date that a chat template is told, "2026-11-26"; None for today.
+      tokenizer, prompt_style, date: As for `prompts.render`.
 
     Raises:
       ConfigError: An example has no prompt.

@@ -19,13 +19,10 @@ from zflora_jax.data.dates import pin_date
 # that end the header, without and with an input, and in the line between two sections.
 _INDENT = " " * 16
 _ALPACA = (
-    "Below is an instruction that describes a task. Write a response that appropriately completes"
+    "Below is an instruction that describes a task{}. Write a response that appropriately completes"
     " the request."
 )
-_ALPACA_INPUT = (
-    "Below is an instruction that describes a task, paired with an input that provides further"
-    " context. Write a response that appropriately completes the request."
-)
+_PAIRED = ", paired with an input that provides further context"
 _WHITESPACE = {"alpaca": ("  ", " ", _INDENT), "alpaca-eval": (" ", "", "")}
 STYLES = ("chat", *_WHITESPACE, "plain")
 
@@ -53,7 +50,7 @@ def render(
     require(known, f"unknown prompt style {prompt_style!r}: {nearest(prompt_style, STYLES)}.")
     if prompt_style in _WHITESPACE:
         without, with_input, between = _WHITESPACE[prompt_style]
-        header = _ALPACA_INPUT + with_input if input else _ALPACA + without
+        header = _ALPACA.format(_PAIRED if input else "") + (with_input if input else without)
         parts = [("Instruction", instruction), ("Input", input), ("Response", "")]
         parts = parts if input else parts[::2]
         sections = (f"{_INDENT}### {name}:\n{_INDENT}{text}" for name, text in parts)
@@ -76,8 +73,7 @@ def render_turns(
     Args:
       tokenizer: A Hugging Face tokenizer with a chat template.
       turns: {"role", "content"} of each turn.
-      date: The date that the template is told; None for today.
-      tools: The tools that the template is told.
+      date, tools: What the template is told; None for today's date.
       options: Other arguments of the template or of apply_chat_template.
 
     Raises:
@@ -94,9 +90,8 @@ def render_turns(
         raise ConfigError(
             f"the tokenizer's chat template refuses turns of"
             f" {', '.join(str(turn.get('role')) for turn in turns)}: {type(error).__name__}:"
-            f" {error}. Give the turns as it"
-            " expects them (the text of a system turn can stand at the start of the first user"
-            " turn), or use another template."
+            f" {error}. Give the turns as it expects them (the text of a system turn can stand at"
+            " the start of the first user turn), or use another template."
         ) from error
 
 

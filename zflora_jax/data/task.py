@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from zflora_jax.core.fields import ConfigError, require
-from zflora_jax.data.answers import ANY, Answers
+from zflora_jax.data.answers import ANY, Answers, around_answer
 
 SPLITS = ("train", "validation", "test")
 SPLIT_WORDS = {
@@ -143,9 +143,9 @@ def _options_of(e: Example) -> tuple[str, ...]:
         f"the answer is {e.answer!r}, which is not one of the options that the question lists,"
         f" {', '.join(allowed)}.",
     )
-    before, stated, after = e.target.rpartition(e.answer)
-    require(bool(stated), f"the output {e.target!r} does not state the answer {e.answer!r}.")
-    return tuple(f"{before}{option}{after}" for option in allowed)
+    parts = around_answer(e.target, e.answer)
+    require(bool(parts), f"the output {e.target!r} does not state the answer {e.answer!r}.")
+    return tuple(option.join(parts) for option in allowed)
 
 
 # --- cloze form -----------------------------------------------------------------------------------

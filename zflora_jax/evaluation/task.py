@@ -62,9 +62,8 @@ def evaluate(
       run: The task, where its rows are, and how they are scored.
       model: A base or fused model.
       out: A path without suffix: <out>.json gets the result, <out>.jsonl one line per example with
-        its prompt, output, parsed answers and scores (and the number of its unit where rows belong
-        together, `evaluation.scores`). While it runs, <out>.*.partial.jsonl hold what a stopped
-        evaluation resumes from.
+        its prompt, output, parsed answers and scores. While it runs, <out>.*.partial.jsonl hold
+        what a stopped evaluation resumes from.
       trained_on: The training examples. A test question that is one of theirs (normalised text) is
         marked, and every score is given on all rows and on the clean ones.
       console: Whether progress is shown.
@@ -280,17 +279,14 @@ def evaluate_tasks(
     Processes that share the model call this together.
 
     Args:
-      run: How the tasks are scored, and where their files are.
-      model: A base or fused model.
+      run, model, console: As for `evaluate`.
       tasks: Names of the tasks.
       out: The folder of the files.
       label: Name of the model in the files' names.
       trained_on: Training data in which test questions are looked up; the split that a run of this
         project held out for the task itself does not count.
       replace: Whether a summary of that name may be replaced, whatever its settings.
-      console: Whether progress is shown.
-      donate: Whether to take leaves out of `model.params` as they are packed for decode, so that no
-        two copies are in memory. `model` cannot be used afterwards.
+      donate: As for `pack_for_decode`.
 
     Returns:
       The content of the summary's JSON.

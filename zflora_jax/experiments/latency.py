@@ -163,7 +163,7 @@ def decode_latency(
     """Times greedy decode of random prompts, without stop tokens, by turns.
 
     Args:
-      models: Label -> base or fused model, `BASE` among them; packed here if it is not.
+      models: Label -> base or fused model, `BASE` among them.
       prompt_length, new_tokens, batch, repeats: As for `method_latency`.
 
     Returns:

@@ -59,8 +59,7 @@ def option_log_likelihoods(
 ) -> list[np.ndarray]:
     """Sums log p of each option's tokens after its prompt.
 
-    log p(option | prompt) is the sum of log_softmax(logits) over the option's tokens: no BOS or EOS
-    is added, nothing is divided by a length. Float32 products are as exact as
+    No BOS or EOS is added, and nothing is divided by a length. Float32 products are as exact as
     config.execution.matmul_precision says, as in training and decode. Processes that share a model
     call this together, with the same arguments, and all get the scores.
 

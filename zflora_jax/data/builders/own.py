@@ -20,14 +20,8 @@ from zflora_jax.data.builders.published import FORMATS, Format, Row, field, gsm8
 Turn = dict[str, Any]
 
 # The names of ShareGPT and its followers.
-_SHAREGPT = {
-    "human": "user",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-    "function": "tool",
-    "function_response": "tool",
-    "observation": "tool",
-}
+_SHAREGPT = {"human": "user", "gpt": "assistant", "chatgpt": "assistant"}
+_SHAREGPT |= dict.fromkeys(("function", "function_response", "observation"), "tool")
 _ROLES = {role: role for role in ("system", "user", "assistant", "tool")} | _SHAREGPT
 _SYSTEM = ("system", "system_prompt")  # columns that may hold the system turn
 _RESULT = re.compile(r"^####[ \t]*[-+]?[$€£]?\d[\d,]*(?:\.\d+)?%?\s*\Z", re.MULTILINE)
