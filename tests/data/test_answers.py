@@ -5,7 +5,7 @@ import re
 import pytest
 
 from zflora_jax.data import answers
-from zflora_jax.data.answers import BELIEF, TEXT, values
+from zflora_jax.data.answers import BELIEF, values
 
 # Type and answer, and completions that give it; "-": none.
 READ = r"""
@@ -85,7 +85,9 @@ $5 | 5 dollars; The answer is $5.00.; **$5**; 5$ | $5.99; -$5; €5; 5%; $5 mill
 1,234 dollars | 1234 dollars; $1,234; 1,234 dollars in all | 1234 euros; 234 dollars
 5 km | 5 km; 5; The answer is 5 km because 2 + 3 = 5. | 5 miles; 5 km per hour; 5 km/h; 15 km
 5 inches | 5 inch | 5 in; 5 cm; 5 feet
-37 °C | 37℃; 37 °c | 37 °F; 37 K
+37 °C | 37℃; 37 °c; 37 degrees Celsius; 37 degrees C | 37 °F; 37 K; 37 degrees; 37 ¢
+30° | 30 degrees; The answer is 30 degrees.; 30; 30 ° | 30%; 30 radians; -30°
+5¢ | 5 cents; The answer is 5¢. | $5; 5%
 1 million | 1,000,000; 1 million dollars | 1; 1 billion
 5 | 5.0; 5 apples; The answer is 5!; +5; \frac{10}{2}; $5$ | 5x; 5 million; -5; 52; 5²; 5,6; 5k
 5 | 5 | minus 5; negative 5; >=5; <5; != 5; √5; 2^5
@@ -115,7 +117,6 @@ m² | m^2 | m2; m³
 ❤️ | ❤ | ♥
 + | The answer is +. | -
 ≥ | ≥ | ≤; >
-A+ | A+ | A; A-
 naïve | NAÏVE; naïve | naive
 __init__ | `__init__`; The answer is __init__. | init_
 New York | new  york.; Ｎew York; The answer is New York, I think | New York City; York; New
@@ -137,7 +138,6 @@ NUMBER 0 | 1e-9999999999999999999 | 1e9999999999999999999; nan
 NUMBER 1,012 | 1012 | 1
 NUMBER 0.3333333333333333 | 0.333333333333 | 0.34
 TRUE_FALSE True | true | false
-LETTER B | B | b
 TEXT the end. | The  end. | The end
 """.strip().splitlines()
 
@@ -154,7 +154,7 @@ def test_values_and_belief_states():
     found = values("1/2 of 3 1/4, 6 / 2, 1,000.5, $.50, 10%, solution1, v2, 4th, 3,4 and 7/8/9")
     assert found == ["0.5", "3.25", "6", "2", "1000.5", ".50", "10", "4", "3", "4", "7", "8", "9"]
     for text, found in (
-        ("price range: cheap; area: East", "area: east; price range: cheap"),
+        ("price range: very cheap; area: East", "area: east; price range: very cheap"),
         ("area: east; area:  east ; request: phone.\nUser: x", "area: east; request: phone"),
         ("None.", "none"),
         ("I do not know", ""),
@@ -165,6 +165,3 @@ def test_values_and_belief_states():
     assert all(BELIEF.score(x, east) for x in ("area: east", "area: east; request: food"))
     assert BELIEF.score("none", "request: phone") and not BELIEF.score("", "none")
     assert not BELIEF.score("area: east", "area: east; food: thai")
-    state = "food: north american; price range: dontcare; request: address"
-    assert BELIEF.parse(state) == state == BELIEF.parse(BELIEF.parse(state))
-    assert TEXT.parse(" A summary. ") == "A summary."

@@ -119,9 +119,9 @@ _CLAUSE_END = re.compile(r"[.;,:!?](?=\s|$)|\(|\b(?:because|since)\b")
 _OPERATION = re.compile(r"\d.*[-+*/×÷^x].*\d")
 _ASIDE = re.compile(r"\b(?:with|where|when|if|as|given)\b")  # "4 with 3 + 1 = 4" states 4
 
-_UNIT = re.compile(r"[%°$€£¥₹]|°?[^\W\d_][^\s,;:!?()=]*")
+_UNIT = re.compile(r"[%°¢$€£¥₹]|°?[^\W\d_][^\s,;:!?()=]*")
 _ALIASES = {"$": "dollar", "€": "euro", "£": "pound", "¥": "yen", "₹": "rupee", "%": "percent"}
-_ALIASES |= {"feet": "foot", "people": "person"}
+_ALIASES |= {"¢": "cent", "celsius": "c", "fahrenheit": "f", "feet": "foot", "people": "person"}
 _SCALES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
 _NO_UNITS = frozenset(
     "left more total altogether remaining each now exactly only and or of for to at on with which"
@@ -177,7 +177,7 @@ def _value(match: re.Match[str]) -> str:
 
 def _unit(before: str, after: str) -> tuple[int, tuple[str, ...]]:
     """Returns the scale and the unit of a number between two texts."""
-    after = after.casefold()
+    after = after.casefold().replace("°", " degree ")
     if part := _WHOLE.match(after) or _BOUND.search(before):
         return 0, (f"-{part.group().strip()}",)
     clause = _CLAUSE_END.split(after, maxsplit=1)[0]
