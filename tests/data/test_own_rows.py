@@ -215,6 +215,8 @@ def test_what_own_rows_say_is_taken_as_it_stands():
         ("2.5 or 2/5 or -2 or 2-fold? {}!", "2/5", "2"),
         ("It is not 2 but 4: \\boxed{{{}}}", "2/4", "4"),
         ("3{}4", "</>", "<"),
+        ("A dog barks, so {}.", "A/B", "A"),
+        ("答案是{}。", "A/B", "B"),
     ):
         row = {"instruction": form + listed, "output": output.format(answer), "answer": answer}
         [found] = map(task.example, read_rows([("", row)]))

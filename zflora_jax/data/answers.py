@@ -73,18 +73,21 @@ def _places(text: str) -> list[str]:
 
 
 _CUE = re.compile(rf"{_STATED.pattern}|\\boxed\s*\{{|<answer>|^####|</think>", re.I | re.M)
-# A whole word or number: no part of "it's", "no-one", -2, 2.5 and 1/2.
-_WORD_START = r"(?:(?!\w)|(?<!\w)(?<!\w['’-])(?<!\d[.,/:])(?<![-−](?=\d)))"
-_WORD_END = r"(?:(?<!\w)|(?!['’-]?\w)(?![.,/:]\d))"
+# A whole word or number: no part of "it's", "no-one", -2, 2.5 and 1/2. Thai and East Asian words
+# follow each other without spaces.
+_IN_WORD = r"[^\W\u0e00-\u0eff\u3040-\u9fff\uac00-\ud7af]"
+_START = rf"(?:(?!{_IN_WORD})|(?<!{_IN_WORD})(?<!{_IN_WORD}['’-])(?<!\d[.,/:])(?<![-−](?=\d)))"
+_END = rf"(?:(?<!{_IN_WORD})|(?!['’-]?{_IN_WORD})(?![.,/:]\d))"
 
 
 def around_answer(text: str, answer: str) -> tuple[str, ...]:
     """Returns the texts before and after the answer that a target states, behind the last "answer
     is" or else first; () where it states none.
     """
-    found = [m.span() for m in re.finditer(_WORD_START + re.escape(answer) + _WORD_END, text)]
+    found = [m.span() for m in re.finditer(_START + re.escape(answer) + _END, text)]
     behind = max((m.end() for m in _CUE.finditer(text)), default=0)
-    found = [span for span in found if span[0] >= behind] + found
+    may_be_article = answer == "A" and not behind  # "A dog"
+    found.sort(key=lambda x: (x[0] < behind, may_be_article and text[x[1] + 1 :][:1].islower()))
     return (text[: found[0][0]], text[found[0][1] :]) if found else ()
 
 
