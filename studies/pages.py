@@ -230,13 +230,14 @@ def places(tables: Sequence[Table]) -> str:
 
 def overview(tables: Sequence[Table], picture: Path | None) -> str:
     """The page over several studies: `COMPARED` and the reference in each, in its note's places for
-    a table and for the pooled losses.
+    a table and for the pooled losses; "" where no study has both.
 
     Args:
       tables: The studies' tables.
       picture: The PNG file of the picture; None draws nothing.
     """
-    tables = [table for table in tables if COMPARED in table.differences]
+    if not (tables := [table for table in tables if COMPARED in table.differences]):
+        return ""
     rows, points = list[dict[str, Any]](), dict[str, list[Difference]]()
     for table in tables:
         study, gap = table.study, headline(table.differences[COMPARED])
@@ -301,8 +302,9 @@ def pages(chosen: Iterable[Study], records: Path, picture: Path | None) -> dict[
     for table in tables:
         by_page.setdefault(table.study.page or table.study.name, []).append(table)
     found = {name: study_page(name, of) for name, of in by_page.items()}
-    if over := [table for table in tables if table.study.name.startswith(f"{OVERVIEW}_")]:
-        found[OVERVIEW] = overview(over, picture and picture / f"{OVERVIEW}.png")
+    over = [table for table in tables if table.study.name.startswith(f"{OVERVIEW}_")]
+    if text := overview(over, picture and picture / f"{OVERVIEW}.png"):
+        found[OVERVIEW] = text
     return found
 
 

@@ -203,6 +203,7 @@ def test_the_overview_pools_losses_and_judges_scores_by_seeds_alone(tmp_path, mo
     assert row[2:4] == ["51.2 ± 1.8", "76.2 ± 1.8"] and row[4].startswith("+25.0 [")
     # Both seeds differ by 25 points, so they alone say nothing of how seeds vary.
     assert row[5:7] == ["± inf, undecided", "+0.0 [+0.0, +0.0]%"] and page.count("[two]") == 2
+    assert pages.overview(tables[2:], None) == ""
 
 
 def test_a_page_that_differs_is_named(tmp_path, capsys, monkeypatch):
