@@ -279,13 +279,15 @@ def evaluate_tasks(
     Processes that share the model call this together.
 
     Args:
-      run, model, console: As for `evaluate`.
+      run: How the tasks are scored, and where their files are.
+      model: A base or fused model.
       tasks: Names of the tasks.
       out: The folder of the files.
       label: Name of the model in the files' names.
       trained_on: Training data in which test questions are looked up; the split that a run of this
         project held out for the task itself does not count.
       replace: Whether a summary of that name may be replaced, whatever its settings.
+      console: Whether progress is shown.
       donate: As for `pack_for_decode`.
 
     Returns:

@@ -83,7 +83,8 @@ def generate(
         with data.prompt_style="chat"; otherwise the model continues the prompt as it is.
       date: The day given to the template, "2026-11-26" (data.date of the run that trained the
         model); None for today.
-      adapter, adapters: An unmerged adapter, as for `generate_tokens`.
+      adapter: The config of `adapters`.
+      adapters: An unmerged adapter tree, as for `generate_tokens`.
       on_answer: Called with the number and the text of each answer when its batch is done.
       settings: Fields of `GenerationConfig` that replace those of `config`.
 
@@ -139,7 +140,9 @@ def stream(
       model: A base, fused or packed model with a tokenizer.
       prompt: A text, which the model continues, or the turns of a conversation, rendered by the
         tokenizer's chat template.
-      config, date, settings: As for `generate`, but by default max_new_tokens=256.
+      config: As for `generate`, but by default max_new_tokens=256.
+      date: As for `generate`.
+      settings: As for `generate`.
 
     Yields:
       Pieces of the text that `generate` returns. A piece never ends within a character, so there
