@@ -151,7 +151,8 @@ def test_a_reader_beside_a_run_that_goes_on(place, monkeypatch):
 # --- failures of a save ---------------------------------------------------------------------------
 
 
-def test_a_write_that_fails_keeps_the_checkpoints_before_it(place, monkeypatch):
+def test_a_write_that_fails_keeps_the_checkpoints_before_it(place, monkeypatch, tmp_path):
+    monkeypatch.setenv("ZFLORA_CACHE", str(tmp_path / "cache"))
     save(place, {1: None})
     full = Mock(side_effect=OSError(28, "No space left on device"))
     said = r"could not be written to .*No space left on device.*before it are whole: free some spa"
@@ -166,8 +167,9 @@ def test_a_write_that_fails_keeps_the_checkpoints_before_it(place, monkeypatch):
         assert saved_steps(place) == [1]
     with monkeypatch.context() as patch:  # the others must not wait for a process that failed
         patch.setattr(checkpoint_module, "gather_bytes", lambda own: [own, b"OSError: no room"])
-        with pytest.raises(SaveError, match="in another process: OSError: no room"):
+        with pytest.raises(SaveError, match="in another process: OSError: no room") as held:
             save(place, {2: None})
+    assert held and not [*(tmp_path / "cache").glob("*")]  # no temporary copy
     lost = Mock(side_effect=OSError("taken over"))
     with pytest.raises(SaveError, match=r"could not be written to .*taken over"):
         save(place, {2: None}, before_commit=lost)

@@ -125,15 +125,14 @@ class Checkpoints:
 
         self._finish()
         meta = {"loss": loss, **meta, "state": _shapes(state)}
-        with self._save_errors():
-            files = together(lambda: Mirror(self.folder / str(step)))
-            try:
-                together(lambda: require_room(files.path, state))
-                to = files.path.absolute() / STATE
-                self._orbax.save(to, ocp.args.PyTreeSave(state), force=True)
-            except BaseException:
-                files.close()
-                raise
+        with self._save_errors(), contextlib.ExitStack() as opened:
+            # Closed also where another process fails.
+            mirror = lambda: contextlib.closing(Mirror(self.folder / str(step)))  # noqa: E731
+            files = together(lambda: opened.enter_context(mirror()))
+            together(lambda: require_room(files.path, state))
+            to = files.path.absolute() / STATE
+            self._orbax.save(to, ocp.args.PyTreeSave(state), force=True)
+            opened.pop_all()  # `_complete` closes it
             if jax.process_count() > 1:
                 self._complete(step, meta, files)
             else:
