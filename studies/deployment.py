@@ -6,13 +6,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 import zflora_jax as zf
+from studies.quantised_methods import METHODS
 
 Array = jax.Array
 Tree = Any
@@ -44,7 +45,7 @@ def floats(model: zf.Model) -> zf.Model:
 
 def exact(trained: Trained) -> zf.Model:
     """What training computed: the adapter built in without rounding."""
-    if zf.METHODS[trained.run.adapter.method].in_place != "own":
+    if trained.run.adapter.method not in METHODS:
         return _fused(floats(trained.base), trained)
 
     def wide(part: Array) -> Array:
@@ -200,6 +201,8 @@ _watched.defvjp(lambda y, x, gram: (y, x), _watched_backward)
 class Gram(zf.LowRank):
     """Adds nothing; the gradient of its block is the Gram matrix of the kernel's inputs."""
 
+    random: ClassVar[tuple[str, ...]] = ()
+
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         inputs = super().shapes["lora_a"][0]
@@ -215,7 +218,7 @@ def grams(model: zf.Model, tokens: np.ndarray) -> dict[str, Array]:
     """Name of a kernel -> the Gram matrices [L, in, in] of its inputs. tokens: [B, T], one row at a
     time.
     """
-    zf.METHODS.setdefault("gram", zf.Method(in_place="own", kernel=Gram, start=None))
+    zf.add_method("gram", Gram)
     adapter = zf.AdapterConfig("gram", rank=1)
     llama = zf.Llama(model.config, adapter)
     start = jax.eval_shape(lambda: zf.init_adapters(jax.random.key(0), model, adapter))
@@ -236,13 +239,9 @@ def grams(model: zf.Model, tokens: np.ndarray) -> dict[str, Array]:
 
 def _calibration(trained: Trained, model: zf.Model, rows: int) -> np.ndarray:
     """The first training rows as tokens [B, LENGTH], without padding, across rows."""
-    texts = zf.held_out(_limited(trained.run, rows), model, "train").rows
+    texts = zf.held_out(zf.override(trained.run, {"eval.limit": rows}), model, "train").rows
     text = np.concatenate([row.tokens for row in texts])
     return text[: len(text) // LENGTH * LENGTH].reshape(-1, LENGTH)
-
-
-def _limited(run: zf.RunConfig, rows: int) -> zf.RunConfig:
-    return zf.override(run, {"eval.limit": rows})
 
 
 def divergence(one: zf.Model, other: zf.Model, run: zf.RunConfig, rows: int = 100) -> float:
@@ -255,7 +254,7 @@ def divergence(one: zf.Model, other: zf.Model, run: zf.RunConfig, rows: int = 10
         return jnp.sum(kl[:, :-1], where=mask[:, 1:])
 
     total = count = 0.0
-    for row in zf.held_out(_limited(run, rows), one, "test").rows:
+    for row in zf.held_out(zf.override(run, {"eval.limit": rows}), one, "test").rows:
         # Few lengths, few compilations; no learned token sees what is behind it.
         tokens, mask = (np.pad(x, (0, -len(x) % 64))[None] for x in (row.tokens, row.loss_mask))
         total += float(nats(zf.forward(one, tokens), zf.forward(other, tokens), mask))

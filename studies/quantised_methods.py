@@ -1,4 +1,4 @@
-"""Adapters that other work puts into a quantised base, as rows for `zf.METHODS`.
+"""Adapters that other work puts into a quantised base, for `zf.add_method`.
 
 A kernel's weights are d c + m: a code c, the scale
 d and the minimum m (if the type has one) of its group of inputs. Each method trains next to the
@@ -28,6 +28,8 @@ class QALoRA(zf.LowRank):
     a group: they are added to the group's minimum.
     """
 
+    fuses_codes: ClassVar[bool] = True
+
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         (inputs, rank), b = super().shapes.values()
@@ -45,6 +47,8 @@ class QALoRA(zf.LowRank):
 @dataclasses.dataclass(frozen=True)
 class Moved(zf.LowRank):
     """A method that computes with another kernel, `moved`, in place of adding to the base's."""
+
+    fuses_codes: ClassVar[bool] = True
 
     def moved(self, kernel: Any, blocks: Any) -> Any:
         """The kernel, stacked or not, that training computes with; float32 parts."""
@@ -73,11 +77,11 @@ class Scales(Moved):
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         (inputs, _), (_, outputs) = super().shapes.values()
-        return {"scale": (self.parts, inputs // GROUP, outputs)}
+        return {"lora_b": (self.parts * inputs // GROUP, outputs)}
 
     def moved(self, kernel: Any, blocks: Any) -> Any:
         scales = kernel.scales.astype(jnp.float32)
-        t = [blocks["scale"][..., i, :, :].reshape(scales.shape) for i in range(self.parts)]
+        t = [x.reshape(scales.shape) for x in jnp.split(blocks["lora_b"], self.parts, axis=-2)]
         found = dataclasses.replace(kernel, scales=scales * (1 + t[0]))
         if self.parts == 1:
             return found
@@ -129,11 +133,8 @@ def requantised(weights: Array, like: Any) -> Any:
 
 
 METHODS = {
-    name: zf.Method(in_place="own", kernel=kernel, start="kaiming_uniform")
-    for name, kernel in {
-        "qa-lora": QALoRA,
-        "scales": Scales,
-        "scales-minima": ScalesAndMinima,
-        "lora-through-rounding": ThroughRounding,
-    }.items()
+    "qa-lora": QALoRA,
+    "scales": Scales,
+    "scales-minima": ScalesAndMinima,
+    "lora-through-rounding": ThroughRounding,
 }

@@ -6,17 +6,14 @@ from .adapters.init import (
     split_base as split_base,
 )
 from .adapters.kernel_adapter import LowRank as LowRank
+from .adapters.methods import add_method as add_method
 from .adapters.packing import pack_for_decode as pack_for_decode
 from .adapters.widths import (
     count_params as count_params,
     rank_for_budget as rank_for_budget,
     round_widths as round_widths,
 )
-from .core.adapter_config import (
-    METHODS as METHODS,
-    AdapterConfig as AdapterConfig,
-    Method as Method,
-)
+from .core.adapter_config import AdapterConfig as AdapterConfig
 from .core.errors import (
     CheckpointError as CheckpointError,
     NonFiniteError as NonFiniteError,

@@ -40,7 +40,8 @@ DEPLOYMENTS = {
 
 def get_studies() -> list[Study]:
     """The tables of results/compressed_bases.md."""
-    zf.METHODS.update(quantised_methods.METHODS)
+    for name, kernel in quantised_methods.METHODS.items():
+        zf.add_method(name, kernel)
     methods = {
         "lora": LORA,
         "zflora-minimal": MINIMAL,

@@ -4,12 +4,12 @@ from collections.abc import Iterator
 
 import pytest
 
-import zflora_jax as zf
+from zflora_jax.core.adapter_config import METHODS
 
 
 @pytest.fixture(scope="module", autouse=True)
 def the_methods_of_the_package() -> Iterator[None]:
-    kept = dict(zf.METHODS)
+    kept = dict(METHODS)
     yield
-    zf.METHODS.clear()
-    zf.METHODS.update(kept)
+    METHODS.clear()
+    METHODS.update(kept)

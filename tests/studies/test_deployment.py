@@ -18,6 +18,7 @@ from studies.deployment import Trained, gptq
 from studies.run import run_study
 from studies.study import BASE, Study
 from zflora_jax.core import trees
+from zflora_jax.core.adapter_config import METHODS
 
 TOKENS = np.random.default_rng(0).integers(0, 250, (2, 12))
 LORA = zf.AdapterConfig("lora", rank=4)
@@ -25,7 +26,8 @@ LORA = zf.AdapterConfig("lora", rank=4)
 
 @pytest.fixture(scope="module", autouse=True)
 def own_methods(the_methods_of_the_package):
-    zf.METHODS.update(quantised_methods.METHODS)
+    for name, kernel in quantised_methods.METHODS.items():
+        zf.add_method(name, kernel)
 
 
 def exactly_stored(kind: str) -> zf.Model:
@@ -149,3 +151,35 @@ def test_a_study_scores_deployments_of_each_seed(two_steps, tmp_path):
     assert table.results("lora rounded")["test_loss"].notna().all()
     with pytest.raises(zf.ConfigError, match="are no labels of its methods"):
         dataclasses.replace(study, reference="lora")
+
+
+def test_wrong_methods_of_ones_own_are_refused(tmp_path):
+    base, adapter = quantized_tiny("q4_1"), zf.AdapterConfig("scales")
+    adapters = moved(base, adapter)
+    answers = [
+        zf.generate_tokens(model, TOKENS.tolist(), max_new_tokens=4, **given)
+        for model, given in (
+            (base, {"adapter": adapter, "adapters": adapters}),
+            (zf.fuse(base, adapter, adapters), {}),
+        )
+    ]
+    assert answers[0] == answers[1]
+
+    class Other(zf.LowRank):
+        shapes = property(lambda self: {"gate": (1,)})
+
+    for wrong, message in ((dict, "a class that extends zf.LowRank"), (Other, "another name")):
+        with pytest.raises(zf.ConfigError, match=message):
+            zf.add_method("scales", wrong)
+    zf.add_method("other", Other)
+    with pytest.raises(zf.ConfigError, match="has blocks gate: call them lora_a"):
+        zf.init_adapters(jax.random.key(0), base, zf.AdapterConfig("other"))
+    plain = zf.dequantize_model(base)
+    zf.add_method("mine", type("Mine", (zf.LowRank,), {}))
+    mine = zf.AdapterConfig("mine", rank=4)
+    with pytest.raises(zf.ConfigError, match="rounded a second time"):
+        zf.fuse(base, mine, moved(base, mine))
+    zf.save_hf(tmp_path / "x", zf.fuse(plain, mine, moved(plain, mine)))
+    METHODS.pop("mine")
+    with pytest.raises(zf.CheckpointError, match="'mine', which this process does not have"):
+        zf.load_model(tmp_path / "x")

@@ -89,7 +89,7 @@ def fuse(model: Model, adapter: AdapterConfig, adapters: Tree, *, donate: bool =
         raise ValueError("this model is packed for decode; fuse first, then pack.")
     codes = quantized_names(model.params)
     require(
-        row.widens or row.kernel or not codes,
+        row.keeps_codes or not codes,
         f"method {adapter.method!r} is merged by addition, and {codes[:1]} of this base is stored"
         " as codes, which would be rounded a second time. Keep the adapters beside the base"
         " (generate(model, ..., adapter=, adapters=)), or dequantise the base first"

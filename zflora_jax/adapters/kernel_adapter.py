@@ -131,6 +131,7 @@ class LowRank(KernelAdapter):
 
     rank: int
     random: ClassVar[tuple[str, ...]] = ("lora_a",)
+    fuses_codes: ClassVar[bool] = False  # whether `fuse` takes a quantised kernel, too
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:

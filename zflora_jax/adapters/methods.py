@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from zflora_jax.adapters.kernel_adapter import DoRA, KernelAdapter, LowRank, Tiled, Widening
 from zflora_jax.core import trees
-from zflora_jax.core.adapter_config import METHODS, AdapterConfig
+from zflora_jax.core.adapter_config import METHODS, AdapterConfig, Method
 from zflora_jax.core.architecture import (
     ATTENTION,
     KERNELS,
@@ -138,9 +138,14 @@ def resolve_adapter(config: LlamaConfig, adapter: AdapterConfig | None) -> Resol
         kinds = {"lora": DoRA if adapter.use_dora else LowRank, "ffa": Tiled, "own": row.kernel}
         make = kinds[row.in_place]
         s, r = adapter.scale_of, adapter.rank_of
-        return ResolvedAdapter(
-            kernels={k: make(*axes[k], s(k), r(k), dropout=adapter.dropout) for k in chosen}
+        own = {k: make(*axes[k], s(k), r(k), dropout=adapter.dropout) for k in chosen}
+        blocks = {block for kernel_adapter in own.values() for block in kernel_adapter.shapes}
+        require(
+            row.kernel is None or blocks <= {"lora_a", "lora_b"},
+            f"method {adapter.method!r} has blocks {', '.join(sorted(blocks))}: call them lora_a"
+            " and lora_b, by which sharding and the optimizer know them.",
         )
+        return ResolvedAdapter(kernels=own)
     require(
         not config.widened,
         f"method {adapter.method!r} widens a base model, and this one is widened already: an"
@@ -159,6 +164,30 @@ def resolve_adapter(config: LlamaConfig, adapter: AdapterConfig | None) -> Resol
         if r_in or r_out:
             kernels[kernel] = Widening(*axes[kernel], adapter.scale, r_in, r_out, kernel != "q")
     return ResolvedAdapter(**widths, kernels=kernels)
+
+
+def add_method(name: str, kernel: type[LowRank]) -> None:
+    """Adds a method of your own, which every function and command of this process then knows.
+
+    Args:
+      name: Its name, for `AdapterConfig.method`.
+      kernel: A frozen dataclass that extends `LowRank`, made for each kernel: what is added to its
+        product (`added`, or `__call__`), and what that makes of it (`delta`, or `fuse`). Its blocks
+        are called lora_a and lora_b.
+
+    Raises:
+      ConfigError: The name belongs to another class, or the class is no `LowRank`.
+    """
+    require(
+        isinstance(kernel, type) and issubclass(kernel, LowRank),
+        f"add_method({name!r}, {kernel!r:.60}): expected a class that extends zf.LowRank.",
+    )
+    require(
+        name not in METHODS or METHODS[name].kernel is kernel,
+        f"method {name!r} is another one in this process, whose compiled programs know it by its"
+        " name: choose another name, or restart.",
+    )
+    METHODS[name] = Method(in_place="own", start="kaiming_uniform", kernel=kernel)
 
 
 def _check_lora(config: LlamaConfig, adapter: AdapterConfig, chosen: Sequence[str]) -> None:

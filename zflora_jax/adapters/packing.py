@@ -82,7 +82,8 @@ def _fused(model: Model) -> bool:
 
 def apart_for(model: Model, unmerged: AdapterConfig | None) -> bool:
     """Whether adapters next to a model need its kernels separate; see `pack_for_decode`."""
-    return unmerged is not None and (_fused(model) or unmerged.use_dora)
+    reads = unmerged is not None and (unmerged.use_dora or METHODS[unmerged.method].kernel)
+    return unmerged is not None and (_fused(model) or bool(reads))
 
 
 def packed_config(

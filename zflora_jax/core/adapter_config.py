@@ -40,7 +40,7 @@ class Method:
       in_place: How kernels are changed instead; "own" by `kernel`.
       start: Distribution of the random blocks; None if nothing is random.
       source: Publication that a method that widens reconstructs; its exports name it.
-      kernel: A subclass of `LowRank`, for in_place="own"; its `fuse` also takes quantised kernels.
+      kernel: The class of the adapter of a kernel, for in_place="own" (`methods.add_method`).
     """
 
     residual: bool = False
@@ -55,6 +55,11 @@ class Method:
     def widens(self) -> bool:
         """Whether it adds channels next to the base kernels, instead of changing them in place."""
         return self.in_place == "none"
+
+    @property
+    def keeps_codes(self) -> bool:
+        """Whether it is fused into the codes of a quantised base, which stay."""
+        return self.widens or (self.kernel is not None and self.kernel.fuses_codes)
 
 
 _FLORA, _ZFLORA = "FLoRA (arXiv 2511.00050)", "zFLoRA (arXiv 2510.25784)"

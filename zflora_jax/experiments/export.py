@@ -165,7 +165,7 @@ def write_gguf(
 
     method = run.config.adapter.method
     require(
-        quant != KEEP or METHODS[method].widens,
+        quant != KEEP or METHODS[method].keeps_codes,
         f"quant 'keep' writes the base's blocks, and {method!r} changes them: export the adapter"
         " (format 'peft') and convert it with llama.cpp's convert_lora_to_gguf.py, or choose"
         " another quant, such as 'q8_0'.",

@@ -88,8 +88,7 @@ def fuse_trained(
       adapters: The trained adapters.
       donate: Whether the base's arrays are freed.
     """
-    row = METHODS[adapter.method]
-    if is_quantized(model) and not (row.widens or row.kernel):
+    if is_quantized(model) and not METHODS[adapter.method].keeps_codes:
         log.warning(
             "%s is added to the dequantised base, so the model takes the memory of %s weights",
             adapter.method,

@@ -111,6 +111,12 @@ def read_manifest(directory: Path) -> Manifest:
             f"{directory / MANIFEST} is not a manifest that this zflora_jax reads: its format and"
             f" version are {found}, expected {wanted}."
         )
+    method = dict(values.get("adapter") or {}).get("method")
+    if isinstance(method, str) and method not in METHODS:
+        raise CheckpointError(
+            f"{directory / MANIFEST} names method {method!r}, which this process does not have:"
+            " add it by zf.add_method, or correct the name."
+        )
     try:
         return from_dict(Manifest, values)
     except ConfigError as error:

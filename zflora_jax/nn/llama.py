@@ -51,7 +51,8 @@ class Llama(nn.Module):
                 "method 'full' replaces kernels, which decode packs: use zf.fuse(model, adapter,"
                 " adapters) first.",
             )
-            require(not adapter.use_dora, "DoRA needs per-kernel norms, which packing merges.")
+            reads = adapter.use_dora or METHODS[adapter.method].kernel
+            require(not reads, "Adapters that read the kernels need unpacked ones.")
             wide = c.widened or execution.fill_mlp
             require(not wide, "Adapters need the unpacked fused model.")
         self.embed = Embed(c)
