@@ -105,6 +105,8 @@ def test_rows_are_shown_with_what_is_trained() -> None:
     assert re.fullmatch("[1-9][0-9]* rows exceed the context", note)
     with pytest.raises(ConfigError, match="rows=-1"):
         data_view(run, tokenizer, rows=-1)
+    with pytest.raises(ConfigError, match="goes up to 320, beyond the model's context of 165"):
+        data_view(run, tokenizer, narrow)
     with pytest.raises(ConfigError, match="258"):  # padding, as training refuses it
         data_view(run, tokenizer, preset("tiny").replace(vocab_size=258))
 

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from zflora_jax.core.fields import require
+from zflora_jax.core.model import Model, require_fit
 from zflora_jax.core.model_config import LlamaConfig
 from zflora_jax.core.run_config import DataConfig, RunConfig
 from zflora_jax.data.encoding import Encoded, TokenizedSequence, tokenize_examples
@@ -48,7 +49,8 @@ def data_view(
       ConfigError: As for training on them, or `rows` is negative.
     """
     require(rows >= 0, f"rows={rows}: must be at least 0.")
-    require(tokenizer is not None, f"model {run.model!r} has no tokenizer.")
+    if config is not None:
+        require_fit(run, Model(config, {}, tokenizer))
     examples, data = load_mixture(run.data, "train"), run.data
     encoded = tokenize_examples(examples, tokenizer, data, config.vocab_size if config else None)
     packed = pack_sequences(encoded, data.bucket_lengths[-1]) if data.packing else encoded
