@@ -12,6 +12,7 @@ import pytest
 from zflora_jax.cli.main import main
 from zflora_jax.core.fields import ConfigError
 from zflora_jax.core.storage import as_path
+from zflora_jax.hf.gguf.write import gguf_target
 from zflora_jax.hf.load import load_model
 from zflora_jax.hf.save import save_hf
 from zflora_jax.reporting.files import local_path
@@ -43,7 +44,8 @@ EMPTY = (
 @pytest.mark.parametrize(
     ("check", "path", "said"),
     [
-        *((local_path, p, "is a URL: this is not written") for p in (URL, Path(URL), *STORES)),
+        *((local_path, p, "is a URL: .* Give a path of") for p in (URL, Path(URL), *STORES)),
+        (lambda path, _: gguf_target(path, "f16"), f"{URL}.gguf", "is a URL: .* Give a path of"),
         *((as_path, p, r"is a URL of \w+: a directory, s3://bucket") for p in STORES),
         (lambda path, _: save_hf(path, None), OTHER, "is a URL of hdfs"),
         *((check, "", "is empty: give a path") for check in EMPTY),

@@ -19,8 +19,8 @@ def local_path(path: str | os.PathLike[str], name: str) -> Path:
     """
     require(
         not is_url(path),
-        f"{name} {os.fspath(path)} is a URL: this is not written to object storage. Give a"
-        " directory of a file system that is mounted here, and copy it afterwards.",
+        f"{name} {os.fspath(path)} is a URL: this is not written to object storage. Give a path"
+        " of a file system that is mounted here, and copy the result afterwards.",
     )
     return as_path(path, name)
 
