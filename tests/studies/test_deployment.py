@@ -132,7 +132,7 @@ def test_a_study_scores_deployments_of_each_seed(two_steps, tmp_path):
         zf.override(two_steps, changes),
         {"lora": LORA},
         (1e-2,),
-        (0, 1),
+        (0,),
         tasks=("arc_easy",),
         scoring=zf.EvalConfig(limit=None, batch_size=4, loss=False, generate=False),
         measure="likelihood_sum",
@@ -144,8 +144,8 @@ def test_a_study_scores_deployments_of_each_seed(two_steps, tmp_path):
         },
     )
     table = run_study(study, tmp_path / "w", tmp_path / "r", console=False)
-    assert table.labels == list(study.deployments) and len(table.runs) == 1 + 2 + 2 * 2
-    kl = {label: table.chosen[label][1]["result"]["kl"] for label in table.labels}
+    assert table.labels == list(study.deployments) and len(table.runs) == 1 + 1 + 2
+    kl = {label: table.chosen[label][0]["result"]["kl"] for label in table.labels}
     assert kl["lora beside"] == 0 < kl["lora rounded"]
     assert table.differences.keys() >= {BASE}
     assert table.results("lora rounded")["test_loss"].notna().all()

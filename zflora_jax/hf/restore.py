@@ -111,7 +111,8 @@ def read_manifest(directory: Path) -> Manifest:
             f"{directory / MANIFEST} is not a manifest that this zflora_jax reads: its format and"
             f" version are {found}, expected {wanted}."
         )
-    method = dict(values.get("adapter") or {}).get("method")
+    adapter = values.get("adapter")
+    method = adapter.get("method") if isinstance(adapter, dict) else None
     if isinstance(method, str) and method not in METHODS:
         raise CheckpointError(
             f"{directory / MANIFEST} names method {method!r}, which this process does not have:"
