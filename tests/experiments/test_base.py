@@ -5,7 +5,8 @@ from unittest.mock import Mock
 
 import jax
 import pytest
-from support.models import perturb
+from support.byte_tokenizer import byte_tokenizer
+from support.models import perturb, tiny_model
 
 from zflora_jax.adapters.fuse import fuse
 from zflora_jax.adapters.init import init_adapters
@@ -18,6 +19,7 @@ from zflora_jax.core.run_config import RunConfig, TrainConfig
 from zflora_jax.experiments import base
 from zflora_jax.experiments.base import as_base, given_base
 from zflora_jax.experiments.train import train
+from zflora_jax.hf.gguf.write import save_gguf
 from zflora_jax.hf.load import load_model
 from zflora_jax.hf.save import save_hf
 from zflora_jax.nn.vocabulary import resize_vocab
@@ -128,9 +130,12 @@ def test_a_model_from_elsewhere_is_warned_of(run, base_dir, tmp_path, caplog, mo
         assert f"the base was {origin}, but the run says model={base_dir}" in caplog.text
 
 
-def test_a_model_of_a_gguf_file_may_be_handed_in_as_it_is_loaded():
+def test_a_model_of_a_gguf_file_may_be_handed_in_as_it_is_loaded(tmp_path):
     """Its tokenizer is built anew for the comparison, which takes no file for a changed one."""
-    model, run = load_model("smollm2-135m"), RunConfig(train=TrainConfig(remat="block"))
+    file = str(tmp_path / "base.gguf")
+    model = dataclasses.replace(tiny_model(head_dim=32), tokenizer=byte_tokenizer())
+    save_gguf(file, model, "q8_0")
+    model, run = load_model(file), RunConfig(file, train=TrainConfig(remat="block"))
     assert given_base(run, model).config.execution.remat == "block"
     model.tokenizer.chat_template = "{{ messages[0]['content'] }}"
     with pytest.raises(ConfigError, match="chat template or tokens were changed"):

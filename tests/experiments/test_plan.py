@@ -319,9 +319,8 @@ def test_only_sums_of_gradients_cross_slices_and_kernels_are_gathered_one_at_a_t
 
 
 @needs_libtpu
-@pytest.mark.parametrize(
-    "mesh", always([MeshConfig(fsdp=2), MeshConfig(tensor=2)], lambda mesh: mesh.fsdp == 2)
-)
+@pytest.mark.soak
+@pytest.mark.parametrize("mesh", [MeshConfig(fsdp=2), MeshConfig(tensor=2)])
 def test_collectives_grow_only_by_adapters(mesh: MeshConfig) -> None:
     """From rank 8 to 32 by the adapters, gathered in bfloat16, and their gradients, summed in
     float32; under tensor also by one sum of B T r a kernel.
@@ -361,6 +360,7 @@ def test_devices_add_up_gradients_in_float32(method: str) -> None:
 
 
 @needs_libtpu
+@pytest.mark.soak
 def test_a_layer_sums_its_stream_four_times_under_tensor_parallelism() -> None:
     """Twice in each pass, as Megatron-LM does: after attention and MLP forward, and for the inputs
     of both backward, where the gradients of q, k, v and of gate, up are added first.

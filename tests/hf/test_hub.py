@@ -143,9 +143,14 @@ def smollm() -> Model:
 
 @needs_smollm2
 def test_packaged_model(smollm: Model) -> None:
-    path = locate("smollm2-135m")
     assert smollm.config == preset("smollm2-135m") and smollm.source == "smollm2-135m"
-    assert trees.fingerprint(smollm.params).startswith("adcfb6817661")
+    assert trees.fingerprint(smollm.params).startswith("adcfb6817661")  # the next test's
+
+
+@needs_smollm2
+@pytest.mark.soak
+def test_packaged_model_computes_what_transformers_reads(smollm: Model) -> None:
+    path = locate("smollm2-135m")
     reference = transformers.AutoModelForCausalLM.from_pretrained(
         path.parent, gguf_file=path.name, dtype=torch.float32
     ).eval()

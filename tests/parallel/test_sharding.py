@@ -47,7 +47,7 @@ def rank_6(method):
     always(
         [*map(rank_6, METHODS), DORA],
         # zflora-uniform has every kind of block that widens.
-        lambda adapter: adapter in (rank_6("zflora-uniform"), rank_6("full"), DORA),
+        lambda adapter: adapter in (rank_6("zflora-uniform"), DORA),
     ),
     ids=case_id,
 )
@@ -96,7 +96,7 @@ def test_fsdp_gathers_one_layer_at_a_time(scan_layers):
     ("method", "tied"),
     always(
         [("zflora-minimal", True), ("zflora-minimal", False), ("full", True)],
-        lambda case: case != ("zflora-minimal", True),
+        lambda case: case == ("full", True),
     ),
 )
 def test_the_head_is_gathered_and_its_gradient_summed_once_a_step(method, tied):
@@ -214,6 +214,7 @@ def test_a_vocabulary_that_tensor_does_not_divide_is_whole_along_it(caplog):
         sharding.spec("layers/attn/k/kernel", (30, 576, 3, 64), mesh)
 
 
+@pytest.mark.soak
 def test_an_undivided_vocabulary_trains_scores_and_decodes_as_on_one_device():
     model = tiny_model(num_heads=4, num_kv_heads=4, vocab_size=259, num_layers=1)
     adapter, found = adapter_of("zflora-minimal"), []

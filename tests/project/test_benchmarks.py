@@ -52,6 +52,7 @@ def test_every_page_is_what_its_json_file_gives() -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.soak
 def test_latency_next_to_transformers_and_peft(
     script: Script, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -11,6 +11,7 @@ import sys
 import jax
 import pytest
 from support.chat import SHORT, turn
+from support.grids import always
 from support.models import perturb
 from support.paths import ROOT
 from support.runs import choice
@@ -30,6 +31,8 @@ PAGES = {
 }
 # Only parsed here: they take too long even on a tiny model, or need a bucket or several processes.
 PARSED_ONLY = ("zflora bench", "zflora sweep", "s3://", "--distributed", "--target")
+# Trainings that differ from the others by settings alone, and what uses them: in `make soak`.
+MORE_RUNS = ("runs/b", "runs/accelerator", "runs/q")
 CONFIG = """
 import dataclasses
 from zflora_jax.config import DataConfig, EvalConfig, OptimConfig
@@ -93,7 +96,8 @@ def place(tmp_path, base_dir, monkeypatch):
     return here
 
 
-def test_commands_run(place, capsys):
+@pytest.mark.parametrize("few", always([True, False], bool))
+def test_commands_run(place, capsys, few):
     """Each once, in the order of the pages: README's runs are there for the others."""
     for line in dict.fromkeys(line for page in PAGES for line in commands(page)):
         # A plan reads no weights: it is made in full.
@@ -107,7 +111,7 @@ def test_commands_run(place, capsys):
             argv = [re.sub(r"^(data\.batch_size)=.*", r"\1=2", word) for word in argv]
         if argv[0] == "generate" and "--max-new-tokens" not in argv:
             argv += ["--max-new-tokens", "8"]
-        if any(part in line for part in PARSED_ONLY):
+        if any(part in line for part in (*PARSED_ONLY, *MORE_RUNS * few)):
             _parser().parse_args(argv)
         else:
             assert main(argv) == 0, f"{line}\n{capsys.readouterr().err}"

@@ -48,7 +48,6 @@ def test_a_study_is_trained_scored_and_not_repeated(two_steps, tmp_path, monkeyp
         methods,
         (1e-3, 1e-2),
         (0, 1),
-        pick_steps=2,
         tasks=("arc_easy",),
         scoring=SCORING,
         measure="likelihood_sum",
@@ -59,7 +58,7 @@ def test_a_study_is_trained_scored_and_not_repeated(two_steps, tmp_path, monkeyp
     where = ["--workdir", str(tmp_path / "w"), "--records", str(tmp_path / "r")]
     main(["tiny", *where, "--out", str(tmp_path / "out")])
     table = Table.read(study, tmp_path / "r")
-    assert table.labels == ["lora", "minimal"] and len(table.runs) == 1 + 2 * (2 + 2)
+    assert table.labels == ["lora", "minimal"] and len(table.runs) == 1 + 2 * (2 + 1)
     for label, choice in table.choices.items():
         losses = {r: of["result"]["validation_loss"] for r, of in table.tried[label].items()}
         assert choice.rate == min(losses, key=losses.__getitem__) and choice.losses == losses
