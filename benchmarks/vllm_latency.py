@@ -1,5 +1,5 @@
 """TTFT and TPOT in vLLM's CPU build of the base, unmerged LoRA and fused exports, next to this
-project's decode and transformers.
+project's decode.
 
 Command: python benchmarks/vllm_latency.py --vllm-python DIR/bin/python
 (about 20 minutes on 2 CPU cores; needs the test extra)
@@ -23,7 +23,7 @@ from typing import Any
 
 from harness import arguments, at_least
 
-OURS, PEER = "this project's decode", "transformers generate"
+OURS = "this project's decode"
 
 
 def times(generate: Callable[[int], object], new_tokens: int, repeats: int) -> dict[str, float]:
@@ -147,46 +147,14 @@ def exports(shape: str, folder: Path, ranks: Sequence[int]) -> dict[str, dict[st
     return {label: {"lora": None, "used": False, "rank": 0} | job for label, job in jobs.items()}
 
 
-def here(base: str, batch: int, prompt: int, new_tokens: int) -> dict[str, Callable[[int], object]]:
-    """Our decode and transformers', of the base model; each in memory only while it is timed."""
-    held: dict[str, Callable[[int], object]] = {}
+def here(base: str, batch: int, prompt: int, new_tokens: int) -> Callable[[int], object]:
+    """Our decode of the base model."""
+    from zflora_jax.adapters.packing import pack_for_decode
+    from zflora_jax.experiments.latency import contender
+    from zflora_jax.hf.load import load_model
 
-    def ours(count: int) -> object:
-        from zflora_jax.adapters.packing import pack_for_decode
-        from zflora_jax.experiments.latency import contender
-        from zflora_jax.hf.load import load_model
-
-        if "ours" not in held:
-            held.clear()
-            held["ours"] = contender(
-                pack_for_decode(load_model(base, dtype="float32")), batch, prompt, new_tokens
-            ).generate
-        return held["ours"](count)
-
-    def theirs(count: int) -> object:
-        import torch
-        import transformers
-
-        if "theirs" not in held:
-            held.clear()
-            stock = transformers.AutoModelForCausalLM.from_pretrained(
-                base, dtype=torch.float32
-            ).eval()
-            stock.generation_config.eos_token_id = None
-            ids = torch.randint(
-                1000, 30000, (batch, prompt), generator=torch.Generator().manual_seed(0)
-            )
-            settings = {
-                "attention_mask": torch.ones_like(ids),
-                "do_sample": False,
-                "pad_token_id": 0,
-            }
-            held["theirs"] = torch.no_grad()(
-                lambda n: stock.generate(ids, max_new_tokens=n, **settings)
-            )
-        return held["theirs"](count)
-
-    return {OURS: ours, PEER: theirs}
+    model = pack_for_decode(load_model(base, dtype="float32"))
+    return contender(model, batch, prompt, new_tokens).generate
 
 
 def parse_args() -> argparse.Namespace:
@@ -226,23 +194,20 @@ def measure(
         "new_tokens": args.new_tokens,
         "repeats": args.repeats,
     }
-    local = here(f"{folder}/base", batch, args.prompt, args.new_tokens)
+    ours = here(f"{folder}/base", batch, args.prompt, args.new_tokens)
     rounds: dict[str, list[dict[str, float]]] = {}
-    for label in turns([*jobs, *local], args.rounds):
+    for label in turns([*jobs, OURS], args.rounds):
         found = (
-            times(local[label], args.new_tokens, args.repeats)
-            if label in local
+            times(ours, args.new_tokens, args.repeats)
+            if label == OURS
             else in_vllm(args.vllm_python, jobs[label] | case)
         )
         rounds.setdefault(label, []).append(found)
         print(shape, batch, label, found, flush=True)
     rows = []
-    for label in [*jobs, *local]:
-        row: dict[str, Any] = {
-            "model": shape,
-            "batch": batch,
-            "": f"{label}" if label in local else f"vLLM, {label}",
-        }
+    for label in [*jobs, OURS]:
+        row: dict[str, Any] = {"model": shape, "batch": batch}
+        row[""] = label if label == OURS else f"vLLM, {label}"
         for name in ("ttft_ms", "tpot_ms"):
             values = [one[name] for one in rounds[label]]
             row[name], row[f"{name}_all"] = statistics.median(values), values
@@ -275,10 +240,10 @@ def page(result: dict[str, Any]) -> str:
     return f"""# In vLLM's CPU build
 
 vLLM runs eagerly, in float32, without prefix caching, each start in a separate process. The starts
-of a round run one after the other; this project's decode and transformers take a turn in every
-round, too. A call generates 1 token (TTFT), then {settings["new_tokens"]} (TPOT is the difference
-over one less). Prompt of {settings["prompt"]} tokens, medians of {settings["rounds"]} starts
-[minimum, maximum]. Presets other than smollm2-135m have random weights.
+of a round run one after the other; this project's decode takes a turn in every round, too. A call
+generates 1 token (TTFT), then {settings["new_tokens"]} (TPOT is the difference over one less).
+Prompt of {settings["prompt"]} tokens, medians of {settings["rounds"]} starts [minimum, maximum].
+Presets other than smollm2-135m have random weights.
 
 {markdown_table(shown, list(shown[0]))}
 

@@ -19,7 +19,8 @@ import pandas as pd
 from scipy.stats import binomtest
 
 import zflora_jax as zf
-from studies.plots import forest
+from studies.deployment import unmerged
+from studies.plots import forest, scores_and_bytes
 from studies.records import RECORDS, read_lines
 from studies.statistics import Difference, seed_difference, verdict
 from studies.study import BASE, Study, studies
@@ -70,11 +71,12 @@ def study_page(name: str, tables: Sequence[Table]) -> str:
     blocks = [f"# {name}", note(name)]
     for table in tables:
         blocks += [f"## {table.study.name}" if len(tables) > 1 else ""]
-        blocks += [
-            *difference_blocks(table),
-            table_of([loss_row(table, label) for label in table.labels]),
-        ]
-        blocks += [*score_blocks(table), setting(table)]
+        if table.study.deployments:
+            blocks += deployment_blocks(table)
+        else:
+            losses = table_of([loss_row(table, label) for label in table.labels])
+            blocks += [*difference_blocks(table), losses, *score_blocks(table)]
+        blocks += [cut_answers(table), setting(table)]
     margins = {t.study.margin for t in tables if t.study.margin}
     if any(table.differences for table in tables):
         blocks.append(LEGEND.format("".join(f" Margin: {margin:g} points." for margin in margins)))
@@ -157,19 +159,55 @@ def score_blocks(table: Table) -> list[str]:
             rows.append(row | {names.get(key, key): cells[key] for key in order})
         blocks += [f"{score}, percent:", table_of(rows)]
     chance = frame.groupby("task", sort=False)["chance"].first().dropna()
-    cut = frame.groupby(["method", "task"], sort=False)["cut"].mean()
-    texts = {m: [f"{t} {n:.4g}" for t, n in cut[m].items() if n] for m in frame["method"].unique()}
+    text = ", ".join(f"{t} {n:.1f}" for t, n in chance.items())
+    return [*blocks, f"Chance: {text}." if text else ""]
+
+
+def cut_answers(table: Table) -> str:
+    """How many answers of each method were cut at the limit of new tokens; "" if none was."""
+    cut = table.scores.groupby(["method", "task"], sort=False)["cut"].mean()
+    methods = table.scores["method"].unique()
+    texts = {m: [f"{t} {n:.4g}" for t, n in cut[m].items() if n] for m in methods}
     limit = "; ".join(f"{label}: {', '.join(of)}" for label, of in texts.items() if of)
-    return [
-        *blocks,
-        f"Chance: {', '.join(f'{t} {n:.1f}' for t, n in chance.items())}." if len(chance) else "",
-        f"Answers that reached the limit of new tokens, mean of seeds: {limit}." if limit else "",
-    ]
+    return f"Answers that reached the limit of new tokens, mean of seeds: {limit}." if limit else ""
+
+
+def deployment_blocks(table: Table) -> list[str]:
+    """A row per deployment, and one per method that was trained for them."""
+    study, rows, trained = table.study, list[dict[str, Any]](), dict[str, dict[str, Any]]()
+    before = table.results(BASE)["test_loss"].mean()
+    for label in (BASE, *table.labels):
+        found, gap = table.results(label).mean(), table.differences.get(label)
+        mean, std = table.headline(label)
+        row = {"deployment": label, "MB": f"{found['nbytes'] / 1e6:.1f}"}
+        row[study.measure] = f"{mean:.1f}{deviation(std)}"
+        row[f"minus {study.reference}"] = str(headline(gap)) if gap else None
+        row["verdict"] = said(table, label, headline(gap)) or None if gap else None
+        row |= {f"loss {at}": value(found[f"{at}_loss"], ".4f") for at in ("trained", "test")}
+        kept = 100 * (before - found["test_loss"]) / (before - found["trained_loss"])
+        row |= {"gain kept, %": value(kept, ".1f"), "KL": value(found["kl"], ".2g")}
+        rows.append(row | {"update, steps": value(found["update_in_steps"], ".2g")})
+        if label != BASE:
+            choice, name = table.choices[label], study.deployments[label][0]
+            rates = {f"validation, lr {r:g}": value(x, ".4f") for r, x in choice.losses.items()}
+            trained[name] = {"adapter": name, "trainable": trainable(table, label)}
+            trained[name] |= {"learning rate": choice.rate} | rates
+    return [table_of(rows), table_of(list(trained.values()))]
 
 
 def deviation(std: float | None) -> str:
     """A standard deviation of seeds as a table shows it."""
     return "" if std is None else f" ± {std:.1f}"
+
+
+def deployed_points(table: Table) -> dict[str, tuple[float, float, bool]]:
+    """Deployment -> megabytes, score in percent, and whether a token runs more kernels for it."""
+    points = {}
+    for label in (BASE, *table.labels):
+        size = table.results(label)["nbytes"].mean() / 1e6
+        beside = label != BASE and table.study.deployments[label][1] is unmerged
+        points[label] = size, table.headline(label)[0], beside
+    return points
 
 
 def setting(table: Table) -> str:
@@ -198,13 +236,15 @@ def setting(table: Table) -> str:
         )
     length = f"runs of {study.pick_steps} steps" if study.pick_steps else "whole runs"
     lines.append(f"Learning rates: chosen on validation with seed {study.seeds[0]}, by {length}.")
-    edges = {label: table.choices[label] for label in table.labels}
+    known = study.deployments or study.methods
+    of = {label: study.deployments.get(label, [label])[0] for label in table.labels}
+    edges = {of[label]: table.choices[label] for label in table.labels}
     lines += [f"{m}: the rate {c.rate:g} is {c.untuned}." for m, c in edges.items() if c.untuned]
     told = informative(study.tasks, table.differences.get(BASE))
     if weak := ", ".join(task for task in study.tasks if task not in told):
         beaten = f"{study.reference} does not clearly beat the untrained model on {weak}"
         lines.append(f"{beaten}: they say nothing about methods and are compared by none.")
-    lines += [f"Not all runs are there: {m}." for m in study.methods if m not in table.labels]
+    lines += [f"Not all runs are there: {m}." for m in known if m not in table.labels]
     failed = {n: why for n, r in table.runs.items() if (why := r["result"].get("failed"))}
     return "\n".join([*lines, *(f"Failed: {name}: {why}." for name, why in failed.items())])
 
@@ -302,6 +342,10 @@ def pages(chosen: Iterable[Study], records: Path, picture: Path | None) -> dict[
     for table in tables:
         by_page.setdefault(table.study.page or table.study.name, []).append(table)
     found = {name: study_page(name, of) for name, of in by_page.items()}
+    for name, of in by_page.items():
+        if picture and (deployed := [table for table in of if table.study.deployments]):
+            points = {table.study.title: deployed_points(table) for table in deployed}
+            scores_and_bytes(points, picture / f"{name}.png", deployed[0].study.measure)
     over = [table for table in tables if table.study.name.startswith(f"{OVERVIEW}_")]
     if text := overview(over, picture and picture / f"{OVERVIEW}.png"):
         found[OVERVIEW] = text

@@ -1,4 +1,4 @@
-"""The picture of the page over several studies."""
+"""The pictures of studies' pages."""
 
 from __future__ import annotations
 
@@ -44,5 +44,32 @@ def forest(
         axes.axvline(0, color="black", linewidth=0.8)
         axes.grid(axis="x", alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(out, dpi=150)
+
+
+def scores_and_bytes(
+    tables: Mapping[str, Mapping[str, tuple[float, float, bool]]], out: Path, measure: str
+) -> None:
+    """Draws what deployments score for their bytes, a panel per table.
+
+    Args:
+      tables: Table -> deployment -> megabytes, score in percent, and whether a token runs more
+        kernels than the base's (hollow marks).
+      out: The PNG file.
+      measure: Name of the score.
+    """
+    figure = Figure(figsize=(8.0, 4.5 * len(tables)))
+    figure.set_layout_engine("constrained")
+    panels = figure.subplots(len(tables), 1, squeeze=False)[:, 0]
+    for axes, (title, points) in zip(panels, tables.items(), strict=True):
+        for i, (label, (size, score, beside)) in enumerate(points.items()):
+            mark = {"color": f"C{i % 10}", "marker": "os^D"[i // 10 % 4], "ls": ""}
+            axes.plot(size, score, **mark, mfc="white" if beside else None, label=label)
+        axes.set(title=title, ylabel=f"{measure}, %", xlabel="megabytes")
+        axes.grid(alpha=0.3)
+        axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.supxlabel("hollow: more kernels a token than the base's", fontsize=8)
     out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(out, dpi=150)

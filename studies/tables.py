@@ -95,10 +95,12 @@ class Table:
     # --- losses and scores ------------------------------------------------------------------------
 
     def results(self, label: str) -> pd.DataFrame:
-        """The results of a method's runs, a row per seed: test_loss, seconds, params_trainable."""
-        columns = ["test_loss", "seconds", "params_trainable"]
-        rows = {seed: record["result"] for seed, record in self.chosen[label].items()}
-        return pd.DataFrame.from_dict(rows, orient="index").reindex(columns=columns)
+        """The numbers of a method's runs, a row per seed; NaN where a run has not got one."""
+        columns = ["test_loss", "seconds", "params_trainable", "nbytes", "trained_loss", "kl"]
+        runs = {0: self.runs[BASE]} if label == BASE else self.chosen[label]
+        rows = {seed: record["result"] for seed, record in runs.items()}
+        found = pd.DataFrame.from_dict(rows, orient="index")
+        return found.reindex(columns=[*columns, "update_in_steps"]).astype(float)
 
     @functools.cached_property
     def scores(self) -> pd.DataFrame:

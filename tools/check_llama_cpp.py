@@ -53,13 +53,11 @@ def main() -> None:
     )
     parser.add_argument("files", nargs="+", type=Path, metavar="FILE.gguf")
     parser.add_argument("--python", required=True, metavar="FILE", help="one that has xllamacpp")
-    parser.add_argument("--text", type=Path, metavar="FILE", help="default: 20 kB of docs/")
     args = parser.parse_args()
     from zflora_jax.reporting.tables import markdown_table
 
     docs = sorted(Path(__file__).resolve().parent.parent.glob("docs/*.md"))
-    texts = [path.read_text(encoding="utf-8") for path in ([args.text] if args.text else docs)]
-    text = "\n".join(texts) if args.text else "\n".join(texts)[:20_000]
+    text = "\n".join(path.read_text(encoding="utf-8") for path in docs)[:20_000]
     rows = [check(file, args.python, text) for file in args.files]
     print(markdown_table(rows, list(dict.fromkeys(key for row in rows for key in row))))
 

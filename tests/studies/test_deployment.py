@@ -13,8 +13,9 @@ from support.models import tiny_model
 from support.quantized import moved, quantized_tiny
 
 import zflora_jax as zf
-from studies import deployment, quantised_methods
+from studies import deployment, pages, quantised_methods
 from studies.deployment import Trained, gptq
+from studies.records import write_lines
 from studies.run import run_study
 from studies.study import BASE, Study
 from zflora_jax.core import trees
@@ -149,6 +150,17 @@ def test_a_study_scores_deployments_of_each_seed(two_steps, tmp_path):
     assert kl["lora beside"] == 0 < kl["lora rounded"]
     assert table.differences.keys() >= {BASE}
     assert table.results("lora rounded")["test_loss"].notna().all()
+    write_lines(tmp_path / "r" / "tiny.jsonl.gz", table.runs.values())
+    page = pages.pages([study], tmp_path / "r", tmp_path)["tiny"]
+    rows = {row[1].strip(): row for line in page.splitlines() if len(row := line.split("|")) > 9}
+    base, beside, rounded = (rows[label] for label in (BASE, *table.labels))
+    assert beside[8].strip() == "100.0" and float(rounded[9]) == pytest.approx(
+        kl["lora rounded"], 0.1
+    )
+    assert (
+        float(base[7]) > float(beside[7]) == float(beside[6]) and (tmp_path / "tiny.png").exists()
+    )
+    assert "Learning rates" in page and base[6].strip() == "-"
     with pytest.raises(zf.ConfigError, match="are no labels of its methods"):
         dataclasses.replace(study, reference="lora")
 
