@@ -101,8 +101,9 @@ def test_rows_are_shown_with_what_is_trained() -> None:
     texts = ["".join(x[1] for x in packed if x[0] == i) for i in range(1, packed[-1][0] + 1)]
     assert len(texts) > 1 and all(x.count("<eos>") == 2 and x.endswith("<eos>") for x in texts)
     narrow = preset("tiny").replace(max_position_embeddings=165)
-    *_, (_, note) = data_view(run_of(bucket_lengths=(161,)), tokenizer, narrow).settings.values()
-    assert re.fullmatch("[1-9][0-9]* rows exceed the context", note)
+    suggested = data_view(run_of(bucket_lengths=(161,)), tokenizer, narrow).settings
+    assert re.fullmatch("[1-9][0-9]* rows exceed the context", [*suggested.values()][-1][1])
+    assert max(int(n) for words in suggested for n in re.findall("[0-9]+", words)) <= 165
     with pytest.raises(ConfigError, match="rows=-1"):
         data_view(run, tokenizer, rows=-1)
     with pytest.raises(ConfigError, match="goes up to 320, beyond the model's context of 165"):

@@ -54,11 +54,11 @@ def data_view(
     examples, data = load_mixture(run.data, "train"), run.data
     encoded = tokenize_examples(examples, tokenizer, data, config.vocab_size if config else None)
     packed = pack_sequences(encoded, data.bucket_lengths[-1]) if data.packing else encoded
-    uncut = encoded
+    uncut, context = encoded, config.max_position_embeddings if config else 2**30
     if encoded.dropped or encoded.truncated:
-        whole = replace(data, bucket_lengths=(config.max_position_embeddings if config else 2**30,))
+        whole = replace(data, bucket_lengths=(context,))
         uncut = tokenize_examples(examples, tokenizer, whole)
-    settings = _settings(data, encoded, uncut)
+    settings = _settings(data, encoded, uncut, context)
     lengths = np.asarray([len(row.tokens) for row in encoded.rows])
     trained = sum(int(row.loss_mask.sum()) for row in encoded.rows)
     facts: dict[str, Any] = {
@@ -88,7 +88,9 @@ def data_view(
     return DataView(facts, histogram, settings, [_spans(x, tokenizer) for x in packed.rows[:rows]])
 
 
-def _settings(data: DataConfig, encoded: Encoded, uncut: Encoded) -> dict[str, tuple[float, str]]:
+def _settings(
+    data: DataConfig, encoded: Encoded, uncut: Encoded, context: int
+) -> dict[str, tuple[float, str]]:
     """Returns the padding with the run's lengths, then with lengths that fit its rows."""
     found, own = dict[str, tuple[float, str]](), data.bucket_lengths
     tries = [(encoded, data.packing, "now"), (encoded, data.packing, "")]
@@ -96,7 +98,8 @@ def _settings(data: DataConfig, encoded: Encoded, uncut: Encoded) -> dict[str, t
     fits = f"{beyond} rows exceed the context" if beyond else "drops and cuts no row"
     tries += [(encoded, not data.packing, ""), (uncut, data.packing, fits)]
     for rows, packing, note in tries[: 3 + (uncut is not encoded)]:
-        top = own[-1] if note == "now" else _up(max(len(row.tokens) for row in rows.rows))
+        longest = max(len(row.tokens) for row in rows.rows)
+        top = own[-1] if note == "now" else min(_up(longest), context)
         if packing:
             top = max(top, own[-1])
             rows = pack_sequences(rows, top)
