@@ -18,7 +18,9 @@ from zflora_jax.core.run_config import RunConfig
 from zflora_jax.experiments.restore import load_run
 from zflora_jax.experiments.train import train
 
-PROMPTS = "2+3=\nWhat is 12 plus 7?\n"
+# As many and as long as the problems of `eval`: they run the same program.
+LONG = "A baker has 24 boxes with 13 cakes each, and sells 57. How many are left?"
+PROMPTS = f"2+3=\nWhat is 12 plus 7?\n{LONG}\n3+4=\n"
 
 
 @pytest.fixture
@@ -35,7 +37,7 @@ def uses(workdir: Path, out: Path, kernels: str = "none") -> list[list[str]]:
     """
     (out / "prompts.txt").write_text(PROMPTS)
     run, mesh = ["--workdir", str(workdir)], ["--set", "mesh.fsdp=2", "mesh.tensor=2"]
-    short = ["--max-new-tokens", "5"]
+    short = ["--max-new-tokens", "8"]
     file = out / ("export" if kernels == "none" else "export.gguf")
     written = ["--format", "hf"] if kernels == "none" else ["--format", "gguf", "--quant", "q8_0"]
     every = [
