@@ -96,7 +96,17 @@ $5 | 5 dollars; The answer is $5.00.; **$5**; 5$ | $5.99; -$5; €5; 5%; $5 mill
 9007199254740993 | 9007199254740993 | 9007199254740992
 5½ | 5.5; 5 1/2; 11/2 | 51/2; 5
 52 | 52 | 5²
-5x | 5X | 5; 5y; x
+5x | 5X | 5; 5y; x; 5x+1; 5x^2
+3x+5 | 3x+5; The answer is 3x+5. | 3x-5; 3x; 3
+2x/5 | The answer is 2x/5. | 2x/3; 2
+2i | The answer is 2i. | 2i+1; 2
+5π | 5π | 5; 5 pi; 5√2
+5m | 5m; 5 m; The answer is 5 m. | 5; 6m
+5 m | 5m; 5; 5 m because | 5m + 2; 5 m^2
+3 | 3 km; 3-year; 3rd; 3(x) = 3 | 3a+b; The answer is 3 + 5.; 3(x); 3√2; 3 x; 3ab; x+3; 2:3; 2*3
+6 | <think>5?</think>6 | <think>It is 6, but wait
+C | C; (C) + 1 | C++; C#; The answer is C+.; <think>C?
+A | *A*; **A** | A*; A+; A-
 6 | x = 6; The answer is 6 | The answer is 6^2; The answer is 6:30; The answer is 6-7.; x > 6; <6
 4th | The answer is 4th.; 4 | 5th
 10:30 | The answer is 10:30. | 10; 10:31; 30

@@ -54,7 +54,7 @@ def _marked(text: str) -> str:
     """Returns a completion without its thoughts and LaTeX, its marked answers as statements:
     \\boxed{...}, <answer>...</answer> and the line "#### ...".
     """
-    text = _spelled(text).rpartition("</think>")[2].replace("{,}", ",")
+    text = _spelled(text).rpartition("</think>")[2].partition("<think>")[0].replace("{,}", ",")
     for _ in range(2):  # \text{} in $...$
         text = _LATEX.sub(lambda found: found[1] or found[2] or found[3] or " ", text)
     text = _BOXED.sub(r" answer: \1 ", text)
@@ -105,7 +105,9 @@ _DENIED = re.compile(
 
 def _words(text: str) -> str:
     """Returns a completion without marks around its words, and without what it denies: "not B"."""
-    return _DENIED.sub(" ", _AROUND.sub("", _marked(text)))
+    text = _marked(text)
+    text = text.replace("*", "×") if text.count("*") == 1 else text  # no emphasis
+    return _DENIED.sub(" ", _AROUND.sub("", text))
 
 
 # --- numbers --------------------------------------------------------------------------------------
@@ -118,11 +120,12 @@ _VALUE = re.compile(
     r"|((?<![\w.])-?(?:\d+(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d+)?)",
     re.ASCII,
 )
-_CLAUSE_END = re.compile(r"[.;,:!?](?=\s|$)|\(|\b(?:because|since)\b")
+_CLAUSE_END = re.compile(r"[.;,:!?](?=\s|$)|\((?!.{1,2}\))|\b(?:because|since)\b")
 _OPERATION = re.compile(r"\d.*[-+*/×÷^x].*\d")
 _ASIDE = re.compile(r"\b(?:with|where|when|if|as|given)\b")  # "4 with 3 + 1 = 4" states 4
 
-_UNIT = re.compile(r"[%°¢$€£¥₹]|°?[^\W\d_][^\s,;:!?()=]*")
+# A symbol, or words: m^2, km/h, year-old, a.m.
+_UNIT = re.compile(r"[%°¢$€£¥₹]|°?[^\W\d_]+(?:-[^\W\d_]{2,}|[./·][^\W\d_]+|\^-?\d|['’][^\W_]+)*\.?")
 _ALIASES = {"$": "dollar", "€": "euro", "£": "pound", "¥": "yen", "₹": "rupee", "%": "percent"}
 _ALIASES |= {"¢": "cent", "celsius": "c", "fahrenheit": "f", "feet": "foot", "people": "person"}
 _SCALES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
@@ -131,9 +134,22 @@ _NO_UNITS = frozenset(
     " that is are was were but if when as so from by than there then the a he she they it".split()
 )
 _POWERS = {"per", "squared", "cubed"}
-# Text next to a number that makes it a part of another: 1980s, 3d, 5x, 10k, 5:30, 5^2, 5,6; > 5.
-_WHOLE = re.compile(r"[sdxyznik]\b|[-–:^/×*+,]\d")
-_BOUND = re.compile(r"(?:[<≤≥≠√^]|[<>!]=|(?:^|\s)>)\s?$")
+# Short words that are units right behind a number. Others belong to it: 5x, 3ab, 10k, 1980s.
+_SHORT = frozenset(
+    "m g l h c f v w j km cm mm kg mg lb lbs oz ft in yd mi mph hr hrs min sec ms gb mb kb tb hz kw"
+    " st nd rd th am pm".split()
+)
+_LETTERS = re.compile(r"[a-z]{1,3}(?![^\W\d_])")
+# What makes a number, with or without a unit, a part of another: 5:30, 5,6, 5π, 5(x), 5m + 2, 5-x;
+# > 5, 2:5, 3 + 5, x*5.
+_MORE = re.compile(
+    r"[:,–]\d|[π√θ]|(?:pi|sqrt)\b|\(.{1,2}\)| ?[bdeknpqruxyz](?![^\W\d_]|['’.][^\W_])"
+    r"|[^\W\d_]*[%!°]? *[-–+*/×÷^] ?(?:\d|[^\W\d_](?! ?[^\W\d_])|[(π√])"
+)
+_BOUND = re.compile(
+    r"(?:[<≤≥≠√^]|[<>!]=|(?:^|\s)>)\s?$|\w[:,–]$"
+    r"|(?:\d|\)|(?<![^\W\d_])[^\W\d_])[%!]? ?[-+*/×÷] ?$"
+)
 # In "12 apples minus 4" it is no sign.
 _SIGN = r"(^\W*|[.:=(]\s*|\b(?:is|are|was|be|to|by|of)\s+)(?:minus|negative) (?=[$€£¥₹]?\.?\d)"
 _MINUS = re.compile(_SIGN, re.IGNORECASE)
@@ -161,7 +177,7 @@ def _plain(text: str) -> str:
 def _quantities(text: str) -> list[Quantity]:
     text = _plain(text)
     return [
-        Quantity(_value(m), *_unit(text[: m.start()][-3:], text[m.end() :][:80]))
+        Quantity(_value(m), *_unit(text[: m.start()][-5:], text[m.end() :][:80]))
         for m in _VALUE.finditer(text)
     ]
 
@@ -181,16 +197,22 @@ def _value(match: re.Match[str]) -> str:
 def _unit(before: str, after: str) -> tuple[int, tuple[str, ...]]:
     """Returns the scale and the unit of a number between two texts."""
     after = after.casefold().replace("°", " degree ")
-    if part := _WHOLE.match(after) or _BOUND.search(before):
-        return 0, (f"-{part.group().strip()}",)
-    clause = _CLAUSE_END.split(after, maxsplit=1)[0]
-    given = [word.rstrip(".") for word in clause.split()]
+    letters = _LETTERS.match(after)
+    if letters and letters.group() not in _SHORT:
+        return 0, (f"-{letters.group()}",)
+    if bound := _BOUND.search(before):
+        return 0, (f"-{bound.group().strip()}",)
+    more = _MORE.match(after)
+    given = _CLAUSE_END.split(after, maxsplit=1)[0].split()
     found = list[str]()
     for i, word in enumerate(given):
+        more = more or _MORE.match(" ".join(given[i:]))
         linked = word in _NO_UNITS or (word == "in" and i + 1 < len(given))  # "in" ends: inches
-        if linked or not _UNIT.fullmatch(word):
+        if more or linked or not _UNIT.fullmatch(word):
             break
-        found.append(_ALIASES.get(word, word))
+        found.append(_ALIASES.get(word.rstrip("."), word.rstrip(".")))
+    if more:
+        return 0, (f"-{more.group()}",)
     scale = _SCALES.get(found[0], 0) if found else 0
     found = found[1:] if scale else found
     symbol = _ALIASES.get(before.rstrip()[-1:], "")
@@ -202,7 +224,7 @@ def _unit(before: str, after: str) -> tuple[int, tuple[str, ...]]:
 def _same_unit(given: Sequence[str], wanted: Sequence[str]) -> bool:
     """Returns whether two units are equal, as far as both are given."""
     if any(unit[0].startswith("-") for unit in (given, wanted) if unit):
-        return given == wanted
+        return False
     if not given or not wanted:
         return True
     more = given[len(wanted) : len(wanted) + 1]
@@ -285,12 +307,12 @@ def parse_word(text: str, words: Sequence[str]) -> str:
 # The only group that matches holds the letter. Where the letter may be a word, only capitals count,
 # and "A" only before a mark or an end: else it is the article.
 _FIRST = re.compile(
-    r"[\W_]*(?i:(?:option|choice|answer)\b[\W_]*)?(?:([A-E])(?![\w'’-])|\(([a-e])\)|([a-e])(?=\)|[\W_]*$))"
+    r"[\W_]*(?i:(?:option|choice|answer)\b[\W_]*)?(?:([A-E])(?![\w'’+#×-])|\(([a-e])\)|([a-e])(?=\)|[\W_]*$))"
 )
-_NAMED = re.compile(r"(?i:\b(?:option|choice|answer)\s*(?:is\s*)?:?\s*)[(*]*([A-E])(?![\w'’-])")
-_OPTION = re.compile(r"(?i:\boption\s+)([A-Ea-e])(?![\w'’-])")
+_NAMED = re.compile(r"(?i:\b(?:option|choice|answer)\s*(?:is\s*)?:?\s*)[(*]*([A-E])(?![\w'’+#×-])")
+_OPTION = re.compile(r"(?i:\boption\s+)([A-Ea-e])(?![\w'’+#×-])")
 _IN_PARENTHESES = re.compile(r"\(([A-Ea-e])\)")
-_SINGLE = re.compile(r"(?<![\w'’-])([B-E](?![\w'’-])|A(?=\s*(?:$|[.,;:)\]!?*\n])))")
+_SINGLE = re.compile(r"(?<![\w'’-])([B-E](?![\w'’+#×-])|A(?=\s*(?:$|[.,;:)\]!?*\n])))")
 
 
 def parse_letter(text: str) -> str:
@@ -385,7 +407,7 @@ def _score_any(text: str, answer: str) -> bool:
         return parse_letter(text) == stated
     if words := next((words for words in CHOICES if wanted in words), None):
         return parse_word(text, words) == wanted
-    if not {wanted, wanted.rstrip(".")}.isdisjoint(_stated_texts(text)):
+    if not {_joined(wanted), _joined(wanted.rstrip("."))}.isdisjoint(_stated_texts(text)):
         return True
     return _same_quantity(_quantity(text), _as_quantity(wanted))
 
@@ -403,7 +425,12 @@ def _stated_texts(text: str) -> set[str]:
             cut = _folded(cut)
             bare = {cut.strip(x).rstrip(x + _ENDS) for x in ("", _QUOTES, _MARKS)}
             found |= {cut, *bare}
-    return found - {""}
+    return {_joined(x) for x in found} - {""}
+
+
+def _joined(text: str) -> str:
+    """Returns a text without the space between a number and a letter: 5 m is 5m."""
+    return re.sub(r"(?<=\d) (?=[^\W\d_](?![^\W\d_]))", "", text)
 
 
 def _as_quantity(answer: str) -> Quantity:
@@ -411,7 +438,8 @@ def _as_quantity(answer: str) -> Quantity:
     before, *rest = _VALUE.split(_plain(answer.rstrip(".")), maxsplit=1)
     words = "".join(rest[-1:]).split()
     unit = len(words) <= 4 and _NO_UNITS.isdisjoint(words) and all(map(_UNIT.fullmatch, words))
-    alone = unit and before.strip() in ("", "+", *_ALIASES)
+    apart = not re.search(r"\d[a-z](?![^\W\d_])", answer)  # 5m may be five million
+    alone = unit and apart and before.strip() in ("", "+", *_ALIASES)
     return next(iter(_quantities(answer)), _NONE) if alone else _NONE
 
 
