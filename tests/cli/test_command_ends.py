@@ -1,5 +1,6 @@
 """How commands end that do not finish, what they leave, and what their tables show."""
 
+import errno
 import os
 import shutil
 import signal
@@ -16,6 +17,7 @@ from zflora_jax.cli import export, generate
 from zflora_jax.cli.main import main
 from zflora_jax.cli.output import print_table, silence
 from zflora_jax.cli.stopping import terminated
+from zflora_jax.core.errors import CheckpointError
 from zflora_jax.experiments import export as exporting
 from zflora_jax.hf import directory
 from zflora_jax.hf.directory import folder_beside, whole_directory
@@ -72,6 +74,16 @@ def test_what_a_killed_export_left_is_named(opened, tmp_path, caplog):
     assert said.startswith(f"{left}: of an export to this place")
     assert said.endswith(f"where {target} is missing, the one that ends in .old is it: rename it.")
     assert left.is_dir()  # it may be of one that runs
+
+
+@pytest.mark.parametrize("error", [(errno.ENOSPC, "No space"), ("96 requested and 64 written",)])
+def test_a_full_disk_names_the_export(error, tmp_path):
+    """numpy's message has no number."""
+    said = pytest.raises(CheckpointError, match=r"out could not be written, .*Free space on that")
+    with said, directory_at(tmp_path / "out") as folder:
+        (folder / "half").touch()
+        raise OSError(*error)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_replacement_that_is_ended_leaves_nothing_of_the_old_export(tmp_path, monkeypatch):

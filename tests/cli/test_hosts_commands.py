@@ -19,8 +19,7 @@ from zflora_jax.experiments.restore import load_run
 from zflora_jax.experiments.train import train
 
 # As many and as long as the problems of `eval`: they run the same program.
-LONG = "A baker has 24 boxes with 13 cakes each, and sells 57. How many are left?"
-PROMPTS = f"2+3=\nWhat is 12 plus 7?\n{LONG}\n3+4=\n"
+PROMPTS = f"2+3=\nWhat is 12 plus 7?\n{'How many are left? ' * 4}\n3+4=\n"
 
 
 @pytest.fixture

@@ -154,13 +154,9 @@ def test_a_study_scores_deployments_of_each_seed(two_steps, tmp_path):
     page = pages.pages([study], tmp_path / "r", tmp_path)["tiny"]
     rows = {row[1].strip(): row for line in page.splitlines() if len(row := line.split("|")) > 9}
     base, beside, rounded = (rows[label] for label in (BASE, *table.labels))
-    assert beside[8].strip() == "100.0" and float(rounded[9]) == pytest.approx(
-        kl["lora rounded"], 0.1
-    )
-    assert (
-        float(base[7]) > float(beside[7]) == float(beside[6]) and (tmp_path / "tiny.png").exists()
-    )
-    assert "Learning rates" in page and base[6].strip() == "-"
+    assert float(beside[8]) == 100 and float(rounded[9]) == pytest.approx(kl["lora rounded"], 0.1)
+    assert float(base[7]) > float(beside[7]) == float(beside[6]) and base[6].strip() == "-"
+    assert "Learning rates" in page and (tmp_path / "tiny.png").exists()
     with pytest.raises(zf.ConfigError, match="are no labels of its methods"):
         dataclasses.replace(study, reference="lora")
 

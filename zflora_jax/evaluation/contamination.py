@@ -12,6 +12,10 @@ from zflora_jax.data.encoding import last_answer
 from zflora_jax.data.task import listed_options
 from zflora_jax.data.tasks import Example
 
+CHANGED = (
+    "the training rows are not those that the run was trained on: test questions were looked up in"
+    " the rows of now, and may have been trained on all the same"
+)
 # White space and marks, but not in numbers, and not operators: "7 - 3" and "7 + 3" are two.
 _MARKS = re.compile(r"(?:[\s?!;:'\"]|[.,](?![0-9]))+")
 _SPACED = re.compile(r" ?([!-/:-@\[-`{-~]) ?")  # "1 + 1", "1+1"

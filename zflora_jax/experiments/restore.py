@@ -16,8 +16,9 @@ from zflora_jax.core.fields import require
 from zflora_jax.core.model import Model, fingerprint
 from zflora_jax.core.run_config import RunConfig
 from zflora_jax.core.trees import Tree
+from zflora_jax.data.mixture import has_own_rows, load_mixture, parse_mixture
 from zflora_jax.experiments.base import load_base
-from zflora_jax.experiments.setup import state_like
+from zflora_jax.experiments.setup import sequences, state_like
 from zflora_jax.nn.quantize_model import dequantize_model, is_quantized
 from zflora_jax.parallel.distributed import from_process_0, require_equal
 from zflora_jax.parallel.mesh import mesh_if_there, mesh_of
@@ -62,6 +63,18 @@ def load_run(
     files = hashlib.sha256(repr(sorted(saved["files"].items())).encode()).hexdigest()
     require_equal({f"checkpoint of step {number}": files})  # they may have read other directories
     return run, base, state.adapters, int(state.step)
+
+
+def own_rows_changed(workdir: str | Path, run: RunConfig, model: Model) -> bool:
+    """Returns whether the user's own rows are no longer those that a run was trained on. The files
+    of the tasks that come with this project count as unchanged.
+    """
+    if not has_own_rows(parse_mixture(run.data.task)[0]):
+        return False
+    with Checkpoints(workdir, create=False) as checkpoints:
+        saved = checkpoints.meta_of(saved_steps(workdir)[-1])
+    _, now = sequences(load_mixture(run.data, "train"), run, model)
+    return now.fingerprint() != saved["data_fingerprint"]
 
 
 def _number(workdir: str | Path, checkpoints: Checkpoints, step: int | str | None) -> int | None:

@@ -14,7 +14,7 @@ from zflora_jax.core.model import Model, fingerprint, require_fit
 from zflora_jax.core.run_config import RunConfig
 from zflora_jax.core.trees import Tree
 from zflora_jax.data.encoding import Encoded, tokenize_examples
-from zflora_jax.data.mixture import load_mixture
+from zflora_jax.data.mixture import Mixture, load_mixture
 from zflora_jax.data.pipeline import pack_sequences
 from zflora_jax.evaluation.loss import held_out_loss
 from zflora_jax.experiments.base import given_base, load_base
@@ -76,10 +76,7 @@ def prepare(run: RunConfig, mesh: Mesh, model: Model | None) -> Setup:
     model = load_base(run, mesh) if model is None else given_base(run, model)
     rows = load_mixture(run.data, "train")
     log.info("tokenising %d training rows of %s", len(rows), run.data.task)
-    train_set = tokenize_examples(rows, model.tokenizer, run.data, model.config.vocab_size)
-    examples = len(train_set)
-    if run.data.packing:
-        train_set = pack_sequences(train_set, run.data.bucket_lengths[-1])
+    examples, train_set = sequences(rows, run, model)
     run = run.in_steps(len(train_set))
     data = train_set.fingerprint()
     fingerprints = {"base_fingerprint": fingerprint(model), "data_fingerprint": data}
@@ -89,6 +86,13 @@ def prepare(run: RunConfig, mesh: Mesh, model: Model | None) -> Setup:
     like, attention = state_like(run, model, start, mesh), step_attention(run, model.config, mesh)
     plain, made = all(part[0].plain for part in rows.parts), (run, mesh, model, start, like)
     return Setup(*made, attention, train_set, examples, plain, eval_set, fingerprints)
+
+
+def sequences(rows: Mixture, run: RunConfig, model: Model) -> tuple[int, Encoded]:
+    """Returns how many training rows fit, and the sequences that a run trains on."""
+    found = tokenize_examples(rows, model.tokenizer, run.data, model.config.vocab_size)
+    top = run.data.bucket_lengths[-1]
+    return len(found), pack_sequences(found, top) if run.data.packing else found
 
 
 def state_like(run: RunConfig, model: Model, start: Tree | None, mesh: Mesh | None) -> TrainState:

@@ -42,7 +42,7 @@ from zflora_jax.training.loop import Hook, fit
 from zflora_jax.training.objective import Batch, objective_of
 from zflora_jax.training.optim import require_optimizer
 from zflora_jax.training.trainer import Metrics, TrainState, step_of
-from zflora_jax.training.workdir import Changes, adopt, claimed, record_start
+from zflora_jax.training.workdir import Changes, adopt, claimed, keep_settings, record_start
 
 log = logging.getLogger(__name__)
 
@@ -93,6 +93,7 @@ def train(
     with ExitStack() as stack:
         signals, checkpoints, held = _open(stack, setup, workdir, changed)
         state, spent = _first_state(setup, checkpoints, workdir)
+        distributed.on_main(lambda: keep_settings(workdir, run))
         if (first := int(state.step)) >= run.steps:
             log.info("%s is finished (%d steps): nothing to train", workdir, run.steps)
             report = finished_report(setup, workdir, spent, env, state.adapters)

@@ -8,6 +8,7 @@ is never taken for a whole export. Models there are read through a local copy.
 from __future__ import annotations
 
 import contextlib
+import errno
 import glob
 import hashlib
 import itertools
@@ -37,6 +38,7 @@ from zflora_jax.core.storage import (
 log = logging.getLogger(__name__)
 
 MARKER = ".zflora-upload.json"
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 KEPT = 24 * 3600.0  # seconds that an older copy stays, which another process may be reading
 # The files that loading a model reads.
 MODEL_FILES = (
@@ -159,6 +161,14 @@ def folder_beside(target: Path) -> Iterator[Path]:
         ) from error
     try:
         yield Path(folder)
+    except OSError as error:
+        # numpy's own message, "96 requested and 64 written", has no number.
+        if error.errno not in _FULL and "requested and" not in str(error):
+            raise
+        raise CheckpointError(
+            f"{target} could not be written, and nothing of it is left: {error.strerror or error}."
+            " Free space on that disk, or choose another path, and run the same command again."
+        ) from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 

@@ -46,8 +46,8 @@ def require_same(saved: Meta, name: str, found: str, workdir: str | Path) -> Non
     there = saved[f"{name}_fingerprint"]
     require(
         there == found,
-        f"{workdir} was trained on another {name}: fingerprint {there[:12]} there, {found[:12]}"
-        " here. Restore it, or use another --workdir.",
+        f"{workdir} was trained on another {name} (fingerprint {there[:12]} there, {found[:12]}"
+        " here). Restore it, or use another --workdir.",
     )
 
 
@@ -103,7 +103,7 @@ class Checkpoints:
         scored = []
         for step in saved_steps(self._workdir):
             with contextlib.suppress(FileNotFoundError, ValueError):  # removed meanwhile, damaged
-                if (loss := self._read_meta(step).get("loss")) is not None:
+                if (loss := self.meta_of(step).get("loss")) is not None:
                     scored.append((loss, step))
         return min(scored, default=(0, None))[1]
 
@@ -158,7 +158,7 @@ class Checkpoints:
                 f" {', '.join(map(str, steps)) or 'none'}."
             )
         try:
-            meta = self._read_meta(step)
+            meta = self.meta_of(step)
             return self._read(step, like, meta), meta
         except Exception as error:  # of many types, whose messages name neither run nor remedy
             raise ConfigError(self._unreadable(step, steps, error)) from error
@@ -174,7 +174,8 @@ class Checkpoints:
             f" failed, run the same command again: nothing is lost. Otherwise {remedy}"
         )
 
-    def _read_meta(self, step: int) -> Meta:
+    def meta_of(self, step: int) -> Meta:
+        """What was saved with a checkpoint beside its state."""
         meta: Meta = json.loads((self.folder / str(step) / META).read_text(encoding="utf-8"))
         return meta
 

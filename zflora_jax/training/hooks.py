@@ -37,8 +37,8 @@ class RequireFinite(Hook):
                 f"{wrong[0]} is {metrics[wrong[0]]}" if wrong else "an adapter is NaN or infinite"
             )
             raise NonFiniteError(
-                f"{what} at step {step}; training stopped, the last checkpoint is from an earlier"
-                " step and intact. Try a lower learning rate, or float32 instead of bfloat16."
+                f"{what} at step {step}; training stopped, and nothing of this step is saved. Try a"
+                " lower learning rate, or float32 instead of bfloat16."
             )
 
 

@@ -150,7 +150,8 @@ def saved_steps(workdir: str | Path) -> list[int]:
 
 @contextlib.contextmanager
 def claimed(workdir: str | Path, run: RunConfig) -> Iterator[Callable[[], None]]:
-    """Locks `workdir` for `run` until the block ends, and writes its config.json there.
+    """Locks `workdir` for `run` until the block ends, and writes its config.json there, if no step
+    is saved yet: else `keep_settings` does, once the saved state has been read.
 
     Yields:
       The function of `lock.locked`.
@@ -165,13 +166,19 @@ def claimed(workdir: str | Path, run: RunConfig) -> Iterator[Callable[[], None]]
             workdir.mkdir(parents=True, exist_ok=True)
             held = stack.enter_context(locked(workdir))
             adopt(workdir, run)  # another process may have begun since this one looked
-            write_json(workdir / "config.json", to_dict(run))
+            if not saved_steps(workdir):
+                keep_settings(workdir, run)
         except OSError as error:
             raise ConfigError(
                 f"cannot write to workdir {workdir}: {error.strerror or error}. Choose a directory"
                 " that you may write to."
             ) from None
         yield held
+
+
+def keep_settings(workdir: Path, run: RunConfig) -> None:
+    """Writes config.json, the settings with which a run goes on."""
+    write_json(workdir / "config.json", to_dict(run))
 
 
 # --- starts.jsonl ---------------------------------------------------------------------------------
