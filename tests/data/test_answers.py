@@ -99,10 +99,12 @@ $5 | 5 dollars; The answer is $5.00.; **$5**; 5$ | $5.99; -$5; €5; 5%; $5 mill
 5x | 5X | 5; 5y; x; 5x+1; 5x^2
 3x+5 | 3x+5; The answer is 3x+5. | 3x-5; 3x; 3
 2x/5 | The answer is 2x/5. | 2x/3; 2
-2i | The answer is 2i. | 2i+1; 2
 5π | 5π | 5; 5 pi; 5√2
-5m | 5m; 5 m; The answer is 5 m. | 5; 6m
-5 m | 5m; 5; 5 m because | 5m + 2; 5 m^2
+5m | 5m; 5 m; It is 5m long; 5 | 6m; 5 km; 5m + 2; 5 m^2
+60 km/h | It is 60 km/h.; \boxed{60} km/h; 60 | 60 m/s; 60 km
+10 N | The force is 10 N.; 10; 10N | 10 n + 1
+7 | $7/h; 7 cm²; 7 e-mails; Total:7; The answer is 7 (D); 7 V; 7 - e.g. so | 7\pi; 7 \times 2; 2^7
+3x + 5 | \boxed{3x+5}; $3x + 5$ | 3x - 5; 2(3x + 5)
 3 | 3 km; 3-year; 3rd; 3(x) = 3 | 3a+b; The answer is 3 + 5.; 3(x); 3√2; 3 x; 3ab; x+3; 2:3; 2*3
 6 | <think>5?</think>6 | <think>It is 6, but wait
 C | C; (C) + 1 | C++; C#; The answer is C+.; <think>C?

@@ -144,7 +144,7 @@ def smollm() -> Model:
 @needs_smollm2
 def test_packaged_model(smollm: Model) -> None:
     assert smollm.config == preset("smollm2-135m") and smollm.source == "smollm2-135m"
-    assert trees.fingerprint(smollm.params).startswith("adcfb6817661")  # the next test's
+    assert trees.fingerprint(smollm.params).startswith("adcfb6817661")  # of the soak test
 
 
 @needs_smollm2

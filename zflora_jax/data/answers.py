@@ -42,6 +42,8 @@ def _folded(text: str) -> str:
 _LATEX = re.compile(
     r"\$(?=\S)([^$\n]*?\S)\$(?!\d)|\\(?:text|textbf|mathrm|mathbf)\{([^{}]*)\}|\\([%$#&_])|\\[()\[\]]"
 )
+_COMMANDS = {"times": "×", "cdot": "×", "div": "÷", "pi": "π", "sqrt": "√", "pm": "±", "le": "≤"}
+_COMMANDS |= {"leq": "≤", "ge": "≥", "geq": "≥", "ne": "≠", "neq": "≠", "lt": "<", "gt": ">"}
 _BOXED = re.compile(r"\\boxed\s*\{((?:[^{}]|\{[^{}]*\})*)\}")
 _TAGGED = re.compile(r"<answer>\s*(.*?)\s*(?:</answer>|\Z)", re.IGNORECASE | re.DOTALL)
 _HASHED = re.compile(r"^####[ \t]*(\S+)[ \t]*$", re.MULTILINE)
@@ -55,6 +57,9 @@ def _marked(text: str) -> str:
     \\boxed{...}, <answer>...</answer> and the line "#### ...".
     """
     text = _spelled(text).rpartition("</think>")[2].partition("<think>")[0].replace("{,}", ",")
+    text = re.sub(r"\^?\{?\\(?:circ|degree)(?![a-z])\}?", "°", text)
+    text = re.sub(r"\\([a-z]+)", lambda found: _COMMANDS.get(found[1], found[0]), text)
+    text = re.sub(r"\\(?:left|right)(?![a-z])|\\[,;:! ]", "", text)
     for _ in range(2):  # \text{} in $...$
         text = _LATEX.sub(lambda found: found[1] or found[2] or found[3] or " ", text)
     text = _BOXED.sub(r" answer: \1 ", text)
@@ -105,22 +110,21 @@ _DENIED = re.compile(
 
 def _words(text: str) -> str:
     """Returns a completion without marks around its words, and without what it denies: "not B"."""
-    text = _marked(text)
-    text = text.replace("*", "×") if text.count("*") == 1 else text  # no emphasis
-    return _DENIED.sub(" ", _AROUND.sub("", text))
+    return _DENIED.sub(" ", _AROUND.sub("", _marked(text)))
 
 
 # --- numbers --------------------------------------------------------------------------------------
 
 _THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
 _FRAC = re.compile(r"\\[dt]?frac\{(-?\d+)\}\{(\d+)\}")
-# 3/4, 1 1/2, else a plain number: in "5-3" the minus is no sign, in "solution1" there is no number.
+# 3/4, 1 1/2, else a plain number: in "5-3" the minus is no sign, in "solution1" and "cm^2" there is
+# no number.
 _VALUE = re.compile(
     r"(?<![\w./])(-?)(?:(\d{1,15}) +)?(\d{1,15})/(\d{0,14}[1-9]\d{0,14})(?![\w/]|\.\d)"
-    r"|((?<![\w.])-?(?:\d+(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d+)?)",
+    r"|((?<![\w.^])(?<!\^-)-?(?:\d+(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d+)?)",
     re.ASCII,
 )
-_CLAUSE_END = re.compile(r"[.;,:!?](?=\s|$)|\((?!.{1,2}\))|\b(?:because|since)\b")
+_CLAUSE_END = re.compile(r"[.;,:!?](?=\s|$)|\(|\b(?:because|since)\b")
 _OPERATION = re.compile(r"\d.*[-+*/×÷^x].*\d")
 _ASIDE = re.compile(r"\b(?:with|where|when|if|as|given)\b")  # "4 with 3 + 1 = 4" states 4
 
@@ -134,22 +138,24 @@ _NO_UNITS = frozenset(
     " that is are was were but if when as so from by than there then the a he she they it".split()
 )
 _POWERS = {"per", "squared", "cubed"}
-# Short words that are units right behind a number. Others belong to it: 5x, 3ab, 10k, 1980s.
-_SHORT = frozenset(
-    "m g l h c f v w j km cm mm kg mg lb lbs oz ft in yd mi mph hr hrs min sec ms gb mb kb tb hz kw"
-    " st nd rd th am pm".split()
+# Letters right behind a number that belong to it: 5x, 3ab, 10k, 1980s; not 5m and 5kg.
+_LETTERS = re.compile(r"(?:[abdeikn-ux-zBKMXYZ]|[abnxyz]{2,3})(?![^\W\d_])")
+_OPERATOR = re.compile(r" ?[-+*/×÷^=<>({\\]")
+# What follows a number that is a part of an expression: 5:30, (5, 6), 5π, 5 > x, 5 - 3, 5 ln 2.
+_BEHIND = re.compile(
+    r"[:,–]\d|, ?-?[\d.]+\)| ?[<>≤≥≠×÷π√θ^±\\]|\}\{|! ?[-+*/×÷]| ?(?:pi|sqrt|ln|log|sin|cos|tan)\b"
+    r"| ?[-+*/] ?(?:[\d(√π]|[beknp-uxyz](?![\w'’-]|\.\w))| [beknp-ruxyz](?![\w'’-]|\.\w)"
+    r"| ?[+*] ?[^\W\d_](?![\w'’-])"
 )
-_LETTERS = re.compile(r"[a-z]{1,3}(?![^\W\d_])")
-# What makes a number, with or without a unit, a part of another: 5:30, 5,6, 5π, 5(x), 5m + 2, 5-x;
-# > 5, 2:5, 3 + 5, x*5.
-_MORE = re.compile(
-    r"[:,–]\d|[π√θ]|(?:pi|sqrt)\b|\(.{1,2}\)| ?[bdeknpqruxyz](?![^\W\d_]|['’.][^\W_])"
-    r"|[^\W\d_]*[%!°]? *[-–+*/×÷^] ?(?:\d|[^\W\d_](?! ?[^\W\d_])|[(π√])"
+_BEHIND_UNIT = re.compile(
+    r"(?:[^\W\d_]+|%)(?:[-/]| ?[+*×÷^] ?)(?:[\d(√π]|[^\W\d_](?![^\W\d_]))"  # 5m + 2, 5%*x
 )
-_BOUND = re.compile(
-    r"(?:[<≤≥≠√^]|[<>!]=|(?:^|\s)>)\s?$|\w[:,–]$"
-    r"|(?:\d|\)|(?<![^\W\d_])[^\W\d_])[%!]? ?[-+*/×÷] ?$"
+# What stands before one: > 5, 2:5, 3 + 5, x*5, sin 5, \frac{x}{5}.
+_BEFORE = re.compile(
+    r"(?:[<≤≥≠√^±]|[<>!]=|(?:^|\s)>)[\s({]?$|\d[:,–]$|[\d)] ?- ?$|(?<![^\W\d_])[^\W\d_]-$|\}\{$"
+    r"|\w%?[+*×÷]$|(?:[\d)]|(?<![^\W\d_])[^\W\d_])[%!]? ?[+*/×÷] ?$|\b(?:ln|log|sin|cos|tan)[ ({]?$"
 )
+_PART = ("-",)  # the unit of a number that is a part of an expression: none is equal to it
 # In "12 apples minus 4" it is no sign.
 _SIGN = r"(^\W*|[.:=(]\s*|\b(?:is|are|was|be|to|by|of)\s+)(?:minus|negative) (?=[$€£¥₹]?\.?\d)"
 _MINUS = re.compile(_SIGN, re.IGNORECASE)
@@ -177,7 +183,7 @@ def _plain(text: str) -> str:
 def _quantities(text: str) -> list[Quantity]:
     text = _plain(text)
     return [
-        Quantity(_value(m), *_unit(text[: m.start()][-5:], text[m.end() :][:80]))
+        Quantity(_value(m), *_unit(text[: m.start()][-8:], text[m.end() :][:80]))
         for m in _VALUE.finditer(text)
     ]
 
@@ -196,35 +202,34 @@ def _value(match: re.Match[str]) -> str:
 
 def _unit(before: str, after: str) -> tuple[int, tuple[str, ...]]:
     """Returns the scale and the unit of a number between two texts."""
+    if _BEHIND.match(after) or _BEFORE.search(before):
+        return 0, _PART
+    symbol = _ALIASES.get(before.rstrip()[-1:], "")
+    letters = _LETTERS.match(after) or (symbol and re.match(r"(?:m|bn)\b", after))
+    if letters:
+        alone = not _OPERATOR.match(after[letters.end() :])
+        return 0, (f"-{letters.group().casefold()}",) if alone else _PART
     after = after.casefold().replace("°", " degree ")
-    letters = _LETTERS.match(after)
-    if letters and letters.group() not in _SHORT:
-        return 0, (f"-{letters.group()}",)
-    if bound := _BOUND.search(before):
-        return 0, (f"-{bound.group().strip()}",)
-    more = _MORE.match(after)
-    given = _CLAUSE_END.split(after, maxsplit=1)[0].split()
+    given = _CLAUSE_END.split(after.partition("\n")[0], maxsplit=1)[0].split()
     found = list[str]()
     for i, word in enumerate(given):
-        more = more or _MORE.match(" ".join(given[i:]))
         linked = word in _NO_UNITS or (word == "in" and i + 1 < len(given))  # "in" ends: inches
-        if more or linked or not _UNIT.fullmatch(word):
+        if linked or not _UNIT.fullmatch(word):
+            if _BEHIND_UNIT.match(" ".join(given[i:])):
+                return 0, _PART
             break
         found.append(_ALIASES.get(word.rstrip("."), word.rstrip(".")))
-    if more:
-        return 0, (f"-{more.group()}",)
     scale = _SCALES.get(found[0], 0) if found else 0
     found = found[1:] if scale else found
-    symbol = _ALIASES.get(before.rstrip()[-1:], "")
     if symbol and symbol not in [x.removesuffix("s") for x in found[:1]]:
         found = [symbol, *found]
     return scale, tuple(found)
 
 
 def _same_unit(given: Sequence[str], wanted: Sequence[str]) -> bool:
-    """Returns whether two units are equal, as far as both are given."""
+    """Returns whether two units are equal, as far as both are given; letters must be."""
     if any(unit[0].startswith("-") for unit in (given, wanted) if unit):
-        return False
+        return given == wanted != _PART
     if not given or not wanted:
         return True
     more = given[len(wanted) : len(wanted) + 1]
@@ -240,7 +245,7 @@ def _same_word(a: str, b: str) -> bool:
 
 def _quantity(text: str) -> Quantity:
     """Returns the number of a worked solution as `parse_number` does."""
-    text = _words(text)
+    text = re.sub(r"(?<=\d)\((?=[^()]*\b[a-z]\b)", "×(", _words(text))  # 2(x + 1)
     statement, *rest = _places(text)
     found = _stated_number(statement) if rest else None
     return found or next(reversed(_quantities(text)), _NONE)
@@ -307,12 +312,12 @@ def parse_word(text: str, words: Sequence[str]) -> str:
 # The only group that matches holds the letter. Where the letter may be a word, only capitals count,
 # and "A" only before a mark or an end: else it is the article.
 _FIRST = re.compile(
-    r"[\W_]*(?i:(?:option|choice|answer)\b[\W_]*)?(?:([A-E])(?![\w'’+#×-])|\(([a-e])\)|([a-e])(?=\)|[\W_]*$))"
+    r"[\W_]*(?i:(?:option|choice|answer)\b[\W_]*)?(?:([A-E])(?![\w'’+#-])|\(([a-e])\)|([a-e])(?=\)|[\W_]*$))"
 )
-_NAMED = re.compile(r"(?i:\b(?:option|choice|answer)\s*(?:is\s*)?:?\s*)[(*]*([A-E])(?![\w'’+#×-])")
-_OPTION = re.compile(r"(?i:\boption\s+)([A-Ea-e])(?![\w'’+#×-])")
+_NAMED = re.compile(r"(?i:\b(?:option|choice|answer)\s*(?:is\s*)?:?\s*)[(*]*([A-E])(?![\w'’+#-])")
+_OPTION = re.compile(r"(?i:\boption\s+)([A-Ea-e])(?![\w'’+#-])")
 _IN_PARENTHESES = re.compile(r"\(([A-Ea-e])\)")
-_SINGLE = re.compile(r"(?<![\w'’-])([B-E](?![\w'’+#×-])|A(?=\s*(?:$|[.,;:)\]!?*\n])))")
+_SINGLE = re.compile(r"(?<![\w'’-])([B-E](?![\w'’+#-])|A(?=\s*(?:$|[.,;:)\]!?*\n])))")
 
 
 def parse_letter(text: str) -> str:
@@ -320,7 +325,9 @@ def parse_letter(text: str) -> str:
     ("option B"), else in parentheses, else a single letter. Of several, the first of a statement
     and the last of a text count.
     """
-    text = _words(text)
+    text = _words(
+        re.sub(r"(?<!\*)(?<=\b[A-E])\*(?!\*)", "#", text) if text.count("*") == 1 else text
+    )
     for place in _places(text)[:-1]:
         found = _FIRST.match(place)
         for pattern in (_IN_PARENTHESES, _OPTION, _SINGLE):
@@ -409,16 +416,15 @@ def _score_any(text: str, answer: str) -> bool:
         return parse_word(text, words) == wanted
     if not {_joined(wanted), _joined(wanted.rstrip("."))}.isdisjoint(_stated_texts(text)):
         return True
-    return _same_quantity(_quantity(text), _as_quantity(wanted))
+    return _same_quantity(_quantity(text), _as_quantity(_spelled(stated)))
 
 
 def _stated_texts(text: str) -> set[str]:
     """Returns what a completion may state as its answer: all of it, all or the line after "answer
     is", or else its first line; whole, up to the end of the sentence, or up to a comment.
     """
-    text = _marked(text)
+    found, text = {_folded(text)}, _marked(text)
     statement, *rest = _places(text)
-    found = set[str]()
     for part in (text, *rest[:1], statement if rest else text.strip().partition("\n")[0]):
         part = part.strip()
         for cut in (part, *(x.split(part, 1)[0] for x in (_SENTENCE_END, _COMMENT))):
@@ -429,8 +435,8 @@ def _stated_texts(text: str) -> set[str]:
 
 
 def _joined(text: str) -> str:
-    """Returns a text without the space between a number and a letter: 5 m is 5m."""
-    return re.sub(r"(?<=\d) (?=[^\W\d_](?![^\W\d_]))", "", text)
+    """Returns a text without spaces around operators: 3x + 5 is 3x+5."""
+    return re.sub(r" ?([-+*/^=<>×÷≤≥]) ?", r"\1", text)
 
 
 def _as_quantity(answer: str) -> Quantity:
@@ -438,8 +444,7 @@ def _as_quantity(answer: str) -> Quantity:
     before, *rest = _VALUE.split(_plain(answer.rstrip(".")), maxsplit=1)
     words = "".join(rest[-1:]).split()
     unit = len(words) <= 4 and _NO_UNITS.isdisjoint(words) and all(map(_UNIT.fullmatch, words))
-    apart = not re.search(r"\d[a-z](?![^\W\d_])", answer)  # 5m may be five million
-    alone = unit and apart and before.strip() in ("", "+", *_ALIASES)
+    alone = unit and before.strip() in ("", "+", *_ALIASES)
     return next(iter(_quantities(answer)), _NONE) if alone else _NONE
 
 
