@@ -18,6 +18,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -194,11 +195,11 @@ def measure(
         "new_tokens": args.new_tokens,
         "repeats": args.repeats,
     }
-    ours = here(f"{folder}/base", batch, args.prompt, args.new_tokens)
+    ours = cache(lambda: here(f"{folder}/base", batch, args.prompt, args.new_tokens))
     rounds: dict[str, list[dict[str, float]]] = {}
     for label in turns([*jobs, OURS], args.rounds):
         found = (
-            times(ours, args.new_tokens, args.repeats)
+            times(ours(), args.new_tokens, args.repeats)
             if label == OURS
             else in_vllm(args.vllm_python, jobs[label] | case)
         )

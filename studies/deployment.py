@@ -83,6 +83,9 @@ def in_eight_bits(trained: Trained) -> Deployed:
     return Deployed(model, nbytes(trained.base.params) + _size(trained.adapters) * 17 // 16)
 
 
+BESIDE = (unmerged, in_eight_bits)  # their products are kernels of their own in every token
+
+
 def in_bfloat16(trained: Trained) -> Deployed:
     """The adapter added to the base, and the sum stored in bfloat16."""
     codes = _codes(trained.base)

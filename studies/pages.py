@@ -19,7 +19,7 @@ import pandas as pd
 from scipy.stats import binomtest
 
 import zflora_jax as zf
-from studies.deployment import unmerged
+from studies.deployment import BESIDE
 from studies.plots import forest, scores_and_bytes
 from studies.records import RECORDS, read_lines
 from studies.statistics import Difference, seed_difference, verdict
@@ -175,6 +175,8 @@ def cut_answers(table: Table) -> str:
 def deployment_blocks(table: Table) -> list[str]:
     """A row per deployment, and one per method that was trained for them."""
     study, rows, trained = table.study, list[dict[str, Any]](), dict[str, dict[str, Any]]()
+    if BASE not in table.runs:
+        return []
     before = table.results(BASE)["test_loss"].mean()
     for label in (BASE, *table.labels):
         found, gap = table.results(label).mean(), table.differences.get(label)
@@ -182,7 +184,7 @@ def deployment_blocks(table: Table) -> list[str]:
         row = {"deployment": label, "MB": f"{found['nbytes'] / 1e6:.1f}"}
         row[study.measure] = f"{mean:.1f}{deviation(std)}"
         row[f"minus {study.reference}"] = str(headline(gap)) if gap else None
-        row["verdict"] = said(table, label, headline(gap)) or None if gap else None
+        row["verdict"] = (said(table, label, headline(gap)) if gap else "") or None
         row |= {f"loss {at}": value(found[f"{at}_loss"], ".4f") for at in ("trained", "test")}
         kept = 100 * (before - found["test_loss"]) / (before - found["trained_loss"])
         row |= {"gain kept, %": value(kept, ".1f"), "KL": value(found["kl"], ".2g")}
@@ -205,7 +207,7 @@ def deployed_points(table: Table) -> dict[str, tuple[float, float, bool]]:
     points = {}
     for label in (BASE, *table.labels):
         size = table.results(label)["nbytes"].mean() / 1e6
-        beside = label != BASE and table.study.deployments[label][1] is unmerged
+        beside = label != BASE and table.study.deployments[label][1] in BESIDE
         points[label] = size, table.headline(label)[0], beside
     return points
 
@@ -343,8 +345,8 @@ def pages(chosen: Iterable[Study], records: Path, picture: Path | None) -> dict[
         by_page.setdefault(table.study.page or table.study.name, []).append(table)
     found = {name: study_page(name, of) for name, of in by_page.items()}
     for name, of in by_page.items():
-        if picture and (deployed := [table for table in of if table.study.deployments]):
-            points = {table.study.title: deployed_points(table) for table in deployed}
+        if picture and (deployed := [t for t in of if t.study.deployments and BASE in t.runs]):
+            points = {table.study.name: deployed_points(table) for table in deployed}
             scores_and_bytes(points, picture / f"{name}.png", deployed[0].study.measure)
     over = [table for table in tables if table.study.name.startswith(f"{OVERVIEW}_")]
     if text := overview(over, picture and picture / f"{OVERVIEW}.png"):

@@ -70,6 +70,6 @@ def scores_and_bytes(
         axes.grid(alpha=0.3)
         axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
         axes.spines[["top", "right"]].set_visible(False)
-    figure.supxlabel("hollow: more kernels a token than the base's", fontsize=8)
+    figure.supxlabel("hollow: runs more kernels per token than the base", fontsize=8)
     out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(out, dpi=150)

@@ -108,7 +108,7 @@ def test_other_data_is_refused(run, tmp_path, capsys):
     assert (tmp_path / "run" / "config.json").read_bytes() == before
     assert main([*given, "--out", str(tmp_path / "out")]) == 0  # its rows may have been trained on
     said = " ".join(capsys.readouterr().out.split())
-    assert "training_data_changed │ True" in said and "the rows of now, and may have been" in said
+    assert "training_data_changed │ True" in said and "the present rows, so one that counts" in said
 
 
 def test_non_finite_loss_stops_with_the_step_named_and_the_checkpoint_intact(

@@ -13,8 +13,8 @@ from zflora_jax.data.task import listed_options
 from zflora_jax.data.tasks import Example
 
 CHANGED = (
-    "the training rows are not those that the run was trained on: test questions were looked up in"
-    " the rows of now, and may have been trained on all the same"
+    "the run's own rows have changed since training: questions were compared with the present rows,"
+    " so one that counts as clean may have been trained on"
 )
 # White space and marks, but not in numbers, and not operators: "7 - 3" and "7 + 3" are two.
 _MARKS = re.compile(r"(?:[\s?!;:'\"]|[.,](?![0-9]))+")

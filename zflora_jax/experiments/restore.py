@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 from pathlib import Path
@@ -12,7 +13,7 @@ from zflora_jax.adapters.fuse import fuse
 from zflora_jax.adapters.init import split_base
 from zflora_jax.adapters.packing import split_layers
 from zflora_jax.core.adapter_config import METHODS, AdapterConfig
-from zflora_jax.core.fields import require
+from zflora_jax.core.fields import ConfigError, require
 from zflora_jax.core.model import Model, fingerprint
 from zflora_jax.core.run_config import RunConfig
 from zflora_jax.core.trees import Tree
@@ -66,15 +67,21 @@ def load_run(
 
 
 def own_rows_changed(workdir: str | Path, run: RunConfig, model: Model) -> bool:
-    """Returns whether the user's own rows are no longer those that a run was trained on. The files
-    of the tasks that come with this project count as unchanged.
+    """Returns whether the training rows are no longer those of a run. Where the user's own are not
+    among them, they count as unchanged, and nothing is read.
     """
     if not has_own_rows(parse_mixture(run.data.task)[0]):
         return False
+    log.info("tokenising the training rows, to see whether they have changed")
+    try:
+        _, now = sequences(load_mixture(run.data, "train"), run, model)
+    except ConfigError:  # not one of them can be trained on now
+        return True
     with Checkpoints(workdir, create=False) as checkpoints:
-        saved = checkpoints.meta_of(saved_steps(workdir)[-1])
-    _, now = sequences(load_mixture(run.data, "train"), run, model)
-    return now.fingerprint() != saved["data_fingerprint"]
+        for step in reversed(saved_steps(workdir)):
+            with contextlib.suppress(FileNotFoundError):  # removed meanwhile, as the run goes on
+                return now.fingerprint() != checkpoints.meta_of(step)["data_fingerprint"]
+    return False
 
 
 def _number(workdir: str | Path, checkpoints: Checkpoints, step: int | str | None) -> int | None:

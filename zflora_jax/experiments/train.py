@@ -93,7 +93,7 @@ def train(
     with ExitStack() as stack:
         signals, checkpoints, held = _open(stack, setup, workdir, changed)
         state, spent = _first_state(setup, checkpoints, workdir)
-        distributed.on_main(lambda: keep_settings(workdir, run))
+        distributed.on_main(lambda: keep_settings(workdir, run, held))
         if (first := int(state.step)) >= run.steps:
             log.info("%s is finished (%d steps): nothing to train", workdir, run.steps)
             report = finished_report(setup, workdir, spent, env, state.adapters)

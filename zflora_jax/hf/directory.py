@@ -15,6 +15,7 @@ import itertools
 import json
 import logging
 import os
+import re
 import shutil
 import tempfile
 import time
@@ -39,6 +40,7 @@ log = logging.getLogger(__name__)
 
 MARKER = ".zflora-upload.json"
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_TOLD_FULL = re.compile(rf"^\d+ requested and \d+ written|os error ({'|'.join(map(str, _FULL))})\b")
 KEPT = 24 * 3600.0  # seconds that an older copy stays, which another process may be reading
 # The files that loading a model reads.
 MODEL_FILES = (
@@ -161,13 +163,14 @@ def folder_beside(target: Path) -> Iterator[Path]:
         ) from error
     try:
         yield Path(folder)
-    except OSError as error:
-        # numpy's own message, "96 requested and 64 written", has no number.
-        if error.errno not in _FULL and "requested and" not in str(error):
+    except Exception as error:
+        # Of numpy, "96 requested and 64 written", and safetensors, "... (os error 28)".
+        if getattr(error, "errno", None) not in _FULL and not _TOLD_FULL.search(str(error)):
             raise
         raise CheckpointError(
-            f"{target} could not be written, and nothing of it is left: {error.strerror or error}."
-            " Free space on that disk, or choose another path, and run the same command again."
+            f"{target} could not be written: {error}. Nothing new is there, and what was there"
+            " before is untouched. Free space on that disk, or choose another path, and run the"
+            " same command again."
         ) from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)

@@ -176,8 +176,9 @@ def claimed(workdir: str | Path, run: RunConfig) -> Iterator[Callable[[], None]]
         yield held
 
 
-def keep_settings(workdir: Path, run: RunConfig) -> None:
-    """Writes config.json, the settings with which a run goes on."""
+def keep_settings(workdir: Path, run: RunConfig, held: Callable[[], None] = lambda: None) -> None:
+    """Writes config.json, the settings with which a run goes on. held: as `claimed` yields it."""
+    held()
     write_json(workdir / "config.json", to_dict(run))
 
 
