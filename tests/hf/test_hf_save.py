@@ -210,7 +210,7 @@ def test_a_failed_replacement_keeps_the_old_export(
 
     place = "zflora_jax.hf.save.write_tensors" if moment == "write" else "os.rename"
     monkeypatch.setattr(place, failing)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(CheckpointError, match="No space left"):
         save_hf(out, bases["llama3"])
     assert {p.name: p.read_bytes() for p in out.iterdir() if p.is_file()} == before
     assert names(tmp_path) == {"out"}

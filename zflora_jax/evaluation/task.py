@@ -308,14 +308,8 @@ def evaluate_tasks(
     if any(given.changed for given in trained_on or ()):
         log.warning(CHANGED)
         results = [result | {"training_data_changed": True} for result in results]
-    summary = {
-        "label": label,
-        "tasks": results,
-        "groups": _groups(run.eval, records),
-        "origin": origin,
-        "config": to_dict(run),
-        "environment": env,
-    }
+    summary = {"label": label, "tasks": results, "groups": _groups(run.eval, records)}
+    summary |= {"origin": origin, "config": to_dict(run), "environment": env}
     if distributed.is_main():
         write_result(path, summary, summary_page(summary))
     for file in files.values():

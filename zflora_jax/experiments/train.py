@@ -92,8 +92,7 @@ def train(
     run = setup.run
     with ExitStack() as stack:
         signals, checkpoints, held = _open(stack, setup, workdir, changed)
-        state, spent = _first_state(setup, checkpoints, workdir)
-        distributed.on_main(lambda: keep_settings(workdir, run, held))
+        state, spent = _first_state(setup, checkpoints, workdir, held)
         if (first := int(state.step)) >= run.steps:
             log.info("%s is finished (%d steps): nothing to train", workdir, run.steps)
             report = finished_report(setup, workdir, spent, env, state.adapters)
@@ -186,8 +185,12 @@ def _open_logs(
     return distributed.on_main(lambda: stack.enter_context(MetricWriter(*made)))
 
 
-def _first_state(setup: Setup, checkpoints: Checkpoints, workdir: Path) -> tuple[TrainState, float]:
-    """The newest saved state, or a fresh one, and the seconds that earlier processes trained."""
+def _first_state(
+    setup: Setup, checkpoints: Checkpoints, workdir: Path, held: Callable[[], None]
+) -> tuple[TrainState, float]:
+    """The newest saved state, or a fresh one, and the seconds that earlier processes trained. With
+    a state that fits, the run's settings become those of `workdir`.
+    """
     # Of process 0: a network file system can show another host an older list of them.
     newest = distributed.from_process_0(checkpoints.latest)
     if newest is None:
@@ -195,6 +198,7 @@ def _first_state(setup: Setup, checkpoints: Checkpoints, workdir: Path) -> tuple
     state, saved = checkpoints.restore(setup.state_like, newest)
     for name in ("base", "data"):
         require_same(saved, name, setup.fingerprints[f"{name}_fingerprint"], workdir)
+    distributed.on_main(lambda: keep_settings(workdir, setup.run, held))
     if (step := int(state.step)) < setup.run.steps:
         log.info("%s resumes from step %d of %d", workdir, step, setup.run.steps)
     return state, saved["seconds"]
