@@ -31,8 +31,8 @@ def four(model_dir: Path) -> RunConfig:
 
 
 def uses(workdir: Path, out: Path, kernels: str = "none") -> list[list[str]]:
-    """What is done with a trained run: its loss and answers, prompts, an export; of a base of codes
-    also the answers of its export, and one that keeps the codes.
+    """The commands that use a trained run. With quantised kernels they also generate from the
+    export, and export the codes themselves.
     """
     (out / "prompts.txt").write_text(PROMPTS)
     run, mesh = ["--workdir", str(workdir)], ["--set", "mesh.fsdp=2", "mesh.tensor=2"]

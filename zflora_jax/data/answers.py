@@ -141,7 +141,7 @@ _POWERS = {"per", "squared", "cubed"}
 # Letters right behind a number that belong to it: 5x, 3ab, 10k, 1980s; not 5m and 5kg.
 _LETTERS = re.compile(r"(?:[abdeikn-ux-zBKMXYZ]|[abnxyz]{2,3})(?![^\W\d_])")
 _OPERATOR = re.compile(r" ?[-+*/×÷^=<>({\\]")
-# What follows a number that is a part of an expression: 5:30, (5, 6), 5π, 5 > x, 5 - 3, 5 ln 2.
+# Text after a number that makes it part of an expression, such as 5:30, 5π and 5 - 3.
 _BEHIND = re.compile(
     r"[:,–]\d|, ?-?[\d.]+\)| ?[<>≤≥≠×÷π√θ^±\\]|\}\{|! ?[-+*/×÷]| ?(?:pi|sqrt|ln|log|sin|cos|tan)\b"
     r"| ?[-+*/] ?(?:[\d(√π]|[beknp-uxyz](?![\w'’-]|\.\w))| [beknp-ruxyz](?![\w'’-]|\.\w)"
@@ -150,7 +150,7 @@ _BEHIND = re.compile(
 _BEHIND_UNIT = re.compile(
     r"(?:[^\W\d_]+|%)(?:[-/]| ?[+*×÷^] ?)(?:[\d(√π]|[^\W\d_](?![^\W\d_]))"  # 5m + 2, 5%*x
 )
-# What stands before one: > 5, 2:5, 3 + 5, x*5, sin 5, \frac{x}{5}.
+# Text before a number that does the same, such as > 5, x*5 and sin 5.
 _BEFORE = re.compile(
     r"(?:[<≤≥≠√^±]|[<>!]=|(?:^|\s)>)[\s({]?$|\d[:,–]$|[\d)] ?- ?$|(?<![^\W\d_])[^\W\d_]-$|\}\{$"
     r"|\w%?[+*×÷]$|(?:[\d)]|(?<![^\W\d_])[^\W\d_])[%!]? ?[+*/×÷] ?$|\b(?:ln|log|sin|cos|tan)[ ({]?$"

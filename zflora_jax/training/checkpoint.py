@@ -175,7 +175,7 @@ class Checkpoints:
         )
 
     def meta_of(self, step: int) -> Meta:
-        """What was saved with a checkpoint beside its state."""
+        """Returns the JSON values that `save` stored with the state of a step."""
         meta: Meta = json.loads((self.folder / str(step) / META).read_text(encoding="utf-8"))
         return meta
 
