@@ -86,7 +86,8 @@ def wanted(table: Table) -> Iterator[Run]:
         runs += study.rate_runs(label).values()
         if label in table.choices and len(table.tried[label]) == len(study.learning_rates):
             runs += study.seed_runs(label, table.choices[label].rate).values()
-    runs += [run for of in table.deployed.values() for run in of.values()]
+        deployed = [of for name, of in table.deployed.items() if study.deployments[name][0] == label]
+        runs += [run for of in deployed for run in of.values()]
     for run in runs:
         if run.name not in table.runs or not serves(table.runs[run.name], study, run):
             yield run

@@ -6,9 +6,9 @@ Question, contenders and margin, fixed before the first run. Question: on the 4-
 that people download (Q4_1), which way of deploying an adapter keeps what training gained, and for
 how many bytes? Every method trains next to the codes, at LoRA r=16's number of trainable parameters
 (4.88M; scales 3.32M, scales and minima 6.64M, which the file decides), at the best of three rates
-on validation. A deployment keeps an adapter if the 95% interval of its score less unmerged LoRA's
-lies above -3 points. Reported beside: the loss and the score that training had, the divergence
-from it, the size of the update in steps of the quantiser, and bytes.
+by the validation loss of 80 steps. A deployment keeps an adapter if the 95% interval of its score
+less unmerged LoRA's lies above -3 points. Reported beside: the loss and the score that training
+had, the divergence from it, the size of the update in steps of the quantiser, and bytes.
 """
 
 from dataclasses import replace
@@ -60,8 +60,9 @@ def get_studies() -> list[Study]:
             methods=methods,
             learning_rates=RATES,
             seeds=(0, 1, 2),
+            pick_steps=80,
             tasks=("arithmetic_steps",),
-            scoring=GENERATED,
+            scoring=replace(GENERATED, limit=500),
             reference="LoRA, unmerged",
             margin=3.0,
             deployments=DEPLOYMENTS,

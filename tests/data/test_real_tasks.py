@@ -35,11 +35,11 @@ ROWS = {
 
 
 # Rows whose own output comes to another answer than their `answer`: mistakes of published files,
-# whose outputs were generated. Four, in gsm8k as in math_data, are right but read otherwise:
-# "$118 000.", "$9 500.", "6 pieces, or 6 * 2.5 = 15 ounces." (15) and "5 arms and 3 legs, or 8
-# limbs in total." (8).
+# whose outputs were generated ("18 + x hours." for 18). Four, in gsm8k as in math_data, are right
+# but read otherwise: "$118 000.", "$9 500.", "6 pieces, or 6 * 2.5 = 15 ounces." (15) and "5 arms
+# and 3 legs, or 8 limbs in total." (8).
 WRONG_OUTPUTS = {"addsub": 25, "aqua": 131, "multiarith": 40, "singleeq": 24, "svamp": 196}
-WRONG_OUTPUTS |= {"math_data": 759}
+WRONG_OUTPUTS |= {"math_data": 760}
 
 
 @functools.cache
