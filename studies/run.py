@@ -86,8 +86,8 @@ def wanted(table: Table) -> Iterator[Run]:
         runs += study.rate_runs(label).values()
         if label in table.choices and len(table.tried[label]) == len(study.learning_rates):
             runs += study.seed_runs(label, table.choices[label].rate).values()
-        deployed = [of for name, of in table.deployed.items() if study.deployments[name][0] == label]
-        runs += [run for of in deployed for run in of.values()]
+        for name, deployed in table.deployed.items():
+            runs += deployed.values() if study.deployments[name][0] == label else ()
     for run in runs:
         if run.name not in table.runs or not serves(table.runs[run.name], study, run):
             yield run
