@@ -89,8 +89,8 @@ $5 | 5 dollars; The answer is $5.00.; **$5**; 5$ | $5.99; -$5; €5; 5%; $5 mill
 30° | 30 degrees; The answer is 30 degrees.; 30; 30 ° | 30%; 30 radians; -30°
 5¢ | 5 cents; The answer is 5¢. | $5; 5%
 1 million | 1,000,000; 1 million dollars | 1; 1 billion
-5 | 5.0; 5 apples; The answer is 5!; +5; \frac{10}{2}; $5$ | 5x; 5 million; -5; 52; 5²; 5,6; 5k
-5 | 5 | minus 5; negative 5; >=5; <5; != 5; √5; 2^5
+5 | 5.0; 5 apples; The answer is 5!; +5; \frac{10}{2}; $5$; 5 🎉; => 5... | 5x; -5; 52; 5²; 5,6; 5k
+5 | 5; $ 5; (5) | minus 5; negative 5; >=5; <5; != 5; √5; 2^5; 5 million; 5log3; 5@3; 5 - 3 red
 -5 | minus 5; It fell to minus 5.; The answer is negative 5 | 10 minus 5
 0.001 | 1e-3; 1/1000 | 0.002; 0; 0.0015
 9007199254740993 | 9007199254740993 | 9007199254740992

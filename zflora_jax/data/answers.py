@@ -128,7 +128,7 @@ _CLAUSE_END = re.compile(r"[.;,:!?](?=\s|$)|\(|\b(?:because|since)\b")
 _OPERATION = re.compile(r"\d.*[-+*/×÷^x].*\d")
 _ASIDE = re.compile(r"\b(?:with|where|when|if|as|given)\b")  # "4 with 3 + 1 = 4" states 4
 
-# A symbol, or words: m^2, km/h, year-old, a.m.
+# A symbol, or words: m^2, km/h, year-old, a.m. Right behind the number also "/h" and "-year".
 _UNIT = re.compile(r"[%°¢$€£¥₹]|°?[^\W\d_]+(?:-[^\W\d_]{2,}|[./·][^\W\d_]+|\^-?\d|['’][^\W_]+)*\.?")
 _ALIASES = {"$": "dollar", "€": "euro", "£": "pound", "¥": "yen", "₹": "rupee", "%": "percent"}
 _ALIASES |= {"¢": "cent", "celsius": "c", "fahrenheit": "f", "feet": "foot", "people": "person"}
@@ -138,23 +138,19 @@ _NO_UNITS = frozenset(
     " that is are was were but if when as so from by than there then the a he she they it".split()
 )
 _POWERS = {"per", "squared", "cubed"}
-# Letters right behind a number that belong to it: 5x, 3ab, 10k, 1980s; not 5m and 5kg.
-_LETTERS = re.compile(r"(?:[abdeikn-ux-zBKMXYZ]|[abnxyz]{2,3})(?![^\W\d_])")
-_OPERATOR = re.compile(r" ?[-+*/×÷^=<>({\\]")
-# Text after a number that makes it part of an expression, such as 5:30, 5π and 5 - 3.
-_BEHIND = re.compile(
-    r"[:,–]\d|, ?-?[\d.]+\)| ?[<>≤≥≠×÷π√θ^±\\]|\}\{|! ?[-+*/×÷]| ?(?:pi|sqrt|ln|log|sin|cos|tan)\b"
-    r"| ?[-+*/] ?(?:[\d(√π]|[beknp-uxyz](?![\w'’-]|\.\w))| [beknp-ruxyz](?![\w'’-]|\.\w)"
-    r"| ?[+*] ?[^\W\d_](?![\w'’-])"
+# What is no unit but a factor: 5x, 3ab, 10k, 5 n, 5 pi; not 5m, 5kg and 5 a day.
+_FACTOR = re.compile(
+    r"(?:[abdeikn-ux-zBKMXYZ]|[abnxyz]{2,3}| ?[beknp-ruxyzπθ])(?![\w'’-])"
+    r"| ?(?:pi|sqrt|ln|log|sin|cos|tan)(?![^\W\d_])"
 )
-_BEHIND_UNIT = re.compile(
-    r"(?:[^\W\d_]+|%)(?:[-/]| ?[+*×÷^] ?)(?:[\d(√π]|[^\W\d_](?![^\W\d_]))"  # 5m + 2, 5%*x
+_CLOSED = ".,;:!?)]}\"'”’%"  # ends of what may stand before a number and a space
+# What else it may follow: "=" and not "<=", "#", "Total:", "covid-", "costs -", and a sign alone.
+_AHEAD = re.compile(
+    r"(?<![<>!≤≥])=$|[#~≈→%]$|[=-]>$|[^\W\d_]{2}(?:[-:]|\s[-–])$|(?:^|[=:])\s*[-+]$"
 )
-# Text before a number that does the same, such as > 5, x*5 and sin 5.
-_BEFORE = re.compile(
-    r"(?:[<≤≥≠√^±]|[<>!]=|(?:^|\s)>)[\s({]?$|\d[:,–]$|[\d)] ?- ?$|(?<![^\W\d_])[^\W\d_]-$|\}\{$"
-    r"|\w%?[+*×÷]$|(?:[\d)]|(?<![^\W\d_])[^\W\d_])[%!]? ?[+*/×÷] ?$|\b(?:ln|log|sin|cos|tan)[ ({]?$"
-)
+_FUNCTION = re.compile(r"\b(?:ln|log|sin|cos|tan)$")
+# What may follow a number and its unit: more words, also behind a dash, and "= x".
+_REST = re.compile(r"= ?[^\W\d_]|(?:[-–—=→/&] ?)?[(\[\"'“]*[^\W\d_][.'’&]?[^\W\d_]")
 _PART = ("-",)  # the unit of a number that is a part of an expression: none is equal to it
 # In "12 apples minus 4" it is no sign.
 _SIGN = r"(^\W*|[.:=(]\s*|\b(?:is|are|was|be|to|by|of)\s+)(?:minus|negative) (?=[$€£¥₹]?\.?\d)"
@@ -202,23 +198,25 @@ def _value(match: re.Match[str]) -> str:
 
 def _unit(before: str, after: str) -> tuple[int, tuple[str, ...]]:
     """Returns the scale and the unit of a number between two texts."""
-    if _BEHIND.match(after) or _BEFORE.search(before):
-        return 0, _PART
     symbol = _ALIASES.get(before.rstrip()[-1:], "")
-    letters = _LETTERS.match(after) or (symbol and re.match(r"(?:m|bn)\b", after))
-    if letters:
-        alone = not _OPERATOR.match(after[letters.end() :])
-        return 0, (f"-{letters.group().casefold()}",) if alone else _PART
-    after = after.casefold().replace("°", " degree ")
-    given = _CLAUSE_END.split(after.partition("\n")[0], maxsplit=1)[0].split()
+    amount = symbol and re.match(r"(?:m|bn)\b", after)  # $5m
+    if amount or not _follows_freely(before) or _FACTOR.match(after) or after[:1] in tuple("([{"):
+        return 0, _PART
+    after = after.partition("\n")[0].casefold().replace("°", " degree ")
+    after = "".join(x for x in after if unicodedata.category(x) != "So")  # emoji
+    given = _CLAUSE_END.split(re.sub(r"^[-/](?=[^\W\d_])", "", after), maxsplit=1)[0].split()
     found = list[str]()
     for i, word in enumerate(given):
-        linked = word in _NO_UNITS or (word == "in" and i + 1 < len(given))  # "in" ends: inches
-        if linked or not _UNIT.fullmatch(word):
-            if _BEHIND_UNIT.match(" ".join(given[i:])):
+        word = word.rstrip(")]}\"'”’,;:!?…")
+        if word in _NO_UNITS or (word == "in" and i + 1 < len(given)):  # "in" ends: inches
+            break
+        if word.strip(".") and not _UNIT.fullmatch(word):
+            glued = i == 0 and after[0].isalnum()  # 5log3
+            if glued or not _REST.match(" ".join(given[i:])):
                 return 0, _PART
             break
-        found.append(_ALIASES.get(word.rstrip("."), word.rstrip(".")))
+        if word.strip("."):
+            found.append(_ALIASES.get(word.rstrip("."), word.rstrip(".")))
     scale = _SCALES.get(found[0], 0) if found else 0
     found = found[1:] if scale else found
     if symbol and symbol not in [x.removesuffix("s") for x in found[:1]]:
@@ -226,10 +224,19 @@ def _unit(before: str, after: str) -> tuple[int, tuple[str, ...]]:
     return scale, tuple(found)
 
 
+def _follows_freely(before: str) -> bool:
+    """Returns whether a number behind a text is one of its own, no part of an expression."""
+    words = before.rstrip(" \n\t$€£¥₹([{\"'“‘")
+    if not words or _AHEAD.search(words):
+        return True
+    apart = before[len(words) :][:1].isspace() and (words[-1].isalnum() or words[-1] in _CLOSED)
+    return apart and not _FUNCTION.search(words)
+
+
 def _same_unit(given: Sequence[str], wanted: Sequence[str]) -> bool:
-    """Returns whether two units are equal, as far as both are given; letters must be."""
-    if any(unit[0].startswith("-") for unit in (given, wanted) if unit):
-        return given == wanted != _PART
+    """Returns whether two units are equal, as far as both are given."""
+    if _PART in (given, wanted):
+        return False
     if not given or not wanted:
         return True
     more = given[len(wanted) : len(wanted) + 1]
