@@ -160,8 +160,7 @@ def _deployed(study: Study, run: Run, folder: Path, console: bool) -> dict[str, 
         result["params_trainable"] = zf.count_params(base.config, settings.adapter)
         del exact
     test = zf.split_loss(settings, model, "test")
-    result |= {"test_loss": test["loss"], "test_rows": int(test["rows"])}
-    result |= {"test_tokens": int(test["tokens"])}
+    result |= {"test_loss": test["loss"]} | {f"test_{x}": int(test[x]) for x in ("rows", "tokens")}
     result["scores"] = _scores(study, settings, model, folder / "eval", console)
     env = zf.environment()
     return result | {key: env.get(key) for key in ORIGIN}
