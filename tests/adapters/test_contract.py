@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from support.cases import BY_METHOD, CASES, case_id, dead_slices, every_method
+from support.cases import BY_METHOD, CASES, case_id, dead_slices, every_method, few_cases
 from support.checks import assert_logits_close, assert_trees_equal
 from support.grids import pairwise
 from support.models import perturb, tiny_model
@@ -35,7 +35,7 @@ def name_of(value: object) -> str:
 every_case = pytest.mark.parametrize("adapter", CASES, ids=case_id)
 
 
-@every_case
+@few_cases
 def test_unchanged_at_step_0(adapter, tokens):
     model = tiny_model(tie_word_embeddings=False)
     adapters = init_adapters(jax.random.key(1), model, adapter)
@@ -48,9 +48,8 @@ def test_unchanged_at_step_0(adapter, tokens):
         np.testing.assert_array_equal(adapted, base)
 
 
-@pytest.mark.parametrize(
-    ("adapter", "scan"), [(a, True) for a in CASES] + [(a, False) for a in BY_METHOD], ids=name_of
-)
+@pytest.mark.parametrize("scan", [True, False])
+@few_cases
 def test_fused_and_packed_equal_adapted(adapter, scan, tokens):
     model = tiny_model(scan_layers=scan, tie_word_embeddings=not scan)
     adapters = perturb(init_adapters(jax.random.key(1), model, adapter))
