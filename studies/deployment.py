@@ -205,6 +205,7 @@ class Gram(zf.LowRank):
     """Adds nothing; the gradient of its block is the Gram matrix of the kernel's inputs."""
 
     random: ClassVar[tuple[str, ...]] = ()
+    delta = zf.LowRank.fuse  # never called
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:

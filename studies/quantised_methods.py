@@ -58,9 +58,8 @@ class Moved(zf.LowRank):
         self, blocks: Any, x: Array, z: Array | None, y: Array, base: Any
     ) -> tuple[Array, Array | None]:
         kernel = self.moved(base.kernel, blocks).astype(jnp.float32)
-        return zf.project(x, kernel, len(self.inputs)) + (
-            0 if base.bias is None else base.bias
-        ), None
+        y = zf.project(x, kernel, len(self.inputs))
+        return y if base.bias is None else y + base.bias, None
 
     def fuse(self, kernel: Any, blocks: Any) -> Any:
         moved = self.moved(kernel, blocks)

@@ -45,7 +45,7 @@ NUMBER 7; So on 3/4/2020 there were 7
 NUMBER 5; The answer is 5 hours (5 * 60 = 300 minutes).
 NUMBER 42; The answer is\n42\n\nThere were 10.
 NUMBER 8; The answer is 5 apples + 3 apples = 8 apples.
-NUMBER -5; The answer is - 5
+NUMBER -5; The answer is - 5; 5 - 10 = - 5; The answer is x = - 5; It is - 5 degrees
 NUMBER 1; The answer is 1–3 apples
 NUMBER -0.75; The answer is \frac{-3}{4}.
 NUMBER 12; **Answer:** 12\nCheck: 3*5=15
@@ -61,7 +61,9 @@ LETTER C; Rationale: (A) is too small and (B) too big, so (C); c); "C"; `C`; not
 LETTER C; It is C, not D; **Answer**: C; (Ｃ); neither A nor B, so C
 LETTER C; The answer is neither A nor B, it is C.; The answer is not (A) or B, it is C
 LETTER D; A man walks 5 miles, so option D; The correct answer is **D) 40**; isn't B. D
-LETTER D; The answer should be (D).; <think>A? B?</think>D; I'd say D; D rather than E
+LETTER D; D, because A, B and C are wrong; D\n\nA is wrong, not C; D) 5\n\nSo B is 6.
+LETTER D; The correct option is D. B is 4; D is correct. B is 6; D rather than E; I'd say D
+LETTER D; The answer should be (D).; <think>A? B?</think>D
 LETTER A; The answer is A; The answer is 23.65, (A).; A; <answer>A</answer>; the answer is: "A"; (a)
 LETTER A; $\boxed{\text{(A)}}$; a; Ⓐ; #### A
 LETTER -; A man walks 5 miles; The answer is a number; Add them. Carl's Dog Eats; Plan A-1, B-side
@@ -83,7 +85,7 @@ MIXED = r"""
 $5 | 5 dollars; The answer is $5.00.; **$5**; 5$ | $5.99; -$5; €5; 5%; $5 million; 5 euros
 50% | 50 percent; The answer is 50%, so half.; \boxed{50\%} | 50.7%; 0.5%; $50; -50%
 1,234 dollars | 1234 dollars; $1,234; 1,234 dollars in all | 1234 euros; 234 dollars
-5 km | 5 km; 5; The answer is 5 km because 2 + 3 = 5. | 5 miles; 5 km per hour; 5 km/h; 15 km
+5 km | 5 kilometers; 5; The answer is 5 km because 2 + 3 = 5. | 5 miles; 5 km per hour; 15 km
 5 inches | 5 inch | 5 in; 5 cm; 5 feet
 37 °C | 37℃; 37 °c; 37 degrees Celsius; 37 degrees C | 37 °F; 37 K; 37 degrees; 37 ¢
 30° | 30 degrees; The answer is 30 degrees.; 30; 30 ° | 30%; 30 radians; -30°
@@ -94,11 +96,13 @@ $5 | 5 dollars; The answer is $5.00.; **$5**; 5$ | $5.99; -$5; €5; 5%; $5 mill
 -5 | minus 5; It fell to minus 5.; The answer is negative 5 | 10 minus 5
 0.001 | 1e-3; 1/1000 | 0.002; 0; 0.0015
 9007199254740993 | 9007199254740993 | 9007199254740992
-5½ | 5.5; 5 1/2; 11/2 | 51/2; 5
+5½ | 5.5; 5 1/2; 11/2; 5 and 1/2; 5 and a half; 5\frac12 | 51/2; 5
 52 | 52 | 5²
 5x | 5X | 5; 5y; x; 5x+1; 5x^2
 3x+5 | 3x+5; The answer is 3x+5. | 3x-5; 3x; 3
 2x/5 | The answer is 2x/5. | 2x/3; 2
+2 hours | 2 h; 2 hrs | 2 hours and 30 minutes; 2 min
+30 minutes | 30 min | It takes 2 hours and 30 minutes.
 5π | 5π | 5; 5 pi; 5√2
 5m | 5m; 5 m; It is 5m long; 5 | 6m; 5 km; 5m + 2; 5 m^2
 60 km/h | It is 60 km/h.; \boxed{60} km/h; 60 | 60 m/s; 60 km
@@ -115,12 +119,11 @@ A | *A*; **A** | A*; A+; A-
 2020-01-05 | 2020-01-05 | 2020; 2020-01-06
 3 - 1 | 3 - 1 | 3; 2
 Infinity | The answer is infinity. | NaN; inf; 1e999
-1e999 | 1e999 | 1e998; inf
 1_000 | 1_000 | 1000
 C++ | The answer is C++.; `C++` | C#; C; C+
 x < 3 | $x < 3$; The answer is x < 3. | x > 3; x ≤ 3; 3
-O(n) | O(n) | O(n^2); O(n²)
-$x^2$ | $x^2$; The answer is $x^2$.; x^2; \(x²\) | x; $x$
+f(2,3) | f(2, 3) | f(3, 2); f(2,3)²; 3
+$x^2$ | $x^2$; The answer is $x^2$.; x^2; \(x²\); x^{2} | x; $x$
 \boxed{4} | \boxed{4}; 4; The answer is \boxed{4}. | 5
 100\% | 100\%; 100% | 10\%
 m² | m^2 | m2; m³

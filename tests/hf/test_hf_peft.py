@@ -74,6 +74,13 @@ def test_peft_computes_what_we_do(settings: Any, base: Model, tmp_path: Path) ->
     assert trees.fingerprint(back) == trees.fingerprint(adapters)
 
 
+def test_adapters_of_layers_that_are_left_out_are_refused(base: Model, tmp_path: Path) -> None:
+    every = AdapterConfig("lora", rank=4)
+    with pytest.raises(ConfigError, match=r"layers_0/attn/\w/lora_b.*: not zero, in layers that"):
+        chosen = every.replace(layers_to_transform=(1,))
+        save_peft(tmp_path / "out", base, chosen, perturbed_adapters(base, every))
+
+
 def test_written_files(base: Model, tmp_path: Path) -> None:
     adapter = AdapterConfig("lora", rank=2, targets="q|down")
     model = Model(base.config, base.params, source="some-org/some-llama@v1")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from functools import partial
 
 import jax
 import numpy as np
@@ -18,8 +19,11 @@ from zflora_jax.adapters.methods import base_config
 from zflora_jax.adapters.packing import pack_for_decode
 from zflora_jax.core import trees
 from zflora_jax.core.adapter_config import AdapterConfig
+from zflora_jax.core.fields import ConfigError
 from zflora_jax.core.model import Model
+from zflora_jax.hf.save import save_hf
 from zflora_jax.inference.decode import generate_tokens
+from zflora_jax.nn.llama import forward
 
 MINIMAL = AdapterConfig("zflora-minimal", rank=6, alpha=9.0)
 PROMPTS = [[1, 2, 3], [9, 8, 7, 6, 5, 4], [100], [4, 4, 8, 1]]
@@ -52,6 +56,22 @@ def test_a_hundred_swaps_compile_once_and_leave_the_base(base, packed):
     assert generate_tokens(live, PROMPTS, max_new_tokens=8) == want[0]
     if not packed:
         assert_trees_equal(unfuse(live)[0].params, base.params)
+
+
+def test_what_was_changed_or_given_away_is_noticed(tmp_path):
+    answer, base = partial(generate_tokens, prompts=PROMPTS, max_new_tokens=4), untied()
+    before, task = answer(base), adapters_of(base, MINIMAL, 1)
+    base.params["embed"]["embedding"] = jax.numpy.roll(base.params["embed"]["embedding"], 7, axis=0)
+    assert answer(base) == answer(Model(base.config, base.params)) != before
+    live = fuse(base, MINIMAL, task)
+    answer(live)
+    swap(live, task)
+    answer(fuse(base, MINIMAL, task, donate=True))
+    uses = answer, partial(forward, tokens=[[1]]), lambda model: save_hf(tmp_path, model)
+    for gone, last in ((live, unfuse), (base, partial(fuse, adapter=MINIMAL, adapters=task))):
+        for use in (*uses, last):
+            with pytest.raises(ConfigError, match=r"of this model are gone: `swap` writes"):
+                use(gone)
 
 
 @pytest.mark.usefixtures("optimised")

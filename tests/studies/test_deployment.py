@@ -176,9 +176,14 @@ def test_wrong_methods_of_ones_own_are_refused(tmp_path):
     class Other(zf.LowRank):
         shapes = property(lambda self: {"gate": (1,)})
 
-    for wrong, message in ((dict, "a class that extends zf.LowRank"), (Other, "another name")):
+    half = type("Half", (zf.LowRank,), {"added": lambda self, blocks, x: x})
+    for name, wrong, message in (
+        ("scales", dict, "a class that extends zf.LowRank"),
+        ("scales", Other, "another name"),
+        ("half", half, r"belong together, and one of them is LoRA's\. Define both"),
+    ):
         with pytest.raises(zf.ConfigError, match=message):
-            zf.add_method("scales", wrong)
+            zf.add_method(name, wrong)
     zf.add_method("other", Other)
     with pytest.raises(zf.ConfigError, match="has blocks gate: call them lora_a"):
         zf.init_adapters(jax.random.key(0), base, zf.AdapterConfig("other"))

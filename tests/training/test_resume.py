@@ -4,6 +4,7 @@ finished run.
 
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from support.runs import claim, mark_saved, quiet_train, small_run
 from zflora_jax.core.errors import Preempted
 from zflora_jax.core.fields import ConfigError, override
 from zflora_jax.experiments.restore import load_run
+from zflora_jax.experiments.setup import held_out
 from zflora_jax.parallel.distributed import StopSignals
 from zflora_jax.reporting.files import plain
 from zflora_jax.reporting.metrics import read_metrics
@@ -201,6 +203,14 @@ def test_changes_once_a_step_is_saved(run, tmp_path, there, now, message):
     else:
         with pytest.raises(ConfigError, match=message):
             adopt(tmp_path, override(there, now))
+
+
+def test_losses_of_other_rows_choose_no_best(run, tmp_path, monkeypatch):
+    run = override(run, BEST | {"optim.schedule": "constant", "train.steps": 4})
+    quiet_train(run, tmp_path / "run")
+    monkeypatch.setattr("zflora_jax.experiments.setup.held_out", partial(held_out, split="train"))
+    with pytest.raises(ConfigError, match=r"run was measured on other held-out rows \(finger"):
+        quiet_train(override(run, {"train.steps": 6}), tmp_path / "run")
 
 
 def test_a_run_that_saved_nothing_yet_may_change_in_everything(run, tmp_path):

@@ -176,7 +176,8 @@ def add_method(name: str, kernel: type[LowRank]) -> None:
         are called lora_a and lora_b.
 
     Raises:
-      ConfigError: The name belongs to another class, or the class is no `LowRank`.
+      ConfigError: The name belongs to another class, or the class is no `LowRank`, or changes
+        only one of the two.
     """
     require(
         isinstance(kernel, type) and issubclass(kernel, LowRank),
@@ -186,6 +187,15 @@ def add_method(name: str, kernel: type[LowRank]) -> None:
         name not in METHODS or METHODS[name].kernel is kernel,
         f"method {name!r} is another one in this process, whose compiled programs know it by its"
         " name: choose another name, or restart.",
+    )
+    own = [
+        any(getattr(kernel, part) is not getattr(LowRank, part) for part in pair)
+        for pair in (("added", "__call__", "flat"), ("delta", "sum", "fuse"))
+    ]
+    require(
+        own[0] == own[1],
+        f"add_method({name!r}, {kernel.__name__}): what is added to a product (added, __call__) and"
+        " what is fused (delta, fuse) belong together, and one of them is LoRA's. Define both.",
     )
     METHODS[name] = Method(in_place="own", start="kaiming_uniform", kernel=kernel)
 

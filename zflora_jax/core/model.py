@@ -6,6 +6,8 @@ import weakref
 from dataclasses import dataclass, field
 from typing import Any
 
+import jax
+
 from zflora_jax.core import trees
 from zflora_jax.core.adapter_config import AdapterConfig
 from zflora_jax.core.fields import require
@@ -18,7 +20,7 @@ from zflora_jax.core.trees import Tree
 class Model:
     """A base, fused or packed model.
 
-    Treat it as immutable once used: decoding keeps a packed copy for it.
+    Decoding keeps a packed copy for it, which is made anew when an array of `params` is another.
 
     Attributes:
       config: Shape and execution.
@@ -38,13 +40,14 @@ class Model:
     base: str | None = None
 
 
-_fingerprints: weakref.WeakKeyDictionary[Model, tuple[Tree, str]] = weakref.WeakKeyDictionary()
+_fingerprints: weakref.WeakKeyDictionary[Model, tuple[list[Any], str]] = weakref.WeakKeyDictionary()
 
 
 def fingerprint(model: Model) -> str:
     """`trees.fingerprint` of the model's parameters, computed once for these."""
-    if model not in _fingerprints or _fingerprints[model][0] is not model.params:
-        _fingerprints[model] = model.params, trees.fingerprint(model.params)
+    leaves = jax.tree.leaves(model.params)
+    if model not in _fingerprints or not trees.are(_fingerprints[model][0], leaves):
+        _fingerprints[model] = leaves, trees.fingerprint(model.params)
     return _fingerprints[model][1]
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -36,6 +36,11 @@ def arrays(tree: Mapping[str, Any]) -> dict[str, Any]:
         for path, part in jax.tree_util.tree_flatten_with_path(leaf)[0]:
             flat["/".join((name, *(str(getattr(key, "name", key)) for key in path)))] = part
     return flat
+
+
+def are(leaves: Sequence[Any], others: Sequence[Any]) -> bool:
+    """Whether two lists hold the same objects."""
+    return len(leaves) == len(others) and all(a is b for a, b in zip(leaves, others, strict=True))
 
 
 def taken(tree: Tree) -> Iterator[tuple[str, Any]]:

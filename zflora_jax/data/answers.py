@@ -23,6 +23,7 @@ class Answers:
 
 # --- texts ----------------------------------------------------------------------------------------
 
+_ALIKE = str.maketrans("’‘–", "''-", "\N{VARIATION SELECTOR-16}")
 _SUPERSCRIPT = re.compile("[⁰¹²³⁴-⁹⁻]+")
 _MIXED = re.compile("(?<=[0-9])(?=[¼-¾⅐-⅞])")  # 1½
 
@@ -35,7 +36,7 @@ def _spelled(text: str) -> str:
 
 def _folded(text: str) -> str:
     """Returns a text in one case, with single spaces; symbols, marks and vowel signs stay."""
-    text = _spelled(_spelled(text).casefold()).replace("\N{VARIATION SELECTOR-16}", "")
+    text = _spelled(_spelled(text).casefold()).translate(_ALIKE)
     return " ".join(text.split())
 
 
@@ -48,7 +49,9 @@ _BOXED = re.compile(r"\\boxed\s*\{((?:[^{}]|\{[^{}]*\})*)\}")
 _TAGGED = re.compile(r"<answer>\s*(.*?)\s*(?:</answer>|\Z)", re.IGNORECASE | re.DOTALL)
 _HASHED = re.compile(r"^####[ \t]*(\S+)[ \t]*$", re.MULTILINE)
 _STATED = re.compile(
-    r"answer[*_`\"']*(?:\s+(?:is|should be|would be|must be)\b[*_`\"']*:?|\s*[:=])", re.IGNORECASE
+    r"(?:answer|(?:correct|right|best) (?:option|choice))[*_`\"']*"
+    r"(?:\s+(?:is|should be|would be|must be)\b[*_`\"']*:?|\s*[:=])",
+    re.IGNORECASE,
 )
 
 
@@ -59,7 +62,8 @@ def _marked(text: str) -> str:
     text = _spelled(text).rpartition("</think>")[2].partition("<think>")[0].replace("{,}", ",")
     text = re.sub(r"\^?\{?\\(?:circ|degree)(?![a-z])\}?", "°", text)
     text = re.sub(r"\\([a-z]+)", lambda found: _COMMANDS.get(found[1], found[0]), text)
-    text = re.sub(r"\\(?:left|right)(?![a-z])|\\[,;:! ]", "", text)
+    text = re.sub(r"\\(?:left|right)(?![a-z])|\\[,;:! ]", "", text).replace("~", " ")
+    text = re.sub(r"([\^_√])\{([^{}]*)\}", r"\1\2", text)  # x^{2}, \sqrt{2}
     for _ in range(2):  # \text{} in $...$
         text = _LATEX.sub(lambda found: found[1] or found[2] or found[3] or " ", text)
     text = _BOXED.sub(r" answer: \1 ", text)
@@ -116,7 +120,7 @@ def _words(text: str) -> str:
 # --- numbers --------------------------------------------------------------------------------------
 
 _THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
-_FRAC = re.compile(r"\\[dt]?frac\{(-?\d+)\}\{(\d+)\}")
+_FRAC = re.compile(r"\\[dt]?frac(?:\{(-?\d+)\}\{(\d+)\}|(\d)(\d))")
 # 3/4, 1 1/2, else a plain number: in "5-3" the minus is no sign, in "solution1" and "cm^2" there is
 # no number.
 _VALUE = re.compile(
@@ -132,6 +136,19 @@ _ASIDE = re.compile(r"\b(?:with|where|when|if|as|given)\b")  # "4 with 3 + 1 = 4
 _UNIT = re.compile(r"[%°¢$€£¥₹]|°?[^\W\d_]+(?:-[^\W\d_]{2,}|[./·][^\W\d_]+|\^-?\d|['’][^\W_]+)*\.?")
 _ALIASES = {"$": "dollar", "€": "euro", "£": "pound", "¥": "yen", "₹": "rupee", "%": "percent"}
 _ALIASES |= {"¢": "cent", "celsius": "c", "fahrenheit": "f", "feet": "foot", "people": "person"}
+_SHORT = "kg:kilogram g:gram mg:milligram km:kilometer m:meter cm:centimeter mm:millimeter l:liter"
+_SHORT += " ml:milliliter h:hour hr:hour min:minute s:second sec:second mi:mile ft:foot lb:pound"
+_SHORT += " oz:ounce usd:dollar eur:euro"
+_ALIASES |= {short: name for short, name in (pair.split(":") for pair in _SHORT.split())}
+_ALIASES |= {f"{short}s": _ALIASES[short] for short in ("hr", "min", "sec", "lb")}
+# Of "2 hours and 30 minutes" neither part is the whole.
+_WITHIN = {
+    "hours?": "minutes?",
+    "minutes?": "seconds?",
+    "feet|foot": "inch(?:es)?",
+    "weeks?": "days?",
+}
+_WITHIN |= {"dollars?": "cents?", "pounds?": "ounces?", "days?": "hours?", "years?": "months?"}
 _SCALES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
 _NO_UNITS = frozenset(
     "left more total altogether remaining each now exactly only and or of for to at on with which"
@@ -172,14 +189,17 @@ def _plain(text: str) -> str:
     """Returns a text with numbers in one form; see `values`."""
     text = _MINUS.sub(r"\1-", text.replace("\N{MINUS SIGN}", "-"))
     text = re.sub(r"(?<![\w.])\N{EN DASH}(?=[\d.$])", "-", text)
+    text = re.sub(r"((?:=|\b(?:is|are|was|equals))\s*)- (?=[\d.$])", r"\1-", text)  # x = - 12
     text = re.sub(r"(?<![\w.])-([$€£¥₹])(?=[\d.])", r"\1-", _THOUSANDS.sub("", text))
-    return _FRAC.sub(r"\1/\2", text)
+    text = re.sub(r"(?<![\w./])(\d+) and (?=\d+/\d)", r"\1 ", text)  # 2 and 1/2
+    text = re.sub(r"(?<![\w./])(\d+) and a half\b", r"\1 1/2", text)
+    return _FRAC.sub(lambda found: f" {found[1] or found[3]}/{found[2] or found[4]}", text)
 
 
 def _quantities(text: str) -> list[Quantity]:
     text = _plain(text)
     return [
-        Quantity(_value(m), *_unit(text[: m.start()][-8:], text[m.end() :][:80]))
+        Quantity(_value(m), *_unit(text[: m.start()][-24:], text[m.end() :][:80]))
         for m in _VALUE.finditer(text)
     ]
 
@@ -198,8 +218,14 @@ def _value(match: re.Match[str]) -> str:
 
 def _unit(before: str, after: str) -> tuple[int, tuple[str, ...]]:
     """Returns the scale and the unit of a number between two texts."""
-    symbol = _ALIASES.get(before.rstrip()[-1:], "")
+    symbol = "".join(_ALIASES[x] for x in before.rstrip()[-1:] if x in "$€£¥₹%")
     amount = symbol and re.match(r"(?:m|bn)\b", after)  # $5m
+    for whole, part in _WITHIN.items():
+        behind = re.search(rf"\d ({whole})(?:,| and)? $", before) and re.match(
+            f" ({part})\\b", after
+        )
+        if behind or re.match(rf" ({whole})(?:,| and)? \d+ ({part})\b", after):
+            return 0, _PART
     if amount or not _follows_freely(before) or _FACTOR.match(after) or after[:1] in tuple("([{"):
         return 0, _PART
     after = after.partition("\n")[0].casefold().replace("°", " degree ")
@@ -327,10 +353,17 @@ _IN_PARENTHESES = re.compile(r"\(([A-Ea-e])\)")
 _SINGLE = re.compile(r"(?<![\w'’-])([B-E](?![\w'’+#-])|A(?=\s*(?:$|[.,;:)\]!?*\n])))")
 
 
+# A choice that begins a text and is explained behind it: "B\n", "B) 15\n\n", "B, because".
+_LEADING = re.compile(
+    r"[\W_]*(?i:(?:option|choice)\s+)?\(?([A-E])(?:[).:]*\s*(?:\n|$)|[).:][^\n]*\n\s*\n"
+    r"|\)?,?\s+(?i:because|since|as|is\s+(?:the\s+)?(?:correct|right|best))\b)"
+)
+
+
 def parse_letter(text: str) -> str:
-    """Returns the option letter that a text chooses: stated after the last "answer is", else named
-    ("option B"), else in parentheses, else a single letter. Of several, the first of a statement
-    and the last of a text count.
+    """Returns the option letter that a text chooses: stated after the last "answer is", else what
+    it begins with ("B, because"), else named ("option B"), else in parentheses, else a single
+    letter. Of several, the first of a statement and the last of a text count.
     """
     text = _words(
         re.sub(r"(?<!\*)(?<=\b[A-E])\*(?!\*)", "#", text) if text.count("*") == 1 else text
@@ -341,6 +374,8 @@ def parse_letter(text: str) -> str:
             found = found or pattern.search(place)
         if found:
             return next(filter(None, found.groups())).upper()
+    if found := _LEADING.match(text):
+        return found[1]
     for pattern in (_NAMED, _IN_PARENTHESES, _OPTION, _SINGLE):
         if hits := pattern.findall(text):
             return hits[-1].upper()
@@ -442,8 +477,8 @@ def _stated_texts(text: str) -> set[str]:
 
 
 def _joined(text: str) -> str:
-    """Returns a text without spaces around operators: 3x + 5 is 3x+5."""
-    return re.sub(r" ?([-+*/^=<>×÷≤≥]) ?", r"\1", text)
+    """Returns a text without spaces around operators and commas: 3x + 5 is 3x+5."""
+    return re.sub(r" ?([-+*/^=<>×÷≤≥,]) ?", r"\1", text)
 
 
 def _as_quantity(answer: str) -> Quantity:

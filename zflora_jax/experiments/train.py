@@ -102,8 +102,8 @@ def train(
         distributed.on_main(lambda: record_start(workdir, first, env, **start))
         metrics = LogMetrics(writer, run, len(setup.train_set), objective_of(run).unit, started)
         loss = HeldOutLoss(setup.held_out_loss, len(setup.eval_set), writer, run)
-        meta = setup.fingerprints | {"data_seed": run.data.seed}
-        save = SaveCheckpoints(checkpoints, run, meta, started - spent, writer)
+        own = {"data_seed": run.data.seed, "eval_fingerprint": setup.eval_set.fingerprint()}
+        save = SaveCheckpoints(checkpoints, run, setup.fingerprints | own, started - spent, writer)
         # Evaluation cannot be interrupted: save first, unless the loss is saved with the state.
         measured = [loss, save] if run.train.keep_best else [save, loss]
         _evaluate_if_missed(loss, writer, state, checkpoints)
@@ -198,8 +198,11 @@ def _first_state(
     state, saved = checkpoints.restore(setup.state_like, newest)
     for name in ("base", "data"):
         require_same(saved, name, setup.fingerprints[f"{name}_fingerprint"], workdir)
+    left = (step := int(state.step)) < setup.run.steps
+    if left and setup.run.train.keep_best:  # losses of other rows are no measure
+        require_same(saved, "eval", setup.eval_set.fingerprint(), workdir)
     distributed.on_main(lambda: keep_settings(workdir, setup.run, held))
-    if (step := int(state.step)) < setup.run.steps:
+    if left:
         log.info("%s resumes from step %d of %d", workdir, step, setup.run.steps)
     return state, saved["seconds"]
 

@@ -153,8 +153,14 @@ def _tensors(
     leaves = trees.flatten(trees.unstack_layers(adapters, config.num_layers))
     tensors = {}
     for name, (layer, leaf, _) in _places(config, adapter).items():
-        value = trees.on_host(leaves[f"layers_{layer}/{leaf}"])
+        value = trees.on_host(leaves.pop(f"layers_{layer}/{leaf}"))
         tensors[name] = np.ascontiguousarray(value.astype(np.float32).T)
+    left = [n for n, x in leaves.items() if n.endswith("lora_b") and np.any(trees.on_host(x))]
+    require(
+        not left,
+        f"{', '.join(left[:3])}: not zero, in layers that adapter.layers_to_transform leaves out of"
+        " a PEFT file. Name these layers there, too.",
+    )
     return tensors
 
 

@@ -33,6 +33,7 @@ from zflora_jax.hf.tokenizer import write_generation_config, write_tokenizer_fil
 from zflora_jax.nn.quantize_model import is_quantized, stored_text
 from zflora_jax.ops.quantized import QuantizedArray
 from zflora_jax.parallel.distributed import from_process_0, on_main
+from zflora_jax.parallel.mesh import require_there
 from zflora_jax.reporting.files import write_json
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -82,6 +83,7 @@ def save_hf(
       CheckpointError: A value is not finite in `dtype`, or the directory must not be replaced.
     """
     target = export_target(path)
+    require_there(model.params)
     dtype = dtype or _own_dtype(model)
     require(dtype in DTYPES, f"dtype={dtype!r}: exports are {', '.join(DTYPES)}.")
     stored = compressed(model, quant, dtype, eps_z) if quant else to_stock(model, dtype, eps_z)

@@ -19,35 +19,41 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from zflora_jax.adapters.packing import apart_for, pack_for_decode
+from zflora_jax.core import trees
 from zflora_jax.core.adapter_config import AdapterConfig
 from zflora_jax.core.model import Model
 from zflora_jax.core.model_config import LlamaConfig
-from zflora_jax.core.trees import Tree
 from zflora_jax.inference.generation_config import GREEDY, Sampler
 from zflora_jax.nn.kv_cache import KVCache, cache_slots, init_cache
 from zflora_jax.nn.llama import Llama
 from zflora_jax.ops.precision import at_config_precision
 from zflora_jax.ops.sampling import ENDED
+from zflora_jax.parallel.mesh import require_there
 
 Array = jax.Array
 
-_packed: weakref.WeakKeyDictionary[Model, tuple[Tree, Model]] = weakref.WeakKeyDictionary()
-_unpacked: weakref.WeakKeyDictionary[Model, tuple[Tree, Model]] = weakref.WeakKeyDictionary()
+_packed: weakref.WeakKeyDictionary[Model, tuple[list[Any], Model]] = weakref.WeakKeyDictionary()
+_unpacked: weakref.WeakKeyDictionary[Model, tuple[list[Any], Model]] = weakref.WeakKeyDictionary()
 
 
 def packed(model: Model, unmerged: AdapterConfig | None = None) -> Model:
-    """Returns `model` packed for decode, and keeps the result as long as `model` lives.
+    """Returns `model` packed for decode, and keeps the result for these arrays of it.
 
     Args:
       model: A base or fused model.
       unmerged: The adapter that runs unmerged, as for `pack_for_decode`.
+
+    Raises:
+      ConfigError: The model's parameters were donated.
     """
+    require_there(model.params)
+    leaves = jax.tree.leaves(model.params)
     kept = _unpacked if apart_for(model, unmerged) else _packed
-    if model not in kept or kept[model][0] is not model.params:
+    if model not in kept or not trees.are(kept[model][0], leaves):
         made = pack_for_decode(model, unmerged=unmerged)
         if made is model:
             return model
-        kept[model] = model.params, made
+        kept[model] = leaves, made
     return kept[model][1]
 
 
@@ -55,7 +61,7 @@ def packed(model: Model, unmerged: AdapterConfig | None = None) -> Model:
 def next_logits(
     config: LlamaConfig,
     adapter: AdapterConfig | None,
-    variables: Tree,
+    variables: trees.Tree,
     tokens: Array,
     valid: Array | None,
     cache: KVCache,
@@ -122,7 +128,7 @@ class DecodeProgram:
 
     @partial(jax.jit, static_argnames=("self", "max_new_tokens"))
     def decode(
-        self, variables: Tree, tokens: Array, valid: Array, keys: Array, max_new_tokens: int
+        self, variables: trees.Tree, tokens: Array, valid: Array, keys: Array, max_new_tokens: int
     ) -> Array:
         """Returns tokens int32 [B, max_new_tokens]: ENDED after a row's stop token, NON_FINITE for
         logits that are not finite (both of `ops.sampling`).
@@ -132,7 +138,7 @@ class DecodeProgram:
 
     @partial(jax.jit, static_argnames=("self", "max_new_tokens"))
     def prefill(
-        self, variables: Tree, tokens: Array, valid: Array, keys: Array, max_new_tokens: int
+        self, variables: trees.Tree, tokens: Array, valid: Array, keys: Array, max_new_tokens: int
     ) -> DecodeState:
         """Returns the state of `decode` after the first token, with room for max_new_tokens."""
         batch, length = tokens.shape
@@ -145,7 +151,7 @@ class DecodeProgram:
 
     @partial(jax.jit, static_argnames="self", donate_argnames="state")
     def decode_until(
-        self, variables: Tree, state: DecodeState, keys: Array, until: ArrayLike
+        self, variables: trees.Tree, state: DecodeState, keys: Array, until: ArrayLike
     ) -> DecodeState:
         """Continues `decode` until `until` tokens are written (int32, at most the prefill's
         max_new_tokens), or all rows have ended. `state` is donated.

@@ -41,13 +41,14 @@ class SaveError(OSError):
 
 def require_same(saved: Meta, name: str, found: str, workdir: str | Path) -> None:
     """Refuses a checkpoint of `workdir`, whose meta is `saved`, that was trained on another "base"
-    or other "data" (`name`) than the one whose fingerprint is `found`.
+    or "data" (`name`), or measured on other rows ("eval"), than those whose fingerprint is `found`.
     """
     there = saved[f"{name}_fingerprint"]
+    was = "measured on other held-out rows" if name == "eval" else f"trained on another {name}"
     require(
         there == found,
-        f"{workdir} was trained on another {name} (fingerprint {there[:12]} there, {found[:12]}"
-        " here). Restore it, or use another --workdir.",
+        f"{workdir} was {was} (fingerprint {there[:12]} there, {found[:12]} here). Restore it, or"
+        " use another --workdir.",
     )
 
 
