@@ -92,11 +92,11 @@ $5 | 5 dollars; The answer is $5.00.; **$5**; 5$ | $5.99; -$5; €5; 5%; $5 mill
 5¢ | 5 cents; The answer is 5¢. | $5; 5%
 1 million | 1,000,000; 1 million dollars | 1; 1 billion
 5 | 5.0; 5 apples; The answer is 5!; +5; \frac{10}{2}; $5$; 5 🎉; => 5... | 5x; -5; 52; 5²; 5,6; 5k
-5 | 5; $ 5; (5) | minus 5; negative 5; >=5; <5; != 5; √5; 2^5; 5 million; 5log3; 5@3; 5 - 3 red
+5 | 5; $ 5; (5) | minus 5; negative 5; >=5; <5; != 5; √5; 2^5; 5 million; 5@3
 -5 | minus 5; It fell to minus 5.; The answer is negative 5 | 10 minus 5
 0.001 | 1e-3; 1/1000 | 0.002; 0; 0.0015
 9007199254740993 | 9007199254740993 | 9007199254740992
-5½ | 5.5; 5 1/2; 11/2; 5 and 1/2; 5 and a half; 5\frac12 | 51/2; 5
+5½ | 5.5; 5 1/2; 11/2; 5 and a half; 5\frac12 | 51/2; 5
 52 | 52 | 5²
 5x | 5X | 5; 5y; x; 5x+1; 5x^2
 3x+5 | 3x+5; The answer is 3x+5. | 3x-5; 3x; 3
@@ -119,7 +119,6 @@ A | *A*; **A** | A*; A+; A-
 2020-01-05 | 2020-01-05 | 2020; 2020-01-06
 3 - 1 | 3 - 1 | 3; 2
 Infinity | The answer is infinity. | NaN; inf; 1e999
-1_000 | 1_000 | 1000
 C++ | The answer is C++.; `C++` | C#; C; C+
 x < 3 | $x < 3$; The answer is x < 3. | x > 3; x ≤ 3; 3
 f(2,3) | f(2, 3) | f(3, 2); f(2,3)²; 3
@@ -141,7 +140,6 @@ yes | Yes.; Yes, the sky is.; The answer is: yes; Yes because | No.; Yesterday; 
 no | No, it is not. | No idea; Nobody
 no answer: 5 | no answer: 5 | 5
 42 men women cats dogs birds | 42 men women cats dogs birds | 42; 42 men
-the answer | The answer | The answer is
 D | Because: the answer is (D). | Because: the answer is (B).
 False | untrue, the answer is false | The answer is untrue
 answer2 | answer 2; the correct answer is answer2 | the correct answer is answer1

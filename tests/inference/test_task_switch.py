@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import weakref
 from functools import partial
 
 import jax
@@ -20,7 +21,7 @@ from zflora_jax.adapters.packing import pack_for_decode
 from zflora_jax.core import trees
 from zflora_jax.core.adapter_config import AdapterConfig
 from zflora_jax.core.fields import ConfigError
-from zflora_jax.core.model import Model
+from zflora_jax.core.model import Model, fingerprint
 from zflora_jax.hf.save import save_hf
 from zflora_jax.inference.decode import generate_tokens
 from zflora_jax.nn.llama import forward
@@ -63,10 +64,11 @@ def test_what_was_changed_or_given_away_is_noticed(tmp_path):
     before, task = answer(base), adapters_of(base, MINIMAL, 1)
     base.params["embed"]["embedding"] = jax.numpy.roll(base.params["embed"]["embedding"], 7, axis=0)
     assert answer(base) == answer(Model(base.config, base.params)) != before
-    live = fuse(base, MINIMAL, task)
-    answer(live)
-    swap(live, task)
+    kept = weakref.ref(jax.tree.leaves(base.params["layers"])[0])
+    live, _ = fuse(base, MINIMAL, task), fingerprint(base)
+    assert answer(live) and swap(live, task)
     answer(fuse(base, MINIMAL, task, donate=True))
+    assert kept() is None
     uses = answer, partial(forward, tokens=[[1]]), lambda model: save_hf(tmp_path, model)
     for gone, last in ((live, unfuse), (base, partial(fuse, adapter=MINIMAL, adapters=task))):
         for use in (*uses, last):

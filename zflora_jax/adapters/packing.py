@@ -19,7 +19,7 @@ from zflora_jax.adapters.widths import multiples, this_kind
 from zflora_jax.core import trees
 from zflora_jax.core.adapter_config import METHODS, AdapterConfig
 from zflora_jax.core.architecture import KERNELS, PACKED, QK_NORMS, kernel_shapes, param_shapes
-from zflora_jax.core.model import Model
+from zflora_jax.core.model import Model, require_there
 from zflora_jax.core.model_config import LlamaConfig
 from zflora_jax.core.trees import Tree
 from zflora_jax.ops.quantized import QuantizedArray, dequantize, filled, scaled_outputs
@@ -58,6 +58,7 @@ def pack_for_decode(
       unmerged: Config of adapters that are to run next to the model.
       donate: Whether to empty `model.params` meanwhile, so that memory never holds two copies.
     """
+    require_there(model.params)
     kind = kind or this_kind()
     if model.config.execution.packed:
         return model

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -40,14 +41,27 @@ class Model:
     base: str | None = None
 
 
-_fingerprints: weakref.WeakKeyDictionary[Model, tuple[list[Any], str]] = weakref.WeakKeyDictionary()
+def require_there(params: Mapping[str, Any]) -> None:
+    """ConfigError for parameters that were donated."""
+    leaves = jax.tree.leaves(params)
+    arrays = (x for x in leaves if isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer))
+    require(
+        len(leaves) > 0 and not any(x.is_deleted() for x in arrays),
+        "the parameters of this model are gone: `swap` writes into them and returns the model to"
+        " go on with (live = zf.swap(live, adapters)); fuse(donate=True) and fuse_trained take them"
+        " into the fused one. Use that model, or load this one again.",
+    )
+
+
+_fingerprints = weakref.WeakKeyDictionary[Model, tuple[trees.References, str]]()
 
 
 def fingerprint(model: Model) -> str:
-    """`trees.fingerprint` of the model's parameters, computed once for these."""
-    leaves = jax.tree.leaves(model.params)
-    if model not in _fingerprints or not trees.are(_fingerprints[model][0], leaves):
-        _fingerprints[model] = leaves, trees.fingerprint(model.params)
+    """`trees.fingerprint` of the model's parameters, computed once for these arrays."""
+    require_there(model.params)
+    if model not in _fingerprints or not trees.refer_to(_fingerprints[model][0], model.params):
+        found = trees.fingerprint(model.params)
+        _fingerprints[model] = trees.references(model.params), found
     return _fingerprints[model][1]
 
 

@@ -7,7 +7,8 @@ from __future__ import annotations
 import difflib
 import hashlib
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -17,6 +18,7 @@ from flax import traverse_util
 from jax.experimental import multihost_utils
 
 Tree = dict[str, Any]
+References = list[weakref.ref[Any]]
 
 
 def flatten(tree: Mapping[str, Any]) -> dict[str, Any]:
@@ -38,9 +40,17 @@ def arrays(tree: Mapping[str, Any]) -> dict[str, Any]:
     return flat
 
 
-def are(leaves: Sequence[Any], others: Sequence[Any]) -> bool:
-    """Whether two lists hold the same objects."""
-    return len(leaves) == len(others) and all(a is b for a, b in zip(leaves, others, strict=True))
+def references(tree: Tree) -> References:
+    """What tells whether a tree holds the same arrays later, without keeping them in memory."""
+    return [weakref.ref(leaf) for leaf in jax.tree.leaves(tree)]
+
+
+def refer_to(found: References, tree: Tree) -> bool:
+    """Whether `references` are those of the arrays of `tree`."""
+    leaves = jax.tree.leaves(tree)
+    return len(found) == len(leaves) and all(
+        of() is leaf for of, leaf in zip(found, leaves, strict=True)
+    )
 
 
 def taken(tree: Tree) -> Iterator[tuple[str, Any]]:

@@ -49,9 +49,7 @@ _BOXED = re.compile(r"\\boxed\s*\{((?:[^{}]|\{[^{}]*\})*)\}")
 _TAGGED = re.compile(r"<answer>\s*(.*?)\s*(?:</answer>|\Z)", re.IGNORECASE | re.DOTALL)
 _HASHED = re.compile(r"^####[ \t]*(\S+)[ \t]*$", re.MULTILINE)
 _STATED = re.compile(
-    r"(?:answer|(?:correct|right|best) (?:option|choice))[*_`\"']*"
-    r"(?:\s+(?:is|should be|would be|must be)\b[*_`\"']*:?|\s*[:=])",
-    re.IGNORECASE,
+    r"answer[*_`\"']*(?:\s+(?:is|should be|would be|must be)\b[*_`\"']*:?|\s*[:=])", re.IGNORECASE
 )
 
 
@@ -62,8 +60,8 @@ def _marked(text: str) -> str:
     text = _spelled(text).rpartition("</think>")[2].partition("<think>")[0].replace("{,}", ",")
     text = re.sub(r"\^?\{?\\(?:circ|degree)(?![a-z])\}?", "°", text)
     text = re.sub(r"\\([a-z]+)", lambda found: _COMMANDS.get(found[1], found[0]), text)
-    text = re.sub(r"\\(?:left|right)(?![a-z])|\\[,;:! ]", "", text).replace("~", " ")
-    text = re.sub(r"([\^_√])\{([^{}]*)\}", r"\1\2", text)  # x^{2}, \sqrt{2}
+    text = re.sub(r"\\(?:left|right)(?![a-z])|\\[,;:! ]", "", text)
+    text = re.sub(r"([\^_√])\{(-?\d+|\w)\}(?!\d)", r"\1\2", text)  # x^{2}, \sqrt{2}
     for _ in range(2):  # \text{} in $...$
         text = _LATEX.sub(lambda found: found[1] or found[2] or found[3] or " ", text)
     text = _BOXED.sub(r" answer: \1 ", text)
@@ -120,7 +118,7 @@ def _words(text: str) -> str:
 # --- numbers --------------------------------------------------------------------------------------
 
 _THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
-_FRAC = re.compile(r"\\[dt]?frac(?:\{(-?\d+)\}\{(\d+)\}|(\d)(\d))")
+_FRAC = re.compile(r"\\[dt]?frac(?:\{(-?\d+)\}\{(\d+)\}|(\d)(\d)(?!\d))")
 # 3/4, 1 1/2, else a plain number: in "5-3" the minus is no sign, in "solution1" and "cm^2" there is
 # no number.
 _VALUE = re.compile(
@@ -132,42 +130,40 @@ _CLAUSE_END = re.compile(r"[.;,:!?](?=\s|$)|\(|\b(?:because|since)\b")
 _OPERATION = re.compile(r"\d.*[-+*/×÷^x].*\d")
 _ASIDE = re.compile(r"\b(?:with|where|when|if|as|given)\b")  # "4 with 3 + 1 = 4" states 4
 
-# A symbol, or words: m^2, km/h, year-old, a.m. Right behind the number also "/h" and "-year".
+# A symbol, or words: m^2, km/h, year-old, a.m.
 _UNIT = re.compile(r"[%°¢$€£¥₹]|°?[^\W\d_]+(?:-[^\W\d_]{2,}|[./·][^\W\d_]+|\^-?\d|['’][^\W_]+)*\.?")
 _ALIASES = {"$": "dollar", "€": "euro", "£": "pound", "¥": "yen", "₹": "rupee", "%": "percent"}
 _ALIASES |= {"¢": "cent", "celsius": "c", "fahrenheit": "f", "feet": "foot", "people": "person"}
 _SHORT = "kg:kilogram g:gram mg:milligram km:kilometer m:meter cm:centimeter mm:millimeter l:liter"
 _SHORT += " ml:milliliter h:hour hr:hour min:minute s:second sec:second mi:mile ft:foot lb:pound"
-_SHORT += " oz:ounce usd:dollar eur:euro"
-_ALIASES |= {short: name for short, name in (pair.split(":") for pair in _SHORT.split())}
-_ALIASES |= {f"{short}s": _ALIASES[short] for short in ("hr", "min", "sec", "lb")}
+_SHORT += " oz:ounce usd:dollar eur:euro hrs:hour mins:minute secs:second lbs:pound"
+_ALIASES |= dict(pair.split(":") for pair in _SHORT.split())
 # Of "2 hours and 30 minutes" neither part is the whole.
-_WITHIN = {
-    "hours?": "minutes?",
-    "minutes?": "seconds?",
-    "feet|foot": "inch(?:es)?",
-    "weeks?": "days?",
-}
-_WITHIN |= {"dollars?": "cents?", "pounds?": "ounces?", "days?": "hours?", "years?": "months?"}
+_PARTS = {"hours?|hrs?|h": "min(?:ute)?s?", "min(?:ute)?s?": "sec(?:ond)?s?", "dollars?": "cents?"}
+_PARTS |= {"feet|foot|ft": "in(?:ch(?:es)?)?", "pounds?|lbs?": "ounces?|oz", "years?": "months?"}
 _SCALES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
 _NO_UNITS = frozenset(
     "left more total altogether remaining each now exactly only and or of for to at on with which"
     " that is are was were but if when as so from by than there then the a he she they it".split()
 )
 _POWERS = {"per", "squared", "cubed"}
-# What is no unit but a factor: 5x, 3ab, 10k, 5 n, 5 pi; not 5m, 5kg and 5 a day.
-_FACTOR = re.compile(
-    r"(?:[abdeikn-ux-zBKMXYZ]|[abnxyz]{2,3}| ?[beknp-ruxyzπθ])(?![\w'’-])"
-    r"| ?(?:pi|sqrt|ln|log|sin|cos|tan)(?![^\W\d_])"
+# Letters right behind a number that belong to it: 5x, 3ab, 10k, 1980s; not 5m and 5kg.
+_LETTERS = re.compile(r"(?:[abdeikn-ux-zBKMXYZ]|[abnxyz]{2,3})(?![^\W\d_])")
+_OPERATOR = re.compile(r" ?[-+*/×÷^=<>({\\]")
+# Text after a number that makes it part of an expression, such as 5:30, 5π and 5 - 3.
+_BEHIND = re.compile(
+    r"[:,–]\d|, ?-?[\d.]+\)| ?[<>≤≥≠×÷π√θ^±\\]|\}\{|! ?[-+*/×÷]| ?(?:pi|sqrt|ln|log|sin|cos|tan)\b"
+    r"| ?[-+*/] ?(?:[\d(√π]|[beknp-uxyz](?![\w'’-]|\.\w))| [beknp-ruxyz](?![\w'’-]|\.\w)"
+    r"| ?[+*] ?[^\W\d_](?![\w'’-])"
 )
-_CLOSED = ".,;:!?)]}\"'”’%"  # ends of what may stand before a number and a space
-# What else it may follow: "=" and not "<=", "#", "Total:", "covid-", "costs -", and a sign alone.
-_AHEAD = re.compile(
-    r"(?<![<>!≤≥])=$|[#~≈→%]$|[=-]>$|[^\W\d_]{2}(?:[-:]|\s[-–])$|(?:^|[=:])\s*[-+]$"
+_BEHIND_UNIT = re.compile(
+    r"(?:[^\W\d_]+|%)(?:[-/]| ?[+*×÷^] ?)(?:[\d(√π]|[^\W\d_](?![^\W\d_]))"  # 5m + 2, 5%*x
 )
-_FUNCTION = re.compile(r"\b(?:ln|log|sin|cos|tan)$")
-# What may follow a number and its unit: more words, also behind a dash, and "= x".
-_REST = re.compile(r"= ?[^\W\d_]|(?:[-–—=→/&] ?)?[(\[\"'“]*[^\W\d_][.'’&]?[^\W\d_]")
+# Text before a number that does the same, such as > 5, x*5 and sin 5.
+_BEFORE = re.compile(
+    r"(?:[<≤≥≠√^±]|[<>!]=|(?:^|\s)>)[\s({]?$|\d[:,–]$|[\d)] ?- ?$|(?<![^\W\d_])[^\W\d_]-$|\}\{$"
+    r"|\w%?[+*×÷]$|(?:[\d)]|(?<![^\W\d_])[^\W\d_])[%!]? ?[+*/×÷] ?$|\b(?:ln|log|sin|cos|tan)[ ({]?$"
+)
 _PART = ("-",)  # the unit of a number that is a part of an expression: none is equal to it
 # In "12 apples minus 4" it is no sign.
 _SIGN = r"(^\W*|[.:=(]\s*|\b(?:is|are|was|be|to|by|of)\s+)(?:minus|negative) (?=[$€£¥₹]?\.?\d)"
@@ -189,11 +185,11 @@ def _plain(text: str) -> str:
     """Returns a text with numbers in one form; see `values`."""
     text = _MINUS.sub(r"\1-", text.replace("\N{MINUS SIGN}", "-"))
     text = re.sub(r"(?<![\w.])\N{EN DASH}(?=[\d.$])", "-", text)
-    text = re.sub(r"((?:=|\b(?:is|are|was|equals))\s*)- (?=[\d.$])", r"\1-", text)  # x = - 12
+    text = re.sub(r"((?:=|\b(?:is|are|was|equals))[ \t]*)- (?=[\d.$])", r"\1-", text)  # x = - 12
     text = re.sub(r"(?<![\w.])-([$€£¥₹])(?=[\d.])", r"\1-", _THOUSANDS.sub("", text))
-    text = re.sub(r"(?<![\w./])(\d+) and (?=\d+/\d)", r"\1 ", text)  # 2 and 1/2
     text = re.sub(r"(?<![\w./])(\d+) and a half\b", r"\1 1/2", text)
-    return _FRAC.sub(lambda found: f" {found[1] or found[3]}/{found[2] or found[4]}", text)
+    text = re.sub(r"(?<=\d)(?=\\[dt]?frac)", " ", text)  # 1\frac{1}{2}
+    return _FRAC.sub(lambda found: f"{found[1] or found[3]}/{found[2] or found[4]}", text)
 
 
 def _quantities(text: str) -> list[Quantity]:
@@ -218,31 +214,27 @@ def _value(match: re.Match[str]) -> str:
 
 def _unit(before: str, after: str) -> tuple[int, tuple[str, ...]]:
     """Returns the scale and the unit of a number between two texts."""
-    symbol = "".join(_ALIASES[x] for x in before.rstrip()[-1:] if x in "$€£¥₹%")
-    amount = symbol and re.match(r"(?:m|bn)\b", after)  # $5m
-    for whole, part in _WITHIN.items():
-        behind = re.search(rf"\d ({whole})(?:,| and)? $", before) and re.match(
-            f" ({part})\\b", after
-        )
-        if behind or re.match(rf" ({whole})(?:,| and)? \d+ ({part})\b", after):
-            return 0, _PART
-    if amount or not _follows_freely(before) or _FACTOR.match(after) or after[:1] in tuple("([{"):
+    if _BEHIND.match(after) or _BEFORE.search(before[-8:]):
         return 0, _PART
-    after = after.partition("\n")[0].casefold().replace("°", " degree ")
-    after = "".join(x for x in after if unicodedata.category(x) != "So")  # emoji
-    given = _CLAUSE_END.split(re.sub(r"^[-/](?=[^\W\d_])", "", after), maxsplit=1)[0].split()
+    for whole, part in _PARTS.items():
+        behind = re.search(rf"\d ({whole})( and)? $", before) and re.match(f" ({part})\\b", after)
+        if behind or re.match(rf" ({whole})( and)? \d\d? ({part})\b", after):
+            return 0, _PART
+    symbol = "".join(_ALIASES[x] for x in before.rstrip()[-1:] if x in "$€£¥₹%")
+    letters = _LETTERS.match(after) or (symbol and re.match(r"(?:m|bn)\b", after))
+    if letters:
+        alone = not _OPERATOR.match(after[letters.end() :])
+        return 0, (f"-{letters.group().casefold()}",) if alone else _PART
+    after = after.casefold().replace("°", " degree ")
+    given = _CLAUSE_END.split(after.partition("\n")[0], maxsplit=1)[0].split()
     found = list[str]()
     for i, word in enumerate(given):
-        word = word.rstrip(")]}\"'”’,;:!?…")
-        if word in _NO_UNITS or (word == "in" and i + 1 < len(given)):  # "in" ends: inches
-            break
-        if word.strip(".") and not _UNIT.fullmatch(word):
-            glued = i == 0 and after[0].isalnum()  # 5log3
-            if glued or not _REST.match(" ".join(given[i:])):
+        linked = word in _NO_UNITS or (word == "in" and i + 1 < len(given))  # "in" ends: inches
+        if linked or not _UNIT.fullmatch(word):
+            if _BEHIND_UNIT.match(" ".join(given[i:])):
                 return 0, _PART
             break
-        if word.strip("."):
-            found.append(_ALIASES.get(word.rstrip("."), word.rstrip(".")))
+        found.append(_ALIASES.get(word.rstrip("."), word.rstrip(".")))
     scale = _SCALES.get(found[0], 0) if found else 0
     found = found[1:] if scale else found
     if symbol and symbol not in [x.removesuffix("s") for x in found[:1]]:
@@ -250,19 +242,10 @@ def _unit(before: str, after: str) -> tuple[int, tuple[str, ...]]:
     return scale, tuple(found)
 
 
-def _follows_freely(before: str) -> bool:
-    """Returns whether a number behind a text is one of its own, no part of an expression."""
-    words = before.rstrip(" \n\t$€£¥₹([{\"'“‘")
-    if not words or _AHEAD.search(words):
-        return True
-    apart = before[len(words) :][:1].isspace() and (words[-1].isalnum() or words[-1] in _CLOSED)
-    return apart and not _FUNCTION.search(words)
-
-
 def _same_unit(given: Sequence[str], wanted: Sequence[str]) -> bool:
-    """Returns whether two units are equal, as far as both are given."""
-    if _PART in (given, wanted):
-        return False
+    """Returns whether two units are equal, as far as both are given; letters must be."""
+    if any(unit[0].startswith("-") for unit in (given, wanted) if unit):
+        return given == wanted != _PART
     if not given or not wanted:
         return True
     more = given[len(wanted) : len(wanted) + 1]
@@ -353,10 +336,16 @@ _IN_PARENTHESES = re.compile(r"\(([A-Ea-e])\)")
 _SINGLE = re.compile(r"(?<![\w'’-])([B-E](?![\w'’+#-])|A(?=\s*(?:$|[.,;:)\]!?*\n])))")
 
 
-# A choice that begins a text and is explained behind it: "B\n", "B) 15\n\n", "B, because".
+# A choice that begins a text and is explained behind it: "B\n", "B) 15\n\n", "B, because", "B is
+# correct.", if no later line begins with another one.
 _LEADING = re.compile(
-    r"[\W_]*(?i:(?:option|choice)\s+)?\(?([A-E])(?:[).:]*\s*(?:\n|$)|[).:][^\n]*\n\s*\n"
-    r"|\)?,?\s+(?i:because|since|as|is\s+(?:the\s+)?(?:correct|right|best))\b)"
+    r"[\W_]*(?i:(?:option|choice)\s+)?\(?([A-E])(?:[).:]*\s*?(?=\n|$)|[).:][^\n]*(?=\n\s*\n)"
+    r"|\)?,?\s+(?i:because|since|as|is\s+(?:the\s+)?(?:correct|right|best)"
+    r"(?:\s+(?:answer|option|choice|one))?(?=[.,;!\n]|$)))"
+    r"(?![\s\S]*\n[\W_]*(?i:option |choice )?\(?[A-E](?:[).:]|\s*(?:\n|$)))"
+)
+_CHOSEN = re.compile(
+    r"\b(?i:(?:correct|right|best) (?:option|choice) is:?)(?=\s*[(*]*[A-E](?![\w'’+#-]))"
 )
 
 
@@ -368,6 +357,7 @@ def parse_letter(text: str) -> str:
     text = _words(
         re.sub(r"(?<!\*)(?<=\b[A-E])\*(?!\*)", "#", text) if text.count("*") == 1 else text
     )
+    text = _CHOSEN.sub("answer is", text)
     for place in _places(text)[:-1]:
         found = _FIRST.match(place)
         for pattern in (_IN_PARENTHESES, _OPTION, _SINGLE):
@@ -477,8 +467,9 @@ def _stated_texts(text: str) -> set[str]:
 
 
 def _joined(text: str) -> str:
-    """Returns a text without spaces around operators and commas: 3x + 5 is 3x+5."""
-    return re.sub(r" ?([-+*/^=<>×÷≤≥,]) ?", r"\1", text)
+    """Returns a text without spaces around operators and behind commas: 3x + 5 is 3x+5."""
+    text = re.sub(r", (?!\d{3}(?!\d))", ",", text)  # 1,234 is one number
+    return re.sub(r" ?([-+*/^=<>×÷≤≥]) ?", r"\1", text)
 
 
 def _as_quantity(answer: str) -> Quantity:

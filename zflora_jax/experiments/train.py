@@ -42,7 +42,14 @@ from zflora_jax.training.loop import Hook, fit
 from zflora_jax.training.objective import Batch, objective_of
 from zflora_jax.training.optim import require_optimizer
 from zflora_jax.training.trainer import Metrics, TrainState, step_of
-from zflora_jax.training.workdir import Changes, adopt, claimed, keep_settings, record_start
+from zflora_jax.training.workdir import (
+    Changes,
+    adopt,
+    claimed,
+    keep_settings,
+    record_start,
+    saved_steps,
+)
 
 log = logging.getLogger(__name__)
 
@@ -200,7 +207,9 @@ def _first_state(
         require_same(saved, name, setup.fingerprints[f"{name}_fingerprint"], workdir)
     left = (step := int(state.step)) < setup.run.steps
     if left and setup.run.train.keep_best:  # losses of other rows are no measure
-        require_same(saved, "eval", setup.eval_set.fingerprint(), workdir)
+        for one in map(checkpoints.meta_of, saved_steps(workdir)):
+            if one.get("loss") is not None and "eval_fingerprint" in one:
+                require_same(one, "eval", setup.eval_set.fingerprint(), workdir)
     distributed.on_main(lambda: keep_settings(workdir, setup.run, held))
     if left:
         log.info("%s resumes from step %d of %d", workdir, step, setup.run.steps)

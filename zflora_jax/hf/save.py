@@ -20,7 +20,7 @@ from zflora_jax.core.adapter_config import METHODS
 from zflora_jax.core.architecture import count_base, param_shapes
 from zflora_jax.core.errors import CheckpointError
 from zflora_jax.core.fields import require, to_dict
-from zflora_jax.core.model import Model
+from zflora_jax.core.model import Model, require_there
 from zflora_jax.core.model_config import LlamaConfig
 from zflora_jax.hf.compressed import compressed
 from zflora_jax.hf.directory import export_target, refuse_foreign, whole_directory
@@ -33,7 +33,6 @@ from zflora_jax.hf.tokenizer import write_generation_config, write_tokenizer_fil
 from zflora_jax.nn.quantize_model import is_quantized, stored_text
 from zflora_jax.ops.quantized import QuantizedArray
 from zflora_jax.parallel.distributed import from_process_0, on_main
-from zflora_jax.parallel.mesh import require_there
 from zflora_jax.reporting.files import write_json
 
 DTYPES = ("float32", "bfloat16", "float16")

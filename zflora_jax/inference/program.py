@@ -21,19 +21,18 @@ from jax.typing import ArrayLike
 from zflora_jax.adapters.packing import apart_for, pack_for_decode
 from zflora_jax.core import trees
 from zflora_jax.core.adapter_config import AdapterConfig
-from zflora_jax.core.model import Model
+from zflora_jax.core.model import Model, require_there
 from zflora_jax.core.model_config import LlamaConfig
 from zflora_jax.inference.generation_config import GREEDY, Sampler
 from zflora_jax.nn.kv_cache import KVCache, cache_slots, init_cache
 from zflora_jax.nn.llama import Llama
 from zflora_jax.ops.precision import at_config_precision
 from zflora_jax.ops.sampling import ENDED
-from zflora_jax.parallel.mesh import require_there
 
 Array = jax.Array
 
-_packed: weakref.WeakKeyDictionary[Model, tuple[list[Any], Model]] = weakref.WeakKeyDictionary()
-_unpacked: weakref.WeakKeyDictionary[Model, tuple[list[Any], Model]] = weakref.WeakKeyDictionary()
+_Kept = weakref.WeakKeyDictionary[Model, tuple[trees.References, Model]]
+_packed, _unpacked = _Kept(), _Kept()
 
 
 def packed(model: Model, unmerged: AdapterConfig | None = None) -> Model:
@@ -47,13 +46,12 @@ def packed(model: Model, unmerged: AdapterConfig | None = None) -> Model:
       ConfigError: The model's parameters were donated.
     """
     require_there(model.params)
-    leaves = jax.tree.leaves(model.params)
     kept = _unpacked if apart_for(model, unmerged) else _packed
-    if model not in kept or not trees.are(kept[model][0], leaves):
+    if model not in kept or not trees.refer_to(kept[model][0], model.params):
         made = pack_for_decode(model, unmerged=unmerged)
         if made is model:
             return model
-        kept[model] = leaves, made
+        kept[model] = trees.references(model.params), made
     return kept[model][1]
 
 

@@ -12,7 +12,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from zflora_jax.core import trees
 from zflora_jax.core.fields import require
-from zflora_jax.core.model import Model
+from zflora_jax.core.model import Model, require_there
 from zflora_jax.core.token_ids import rows_needed
 from zflora_jax.ops.quantized import QuantizedArray
 from zflora_jax.parallel.sharding import placement
@@ -36,6 +36,7 @@ def resize_vocab(model: Model, tokenizer_or_size: Any) -> Model:
       ConfigError: a packed model, a table of codes, or a size below the ids in use.
     """
     config = model.config
+    require_there(model.params)
     require(
         not config.execution.packed,
         "this model is packed for decode; resize the model it was packed from.",

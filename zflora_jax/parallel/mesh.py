@@ -11,7 +11,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh, NamedSharding
 
-from zflora_jax.core.fields import require
+from zflora_jax.core.model import require_there
 from zflora_jax.core.run_config import MeshConfig
 from zflora_jax.core.trees import Tree
 from zflora_jax.parallel.sharding import (
@@ -54,18 +54,6 @@ def mesh_of(tree: Mapping[str, Any]) -> Mesh | None:
     if not isinstance(mesh, Mesh) or set(mesh.axis_names) != set(AXES) or mesh.size == 1:
         return None
     return mesh
-
-
-def require_there(params: Mapping[str, Any]) -> None:
-    """ConfigError for parameters that were donated."""
-    leaves = jax.tree.leaves(params)
-    arrays = (x for x in leaves if isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer))
-    require(
-        len(leaves) > 0 and not any(x.is_deleted() for x in arrays),
-        "the parameters of this model are gone: `swap` writes into them and returns the model to"
-        " go on with (live = zf.swap(live, adapters)); fuse(donate=True) and fuse_trained take them"
-        " into the fused one. Use that model, or load this one again.",
-    )
 
 
 @contextmanager

@@ -26,7 +26,7 @@ from zflora_jax.core.architecture import KERNELS, count_base
 from zflora_jax.core.errors import CheckpointError
 from zflora_jax.core.families import FAMILIES, require_format
 from zflora_jax.core.fields import nearest, require
-from zflora_jax.core.model import Model
+from zflora_jax.core.model import Model, require_there
 from zflora_jax.core.model_config import LlamaConfig
 from zflora_jax.hf.directory import folder_beside, fsync
 from zflora_jax.hf.gguf.file import (
@@ -297,6 +297,7 @@ def save_gguf(
       CheckpointError: A value is not finite in its type, the file must not be replaced, or it
         cannot be written.
     """
+    require_there(model.params)
     target = on_main(lambda: gguf_target(out, quant)) or Path(out)
     source = on_main(lambda: _source_file(model))
     types = {name: t.type.name for name, t in source.tensors.items()} if source else {}
