@@ -175,8 +175,6 @@ def cut_answers(table: Table) -> str:
 def deployment_blocks(table: Table) -> list[str]:
     """A row per deployment, and one per method that was trained for them."""
     study, rows, trained = table.study, list[dict[str, Any]](), dict[str, dict[str, Any]]()
-    if BASE not in table.runs:
-        return []
     before = table.results(BASE)["test_loss"].mean()
     for label in (BASE, *table.labels):
         found, gap = table.results(label).mean(), table.differences.get(label)
@@ -340,12 +338,13 @@ def pages(chosen: Iterable[Study], records: Path, picture: Path | None) -> dict[
       picture: Folder of pictures; None draws nothing.
     """
     tables = [table for study in chosen if (table := Table.read(study, records)).labels]
+    tables = [t for t in tables if not t.study.deployments or t.study.reference in t.labels]
     by_page = dict[str, list[Table]]()
     for table in tables:
         by_page.setdefault(table.study.page or table.study.name, []).append(table)
     found = {name: study_page(name, of) for name, of in by_page.items()}
     for name, of in by_page.items():
-        if picture and (deployed := [t for t in of if t.study.deployments and BASE in t.runs]):
+        if picture and (deployed := [t for t in of if t.study.deployments]):
             points = {table.study.name: deployed_points(table) for table in deployed}
             scores_and_bytes(points, picture / f"{name}.png", deployed[0].study.measure)
     over = [table for table in tables if table.study.name.startswith(f"{OVERVIEW}_")]

@@ -209,7 +209,7 @@ def test_losses_of_other_rows_choose_no_best(run, tmp_path, monkeypatch):
     run = override(run, BEST | {"optim.schedule": "constant", "train.steps": 4})
     quiet_train(run, tmp_path / "run")
     monkeypatch.setattr("zflora_jax.experiments.setup.held_out", partial(held_out, split="train"))
-    with pytest.raises(ConfigError, match=r"run was measured on other held-out rows \(finger"):
+    with pytest.raises(ConfigError, match=r"run measured its best checkpoint on other"):
         quiet_train(override(run, {"train.steps": 6}), tmp_path / "run")
 
 

@@ -57,6 +57,9 @@ def pack_for_decode(
       kind: Type of device, "cpu", "gpu" or "tpu"; None for this process's.
       unmerged: Config of adapters that are to run next to the model.
       donate: Whether to empty `model.params` meanwhile, so that memory never holds two copies.
+
+    Raises:
+      ConfigError: The model's parameters were donated.
     """
     require_there(model.params)
     kind = kind or this_kind()

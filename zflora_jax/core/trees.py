@@ -41,12 +41,12 @@ def arrays(tree: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def references(tree: Tree) -> References:
-    """What tells whether a tree holds the same arrays later, without keeping them in memory."""
+    """Weak references to the arrays of a tree."""
     return [weakref.ref(leaf) for leaf in jax.tree.leaves(tree)]
 
 
 def refer_to(found: References, tree: Tree) -> bool:
-    """Whether `references` are those of the arrays of `tree`."""
+    """Whether `found` are references to the arrays of `tree`, none of which was replaced."""
     leaves = jax.tree.leaves(tree)
     return len(found) == len(leaves) and all(
         of() is leaf for of, leaf in zip(found, leaves, strict=True)

@@ -33,7 +33,7 @@ def resize_vocab(model: Model, tokenizer_or_size: Any) -> Model:
       A new Model; `model` is left as it is.
 
     Raises:
-      ConfigError: a packed model, a table of codes, or a size below the ids in use.
+      ConfigError: a packed or donated model, a table of codes, or a size below the ids in use.
     """
     config = model.config
     require_there(model.params)

@@ -44,11 +44,12 @@ def require_same(saved: Meta, name: str, found: str, workdir: str | Path) -> Non
     or "data" (`name`), or measured on other rows ("eval"), than those whose fingerprint is `found`.
     """
     there = saved[f"{name}_fingerprint"]
-    was = "measured on other held-out rows" if name == "eval" else f"trained on another {name}"
+    rows = "measured its best checkpoint on other held-out rows"
     require(
         there == found,
-        f"{workdir} was {was} (fingerprint {there[:12]} there, {found[:12]} here). Restore it, or"
-        " use another --workdir.",
+        f"{workdir} {rows if name == 'eval' else f'was trained on another {name}'} (fingerprint"
+        f" {there[:12]} there, {found[:12]} here). Restore what was there, or use another"
+        " --workdir.",
     )
 
 
