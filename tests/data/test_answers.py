@@ -62,7 +62,7 @@ LETTER C; It is C, not D; **Answer**: C; (Ｃ); neither A nor B, so C
 LETTER C; The answer is neither A nor B, it is C.; The answer is not (A) or B, it is C
 LETTER D; A man walks 5 miles, so option D; The correct answer is **D) 40**; isn't B. D
 LETTER D; D, because A, B and C are wrong; D\n\nA is wrong, not C; D) 5\n\nSo B is 6.
-LETTER D; The correct option is D. B is 4; D is correct. B is 6; D rather than E; I'd say D
+LETTER D; The correct option is D. Option B is 4; D is correct. B is 6; D rather than E; I'd say D
 LETTER D; The answer should be (D).; <think>A? B?</think>D
 LETTER A; The answer is A; The answer is 23.65, (A).; A; <answer>A</answer>; the answer is: "A"; (a)
 LETTER A; $\boxed{\text{(A)}}$; a; Ⓐ; #### A
