@@ -78,8 +78,7 @@ def save_hf(
       is given.
 
     Raises:
-      ConfigError: The model is packed or was donated, its family cannot be stored so, or a setting
-        cannot be used.
+      ConfigError: The model is packed or was donated; its family or a setting cannot be used.
       CheckpointError: A value is not finite in `dtype`, or the directory must not be replaced.
     """
     target = export_target(path)
