@@ -103,11 +103,7 @@ def test_default_head_ranks():
 
 @pytest.mark.parametrize(
     ("targets", "kernels"),
-    [
-        ("[qv]", "q v"),
-        ("down|q", "q down"),
-        ("(?!q).", "k v o"),
-    ],
+    [("[qv]", "q v"), ("down|q", "q down"), ("(?!q).", "k v o")],
 )
 def test_targets(targets, kernels):
     assert target_kernels(targets) == tuple(kernels.split())

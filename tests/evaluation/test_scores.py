@@ -176,7 +176,11 @@ def test_a_summary_of_tasks(model, arc, two_tasks, tmp_path):
     assert "likelihood_sum, likelihood_norm: the likeliest option" in page
     with pytest.raises(ConfigError, match=r"piqa.*test\.json"):
         score(run, model, ["arc_easy", "piqa"], tmp_path / "none")
+    with pytest.raises(ConfigError, match="leave out the /"):
+        evaluate_tasks(run, model, two_tasks, tmp_path / "none", "a/../../c")
     assert not (tmp_path / "none").exists()  # said before the first task has run
+    with pytest.raises(ConfigError, match=r"summary-test-tiny\.md is no directory"):
+        evaluate(run_of(arc), model, out=tmp_path / "out" / "summary-test-tiny.md" / "x")
 
 
 def test_a_summary_of_other_scores_is_not_replaced(model, arc, tmp_path):
@@ -235,7 +239,8 @@ def test_a_run_s_own_held_out_rows_are_clean_and_those_of_a_model_trained_elsewh
     def clean(task, data, here):
         run = run_of(data, generate=False, loss=False, limit=4)
         given = [TrainedOn(dataclasses.replace(data, task=task), here)]
-        summary = score(run, model, [data.task], tmp_path / "out", trained_on=given, replace=True)
+        out = tmp_path / f"{task}-{data.task}-{here}"
+        summary = score(run, model, [data.task], out, trained_on=given)
         return summary["tasks"][0]["clean_rows"]
 
     assert (clean("rows", own, True), clean("rows", own, False)) == (4, 0)

@@ -21,7 +21,7 @@ from zflora_jax.cli.options import (
 from zflora_jax.cli.output import print_table
 from zflora_jax.core.fields import ConfigError, override, require
 from zflora_jax.core.run_config import RunConfig
-from zflora_jax.core.storage import as_path
+from zflora_jax.core.storage import as_path, output_path
 from zflora_jax.core.textfile import lines_of
 
 if TYPE_CHECKING:
@@ -74,6 +74,7 @@ def run(args: argparse.Namespace) -> None:
     from zflora_jax.evaluation.task import check_tasks, evaluate_tasks
     from zflora_jax.experiments.restore import own_rows_changed
     from zflora_jax.parallel.compile_cache import compile_cache
+    from zflora_jax.parallel.distributed import on_main
     from zflora_jax.training.workdir import read_config
 
     main = join(args)
@@ -84,7 +85,8 @@ def run(args: argparse.Namespace) -> None:
     check_tasks(config, tasks)
     trained_on = _trained_on(args, base, config)
     mesh = mesh_asked(meshed, base if args.workdir else None)
-    out = as_path(args.out or (as_path(args.workdir) / "eval" if args.workdir else "runs/eval"))
+    out = as_path(args.out or as_path(args.workdir or "runs") / "eval")
+    on_main(lambda: output_path(out, "--out", folder=True))
     with compile_cache(as_path(args.workdir or out) / "compile_cache"):
         model, label = _model(args, config, mesh)
         for i, given in enumerate(trained_on):
@@ -100,13 +102,13 @@ def run(args: argparse.Namespace) -> None:
         print_table(result, f"{result['task']} ({result['split']})")
         if config.eval.generate and get_task(result["task"]).own:  # which often has no score
             file = out / f"{result['task']}-{config.eval.split}-{label}.jsonl"
-            for line in lines_of(file.read_text(encoding="utf-8"))[:2]:
+            for line in lines_of(file.read_text("utf-8"))[:2]:
                 found = ((name, json.loads(line)[name]) for name in ("prompt", "output", "answer"))
                 print(*(f"{name}: {' '.join(text.split())}" for name, text in found), "", sep="\n")
     print(summary_page(summary))
     print(
-        f"written to {out}: summary-{config.eval.split}-{label}.md, and for each task one line per"
-        f" example in <task>-{config.eval.split}-{label}.jsonl"
+        f"written to {out}: summary-{config.eval.split}-{label}.md and, a line per example,"
+        f" <task>-{config.eval.split}-{label}.jsonl"
     )
 
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 from zflora_jax.cli.options import CONFIGS, CommandParser, named_configs
 from zflora_jax.core.fields import nearest, require
+from zflora_jax.core.storage import output_path
 from zflora_jax.reporting.files import atomic_write
 
 SUMMARY = "Write a config of the package to a file of your own, to edit and to train with."
@@ -21,10 +21,10 @@ def add_options(parser: CommandParser) -> None:
 def run(args: argparse.Namespace) -> None:
     names = named_configs()
     require(args.name in names, f"no config {args.name!r}: {nearest(args.name, names)}.")
-    out = Path(args.out or f"{args.name}.py")
+    out = output_path(args.out or f"{args.name}.py", "--out")
     require(out.suffix == ".py", f"--out {out}: give the name of a Python file, such as {out}.py.")
     require(not out.exists(), f"{out} exists: edit it, or give --out another file.")
-    text = (CONFIGS / f"{args.name}.py").read_text(encoding="utf-8")
+    text = (CONFIGS / f"{args.name}.py").read_text("utf-8")
     atomic_write(out, text.encode())
     command = "sweep" if "def get_sweep" in text else "train"
     print(f"{out} is yours to edit: zflora {command} --config {out} --workdir runs/{out.stem}")

@@ -57,7 +57,7 @@ CONFIGS = Path(__file__).parents[1] / "configs"
 def named_configs(function: str = "") -> list[str]:
     """The names of the configs that come with the package and have a `function`."""
     files = CONFIGS.glob("*.py")
-    return sorted(x.stem for x in files if f"def {function}" in x.read_text(encoding="utf-8"))
+    return sorted(x.stem for x in files if f"def {function}" in x.read_text("utf-8"))
 
 
 def add_config(

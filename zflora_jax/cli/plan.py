@@ -7,6 +7,7 @@ import argparse
 from zflora_jax.cli.options import CommandParser, add_config, add_settings, run_config
 from zflora_jax.cli.output import print_table
 from zflora_jax.core.fields import require, to_dict
+from zflora_jax.core.storage import output_path
 
 SUMMARY = (
     "Report what a run needs before it starts: parameters, memory per device, steps, tokens. No"
@@ -33,6 +34,8 @@ def add_options(parser: CommandParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     config = run_config(args)
+    if args.out:
+        output_path(args.out, "--out")
     require(
         args.target is None or args.memory is None,
         "--target has a memory of its own: leave out --memory.",

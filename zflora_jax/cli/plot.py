@@ -6,7 +6,7 @@ import argparse
 
 from zflora_jax.cli.options import CommandParser
 from zflora_jax.core.fields import require
-from zflora_jax.core.storage import as_path
+from zflora_jax.core.storage import as_path, output_path
 
 SUMMARY = "Draw loss, learning rate, tokens/s and gradient norm of runs, several over each other."
 
@@ -33,6 +33,7 @@ def run(args: argparse.Namespace) -> None:
     )
     out = args.out or str(as_path(args.runs[0]) / "curves")
     out = out.removesuffix(".png").removesuffix(".svg")
+    output_path(f"{out}.png", "--out")
     title = args.runs[0] if len(runs) == 1 else f"{len(runs)} runs"
     training_curves({name: path / METRICS_FILE for name, path in runs.items()}, out, title)
     print(f"written: {out}.png, {out}.svg")

@@ -44,10 +44,9 @@ def _named(outside: Sequence[int], tokenizer: Any) -> str:
     names = [f"{i} ({tokenizer.convert_ids_to_tokens(int(i))!r})" for i in outside[:5]]
     more = f" and {len(outside) - 5} more" if len(outside) > 5 else ""
     return (
-        f": {', '.join(names)}{more}. The tokenizer has tokens that the model has no embedding for."
-        " Add rows with model = zf.resize_vocab(model, model.tokenizer) (and zf.save_hf it, so"
-        " that a run can name it), or use a token that the model has, e.g. tokenizer.pad_token ="
-        " tokenizer.eos_token."
+        f": {', '.join(names)}{more}. The model has no embedding for these tokens. Add rows with"
+        " model = zf.resize_vocab(model, model.tokenizer) (and zf.save_hf for runs), or use a token"
+        " that it has, e.g. tokenizer.pad_token = tokenizer.eos_token."
     )
 
 

@@ -233,9 +233,8 @@ def _by_prefixes(tokenizer: Any, example: Example, data: DataConfig) -> Pair:
             there, here = (tokenizer.decode(x[start : start + 12]) for x in (before, ids))
             raise ConfigError(
                 f"before turn {i + 1} the model is given other tokens when it has to answer"
-                f" ({there!r}) than where the answer follows ({here!r}). White space at the start"
-                " of the answer may merge with the template's: strip it. Or the template writes"
-                " earlier turns in another way there: use one with {% generation %} marks."
+                f" ({there!r}) than where the answer follows ({here!r}). Strip white space at the"
+                " start of the answer, or use a template with {% generation %} marks."
             )
         # Some templates leave out parts of an earlier answer that they write of the last one.
         goes_on = _common(after, ids) == len(after)

@@ -18,7 +18,7 @@ from zflora_jax.adapters.packing import pack_for_decode
 from zflora_jax.core.fields import require, to_dict
 from zflora_jax.core.model import Model, fingerprint, require_fit
 from zflora_jax.core.run_config import EvalConfig, RunConfig
-from zflora_jax.core.storage import as_path
+from zflora_jax.core.storage import as_path, output_path
 from zflora_jax.data.builders.public import NAMED
 from zflora_jax.data.dates import dated
 from zflora_jax.data.encoding import tokenize_examples
@@ -75,11 +75,13 @@ def evaluate(
       answers are generated from prompts as long as the context allows (eval.max_prompt_tokens).
 
     Raises:
-      ConfigError: The task is a mixture, no row is clean, or eval.clean_only is set without
-        trained_on.
+      ConfigError: The task is a mixture, no row is clean, eval.clean_only is set without
+        trained_on, or nothing can be written to `out`.
     """
     seen = None if trained_on is None else questions(trained_on)
     out = None if out is None else as_path(out, "out")
+    if out is not None:
+        distributed.on_main(lambda: output_path(f"{out}.json", "out"))
     result, _ = _answered(_begun(run, model, seen, console), model, out, console)
     _remove_partials(out)
     return result
@@ -257,9 +259,6 @@ def _remove_partials(out: str | Path | None) -> None:
             path.unlink(missing_ok=True)
 
 
-# --- several tasks --------------------------------------------------------------------------------
-
-
 def evaluate_tasks(
     run: RunConfig,
     model: Model,
@@ -268,7 +267,6 @@ def evaluate_tasks(
     label: str,
     *,
     trained_on: Sequence[TrainedOn] | None = None,
-    replace: bool = False,
     console: bool = True,
     donate: bool = False,
 ) -> Result:
@@ -286,7 +284,6 @@ def evaluate_tasks(
       label: Name of the model in the files' names.
       trained_on: Training data in which test questions are looked up; the split that a run of this
         project held out for the task itself does not count.
-      replace: Whether a summary of that name may be replaced, whatever its settings.
       console: Whether progress is shown.
       donate: As for `pack_for_decode`.
 
@@ -294,14 +291,16 @@ def evaluate_tasks(
       The content of the summary's JSON.
 
     Raises:
-      ConfigError: As for `check_tasks`, or a summary there is of another model or other settings.
+      ConfigError: As for `check_tasks`; the label has a /, nothing can be written to `out`, or a
+        summary there is of another model or other settings.
     """
     tasks = [*tasks]
+    require(label == Path(label).name, f"label {label!r} is part of files' names: leave out the /.")
     out, env, run = as_path(out, "out"), environment(), one_day(run, tasks=tasks, label=label)
+    distributed.on_main(lambda: output_path(out, "out", folder=True))
     tasks = check_tasks(run, tasks)
     path, origin = out / f"summary-{run.eval.split}-{label}", _origin(run, model, tasks)
-    if not replace:
-        distributed.on_main(lambda: _refuse_other(as_path(f"{path}.json"), origin))
+    distributed.on_main(lambda: _refuse_other(as_path(f"{path}.json"), origin))
     seen = _seen_by_task(run, tasks, trained_on)
     files = {task: out / f"{task}-{run.eval.split}-{label}" for task in tasks}
     results, records = _score_all(run, model, files, seen, console, donate)
@@ -411,7 +410,7 @@ def _refuse_other(path: Path, origin: Result) -> None:
     """Refuses to replace a summary of another model or of other settings."""
     if not path.is_file():
         return
-    found = json.loads(path.read_text(encoding="utf-8"))["origin"]
+    found = json.loads(path.read_text("utf-8"))["origin"]
     other = [
         key for key, value in json.loads(json.dumps(origin)).items() if found.get(key) != value
     ]

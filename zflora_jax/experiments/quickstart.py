@@ -181,7 +181,7 @@ def _on_blocks(run: RunConfig, trained: Trained, out: Path, console: bool) -> di
 def _samples(workdir: Path) -> list[dict[str, str]]:
     """Returns three questions of the test split, with the answers before and after training."""
     before, after = (
-        [json.loads(line) for line in lines_of(path.read_text(encoding="utf-8"))[:3]]
+        [json.loads(line) for line in lines_of(path.read_text("utf-8"))[:3]]
         for path in (workdir / "eval" / "before.jsonl", workdir / "eval" / "after.jsonl")
     )
     return [

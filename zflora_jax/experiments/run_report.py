@@ -28,7 +28,7 @@ _EVAL_ROWS = "eval_fingerprint"  # of the rows of the held-out loss
 def read_report(workdir: str | Path) -> Report | None:
     """The report of the run in `workdir`, None if it is missing or damaged."""
     try:
-        found = json.loads((as_path(workdir) / REPORT_FILE).read_text(encoding="utf-8"))
+        found = json.loads((as_path(workdir) / REPORT_FILE).read_text("utf-8"))
     except (OSError, ValueError):
         return None
     return found if isinstance(found, dict) and isinstance(found.get("config"), dict) else None

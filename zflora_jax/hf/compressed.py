@@ -142,8 +142,7 @@ def _groups(model: Model, quant: str, base: LlamaConfig) -> dict[str, int]:
             leaf.kind == row.kind and bool(leaf.group) == (row.kind == "int4"),
             f"quant={quant!r} is {row.text}, and {name} is stored as {leaf.kind}, a scale for"
             f" {leaf.group or 'all'} inputs. Choose the quant of these codes (int8 without groups:"
-            " 'int8' or 'w8a8'; int4: 'int4'), quantise the base otherwise, or make floats of it"
-            " (zf.dequantize_model), which are then rounded a second time.",
+            " 'int8' or 'w8a8'; int4: 'int4'), or make floats of the base (zf.dequantize_model).",
         )
     return found
 
@@ -224,11 +223,10 @@ def _kernel(form: CompressedForm, model: Model, name: str) -> _Kernel:
 def _shared_scales(form: CompressedForm, model: Model, eps_z: float | None) -> CompressedForm:
     """The form with the powers of units and, unless the user gave it, eps_z.
 
-    Clipping the few rows whose output has a small scale costs less than rounding all others more
-    coarsely, so a power is judged by the whole error of its rows. eps_z has the smallest relative
-    error of a layer's products: that of the rows as codes, measured, plus what the norms of the
-    residual stream and of heads lose by summing over the state and the adapter dims. In 64 tiny
-    models the logits' error was at most 1.07 times that of the best power.
+    A power is judged by the whole error of its rows: clipping a few rows costs less than rounding
+    all others more coarsely. eps_z has the smallest relative error of a layer's products: that of
+    the rows as codes, plus what the norms of the residual stream and of heads lose by summing over
+    the state and the adapter dims.
     """
 
     def error_of(rows: np.ndarray, scales: np.ndarray) -> np.ndarray:

@@ -103,10 +103,9 @@ def _refuse(hf: Mapping[str, Any]) -> None:
     require("model_type" in hf, f"config.json has no model_type; expected {' or '.join(FAMILIES)}.")
     require(
         not hf.get("quantization_config"),
-        f"config.json: quantization_config={str(hf.get('quantization_config'))[:60]}... is not"
-        " supported: the directory holds packed weights, which vLLM and transformers read. Load the"
-        " model that they were made of: a float export (zflora export without --quant), the run,"
-        " or the float checkpoint on the hub; load_model(..., quantize=) makes codes of it.",
+        f"config.json: quantization_config={str(hf.get('quantization_config'))[:60]}...:"
+        " packed weights are for vLLM and transformers. Load what they were made of: a float export"
+        " (without --quant), the run, or the float checkpoint on the hub.",
     )
     for key, allowed in _ONLY.items():
         require(

@@ -274,7 +274,7 @@ def _digest(content: Any) -> str:
 def _manifest(target: Path) -> dict[str, Any]:
     """The content of the manifest; empty without one."""
     try:
-        found = json.loads((target / MARKER).read_text(encoding="utf-8"))
+        found = json.loads((target / MARKER).read_text("utf-8"))
     except (FileNotFoundError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}

@@ -93,8 +93,7 @@ GREEDY = Sampler()
 class GenerationConfig:
     """Settings of generation. Functions that generate also take them as keywords:
 
-        generate(model, texts, GenerationConfig(max_new_tokens=32, sampler=Sampler(0.7)))
-        generate(model, texts, max_new_tokens=32, sampler=Sampler(0.7))
+            generate(model, texts, max_new_tokens=32, sampler=Sampler(0.7))
 
     Attributes:
       max_new_tokens: Most tokens of an answer, including its stop token.

@@ -14,16 +14,14 @@ from zflora_jax.ops.linear import Array
 SAVED_NAMES = ("residual", "heads", "mlp", "low rank")
 
 
-def _kernel_results(primitive: Any, *_: Any, **__: Any) -> bool:
-    """Whether it is cuDNN's attention, whose results have no name."""
-    return primitive.name.startswith("dot_product_attention_fwd")
-
-
 _named = jax.checkpoint_policies.save_only_these_names(*SAVED_NAMES)
 # By the name in the settings; None keeps the input of a block alone.
 POLICIES: dict[str, Any] = {
     "none": jax.checkpoint_policies.everything_saveable,
-    "dots": jax.checkpoint_policies.save_from_both_policies(_named, _kernel_results),
+    "dots": jax.checkpoint_policies.save_from_both_policies(
+        _named,  # and the results of cuDNN's attention, which have no name
+        lambda primitive, *_, **__: primitive.name.startswith("dot_product_attention_fwd"),
+    ),
     "block": None,
 }
 

@@ -215,7 +215,7 @@ def _appears(file: Path) -> bool:
     deadline = time.monotonic() + SHARED_WITHIN
     while time.monotonic() < deadline:
         with contextlib.suppress(OSError):
-            if file.read_text(encoding="utf-8") == file.name:
+            if file.read_text("utf-8") == file.name:
                 return True
         time.sleep(0.1)
     return False

@@ -62,7 +62,7 @@ class Wandb:
         remembered = workdir / RUN_ID
         if start_step == 0 or not remembered.is_file():  # a run from the start is another run
             atomic_write(remembered, secrets.token_hex(4).encode())
-        identity = remembered.read_text(encoding="utf-8")
+        identity = remembered.read_text("utf-8")
         name = {"id": identity, "name": f"{workdir.resolve().name}-{identity}"}
         place = {"dir": str(workdir), "project": os.environ.get("WANDB_PROJECT", "zflora_jax")}
         # "create_new", as runs of a sweep may train side by side.

@@ -178,7 +178,7 @@ class Checkpoints:
 
     def meta_of(self, step: int) -> Meta:
         """Returns the JSON values that `save` stored with the state of a step."""
-        meta: Meta = json.loads((self.folder / str(step) / META).read_text(encoding="utf-8"))
+        meta: Meta = json.loads((self.folder / str(step) / META).read_text("utf-8"))
         return meta
 
     def _read(self, step: int, like: Any, meta: Meta) -> TrainState:

@@ -156,7 +156,7 @@ def _wait_out(workdir: Path, found: dict[str, Any]) -> None:
 def _read(place: Path) -> dict[str, Any] | None:
     """The content of a lock; None without one."""
     try:
-        found: dict[str, Any] = json.loads(place.read_text(encoding="utf-8"))
+        found: dict[str, Any] = json.loads(place.read_text("utf-8"))
     except FileNotFoundError:
         return None
     return found

@@ -43,7 +43,7 @@ def read_config(workdir: str | Path) -> RunConfig:
         " --model for a model directory.",
     )
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(path.read_text("utf-8"))
     except (ValueError, RecursionError) as error:
         raise ConfigError(
             f"{path} is not valid JSON ({error}); restore it from a copy, or start a new run in"

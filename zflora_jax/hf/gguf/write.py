@@ -231,9 +231,8 @@ def require_blocks(model: Model) -> None:
         bool(kinds) and not foreign,
         f"quant='keep' writes a model's own blocks of {', '.join(KEPT)}, and this one has"
         f" {', '.join(f'{kind} ({kinds[kind]})' for kind in foreign) or 'only floats'}. Load its"
-        " base with load_model(FILE.gguf, quantize='keep'), train with quantize.kernels=keep and"
-        " quantize.embedding=keep, or choose another quant, such as q8_0 or q4_1, which quantises"
-        " the weights anew.",
+        " base with load_model(FILE.gguf, quantize='keep') and train with quantize.kernels=keep and"
+        " quantize.embedding=keep, or choose another quant, such as q8_0.",
     )
 
 
