@@ -213,7 +213,7 @@ def deployed_points(table: Table) -> dict[str, tuple[float, float, bool]]:
 def setting(table: Table) -> str:
     """How a study was run, and what is missing."""
     study, run, scoring = table.study, table.study.base, table.study.scoring
-    some = next((r["result"] for r in table.runs.values() if "test_rows" in r["result"]), {})
+    some = next((r["result"] for r in table.runs.values() if "train_rows" in r["result"]), {})
     rows = f"{run.data.batch_size} {'packed ' if run.data.packing else ''}rows"
     lines = [
         f"{run.model}, {run.train.dtype}; trained on `{run.data.task}`, {run.train.steps} steps of"
@@ -244,7 +244,8 @@ def setting(table: Table) -> str:
     if weak := ", ".join(task for task in study.tasks if task not in told):
         beaten = f"{study.reference} does not clearly beat the untrained model on {weak}"
         lines.append(f"{beaten}: they say nothing about methods and are compared by none.")
-    lines += [f"Not all runs are there: {m}." for m in known if m not in table.labels]
+    missing = "; ".join(m for m in known if m not in table.labels)
+    lines += [f"Not all runs are there: {missing}."] if missing else []
     failed = {n: why for n, r in table.runs.items() if (why := r["result"].get("failed"))}
     return "\n".join([*lines, *(f"Failed: {name}: {why}." for name, why in failed.items())])
 
