@@ -93,10 +93,7 @@ def compiled() -> Iterable[Row]:
 
 def page(result: Mapping[str, Any]) -> str:
     """Returns the page in Markdown."""
-    sections = {
-        "decode": (_decode_table, DECODE),
-        "compiled": (_loop_table, COMPILED),
-    }
+    sections = {"decode": (_decode_table, DECODE), "compiled": (_loop_table, COMPILED)}
     lines = ["# Quantised bases", ""]
     for part, (table, text) in sections.items():
         if rows := result.get(part):

@@ -171,8 +171,10 @@ def _scores(
 ) -> dict[str, Any]:
     """Task -> the scores of a model, with those of each clean row."""
     run, tasks = dataclasses.replace(run, eval=study.scoring), [*study.tasks, *study.transfer]
-    seen, quiet = [zf.TrainedOn(run.data)], {"replace": True, "console": console}
-    summary = zf.evaluate_tasks(run, model, tasks, out, "chosen", trained_on=seen, **quiet)
+    for old in out.glob("summary-*"):  # of other settings
+        old.unlink()
+    seen = [zf.TrainedOn(run.data)]
+    summary = zf.evaluate_tasks(run, model, tasks, out, "chosen", trained_on=seen, console=console)
     scores = {of["task"]: of for of in summary["tasks"]}
     lacking = [t for t in study.tasks if study.measure not in scores[t]["scores"]["clean"]]
     if lacking:

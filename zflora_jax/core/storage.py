@@ -90,15 +90,15 @@ def as_path(path: str | os.PathLike[str], name: str = "path") -> Path:
 
 def output_path(path: str | os.PathLike[str], name: str, folder: bool = False) -> Path:
     """As `as_path`, for a file (with `folder`, a folder of files) that will be written: ConfigError
-    if it cannot be, before any work is done.
+    if a local one cannot be, before any work is done.
     """
     out = as_path(path, name)
     if not is_url(out):
-        above = next(p for p in [*[out] * folder, *out.parents] if p.exists())
-        may = above.is_dir() and os.access(above, os.W_OK)
-        require(may, f"{name} {out}: {above} is no directory that you may write to.")
         named = folder or not out.is_dir()
         require(named, f"{name} {out} is a directory; give the name of a file.")
+        above = next(p for p in [out, *out.absolute().parents][not folder :] if p.exists())
+        may = above.is_dir() and os.access(above, os.W_OK)
+        require(may, f"{name} {out}: {above} is no directory that you may write to.")
     return out
 
 

@@ -295,7 +295,7 @@ def evaluate_tasks(
         summary there is of another model or other settings.
     """
     tasks = [*tasks]
-    require(label == Path(label).name, f"label {label!r} is part of files' names: leave out the /.")
+    require("/" not in label, f"label {label!r} is part of files' names: leave out the /.")
     out, env, run = as_path(out, "out"), environment(), one_day(run, tasks=tasks, label=label)
     distributed.on_main(lambda: output_path(out, "out", folder=True))
     tasks = check_tasks(run, tasks)

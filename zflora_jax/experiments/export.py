@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from zflora_jax.core.adapter_config import METHODS, OF_BASE
 from zflora_jax.core.fields import nearest, require
 from zflora_jax.core.run_config import RunConfig
-from zflora_jax.core.storage import as_path, output_path
+from zflora_jax.core.storage import as_path
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
@@ -81,7 +81,7 @@ def export_run(
     from zflora_jax.experiments.restore import load_run
     from zflora_jax.parallel.distributed import require_equal, require_shared
 
-    target = output_path(out, "out", folder=format != "gguf")
+    target = as_path(out, "out")
     require(format in EXPORTERS, f"format={format!r}: {nearest(format, EXPORTERS)}.")
     exporter, given = EXPORTERS[format], {"dtype": dtype, "quant": quant, "eps_z": eps_z}
     for name, value in given.items():

@@ -91,9 +91,9 @@ GREEDY = Sampler()
 
 @dataclass(frozen=True)
 class GenerationConfig:
-    """Settings of generation. Functions that generate also take them as keywords:
+    """Settings of generation. Functions that generate take them as keywords, too:
 
-            generate(model, texts, max_new_tokens=32, sampler=Sampler(0.7))
+        generate(model, texts, max_new_tokens=32, sampler=Sampler(0.7))
 
     Attributes:
       max_new_tokens: Most tokens of an answer, including its stop token.
