@@ -92,7 +92,7 @@ def fuse(model: Model, adapter: AdapterConfig, adapters: Tree, *, donate: bool =
         row.keeps_codes or not codes,
         f"method {adapter.method!r} is merged by addition, and {codes[:1]} of this base is stored"
         " as codes, which would be rounded a second time. Keep the adapters beside the base"
-        " (generate(model, ..., adapter=, adapters=)), or dequantise it first"
+        " (generate(model, ..., adapter=, adapters=)), or dequantise the base first"
         " (zf.dequantize_model).",
     )
     with mesh_in_use(model.params):
