@@ -181,6 +181,8 @@ def test_a_summary_of_tasks(model, arc, two_tasks, tmp_path):
     assert not (tmp_path / "none").exists()  # said before the first task has run
     with pytest.raises(ConfigError, match=r"summary-test-tiny\.md is no directory"):
         evaluate(run_of(arc), model, out=tmp_path / "out" / "summary-test-tiny.md" / "x")
+    with pytest.raises(ConfigError, match=r"summary-test-tiny\.md is no directory"):
+        score(run, model, two_tasks, tmp_path / "out" / "summary-test-tiny.md")
 
 
 def test_a_summary_of_other_scores_is_not_replaced(model, arc, tmp_path):

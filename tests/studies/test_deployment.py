@@ -144,6 +144,7 @@ def test_a_study_scores_deployments_of_each_seed(two_steps, tmp_path):
             "lora rounded": ("lora", deployment.rounded),
         },
     )
+    zf.atomic_write(tmp_path / "w/base/eval/summary-test-chosen.json", b'{"origin": {}}')
     table = run_study(study, tmp_path / "w", tmp_path / "r", console=False)
     assert table.labels == list(study.deployments) and len(table.runs) == 1 + 1 + 2
     kl = {label: table.chosen[label][0]["result"]["kl"] for label in table.labels}

@@ -96,7 +96,7 @@ def output_path(path: str | os.PathLike[str], name: str, folder: bool = False) -
     if not is_url(out):
         named = folder or not out.is_dir()
         require(named, f"{name} {out} is a directory; give the name of a file.")
-        above = next(p for p in [out, *out.absolute().parents][not folder :] if p.exists())
+        above = next(p for p in [out, *out.parents][not folder :] if p.exists())
         may = above.is_dir() and os.access(above, os.W_OK)
         require(may, f"{name} {out}: {above} is no directory that you may write to.")
     return out
