@@ -80,8 +80,8 @@ def evaluate(
     """
     seen = None if trained_on is None else questions(trained_on)
     out = None if out is None else as_path(out, "out")
-    if out is not None:
-        distributed.on_main(lambda: output_path(f"{out}.json", "out"))
+    # In every process, also where only one was given `out`.
+    distributed.on_main(lambda: None if out is None else output_path(f"{out}.json", "out"))
     result, _ = _answered(_begun(run, model, seen, console), model, out, console)
     _remove_partials(out)
     return result
