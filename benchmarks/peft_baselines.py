@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from zflora_jax.core.fields import ConfigError, nearest, require
+from zflora_jax.core.fields import ConfigError, require, require_in
 from zflora_jax.core.quantize_config import STORED, Stored
 from zflora_jax.core.run_config import OptimConfig
 
@@ -54,9 +54,7 @@ class Case:
             f"masked={self.masked}: a share of the positions, at least 0 and below 1.",
         )
         types = [name for name in STORED if name != "keep"]  # random models have no file
-        require(
-            self.quantize in types, f"quantize={self.quantize}: {nearest(self.quantize, types)}."
-        )
+        require_in(types, self.quantize, f"quantize={self.quantize}")
 
     def batch_arrays(self, vocab_size: int) -> dict[str, np.ndarray]:
         """Makes random tokens, int32, and the loss mask, bool, each [batch, length], with at least

@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from support.cases import BY_METHOD, CASES, case_id, dead_slices, every_method, few_cases
+from support.cases import BY_METHOD, CASES, case_id, dead_slices, every_method, few_cases, is_few
 from support.checks import assert_logits_close, assert_trees_equal
-from support.grids import pairwise
+from support.grids import in_turn
 from support.models import perturb, tiny_model
 from support.quantized import how
 
@@ -48,8 +48,9 @@ def test_unchanged_at_step_0(adapter, tokens):
         np.testing.assert_array_equal(adapted, base)
 
 
-@pytest.mark.parametrize("scan", [True, False])
-@few_cases
+@pytest.mark.parametrize(
+    ("adapter", "scan"), in_turn(CASES, [True, False], few=is_few), ids=name_of
+)
 def test_fused_and_packed_equal_adapted(adapter, scan, tokens):
     model = tiny_model(scan_layers=scan, tie_word_embeddings=not scan)
     adapters = perturb(init_adapters(jax.random.key(1), model, adapter))
@@ -62,7 +63,9 @@ def test_fused_and_packed_equal_adapted(adapter, scan, tokens):
     assert_logits_close(forward(pack_for_decode(fused, "tpu" if scan else "cpu"), tokens), adapted)
 
 
-@pytest.mark.parametrize(("adapter", "scan"), pairwise(WIDENED, [True, False]), ids=name_of)
+@pytest.mark.parametrize(
+    ("adapter", "scan"), in_turn(WIDENED, [False, True], few=is_few), ids=name_of
+)
 def test_unfuse_returns_the_base_bit_for_bit(adapter, scan):
     model = tiny_model(scan_layers=scan, tie_word_embeddings=False)
     adapters = perturb(init_adapters(jax.random.key(1), model, adapter))
@@ -88,7 +91,7 @@ def test_merged_methods_refuse_unfuse_and_swap(adapter):
 
 @pytest.mark.parametrize(
     ("adapter", "packed", "dtype"),
-    pairwise(WIDENED, [False, True], ["float32", "bfloat16"]),
+    in_turn(WIDENED, [False, True], ["float32", "bfloat16"], few=is_few),
     ids=name_of,
 )
 def test_swap_equals_fusing_anew(adapter, packed, dtype):
@@ -126,7 +129,11 @@ def test_fuse_copies_the_base_and_casts_once(adapter, dtype):
         assert np.all(gap <= 1.01 * half_ulp * np.abs(exact) + 1e-8)
 
 
-@pytest.mark.parametrize(("adapter", "side"), pairwise(BY_METHOD, ["left", "right"]), ids=name_of)
+@pytest.mark.parametrize(
+    ("adapter", "side"),
+    in_turn(BY_METHOD, ["left", "right"], few=lambda a: "zflora" in a.method or a.method == "lora"),
+    ids=name_of,
+)
 def test_prefill_and_decode_equal_full_forward(adapter, side):
     """Any batch and padding: each row alone without padding, the padded batch, and prefill + one
     token at a time agree.
@@ -174,11 +181,7 @@ def test_bad_adapters_refuse_to_fuse(adapter):
 
 
 @pytest.mark.parametrize(
-    ("method", "kind"),
-    [
-        *((method, None) for method in ("lora", "full", "zflora-minimal")),
-        ("zflora-minimal", "q4_1"),
-    ],
+    ("method", "kind"), [("lora", None), ("full", None), ("zflora-minimal", "q4_1")]
 )
 def test_adapters_beyond_the_range_of_the_base_refuse(method, kind):
     """Finite floats of theirs are no numbers there; a swap refuses before it takes the model."""

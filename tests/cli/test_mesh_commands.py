@@ -76,6 +76,7 @@ def test_a_run_is_loaded_and_used_on_its_mesh(trained, tmp_path):
     assert_trees_equal(fused.params, load_fused(trained, mesh=one_device())[0].params)
 
 
+@pytest.mark.soak  # test_hosts_commands runs them on a mesh
 def test_commands_use_the_mesh_of_the_run_or_the_one_given(trained, tmp_path, capsys, monkeypatch):
     """eval, generate and export: the same answers, losses and files from four devices (the run's)
     and from the mesh that --set names.

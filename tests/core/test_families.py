@@ -86,7 +86,7 @@ def test_logits_and_decoded_tokens_equal_transformers(family, settings, tmp_path
     ("family", "method"),
     always(
         [(family, method) for family in NEW for method in METHODS],
-        lambda case: case in [("qwen3", "zflora-uniform"), ("qwen2", "lora")],
+        lambda case: case == ("qwen3", "zflora-uniform"),
     ),
 )
 def test_every_method_on_every_family(family: str, method: str, tokens: Any) -> None:
@@ -105,7 +105,7 @@ def test_every_method_on_every_family(family: str, method: str, tokens: Any) -> 
         assert_logits_close(forward(swap(packed, other), tokens), wanted)
 
 
-@pytest.mark.parametrize("family", always(NEW, lambda name: name in ("qwen3", "smollm3")))
+@pytest.mark.parametrize("family", always(NEW, lambda name: name == "smollm3"))
 def test_a_training_step_of_every_family(family: str, tokens: Any) -> None:
     """Adapter gradients are the same with scanned and separate layers and by every policy of remat,
     and no leaf of them is zero.
@@ -161,7 +161,7 @@ def test_the_reported_cost_of_normed_heads_is_the_real_one(eps_z, tokens, tmp_pa
     assert far > 0.01 if eps_z else far < 1e-4
 
 
-@pytest.mark.parametrize("family", always(NEW[1:], lambda name: name != "smollm3"))
+@pytest.mark.parametrize("family", always(NEW[1:], lambda name: name == "phi3"))
 def test_biases_head_norms_and_joined_kernels_on_a_mesh(family, tokens, tmp_path) -> None:
     model, adapter = tiny_family(family), AdapterConfig("zflora-uniform", rank=4)
     save_hf(tmp_path / "base", model)

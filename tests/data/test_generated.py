@@ -58,6 +58,7 @@ def test_every_worked_answer_is_right(rows):
     assert seen == set("+-*/")
 
 
+@pytest.mark.soak  # a process of its own
 def test_round_trip_through_array_record_without_tensorflow(tmp_path):
     """In two processes at once: both prepare, both read all rows in order, neither imports
     tensorflow, stdout stays clean.

@@ -36,6 +36,7 @@ def reply(monkeypatch):
 # --- records --------------------------------------------------------------------------------------
 
 
+@pytest.mark.soak  # test_likelihood has it of likelihoods
 def test_records_do_not_depend_on_batch_size_or_order(model, arc):
     examples = list(load_examples("arc_easy", "test", arc))
     results = []

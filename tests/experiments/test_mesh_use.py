@@ -56,9 +56,7 @@ def assert_no_whole_kernel(text, config):
         assert math.prod(shape) < min(kernels) or shape == table, dims
 
 
-@pytest.mark.parametrize(
-    "method", always(METHODS, lambda m: m in ("lora", "zflora-uniform", "full"))
-)
+@pytest.mark.parametrize("method", always(METHODS, lambda method: method == "zflora-uniform"))
 def test_a_model_on_a_mesh_computes_what_one_device_does(method):
     adapter, (model, adapters), (divided, beside) = both(method)
     tokens = np.asarray([PROMPTS[0]])
@@ -149,6 +147,7 @@ def test_latency_is_measured_on_the_mesh_of_a_model():
     assert found["ttft_ms"] > 0 and math.isfinite(found["tpot_ms"])  # a difference: small, noisy
 
 
+@pytest.mark.soak  # numbers are compared below
 def test_no_program_holds_a_whole_kernel():
     """Neither fusing nor taking apart nor swapping nor decoding: each device's own part of a kernel
     is the largest of it that any of them makes.
@@ -205,7 +204,7 @@ def test_several_processes_divide_a_model_over_all_their_devices(monkeypatch):
         mesh_asked({}, None)
 
 
-@pytest.mark.parametrize("method", ["zflora-uniform", "lora", "full"])
+@pytest.mark.parametrize("method", always(["zflora-uniform", "lora", "full"], "lora".__ne__))
 def test_a_base_is_freed_leaf_by_leaf_as_it_is_fused(method, monkeypatch):
     """The same numbers as with a base that stays, on one device and on a mesh."""
     adapter, one, many = both(method)

@@ -106,7 +106,7 @@ def bytes_in(tree: Any) -> int:
             ("zflora-minimal", {"mesh.fsdp": 4}),
             ("lora", {"mesh.data": 2, "mesh.tensor": 4}),
         ],
-        lambda case: case[0] != "lora" or case[1],
+        lambda case: case[0] == "lora" and case[1],
     ),
 )
 def test_the_compiled_step_takes_what_is_stored(method: str, changes: dict[str, Any]) -> None:
@@ -142,6 +142,7 @@ def test_a_run_that_does_not_fit_comes_with_changes_that_reduce_it() -> None:
     assert {"adapter.method": "zflora-minimal"} in full and {"quantize.kernels": "nf4"} not in full
 
 
+@pytest.mark.soak  # six programs
 def test_the_largest_batch_is_searched() -> None:
     """One row more per device does not fit, or a sixteenth more."""
     run = small_run(**{"mesh.fsdp": 2})
@@ -282,6 +283,7 @@ def test_a_refused_program(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @needs_libtpu
+@pytest.mark.soak  # three programs
 def test_the_reported_attention_is_that_of_the_program() -> None:
     """Widened heads beyond what splash takes: the plan says blocks, and so does the program."""
     config = TINY.replace(head_dim=256, num_heads=2, num_kv_heads=1, num_layers=1)
@@ -300,6 +302,7 @@ def test_the_reported_attention_is_that_of_the_program() -> None:
 
 
 @needs_libtpu
+@pytest.mark.soak  # test_sharding counts them, too
 def test_only_sums_of_gradients_cross_slices_and_kernels_are_gathered_one_at_a_time() -> None:
     """A mesh of two slices that uses two of the four devices of each. A ring of two sends each
     gradient twice, in float32.
@@ -329,6 +332,7 @@ def summed_by(program: Program) -> list[tuple[Any, int]]:
 
 @needs_libtpu
 @pytest.mark.parametrize("method", always(["lora", "zflora-uniform"], lambda m: m == "lora"))
+@pytest.mark.soak  # test_sharding compares the gradients
 def test_devices_add_up_gradients_in_float32(method: str) -> None:
     """Also for a bfloat16 base: on many devices a sum in bfloat16 would lose the last bits."""
     adapter = AdapterConfig(method, rank=8)

@@ -153,6 +153,7 @@ def test_a_directory_copied_there_by_other_software(url, model_dir, tmp_path):
         load_model(f"{url}/nothing")
 
 
+@pytest.mark.soak  # exports and checkpoints in buckets have their own
 def test_the_commands_on_a_run_in_a_bucket(bucket, config_file, capsys, tmp_path, monkeypatch):
     monkeypatch.setenv("ZFLORA_CACHE", str(tmp_path / "cache"))
     run, export = f"{bucket}/run", f"{bucket}/export"

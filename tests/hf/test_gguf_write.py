@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from support.checks import assert_logits_close
 from support.gguf_files import empty_file
+from support.grids import always
 from support.models import perturb, tiny_model
 
 from zflora_jax import AdapterConfig, forward, fuse, init_adapters, load_model, save_gguf
@@ -96,7 +97,7 @@ STEPS = {
 }
 
 
-@pytest.mark.parametrize("quant", QUANTS)
+@pytest.mark.parametrize("quant", always(QUANTS, ("bf16", "q8_0", "q4_1").__contains__))
 def test_values_are_within_a_step_of_the_model(quant: str, tmp_path: Path) -> None:
     config = tiny_model().config.replace(hidden_size=256, intermediate_size=512, head_dim=64)
     model = random_model(config, jax.random.key(3))

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from support.cases import BY_METHOD, CASES, DORA, case_id
+from support.cases import CASES, UNIFORM, case_id
 from support.checks import assert_logits_close
 from support.grids import always
 from support.models import perturb, tiny_fused, untied
@@ -31,14 +31,10 @@ from zflora_jax.nn.llama import forward
 NEW = 64
 
 
-@pytest.mark.parametrize(
-    "adapter",
-    always(
-        [a for a in CASES if a.method != "full"],
-        lambda a: a == DORA or (a in BY_METHOD and a.method.startswith("zflora")),
-    ),
-    ids=case_id,
-)
+BESIDE = [a for a in CASES if a.method != "full"]
+
+
+@pytest.mark.parametrize("adapter", always(BESIDE, UNIFORM.__eq__), ids=case_id)
 def test_adapters_beside_the_base_answer_as_fused(adapter):
     """Un-merged adapters over packed base kernels: logits within the contract's tolerance, the same
     greedy tokens, in either layout of layers.
@@ -63,6 +59,7 @@ def test_adapters_beside_the_base_answer_as_fused(adapter):
     "method",
     always(["zflora-uniform", "ffba", "zflora-minimal"], lambda method: method == "zflora-uniform"),
 )
+@pytest.mark.soak  # each half has its own
 def test_lora_beside_a_fused_model_answers_as_merged_into_it(method):
     """Its kernels are not packed then: neither filled up, nor scaled, nor in another order."""
     base, wide = untied(), AdapterConfig(method, rank=6, extra_mlp_units=5)
@@ -125,7 +122,7 @@ def stock_greedy(path: Path, prompts: list[list[int]]) -> list[list[int]]:
 
 
 @pytest.mark.parametrize(
-    "method", always(["base", *METHODS], lambda method: method not in ("ffa", "ffba", "full"))
+    "method", always(["base", *METHODS], ("base", "lora", "zflora-uniform").__contains__)
 )
 def test_greedy_equals_transformers(method: str, tmp_path: Path) -> None:
     model = tiny_fused(method)

@@ -30,7 +30,7 @@ from zflora_jax.inference.program import DecodeProgram
 from zflora_jax.nn.llama import forward
 
 
-@pytest.mark.parametrize("kind", ["cpu", "gpu", "tpu"])
+@pytest.mark.parametrize("kind", always(["cpu", "gpu", "tpu"], "tpu".__eq__))
 def test_packed_kernels_are_filled_up_with_zeros(kind: str) -> None:
     """To the multiples of a type of device; they compute what the fused model computes."""
     model, adapter = untied(), AdapterConfig("zflora-minimal", rank=5)
@@ -52,7 +52,7 @@ def test_packed_kernels_are_filled_up_with_zeros(kind: str) -> None:
     ("beside", "batch", "kv_heads"),
     always(
         list(itertools.product(["fused", "lora"], [1, 2], [1, 2])),
-        lambda case: case in [("fused", 1, 1), ("lora", 2, 2)],
+        lambda case: case == ("fused", 1, 1),
     ),
 )
 def test_the_compiled_loop_copies_no_cache(

@@ -55,6 +55,7 @@ def program_of(kind: str, adapter: AdapterConfig | None) -> tuple[Any, int]:
     ("kind", "adapter"),
     always([("int8", None), ("int8", MINIMAL)], lambda case: case[1] is not None),
 )
+@pytest.mark.soak  # of memory
 def test_a_program_on_a_cpu_holds_the_numbers_of_one_kernel_at_most(kind, adapter):
     """Prefill dequantises one kernel at a time, and the loop of tokens reads codes."""
     step, numbers = program_of(kind, adapter)
@@ -64,7 +65,7 @@ def test_a_program_on_a_cpu_holds_the_numbers_of_one_kernel_at_most(kind, adapte
     assert whole <= numbers / 4 / 4
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", always(KINDS, ("int8", "q4_1").__contains__))
 def test_a_cpu_keeps_the_codes_of_int8_alone(kind):
     """Other codes are slower there than floats; GPUs and TPUs keep them, with their scales."""
     model = quantized_tiny(kind)

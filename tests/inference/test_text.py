@@ -33,7 +33,7 @@ def talker() -> Any:
     ("count", "sampler"),
     always(
         [(count, sampler) for count in (13, 2, 1) for sampler in SAMPLERS],
-        lambda case: case in [(13, SAMPLERS[2]), (2, None), (1, None)],
+        lambda case: case == (13, SAMPLERS[2]),
     ),
     ids=str,
 )

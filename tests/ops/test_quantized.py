@@ -98,7 +98,7 @@ FORMS = [("int8", 0), *((kind, 32) for kind in KINDS)]
     ("form", "rows"),
     always(
         itertools.product(FORMS, [1, 3, 11]),
-        lambda case: case[1] in (1, (11, 3)[FORMS.index(case[0]) % 2]),
+        lambda case: case[1] == (1, 3, 11)[FORMS.index(case[0]) % 3],
     ),
 )
 def test_products_of_every_device_equal_the_dequantised(form, rows):
@@ -128,7 +128,7 @@ def test_products_of_every_device_equal_the_dequantised(form, rows):
         np.testing.assert_allclose(np.asarray(y), wanted, rtol=0, atol=2e-4 * np.abs(wanted).max())
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", always(KINDS, ("int8", "nf4", "q4_1").__contains__))
 def test_gradients_are_those_of_the_dequantised_kernel(kind):
     """Of inputs alone; also where few rows take a device's form, which rounds."""
     w, x = quantize(jnp.asarray(numbers(64, 3, 4)), kind, writes=2), jnp.asarray(numbers(2, 3, 64))

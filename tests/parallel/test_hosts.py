@@ -83,6 +83,7 @@ def test_a_signal_to_one_process_stops_all_and_one_process_goes_on(four, tmp_pat
 # Each case in both processes, which go on after a refusal; then a command.
 CASES = """
 import json, sys
+sys.modules["torch"] = None  # transformers would load it, for 3 seconds
 import jax
 from zflora_jax.core.fields import ConfigError, from_dict, override
 from zflora_jax.core.run_config import RunConfig

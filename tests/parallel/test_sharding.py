@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
-from support.cases import DORA, adapter_cases, case_id
+from support.cases import BY_METHOD, DORA, UNIFORM, adapter_cases, case_id
 from support.checks import assert_trees_equal, compiled
 from support.grids import always
 from support.meshes import MESH, PROMPTS, adapter_of, assert_divided, model_for_meshes
@@ -23,7 +23,7 @@ from zflora_jax.adapters.fuse import fuse, unfuse
 from zflora_jax.adapters.init import init_adapters
 from zflora_jax.adapters.methods import adapter_shapes
 from zflora_jax.core import trees
-from zflora_jax.core.adapter_config import METHODS, AdapterConfig
+from zflora_jax.core.adapter_config import AdapterConfig
 from zflora_jax.core.architecture import KERNELS, group, param_shapes
 from zflora_jax.core.errors import Preempted
 from zflora_jax.core.fields import ConfigError, override
@@ -42,15 +42,8 @@ def rank_6(method):
     return AdapterConfig(method, rank=6, alpha=9.0)
 
 
-@pytest.mark.parametrize(
-    "adapter",
-    always(
-        [*map(rank_6, METHODS), DORA],
-        # zflora-uniform has every kind of block that widens.
-        lambda adapter: adapter in (rank_6("zflora-uniform"), DORA),
-    ),
-    ids=case_id,
-)
+# UNIFORM has every kind of block that widens.
+@pytest.mark.parametrize("adapter", always([*BY_METHOD, DORA], UNIFORM.__eq__), ids=case_id)
 def test_a_mesh_of_every_axis_gives_the_numbers_of_one_device(adapter):
     model = sharded_model()
     wanted, adapters = three_steps(model, adapter, MeshConfig())
@@ -99,6 +92,7 @@ def test_fsdp_gathers_one_layer_at_a_time(scan_layers):
         lambda case: case == ("full", True),
     ),
 )
+@pytest.mark.soak  # of time; numbers are above
 def test_the_head_is_gathered_and_its_gradient_summed_once_a_step(method, tied):
     """Not in the loop over chunks, of which there are two."""
     model = sharded_model(tie_word_embeddings=tied)
@@ -123,6 +117,7 @@ def test_the_head_is_gathered_and_its_gradient_summed_once_a_step(method, tied):
     ),
     ids=str,
 )
+@pytest.mark.soak  # of memory; numbers are above
 def test_no_device_holds_the_embeddings_of_the_whole_batch(config):
     model = sharded_model()
     text, (_, _, batch) = program(model, rank_6("zflora-minimal"), config)

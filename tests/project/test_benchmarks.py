@@ -16,7 +16,6 @@ import peft_baselines
 import pytest
 import training
 from decode_programs import read_bytes
-from support.grids import always
 from support.models import tiny_model
 from support.paths import ROOT
 
@@ -83,14 +82,9 @@ def test_bytes_read_are_those_of_all_weights_but_the_lookup(tied: bool) -> None:
     assert read_bytes({"params": model.params}, config, 3, 10) == weights - lookup + cache
 
 
-@pytest.mark.parametrize("measured", always([True, False], lambda measured: not measured))
-def test_training_next_to_peft(
-    script: Script, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, measured: bool
-) -> None:
-    """measured: with a process for each label's memory."""
-    if not measured:
-        monkeypatch.setattr(subprocess, "run", lambda *_, **__: _Done("[2e8, 1.0]"))
-        monkeypatch.setattr("zflora_jax.reporting.provenance.environment", lambda: ENVIRONMENT)
+@pytest.mark.soak
+def test_training_next_to_peft(script: Script, tmp_path: Path) -> None:
+    """With a process for each label's memory."""
     out = tmp_path / "train"
     small = ["--model", "tiny", "--repeats", 2, "--out", out, "--batch", 2, "--length", 16]
     code, _, err = script("training.py", *small, "--masked", 0.5, "--methods", "lora")
@@ -100,19 +94,6 @@ def test_training_next_to_peft(
     assert rows[1]["step_ratio"] == 1.0 and rows[0]["loss"] == pytest.approx(rows[1]["loss"], 1e-4)
     assert all(row["peak_bytes"] > 1e8 and row["first_step_s"] > 0 for row in rows)
     assert "x PEFT" in Path(f"{out}.md").read_text()
-
-
-ENVIRONMENT = {"command": "c", "commit": None, "dirty": True, "device": "cpu", "cpu_count": 2}
-ENVIRONMENT |= {"jax": "0", "date": "today", "backend": "cpu", "device_count": 1, "cpu": ""}
-
-
-class _Done:
-    """A finished process."""
-
-    returncode = 0
-
-    def __init__(self, stdout: str) -> None:
-        self.stdout = stdout
 
 
 @pytest.mark.parametrize(

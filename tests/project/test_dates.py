@@ -114,6 +114,7 @@ def test_examples_cut_to_fit_are_cut_for_their_own_day():
 # --- runs -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.soak  # a long run
 def test_a_run_is_resumed_on_another_day_bit_for_bit(run, tmp_path, monkeypatch, clock):
     day = clock(2026, 1, 31)
     whole = quiet_train(run, tmp_path / "whole")

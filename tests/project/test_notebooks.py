@@ -10,7 +10,6 @@ from operator import attrgetter
 import jax
 import nbformat
 import pytest
-from support.grids import always
 from support.paths import ROOT
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -71,9 +70,10 @@ def test_what_a_notebook_uses_is_there(path):
     assert checked >= 3
 
 
-@pytest.mark.parametrize("path", always(NOTEBOOKS, lambda path: path.stem == "04_inside"), ids=stem)
+@pytest.mark.soak  # minutes
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=stem)
 def test_the_cells_of_a_notebook_run(path, base_dir, tmp_path, monkeypatch, capsys):
-    """Within this process, which has the package and its programs already; `make soak` runs all."""
+    """Within this process, which has the package and its programs already."""
     monkeypatch.chdir(tmp_path)
     names, pictures = {"__name__": "notebook"}, 0
     with (

@@ -14,10 +14,11 @@ from support.paths import ROOT
 # As a user's shell: each command by the wheel's package, on a model of the sdist's tools.
 COMMANDS = """
 import contextlib, sys
+for name in ("pytest", "torch"):
+    sys.modules[name] = None  # not installed
 import zflora_jax
 from zflora_jax.cli.main import main
 print(zflora_jax.__file__)
-sys.modules["pytest"] = None  # not installed
 sys.path.append(sys.argv[1])
 import tiny_model
 tiny_model.main("tiny")

@@ -15,6 +15,7 @@ LORA = AdapterConfig("lora", rank=4)
 # Of today's variants of LoRA each one once; ranks and scales differ between kernels.
 PATTERNS = {"rank_pattern": (("q|down", 4),), "alpha_pattern": (("v|up", 3.0),)}
 DORA = AdapterConfig("lora", rank=6, alpha=9.0, use_dora=True, **PATTERNS)
+UNIFORM = AdapterConfig("zflora-uniform", rank=6, alpha=9.0)
 LAYERS = AdapterConfig("lora", rank=6, alpha=9.0, layers_to_transform=(1,), **PATTERNS)
 
 
@@ -65,14 +66,6 @@ def dead_slices(
     return found
 
 
-def is_few(adapter: AdapterConfig) -> bool:
-    """Where every case is a long program to compile: of the targets, those that split kernels; of
-    the widened heads, those without scores. `make soak` has the whole.
-    """
-    wider = adapter.extra_head_dim is not None and adapter.head_scores
-    return adapter.targets not in ("attention", "mlp") and adapter != LAYERS and not wider
-
-
 def case_id(adapter: AdapterConfig) -> str:
     parts = [
         adapter.method,
@@ -87,5 +80,17 @@ def case_id(adapter: AdapterConfig) -> str:
 
 CASES = adapter_cases()
 BY_METHOD = [AdapterConfig(method, rank=6, alpha=9.0) for method in METHODS]
-few_cases = pytest.mark.parametrize("adapter", always(CASES, is_few), ids=case_id)
+# Where every case is a long program to compile: every method, norms that DoRA reads, targets that
+# split kernels, widened heads without scores. `make soak` has all cases.
+FEW = [
+    *BY_METHOD,
+    DORA,
+    *(
+        a
+        for a in CASES
+        if a.targets == "q|v|o|down" or (a.method == "zflora-uniform" and not a.head_scores)
+    ),
+]
+is_few = FEW.__contains__
 every_method = pytest.mark.parametrize("adapter", BY_METHOD, ids=case_id)
+few_cases = pytest.mark.parametrize("adapter", always(CASES, is_few), ids=case_id)

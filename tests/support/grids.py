@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -20,33 +19,12 @@ def always(values: Iterable[Any], chosen: Callable[[Any], bool]) -> list[Any]:
     ]
 
 
-def pairwise(*axes: Sequence[Any]) -> list[Any]:
-    """For parametrize: every combination of `axes`. Some run always, which together hold every pair
-    of values of two axes (of two axes: every value), and each value about as often as another; the
-    others run in `make soak` alone.
+def in_turn(
+    first: Sequence[Any], *others: Sequence[Any], few: Callable[[Any], bool] = lambda _: True
+) -> list[Any]:
+    """For parametrize: every combination of the axes. Always run some in which each value of
+    `first` that is `few`, and of the others, stands once at least; the rest in `make soak`.
     """
-    width = 1 if len(axes) == 2 else 2
-
-    def parts(combination: tuple[int, ...]) -> set[tuple[tuple[int, int], ...]]:
-        return set(itertools.combinations(enumerate(combination), width))
-
-    grid = list(itertools.product(*(range(len(axis)) for axis in axes)))
-    missing, chosen = set().union(*map(parts, grid)), set()
-    used: Counter[tuple[int, int]] = Counter()
-
-    def worth(combination: tuple[int, ...]) -> tuple[int, int]:
-        new = len(missing & parts(combination))
-        return new, -sum(used[value] for value in enumerate(combination))
-
-    while missing:
-        best = max(grid, key=worth)
-        chosen.add(best)
-        used.update(enumerate(best))
-        missing -= parts(best)
-    return [
-        pytest.param(
-            *(axis[i] for axis, i in zip(axes, combination, strict=True)),
-            marks=[] if combination in chosen else pytest.mark.soak,
-        )
-        for combination in grid
-    ]
+    axes = [value for value in first if few(value)], *others
+    chosen = [tuple(x[i % len(x)] for x in axes) for i in range(max(map(len, axes)))]
+    return always(itertools.product(first, *others), chosen.__contains__)

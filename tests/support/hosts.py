@@ -93,6 +93,7 @@ def commands(argvs: list[list[str]], processes: int, devices: int) -> list[subpr
     """The commands one after the other in every process, until one fails."""
     code = """if True:
         import json, sys
+        sys.modules["torch"] = None  # transformers would load it, for 3 seconds
         from zflora_jax.cli.main import main
         for argv in json.loads(sys.argv[1]):
             print("---", argv[0], flush=True)

@@ -63,6 +63,8 @@ def killed_run(run: Any, workdir: Any, name: str, nth: int = 1, when: str = "bef
 
 
 if __name__ == "__main__":
+    # transformers would load it, for 3 seconds.
+    sys.modules["torch"] = None  # type: ignore[assignment]
     import zflora_jax as zf
     from zflora_jax.core.fields import from_dict
 

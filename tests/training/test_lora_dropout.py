@@ -133,6 +133,7 @@ def test_what_drops_out_hangs_neither_on_the_mesh_nor_on_recomputation():
     assert np.abs(steps_of(DROPPED, seed=1) / wanted - 1).max() > 1e-3
 
 
+@pytest.mark.soak  # every kernel and layer has its own
 def test_micro_batches_and_steps_drop_other_inputs():
     """Without dropout, the same row at a rate too low to change a parameter has one loss."""
     row = jax.tree.map(lambda x: x[:1], batch())

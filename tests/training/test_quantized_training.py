@@ -87,6 +87,7 @@ def test_a_directory_is_quantised_tensor_by_tensor_as_in_memory(base_dir):
 
 
 @pytest.mark.parametrize("kind", always(["int8", "nf4"], lambda kind: kind == "int8"))
+@pytest.mark.soak  # of memory; numbers are compared below
 def test_a_compiled_step_keeps_no_dequantised_base(kind):
     """With four layers more the temporaries grow by what the backward pass keeps, as beside a float
     base; not by the layers' numbers. (On a CPU codes of 4 bits become codes of 8.)

@@ -55,6 +55,7 @@ def workdir(finished: Path, tmp_path: Path) -> Path:
 # --- settings that change -------------------------------------------------------------------------
 
 
+@pytest.mark.soak  # a long run
 def test_memory_settings_may_change_and_the_data_stays(run, tmp_path, monkeypatch, caplog):
     """Losses agree up to rounding, batches to the byte."""
     run = override(run, {"train.steps": 5})

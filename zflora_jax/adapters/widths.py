@@ -10,7 +10,7 @@ import jax
 from zflora_jax.adapters.methods import fused_config, live_layers, resolve_adapter
 from zflora_jax.core.adapter_config import METHODS, AdapterConfig
 from zflora_jax.core.architecture import count_base
-from zflora_jax.core.fields import nearest, require
+from zflora_jax.core.fields import require, require_in
 from zflora_jax.core.model_config import LlamaConfig
 
 # Type of device -> multiples that the widths of the residual and the MLP stream should be of. cpu:
@@ -21,7 +21,7 @@ MULTIPLES = {"cpu": (8, 8), "gpu": (32, 128), "tpu": (128, 128)}
 
 def multiples(kind: str) -> tuple[int, int]:
     """The row of `MULTIPLES` for a type of device; ConfigError for an unknown one."""
-    require(kind in MULTIPLES, f"device kind {kind!r}: {nearest(kind, MULTIPLES)}.")
+    require_in(MULTIPLES, kind, f"device kind {kind!r}")
     return MULTIPLES[kind]
 
 

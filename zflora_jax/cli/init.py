@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from zflora_jax.cli.options import CONFIGS, CommandParser, named_configs
-from zflora_jax.core.fields import nearest, require
+from zflora_jax.core.fields import require, require_in
 from zflora_jax.core.storage import output_path
 from zflora_jax.reporting.files import atomic_write
 
@@ -20,7 +20,7 @@ def add_options(parser: CommandParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     names = named_configs()
-    require(args.name in names, f"no config {args.name!r}: {nearest(args.name, names)}.")
+    require_in(names, args.name, f"no config {args.name!r}")
     out = output_path(args.out or f"{args.name}.py", "--out")
     require(out.suffix == ".py", f"--out {out}: give the name of a Python file, such as {out}.py.")
     require(not out.exists(), f"{out} exists: edit it, or give --out another file.")

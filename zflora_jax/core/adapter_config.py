@@ -18,8 +18,8 @@ from zflora_jax.core.fields import (
     Share,
     check_types,
     checked_names,
-    nearest,
     require,
+    require_in,
 )
 
 # The distribution of an adapter's random blocks, or the part of the base that LoRA starts as.
@@ -131,10 +131,7 @@ class AdapterConfig:
 
     def __post_init__(self) -> None:
         check_types(self, "adapter")
-        require(
-            self.method in METHODS,
-            f"unknown adapter method {self.method!r}: {nearest(self.method, METHODS)}.",
-        )
+        require_in(METHODS, self.method, f"unknown adapter method {self.method!r}")
         require(
             not self.use_rslora or self.alpha is not None,
             "adapter.use_rslora=True: give adapter.alpha too, e.g. 16; the scale is then alpha /"

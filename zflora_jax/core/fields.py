@@ -13,7 +13,7 @@ import itertools
 import sys
 import types
 import typing
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
 from zflora_jax.core.foreign import FOREIGN
@@ -54,6 +54,12 @@ def require(condition: bool, message: str) -> None:
         raise ConfigError(message)
 
 
+def require_in(allowed: Collection[str], name: str, said: str, more: str = "") -> None:
+    """Raises ConfigError, `said` with a near name and `more`, for a `name` not allowed."""
+    if name not in allowed:  # to look for a near one takes a millisecond
+        raise ConfigError(f"{said}: {nearest(name, allowed)}.{more}")
+
+
 class Bounds(NamedTuple):
     """A condition on a number, and its words in messages. `check_types` checks it."""
 
@@ -91,7 +97,8 @@ def from_dict(cls: type[T], values: Mapping[str, Any], name: str = "") -> T:
     )
     hints, fields = _hints(cls), _fields(cls)
     for key in values:
-        require(key in fields, f"unknown key {_dotted(name, key)!r}: {meaning_of(key, cls)}.")
+        if key not in fields:
+            raise ConfigError(f"unknown key {_dotted(name, key)!r}: {meaning_of(key, cls)}.")
     missing = [
         key
         for key, f in fields.items()
@@ -136,8 +143,9 @@ def override(config: T, changes: Mapping[str, Any], name: str = "", root: type |
     hints, fields = _hints(cls), _fields(cls)
     for key, value in changes.items():
         head, _, rest = key.partition(".")
-        known = "" if head in fields else meaning_of(key, cls, root)
-        require(head in fields, f"unknown key {key!r} of {cls.__name__}: {known}.")
+        if head not in fields:
+            meant = meaning_of(key, cls, root)
+            raise ConfigError(f"unknown key {key!r} of {cls.__name__}: {meant}.")
         if rest:
             require(
                 dataclasses.is_dataclass(getattr(config, head)),
@@ -212,7 +220,8 @@ def _coerce(value: Any, hint: Any, name: str, optional: bool = False) -> Any:
         require(bounds.holds(value), f"{name}={value}: must be {bounds.text}{none}.")
         return value
     if origin is Literal:
-        require(value in args, f"{name}={value!r}: {nearest(str(value), map(str, args))}.")
+        if value not in args:
+            raise ConfigError(f"{name}={value!r}: {nearest(str(value), map(str, args))}.")
         return value
     if origin is tuple:
         return _coerce_tuple(value, args, name)

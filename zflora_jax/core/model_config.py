@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from zflora_jax.core.families import FAMILIES, Family
-from zflora_jax.core.fields import Count, Natural, Positive, check_types, nearest, require
+from zflora_jax.core.fields import Count, Natural, Positive, check_types, require, require_in
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 Precision = Literal["default", "high", "highest"]  # of float32 products: ops.precision
@@ -117,7 +117,7 @@ class LlamaConfig:
 
     def _check_family(self) -> None:
         name, window, layers = self.family, self.sliding_window, self.nope_layers
-        require(name in FAMILIES, f"family={name!r}: {nearest(name, FAMILIES)}.")
+        require_in(FAMILIES, name, f"family={name!r}")
         require(
             window is None or self.traits.window,
             f"sliding_window={window}: must be None, or the family one that has windows"

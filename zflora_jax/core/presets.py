@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from zflora_jax.core.fields import nearest, require
+from zflora_jax.core.fields import require_in
 from zflora_jax.core.model_config import LlamaConfig, RopeScaling
 
 
@@ -121,7 +121,7 @@ def preset(name: str) -> LlamaConfig:
     """The LlamaConfig of a named model shape.
 
     Args:
-      name: A key of `PRESETS`, e.g. "llama-3.2-1b"; ConfigError names the nearest.
+      name: A key of `PRESETS`, e.g. "llama-3.2-1b"; ConfigError for others.
     """
-    require(name in PRESETS, f"unknown model preset {name!r}: {nearest(name, PRESETS)}.")
+    require_in(PRESETS, name, f"unknown model preset {name!r}")
     return PRESETS[name]

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
-from zflora_jax.core.fields import ConfigError, nearest, require
+from zflora_jax.core.fields import ConfigError, require, require_in
 from zflora_jax.data.dates import pin_date
 
 # LLM-Adapters' text, byte for byte. Its training and its evaluation scripts differ in the spaces
@@ -46,8 +46,7 @@ def render(
     Raises:
       ConfigError: The style is unknown, or "chat" and the tokenizer has no chat template.
     """
-    known = prompt_style in STYLES
-    require(known, f"unknown prompt style {prompt_style!r}: {nearest(prompt_style, STYLES)}.")
+    require_in(STYLES, prompt_style, f"unknown prompt style {prompt_style!r}")
     if prompt_style in _WHITESPACE:
         without, with_input, between = _WHITESPACE[prompt_style]
         header = _ALPACA.format(_PAIRED if input else "") + (with_input if input else without)

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from zflora_jax.core.fields import ConfigError, nearest, require
+from zflora_jax.core.fields import ConfigError, require, require_in
 from zflora_jax.core.run_config import DataConfig
 from zflora_jax.data import answers
 from zflora_jax.data.lazy import Lazy
@@ -110,7 +110,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
 
 def get_task(name: str) -> Task:
     """Returns the task of that name; ConfigError names the nearest one if there is none."""
-    require(name in TASKS, f"unknown task {name!r}: {nearest(name, TASKS)}.")
+    require_in(TASKS, name, f"unknown task {name!r}")
     return TASKS[name]
 
 
@@ -127,7 +127,7 @@ def load_examples(task_name: str, split: str, data_config: DataConfig) -> Sequen
         example. Indexing raises it for a row that does not fit the task.
     """
     task = get_task(task_name)
-    require(split in SPLITS, f"unknown split {split!r}: {nearest(split, SPLITS)}.")
+    require_in(SPLITS, split, f"unknown split {split!r}")
     rows, indices, origin = open_split(task, split, data_config)
     if split == "train":
         indices = indices[: data_config.train_limit]

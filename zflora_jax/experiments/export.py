@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from zflora_jax.core.adapter_config import METHODS, OF_BASE
-from zflora_jax.core.fields import nearest, require
+from zflora_jax.core.fields import require, require_in
 from zflora_jax.core.run_config import RunConfig
 from zflora_jax.core.storage import as_path
 
@@ -82,7 +82,7 @@ def export_run(
     from zflora_jax.parallel.distributed import require_equal, require_shared
 
     target = as_path(out, "out")
-    require(format in EXPORTERS, f"format={format!r}: {nearest(format, EXPORTERS)}.")
+    require_in(EXPORTERS, format, f"format={format!r}")
     exporter, given = EXPORTERS[format], {"dtype": dtype, "quant": quant, "eps_z": eps_z}
     for name, value in given.items():
         formats = [other for other, row in EXPORTERS.items() if name in row.settings]

@@ -25,7 +25,7 @@ from zflora_jax.core.adapter_config import METHODS
 from zflora_jax.core.architecture import KERNELS, kernel_shapes
 from zflora_jax.core.errors import CheckpointError
 from zflora_jax.core.families import require_format
-from zflora_jax.core.fields import nearest, require
+from zflora_jax.core.fields import require, require_in
 from zflora_jax.core.model import Model
 from zflora_jax.core.model_config import LlamaConfig
 from zflora_jax.core.quantize_config import QuantizeConfig
@@ -75,10 +75,11 @@ QUANTS = {
 
 def check_quant(quant: str, dtype: str | None = None) -> Quant:
     """Looks up a quantisation; ConfigError if it is unknown or does not go with `dtype`."""
-    require(
-        quant in QUANTS,
-        f"quant={quant!r} of a Hugging Face directory: {nearest(quant, QUANTS)}. The types of"
-        " llama.cpp (q8_0, q4_0, ...) go with --format gguf.",
+    require_in(
+        QUANTS,
+        quant,
+        f"quant={quant!r} of a Hugging Face directory",
+        " The types of llama.cpp (q8_0, q4_0, ...) go with --format gguf.",
     )
     require(
         dtype is None or dtype in DTYPES,

@@ -65,6 +65,7 @@ class Llama(nn.Module):
                 split_rngs={"params": True, "dropout": True},  # each layer draws for itself
                 in_axes=(0, 0, nn.broadcast),
                 out_axes=0,
+                check_constancy_invariants=False,  # else the layer is traced twice
                 length=c.num_layers,
             )(c, adapter)
         else:

@@ -19,7 +19,7 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from zflora_jax.core import trees
-from zflora_jax.core.fields import nearest, require
+from zflora_jax.core.fields import require, require_in
 
 Array = jax.Array
 
@@ -167,7 +167,7 @@ def bytes_of(leaf: Any) -> int:
 
 def check_kind(kind: str, group: int | None) -> int:
     """The group size, `group` or the type's default; ConfigError for an unknown type or size."""
-    require(kind in KINDS, f"quantised kind {kind!r}: {nearest(kind, KINDS)}.")
+    require_in(KINDS, kind, f"quantised kind {kind!r}")
     row = KINDS[kind]
     require(
         group is None or group in row.groups,

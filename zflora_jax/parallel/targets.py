@@ -110,12 +110,9 @@ def target(name: str) -> Target:
     kind, _, topology = name.rpartition(":")
     if name in CHIPS:
         kind, topology = name, CHIPS[name].topologies[0]
-    require(
-        kind in CHIPS,
-        f"unknown target {name!r}:"
-        f" {nearest(topology if kind in ('', 'tpu') else kind, CHIPS)}, with a topology as in"
-        " tpu:v5e:2x4.",
-    )
+    if kind not in CHIPS:
+        hint = nearest(topology if kind in ("", "tpu") else kind, CHIPS)
+        raise ConfigError(f"unknown target {name!r}: {hint}, with a topology as in tpu:v5e:2x4.")
     exist = ", ".join(CHIPS[kind].topologies)
     found = topology in CHIPS[kind].topologies
     require(found, f"unknown topology {topology!r} of {kind}: choose from {exist}.")

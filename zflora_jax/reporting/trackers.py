@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
-from zflora_jax.core.fields import ConfigError, nearest, require
+from zflora_jax.core.fields import ConfigError, require, require_in
 from zflora_jax.reporting.files import atomic_write
 
 RUN_ID = "tracker_id"  # a file in the workdir
@@ -89,9 +89,9 @@ TRACKERS: dict[str, type[Tracker]] = {"tensorboard": TensorBoard, "wandb": Wandb
 
 
 def require_trackers(names: Sequence[str]) -> None:
-    """Refuses names without a row in `TRACKERS`, and trackers whose package is missing."""
+    """Refuses names not in `TRACKERS`, and trackers whose package is missing."""
     for i, name in enumerate(names):
-        require(name in TRACKERS, f"train.report_to[{i}]={name!r}: {nearest(name, TRACKERS)}.")
+        require_in(TRACKERS, name, f"train.report_to[{i}]={name!r}")
         package = TRACKERS[name].package
         require(
             not package or importlib.util.find_spec(package) is not None,

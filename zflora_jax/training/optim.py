@@ -10,7 +10,7 @@ from typing import Any
 import optax
 
 from zflora_jax.core import trees
-from zflora_jax.core.fields import nearest, require
+from zflora_jax.core.fields import require_in
 from zflora_jax.core.run_config import OptimConfig
 
 OPTIMIZERS: dict[str, Callable[[OptimConfig], optax.GradientTransformation]] = {
@@ -29,8 +29,8 @@ KEPT = ("/scale", "/bias")  # leaves that do not decay
 
 
 def require_optimizer(name: str) -> None:
-    """Refuses an optimizer without a row in `OPTIMIZERS`, with the nearest name."""
-    require(name in OPTIMIZERS, f"optim.optimizer={name!r}: {nearest(name, OPTIMIZERS)}.")
+    """Refuses an optimizer without a row in `OPTIMIZERS`."""
+    require_in(OPTIMIZERS, name, f"optim.optimizer={name!r}")
 
 
 def learning_rate_schedule(optim: OptimConfig, steps: int) -> optax.Schedule:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
-from zflora_jax.core.fields import nearest, require
+from zflora_jax.core.fields import require, require_in
 from zflora_jax.data.builders.files import Raw
 from zflora_jax.data.builders.published import FORMATS, Format, Row, field, gsm8k, instruction
 
@@ -181,11 +181,8 @@ def _turn(value: Any, where: str) -> Turn:
         isinstance(name, str),
         f"{where} has no role: expected 'role' (or 'from'), got {', '.join(map(repr, given))}.",
     )
-    require(
-        name in _ROLES,
-        f"{where}: unknown role {name!r}: {nearest(name, _ROLES)}. Calls of functions are"
-        " 'tool_calls' of the assistant.",
-    )
+    hint = " Calls of functions are 'tool_calls' of the assistant."
+    require_in(_ROLES, name, f"{where}: unknown role {name!r}", hint)
     require(
         given.pop("weight", 1) == 1,
         f"{where} has a weight other than 1: put what is not to be learned into 'prompt', and the"

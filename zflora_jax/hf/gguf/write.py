@@ -25,7 +25,7 @@ from zflora_jax.core import trees
 from zflora_jax.core.architecture import KERNELS, count_base
 from zflora_jax.core.errors import CheckpointError
 from zflora_jax.core.families import FAMILIES, require_format
-from zflora_jax.core.fields import nearest, require
+from zflora_jax.core.fields import require, require_in
 from zflora_jax.core.model import Model, require_there
 from zflora_jax.core.model_config import LlamaConfig
 from zflora_jax.hf.directory import folder_beside, fsync
@@ -321,11 +321,12 @@ def save_gguf(
 
 def gguf_target(out: str | os.PathLike[str], quant: str) -> Path:
     """The absolute path of the file, after checks of `save_gguf`'s arguments without the model."""
-    require(
-        quant in (*QUANTS, KEEP),
-        f"quant={quant!r}: {nearest(quant, (*QUANTS, KEEP))}. For other types, such as q4_k_m,"
-        " write an f16 file (--quant f16) and quantise it with llama.cpp: `llama-quantize FILE.gguf"
-        " OUT.gguf Q4_K_M`.",
+    require_in(
+        (*QUANTS, KEEP),
+        quant,
+        f"quant={quant!r}",
+        " For other types, such as q4_k_m, write an f16 file (--quant f16) and quantise it with"
+        " llama.cpp: `llama-quantize FILE.gguf OUT.gguf Q4_K_M`.",
     )
     target = local_path(out, "out").expanduser().absolute()
     require(
