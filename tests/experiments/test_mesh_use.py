@@ -56,7 +56,8 @@ def assert_no_whole_kernel(text, config):
         assert math.prod(shape) < min(kernels) or shape == table, dims
 
 
-@pytest.mark.parametrize("method", always(METHODS, lambda method: method == "zflora-uniform"))
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.soak  # every_way_to_run holds it
 def test_a_model_on_a_mesh_computes_what_one_device_does(method):
     adapter, (model, adapters), (divided, beside) = both(method)
     tokens = np.asarray([PROMPTS[0]])
@@ -232,6 +233,7 @@ def watched(leaves, gone):
     return fuse_leaf
 
 
+@pytest.mark.soak  # of memory
 def test_layers_are_split_leaf_by_leaf():
     adapter, _, (model, adapters) = both("zflora-minimal")
     fused = fuse(model, adapter, adapters)

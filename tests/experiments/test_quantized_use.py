@@ -109,6 +109,7 @@ def test_a_base_in_memory_must_be_stored_as_the_run_says(run, base_dir):
         as_base(override(said, {"quantize.embedding": "int8"}), model)
 
 
+@pytest.mark.soak  # a long run
 def test_lora_beside_codes_is_merged_into_their_numbers_for_commands(run, tmp_path):
     config = override(run, {"adapter.method": "lora", "quantize.kernels": "int8"})
     workdir, out = tmp_path / "run", tmp_path / "out"

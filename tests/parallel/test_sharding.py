@@ -65,7 +65,8 @@ def program(model, adapter, config):
         return compiled(step.lower(*arguments)).as_text(), arguments
 
 
-@pytest.mark.parametrize("scan_layers", always([True, False], bool))
+@pytest.mark.parametrize("scan_layers", [True, False])
+@pytest.mark.soak  # of time; numbers are above
 def test_fsdp_gathers_one_layer_at_a_time(scan_layers):
     """No collective moves a stack of layers, and no pass keeps one: every kernel is gathered on its
     own, in each pass anew.
@@ -87,10 +88,7 @@ def test_fsdp_gathers_one_layer_at_a_time(scan_layers):
 
 @pytest.mark.parametrize(
     ("method", "tied"),
-    always(
-        [("zflora-minimal", True), ("zflora-minimal", False), ("full", True)],
-        lambda case: case == ("full", True),
-    ),
+    [("zflora-minimal", True), ("zflora-minimal", False), ("full", True)],
 )
 @pytest.mark.soak  # of time; numbers are above
 def test_the_head_is_gathered_and_its_gradient_summed_once_a_step(method, tied):
@@ -111,10 +109,7 @@ def test_the_head_is_gathered_and_its_gradient_summed_once_a_step(method, tied):
 
 @pytest.mark.parametrize(
     "config",
-    always(
-        [MeshConfig(2, 2, 2), MeshConfig(2, 4, 1), MeshConfig(1, 4, 2)],
-        lambda mesh: mesh.devices == 8 and mesh.data == mesh.tensor,
-    ),
+    [MeshConfig(2, 2, 2), MeshConfig(2, 4, 1), MeshConfig(1, 4, 2)],
     ids=str,
 )
 @pytest.mark.soak  # of memory; numbers are above
@@ -171,6 +166,7 @@ def test_wrong_meshes(make, message):
         make()
 
 
+@pytest.mark.soak  # a long run; a_run_of_two_slices is loaded onto one
 def test_a_run_goes_on_under_another_mesh(run, tmp_path, monkeypatch):
     """Stopped on one mesh and resumed on another, it has the losses of the run on one device."""
     run = override(run, {"train.steps": 4, "data.grad_accum_steps": 1})
@@ -249,6 +245,7 @@ def test_an_axis_that_does_not_divide_a_fused_width_goes_to_another(caplog):
         sharding.spec("layers/attn/q/kernel", (3, 67, 4, 32), mesh)
 
 
+@pytest.mark.soak  # of memory
 def test_a_fused_model_of_an_odd_rank_is_divided_all_the_same():
     adapter = AdapterConfig("zflora-minimal", rank=3, extra_mlp_units=4)
     model = model_for_meshes(num_layers=1)

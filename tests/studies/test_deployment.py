@@ -43,6 +43,7 @@ def logits(model: zf.Model, *adapted: object) -> np.ndarray:
 
 
 @pytest.mark.parametrize("method", quantised_methods.METHODS)
+@pytest.mark.soak  # a study is trained above
 def test_a_method_of_a_quantised_base_is_fused_as_it_was_trained(method):
     base, adapter = exactly_stored("q4_1"), zf.AdapterConfig(method, rank=4)
     start = zf.init_adapters(jax.random.key(0), base, adapter)

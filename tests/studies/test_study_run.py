@@ -38,6 +38,7 @@ def names(fake: FakeTrain) -> list[tuple[str, float, int, int]]:
     ]
 
 
+@pytest.mark.soak  # seven runs; test_deployment trains one
 def test_a_study_is_trained_scored_and_not_repeated(two_steps, tmp_path, monkeypatch):
     """End to end: real runs, records, the page; the second call makes nothing."""
     base = zf.override(two_steps, {"train.steps": 4, "data.packing": True})

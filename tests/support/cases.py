@@ -82,15 +82,8 @@ CASES = adapter_cases()
 BY_METHOD = [AdapterConfig(method, rank=6, alpha=9.0) for method in METHODS]
 # Where every case is a long program to compile: every method, norms that DoRA reads, targets that
 # split kernels, widened heads without scores. `make soak` has all cases.
-FEW = [
-    *BY_METHOD,
-    DORA,
-    *(
-        a
-        for a in CASES
-        if a.targets == "q|v|o|down" or (a.method == "zflora-uniform" and not a.head_scores)
-    ),
-]
+VARIANTS = ("lora-dora", "zflora-minimal-qvodown", "zflora-uniform-values-16")
+FEW = [*BY_METHOD, *(a for a in CASES if case_id(a) in VARIANTS)]
 is_few = FEW.__contains__
 every_method = pytest.mark.parametrize("adapter", BY_METHOD, ids=case_id)
 few_cases = pytest.mark.parametrize("adapter", always(CASES, is_few), ids=case_id)

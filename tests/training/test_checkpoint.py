@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from support.bucket import new_bucket, use_store
+from support.grids import always
 from support.runs import quiet_train
 
 from zflora_jax.core.errors import Preempted
@@ -29,7 +30,7 @@ from zflora_jax.training.trainer import TrainState
 from zflora_jax.training.workdir import META, saved_steps
 
 
-@pytest.fixture(params=["disk", "s3", "gs"])
+@pytest.fixture(params=always(["disk", "s3", "gs"], "gs".__ne__))
 def place(request, tmp_path) -> Path:
     """A workdir on disk, and in a bucket of each type of store."""
     if request.param == "disk":
@@ -250,6 +251,7 @@ def test_a_step_is_saved_before_it_is_evaluated(run, tmp_path, monkeypatch):
         load_run(tmp_path, "newest")
 
 
+@pytest.mark.soak  # a long run; choices are above
 def test_the_best_checkpoint_of_a_run(run, tmp_path, monkeypatch):
     best = {"train.keep_best": True, "train.eval_every": 2, "eval.split": "validation"}
     run = override(run, best | {"train.steps": 12, "train.max_to_keep": 1})

@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from support.grids import always
 from support.models import perturb, tiny_model
 from support.runs import quiet_train
 
@@ -63,7 +62,8 @@ def pairs(rows: int = 4) -> dict[str, np.ndarray]:
     return {n: draw.integers(0, 250, (rows, 12)).astype(np.int32) for n in ("tokens", "rejected")}
 
 
-@pytest.mark.parametrize("accumulate", always([1, 2], lambda count: count == 2))
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.soak  # a run of one is below
 def test_the_step_trains_any_objective(accumulate):
     model, optim = tiny_model(), OptimConfig(1e-2, "constant", warmup_steps=0)
     state = init_state(init_adapters(jax.random.key(0), model, ADAPTER), optim, 9)
