@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from support.cases import BY_METHOD, CASES, case_id, dead_slices, every_method, few_cases, is_few
 from support.checks import assert_logits_close, assert_trees_equal
-from support.grids import in_turn
+from support.grids import always, in_turn
 from support.models import perturb, tiny_model
 from support.quantized import how
 
@@ -181,7 +181,11 @@ def test_bad_adapters_refuse_to_fuse(adapter):
 
 
 @pytest.mark.parametrize(
-    ("method", "kind"), [("lora", None), ("full", None), ("zflora-minimal", "q4_1")]
+    ("method", "kind"),
+    always(
+        [("lora", None), ("full", None), ("zflora-minimal", None), ("zflora-minimal", "q4_1")],
+        lambda case: case != ("full", None),
+    ),
 )
 def test_adapters_beyond_the_range_of_the_base_refuse(method, kind):
     """Finite floats of theirs are no numbers there; a swap refuses before it takes the model."""

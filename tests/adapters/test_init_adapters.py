@@ -8,7 +8,7 @@ import warnings
 import jax
 import numpy as np
 import pytest
-from support.cases import BY_METHOD, adapter_cases, case_id, is_few
+from support.cases import adapter_cases, case_id, is_few
 from support.checks import assert_trees_equal
 from support.grids import always
 from support.models import perturb, tiny_model
@@ -165,9 +165,7 @@ TRAINED_CASES = [
 ]
 
 
-@pytest.mark.parametrize(
-    "adapter", always(TRAINED_CASES, lambda a: is_few(a) and a not in BY_METHOD), ids=case_id
-)
+@pytest.mark.parametrize("adapter", always(TRAINED_CASES, is_few), ids=case_id)
 def test_gradients_are_zero_where_a_block_is_dead_and_nowhere_else(adapter):
     model = tiny_model(num_layers=3)
     adapters = perturb(init_adapters(jax.random.key(0), model, adapter))

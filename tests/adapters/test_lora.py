@@ -298,7 +298,7 @@ def test_starts_that_are_refused(use: Any, message: str) -> None:
     assert split_base(model := tiny_model(), LORA) == (model, None)  # other starts leave the base
 
 
-@pytest.mark.soak  # a long run; its parts are above
+@pytest.mark.soak  # a long run
 def test_a_run_resumes_and_is_exported(run: RunConfig, tmp_path: Path) -> None:
     """A resumed run, evaluation and exports take the same part out of the base again."""
     short = dataclasses.replace(run.train, steps=4)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from support.grids import always
 from support.hosts import commands, config_file, finish, losses
 from support.runs import small_run
 
@@ -56,8 +57,7 @@ def said(output: str) -> list[str]:
     return ["\n".join(x for x in part.splitlines() if not x.startswith(logged)) for part in parts]
 
 
-@pytest.mark.parametrize("kernels", ["none", "int8"])
-@pytest.mark.soak  # minutes; test_hosts has two processes, too
+@pytest.mark.parametrize("kernels", always(["none", "int8"], "none".__eq__))
 def test_two_processes_do_what_one_does(kernels, four, tmp_path, capsys):
     four = override(four, {"quantize.kernels": kernels})
     for name in ("one", "two"):

@@ -72,7 +72,6 @@ def test_latency_by_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert "| zflora-minimal |" in capsys.readouterr().out
 
 
-@pytest.mark.soak  # a quickstart measures them
 def test_contenders_decode_what_they_are_called() -> None:
     """In bfloat16; a merge by addition is the base again."""
     base = random_base(tiny_model().config, "bfloat16")

@@ -56,8 +56,7 @@ def assert_no_whole_kernel(text, config):
         assert math.prod(shape) < min(kernels) or shape == table, dims
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.soak  # every_way_to_run holds it
+@pytest.mark.parametrize("method", always(METHODS, "zflora-uniform".__eq__))
 def test_a_model_on_a_mesh_computes_what_one_device_does(method):
     adapter, (model, adapters), (divided, beside) = both(method)
     tokens = np.asarray([PROMPTS[0]])
@@ -148,7 +147,7 @@ def test_latency_is_measured_on_the_mesh_of_a_model():
     assert found["ttft_ms"] > 0 and math.isfinite(found["tpot_ms"])  # a difference: small, noisy
 
 
-@pytest.mark.soak  # numbers are compared below
+@pytest.mark.soak  # of memory
 def test_no_program_holds_a_whole_kernel():
     """Neither fusing nor taking apart nor swapping nor decoding: each device's own part of a kernel
     is the largest of it that any of them makes.

@@ -302,7 +302,7 @@ def test_the_reported_attention_is_that_of_the_program() -> None:
 
 
 @needs_libtpu
-@pytest.mark.soak  # test_sharding counts them, too
+@pytest.mark.soak  # of time
 def test_only_sums_of_gradients_cross_slices_and_kernels_are_gathered_one_at_a_time() -> None:
     """A mesh of two slices that uses two of the four devices of each. A ring of two sends each
     gradient twice, in float32.
@@ -332,7 +332,7 @@ def summed_by(program: Program) -> list[tuple[Any, int]]:
 
 @needs_libtpu
 @pytest.mark.parametrize("method", ["lora", "zflora-uniform"])
-@pytest.mark.soak  # test_sharding compares the gradients
+@pytest.mark.soak  # two programs
 def test_devices_add_up_gradients_in_float32(method: str) -> None:
     """Also for a bfloat16 base: on many devices a sum in bfloat16 would lose the last bits."""
     adapter = AdapterConfig(method, rank=8)

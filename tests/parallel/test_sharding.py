@@ -166,7 +166,7 @@ def test_wrong_meshes(make, message):
         make()
 
 
-@pytest.mark.soak  # a long run; a_run_of_two_slices is loaded onto one
+@pytest.mark.soak  # a long run; test_checkpoint restores a state on another mesh
 def test_a_run_goes_on_under_another_mesh(run, tmp_path, monkeypatch):
     """Stopped on one mesh and resumed on another, it has the losses of the run on one device."""
     run = override(run, {"train.steps": 4, "data.grad_accum_steps": 1})

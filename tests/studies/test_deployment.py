@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from support.byte_tokenizer import byte_tokenizer
+from support.grids import always
 from support.models import tiny_model
 from support.quantized import moved, quantized_tiny
 
@@ -42,8 +43,7 @@ def logits(model: zf.Model, *adapted: object) -> np.ndarray:
     return np.asarray(zf.forward(model, TOKENS, *adapted))
 
 
-@pytest.mark.parametrize("method", quantised_methods.METHODS)
-@pytest.mark.soak  # a study is trained above
+@pytest.mark.parametrize("method", always(quantised_methods.METHODS, "qa-lora".__eq__))
 def test_a_method_of_a_quantised_base_is_fused_as_it_was_trained(method):
     base, adapter = exactly_stored("q4_1"), zf.AdapterConfig(method, rank=4)
     start = zf.init_adapters(jax.random.key(0), base, adapter)

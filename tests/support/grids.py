@@ -25,6 +25,9 @@ def in_turn(
     """For parametrize: every combination of the axes. Always run some in which each value of
     `first` that is `few`, and of the others, stands once at least; the rest in `make soak`.
     """
-    axes = [value for value in first if few(value)], *others
-    chosen = [tuple(x[i % len(x)] for x in axes) for i in range(max(map(len, axes)))]
+    some = [value for value in first if few(value)]
+    # At half the pace of the axis before, so that two of a length do not pair up.
+    axes = [(some, 1), *((axis, 2**i) for i, axis in enumerate(others))]
+    count = max(len(axis) * pace for axis, pace in axes)
+    chosen = [tuple(axis[i // pace % len(axis)] for axis, pace in axes) for i in range(count)]
     return always(itertools.product(first, *others), chosen.__contains__)

@@ -53,7 +53,6 @@ def test_steps_are_those_on_the_numbers_on_any_mesh(kind):
         np.testing.assert_allclose(leaf, trees.flatten(adapters)[name], atol=2e-5, err_msg=name)
 
 
-@pytest.mark.soak  # test_mesh_use has floats
 def test_fuse_and_decode_on_a_mesh_are_those_of_one_device():
     model = base("int4")
     adapters, prompts = moved(model, ADAPTER), [[5, 9, 77, 30], [8, 200, 31]]
@@ -88,7 +87,7 @@ def test_a_directory_is_quantised_tensor_by_tensor_as_in_memory(base_dir):
 
 
 @pytest.mark.parametrize("kind", ["int8", "nf4"])
-@pytest.mark.soak  # of memory; numbers are compared below
+@pytest.mark.soak  # of memory; numbers are above
 def test_a_compiled_step_keeps_no_dequantised_base(kind):
     """With four layers more the temporaries grow by what the backward pass keeps, as beside a float
     base; not by the layers' numbers. (On a CPU codes of 4 bits become codes of 8.)
