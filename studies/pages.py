@@ -89,7 +89,11 @@ def loss_row(table: Table, label: str) -> dict[str, Any]:
     losses = found["test_loss"]
     row = {"method": label, "trainable": trainable(table, label), "learning rate": choice.rate}
     row |= {f"validation, lr {rate:g}": value(loss, ".4f") for rate, loss in choice.losses.items()}
-    row |= {f"test, seed {seed}": value(loss, ".4f") for seed, loss in losses.items()}
+    if table.study.tasks:
+        row |= {f"test, seed {seed}": value(loss, ".4f") for seed, loss in losses.items()}
+    elif table.study.reference:
+        gap = table.loss_difference(label)
+        row |= {f"minus {table.study.reference}": gap.losses() if gap else None}
     if losses.count() > 1:
         row |= {"test mean": value(losses.mean(), ".4f"), "test std": value(losses.std(), ".4f")}
     return row | {"seconds, fastest run": value(found["seconds"].min())}

@@ -41,7 +41,7 @@ class Study:
       scoring: Evaluation settings of `tasks`; each task counts its clean rows.
       transfer: Further tasks that are scored and counted in no mean and no comparison.
       measure: Score that methods are compared by, such as "accuracy".
-      reference: Label that differences are taken to; "": none.
+      reference: Label that differences, of losses where there are no tasks, are taken to; "": none.
       margin: Largest loss of a method that is "as good", in points of 100.
       settings: Label -> dotted optimizer settings of that method.
       more_seeds: Label -> further seeds of that method.
@@ -90,9 +90,8 @@ class Study:
             "settings may change optim.* except the learning rate": any(
                 not key.startswith("optim.") or key == "optim.learning_rate" for key in changed
             ),
-            "margin and contrasts need a reference, and a reference needs tasks": (
+            "margin and contrasts need a reference": (
                 bool(self.margin or self.contrasts) > bool(self.reference)
-                or bool(self.reference) > bool(self.tasks)
             ),
         }
         for text, found in wrong.items():

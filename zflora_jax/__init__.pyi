@@ -5,7 +5,7 @@ from .adapters.init import (
     plain_lora as plain_lora,
     split_base as split_base,
 )
-from .adapters.kernel_adapter import LowRank as LowRank
+from .adapters.kernel_adapter import LowRank as LowRank, Widening as Widening
 from .adapters.methods import add_method as add_method
 from .adapters.packing import pack_for_decode as pack_for_decode
 from .adapters.widths import (

@@ -81,40 +81,24 @@ def test_what_is_read(line):
 
 # In files of mixed answers: the right answer | completions that are right | and wrong ones.
 MIXED = r"""
--5% | -5%; The answer is -5 percent.; −5 %; -5 | 5%; -5 dollars; -50%; -5.5%
-$5 | 5 dollars; The answer is $5.00.; **$5**; 5$ | $5.99; -$5; €5; 5%; $5 million; 5 euros
-50% | 50 percent; The answer is 50%, so half.; \boxed{50\%} | 50.7%; 0.5%; $50; -50%
-1,234 dollars | 1234 dollars; $1,234; 1,234 dollars in all | 1234 euros; 234 dollars
-5 km | 5 kilometers; 5; The answer is 5 km because 2 + 3 = 5. | 5 miles; 5 km per hour; 15 km
-5 inches | 5 inch | 5 in; 5 cm; 5 feet
-37 °C | 37℃; 37 °c; 37 degrees Celsius; 37 degrees C | 37 °F; 37 K; 37 degrees; 37 ¢
-30° | 30 degrees; The answer is 30 degrees.; 30; 30 ° | 30%; 30 radians; -30°
-5¢ | 5 cents; The answer is 5¢. | $5; 5%
-1 million | 1,000,000; 1 million dollars | 1; 1 billion
-5 | 5.0; 5 apples; The answer is 5!; +5; \frac{10}{2}; $5$; 5 🎉; => 5... | 5x; -5; 52; 5²; 5,6; 5k
-5 | 5; $ 5; (5) | minus 5; negative 5; >=5; <5; != 5; √5; 2^5; 5 million; 5@3
--5 | minus 5; It fell to minus 5.; The answer is negative 5 | 10 minus 5
-0.001 | 1e-3; 1/1000 | 0.002; 0; 0.0015
-9007199254740993 | 9007199254740993 | 9007199254740992
+5 | 5.0; 5 apples; The answer is 5!; +5; \frac{10}{2}; $5$; 5 🎉; => 5...; (5) | -5; 52; 5,6; 5@3
+-5 | The answer is -5.; −5 | 5; It fell by 5
+1,000 | 1000; $1,000 in all; The answer is 1000 km. | 1; 100
+0.001 | 1e-3; 1/1000 | 0.003; 1
+9007199254740993 | 9007199254740993 | 9007199254740991
 5½ | 5.5; 5 1/2; 11/2; 5 and a half; 5\frac12 | 51/2; 5
 52 | 52 | 5²
+5% | 5%; The answer is 5%, so half.; \boxed{5\%} | 5; 50%; 5 percent
+5 km | The answer is 5 km because 2 + 3 = 5.; 5 km\nIt is. | 5; 5 miles; 15 km
 5x | 5X | 5; 5y; x; 5x+1; 5x^2
 3x+5 | 3x+5; The answer is 3x+5. | 3x-5; 3x; 3
-2x/5 | The answer is 2x/5. | 2x/3; 2
-2 hours | 2 h; 2 hrs | 2 hours and 30 minutes; 2 min
-30 minutes | 30 min | It takes 2 hours and 30 minutes.
-5π | 5π | 5; 5 pi; 5√2
-5m | 5m; 5 m; It is 5m long; 5 | 6m; 5 km; 5m + 2; 5 m^2
-60 km/h | It is 60 km/h.; \boxed{60} km/h; 60 | 60 m/s; 60 km
-10 N | The force is 10 N.; 10; 10N | 10 n + 1
-7 | $7/h; 7 cm²; 7 e-mails; Total:7; The answer is 7 (D); 7 V; 7 - e.g. so | 7\pi; 7 \times 2; 2^7
 3x + 5 | \boxed{3x+5}; $3x + 5$ | 3x - 5; 2(3x + 5)
-3 | 3 km; 3-year; 3rd; 3(x) = 3 | 3a+b; The answer is 3 + 5.; 3(x); 3√2; 3 x; 3ab; x+3; 2:3; 2*3
+3 | 3 km; 3-year; 3(x) = 3; 2*3 | 3a+2b; x+5; 2:4; 33rd
 6 | <think>5?</think>6 | <think>It is 6, but wait
 C | C; (C) + 1 | C++; C#; The answer is C+.; <think>C?
 A | *A*; **A** | A*; A+; A-
-6 | x = 6; The answer is 6 | The answer is 6^2; The answer is 6:30; The answer is 6-7.; x > 6; <6
-4th | The answer is 4th.; 4 | 5th
+6 | x = 6; The answer is 6 | The answer is 7-6.; x > 7
+4th | The answer is 4th. | 5th; 4
 10:30 | The answer is 10:30. | 10; 10:31; 30
 2020-01-05 | 2020-01-05 | 2020; 2020-01-06
 3 - 1 | 3 - 1 | 3; 2

@@ -135,22 +135,7 @@ def test_what_cannot_be_described_is_said(workdir, tmp_path, refused):
     assert "nothing" in refused("info", workdir / "nothing")
 
 
-def test_plot_draws_one_run_into_it_and_several_where_it_is_told(workdir, tmp_path, refused):
-    assert main(["plot", str(workdir)]) == 0
-    assert (workdir / "curves.png").stat().st_size > 5000 and (workdir / "curves.svg").is_file()
-    other = tmp_path / "other"
-    other.mkdir()
-    (other / "metrics.jsonl").write_bytes((workdir / "metrics.jsonl").read_bytes())
-    assert "--out PATH" in refused("plot", workdir, other)
-    assert main(["plot", str(workdir), str(other), "--out", str(tmp_path / "both.png")]) == 0
-    assert (tmp_path / "both.svg").is_file()
-    assert "has no metrics.jsonl" in refused("plot", tmp_path)
-
-
 def test_metrics_that_are_damaged_or_not_there_yet_are_said(workdir, tmp_path, refused):
     (tmp_path / "config.json").write_bytes((workdir / "config.json").read_bytes())
-    (tmp_path / "metrics.jsonl").write_text("")
-    assert "no numbers to draw" in refused("plot", tmp_path)
     (tmp_path / "metrics.jsonl").write_text('{"st\n{"step": 1, "split": "train", "loss": 1.0}\n')
-    for command in ("plot", "info"):
-        assert "line 1: not a metrics record" in refused(command, tmp_path)
+    assert "line 1: not a metrics record" in refused("info", tmp_path)

@@ -173,5 +173,3 @@ def test_the_commands_on_a_run_in_a_bucket(bucket, config_file, capsys, tmp_path
     again = said("generate", "--model", export, "--prompt", "1 + 1", "--max-new-tokens", "4")
     assert answer == again
     assert "run" in said("info", run) and "export" in said("info", export)
-    said("plot", run)
-    assert (as_path(run) / "curves.svg").exists()

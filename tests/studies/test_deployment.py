@@ -18,7 +18,7 @@ from studies import deployment, pages, quantised_methods
 from studies.deployment import Trained, gptq
 from studies.records import write_lines
 from studies.run import run_study
-from studies.study import BASE, Study
+from studies.study import BASE, Study, studies
 from zflora_jax.core import trees
 from zflora_jax.core.adapter_config import METHODS
 
@@ -163,6 +163,22 @@ def test_a_study_scores_deployments_of_each_seed(two_steps, tmp_path):
         dataclasses.replace(study, reference="lora")
 
 
+@pytest.mark.parametrize("method", ["louder-units", "down-writes"])
+def test_a_change_of_zflora_minimal_is_fused_as_it_was_trained(method):
+    studies("minimal")  # adds both
+    model, adapter = tiny_model(), zf.AdapterConfig(method, rank=4)
+    adapters = moved(model, adapter)
+    wanted, fused = logits(model, adapter, adapters), zf.fuse(model, adapter, adapters)
+    np.testing.assert_allclose(logits(fused), wanted, atol=2e-5)
+    base, back = zf.unfuse(fused)
+    np.testing.assert_array_equal(logits(base), logits(model))
+    np.testing.assert_allclose(logits(model, adapter, back), wanted, atol=2e-5)
+    minimal = zf.AdapterConfig("zflora-minimal", rank=4)
+    whole = moved(model, minimal)
+    assert np.abs(logits(model, minimal, whole) - wanted).max() > 1e-3
+    assert ("o" in adapters["layers"]["attn"]) == (method == "louder-units")
+
+
 def test_wrong_methods_of_ones_own_are_refused(tmp_path):
     base, adapter = quantized_tiny("q4_1"), zf.AdapterConfig("scales")
     adapters = moved(base, adapter)
@@ -179,10 +195,12 @@ def test_wrong_methods_of_ones_own_are_refused(tmp_path):
         shapes = property(lambda self: {"gate": (1,)})
 
     half = type("Half", (zf.LowRank,), {"added": lambda self, blocks, x: x})
+    wide = type("Wide", (zf.Widening,), {"fuse": lambda self, kernel, blocks, write: kernel})
     for name, wrong, message in (
-        ("scales", dict, "a class that extends zf.LowRank"),
+        ("scales", dict, "a class that extends zf.LowRank or zf.Widening"),
         ("scales", Other, "another name"),
-        ("half", half, r"belong together, and one of them is LoRA's\. Define both"),
+        ("half", half, r"belong together, and one of them is LowRank's\. Define both"),
+        ("half", wide, r"one of them is Widening's"),
     ):
         with pytest.raises(zf.ConfigError, match=message):
             zf.add_method(name, wrong)

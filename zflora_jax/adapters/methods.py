@@ -42,6 +42,12 @@ _NEEDS = {  # what a stream needs to be widened
 # PEFT's names and lists, and a pattern that is one class with letters of longer names.
 _LISTED = re.compile(r"""[_\s'",]|^\[[^]]*[^]qkvo^-][^]]*\]$""")
 
+# What a method of one's own changes: in the forward, and in what is fused.
+_CHANGED: dict[type, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    LowRank: (("added", "__call__", "flat"), ("delta", "sum", "fuse")),
+    Widening: (("__call__",), ("fuse", "unfuse")),
+}
+
 # Head sizes that the attention kernels of common servers are built for (docs/export.md).
 SERVED_HEAD_DIMS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256)
 
@@ -162,26 +168,29 @@ def resolve_adapter(config: LlamaConfig, adapter: AdapterConfig | None) -> Resol
             for stream in KERNELS[kernel]
         )
         if r_in or r_out:
-            kernels[kernel] = Widening(*axes[kernel], adapter.scale, r_in, r_out, kernel != "q")
+            make = row.kernel or Widening
+            kernels[kernel] = make(*axes[kernel], adapter.scale, r_in, r_out, kernel != "q")
     return ResolvedAdapter(**widths, kernels=kernels)
 
 
-def add_method(name: str, kernel: type[LowRank]) -> None:
+def add_method(name: str, kernel: type[LowRank] | type[Widening]) -> None:
     """Adds a method of your own, which every function and command of this process then knows.
 
     Args:
       name: Its name, for `AdapterConfig.method`.
-      kernel: A frozen dataclass that extends `LowRank`, made for each kernel: what is added to its
-        product (`added`, or `__call__`), and what that makes of it (`delta`, or `fuse`). Its blocks
-        are called lora_a and lora_b.
+      kernel: A frozen dataclass, made for each kernel, that extends `LowRank`, with blocks lora_a
+        and lora_b, or `Widening`, with the widths of zflora-minimal. If it changes what is added to
+        the product (`added`, `__call__`), it also changes what is fused (`delta`, `fuse`).
 
     Raises:
-      ConfigError: The name belongs to another class, or the class is no `LowRank`, or changes
+      ConfigError: The name belongs to another class, or the class extends neither, or changes
         only one of the two.
     """
+    extends = [c for c in _CHANGED if isinstance(kernel, type) and issubclass(kernel, c)]
     require(
-        isinstance(kernel, type) and issubclass(kernel, LowRank),
-        f"add_method({name!r}, {kernel!r:.60}): expected a class that extends zf.LowRank.",
+        bool(extends),
+        f"add_method({name!r}, {kernel!r:.60}): expected a class that extends zf.LowRank or"
+        " zf.Widening.",
     )
     require(
         name not in METHODS or METHODS[name].kernel is kernel,
@@ -189,15 +198,20 @@ def add_method(name: str, kernel: type[LowRank]) -> None:
         " name: choose another name, or restart.",
     )
     own = [
-        any(getattr(kernel, part) is not getattr(LowRank, part) for part in pair)
-        for pair in (("added", "__call__", "flat"), ("delta", "sum", "fuse"))
+        any(getattr(kernel, part) is not getattr(extends[0], part) for part in parts)
+        for parts in _CHANGED[extends[0]]
     ]
     require(
         own[0] == own[1],
         f"add_method({name!r}, {kernel.__name__}): what is added to a product (added, __call__) and"
-        " what is fused (delta, fuse) belong together, and one of them is LoRA's. Define both.",
+        " what is fused (delta, fuse) belong together, and one of them is"
+        f" {extends[0].__name__}'s. Define both.",
     )
-    METHODS[name] = Method(in_place="own", start="kaiming_uniform", kernel=kernel)
+    METHODS[name] = (
+        Method(residual=True, mlp=True, kernel=kernel)
+        if extends == [Widening]
+        else Method(in_place="own", start="kaiming_uniform", kernel=kernel)
+    )
 
 
 def _check_lora(config: LlamaConfig, adapter: AdapterConfig, chosen: Sequence[str]) -> None:

@@ -40,7 +40,7 @@ class Method:
       in_place: How kernels are changed instead; "own" by `kernel`.
       start: Distribution of the random blocks; None if nothing is random.
       source: Publication that a method that widens reconstructs; its exports name it.
-      kernel: The class of the adapter of a kernel, for in_place="own" (`methods.add_method`).
+      kernel: The class of the adapter of a kernel, of `methods.add_method`.
     """
 
     residual: bool = False

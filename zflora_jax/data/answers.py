@@ -8,7 +8,6 @@ import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
-from typing import NamedTuple
 
 TOLERANCE = Decimal("1e-3")  # absolute, between numeric answers: the one of LLM-Adapters
 
@@ -130,60 +129,10 @@ _CLAUSE_END = re.compile(r"[.;,:!?](?=\s|$)|\(|\b(?:because|since)\b")
 _OPERATION = re.compile(r"\d.*[-+*/×÷^x].*\d")
 _ASIDE = re.compile(r"\b(?:with|where|when|if|as|given)\b")  # "4 with 3 + 1 = 4" states 4
 
-# A symbol, or words: m^2, km/h, year-old, a.m.
-_UNIT = re.compile(r"[%°¢$€£¥₹]|°?[^\W\d_]+(?:-[^\W\d_]{2,}|[./·][^\W\d_]+|\^-?\d|['’][^\W_]+)*\.?")
-_ALIASES = {"$": "dollar", "€": "euro", "£": "pound", "¥": "yen", "₹": "rupee", "%": "percent"}
-_ALIASES |= {"¢": "cent", "celsius": "c", "fahrenheit": "f", "feet": "foot", "people": "person"}
-_SHORT = "kg:kilogram g:gram mg:milligram km:kilometer m:meter cm:centimeter mm:millimeter l:liter"
-_SHORT += " ml:milliliter h:hour hr:hour min:minute s:second sec:second mi:mile ft:foot lb:pound"
-_SHORT += " oz:ounce usd:dollar eur:euro hrs:hour mins:minute secs:second lbs:pound"
-_ALIASES |= dict(pair.split(":") for pair in _SHORT.split())
-# Of "2 hours and 30 minutes" neither part is the whole.
-_PARTS = {"hours?|hrs?|h": "min(?:ute)?s?", "min(?:ute)?s?": "sec(?:ond)?s?", "dollars?": "cents?"}
-_PARTS |= {"feet|foot|ft": "in(?:ch(?:es)?)?", "pounds?|lbs?": "ounces?|oz", "years?": "months?"}
-_SCALES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
-_NO_UNITS = frozenset(
-    "left more total altogether remaining each now exactly only and or of for to at on with which"
-    " that is are was were but if when as so from by than there then the a he she they it".split()
-)
-_POWERS = {"per", "squared", "cubed"}
-# Letters right behind a number that belong to it: 5x, 3ab, 10k, 1980s; not 5m and 5kg.
-_LETTERS = re.compile(r"(?:[abdeikn-ux-zBKMXYZ]|[abnxyz]{2,3})(?![^\W\d_])")
-_OPERATOR = re.compile(r" ?[-+*/×÷^=<>({\\]")
-# Text after a number that makes it part of an expression, such as 5:30, 5π and 5 - 3.
-_BEHIND = re.compile(
-    r"[:,–]\d|, ?-?[\d.]+\)| ?[<>≤≥≠×÷π√θ^±\\]|\}\{|! ?[-+*/×÷]| ?(?:pi|sqrt|ln|log|sin|cos|tan)\b"
-    r"| ?[-+*/] ?(?:[\d(√π]|[beknp-uxyz](?![\w'’-]|\.\w))| [beknp-ruxyz](?![\w'’-]|\.\w)"
-    r"| ?[+*] ?[^\W\d_](?![\w'’-])"
-)
-_BEHIND_UNIT = re.compile(
-    r"(?:[^\W\d_]+|%)(?:[-/]| ?[+*×÷^] ?)(?:[\d(√π]|[^\W\d_](?![^\W\d_]))"  # 5m + 2, 5%*x
-)
-# Text before a number that does the same, such as > 5, x*5 and sin 5.
-_BEFORE = re.compile(
-    r"(?:[<≤≥≠√^±]|[<>!]=|(?:^|\s)>)[\s({]?$|\d[:,–]$|[\d)] ?- ?$|(?<![^\W\d_])[^\W\d_]-$|\}\{$"
-    r"|\w%?[+*×÷]$|(?:[\d)]|(?<![^\W\d_])[^\W\d_])[%!]? ?[+*/×÷] ?$|\b(?:ln|log|sin|cos|tan)[ ({]?$"
-)
-_PART = ("-",)  # the unit of a number that is a part of an expression: none is equal to it
-# In "12 apples minus 4" it is no sign.
-_SIGN = r"(^\W*|[.:=(]\s*|\b(?:is|are|was|be|to|by|of)\s+)(?:minus|negative) (?=[$€£¥₹]?\.?\d)"
-_MINUS = re.compile(_SIGN, re.IGNORECASE)
-
-
-class Quantity(NamedTuple):
-    """A number in a text, with its unit."""
-
-    value: str  # without the scale
-    scale: int  # the power of ten of "million"
-    unit: tuple[str, ...]
-
-
-_NONE = Quantity("", 0, ())
-
 
 def _plain(text: str) -> str:
     """Returns a text with numbers in one form; see `values`."""
-    text = _MINUS.sub(r"\1-", text.replace("\N{MINUS SIGN}", "-"))
+    text = text.replace("\N{MINUS SIGN}", "-")
     text = re.sub(r"(?<![\w.])\N{EN DASH}(?=[\d.$])", "-", text)
     text = re.sub(r"((?:=|\b(?:is|are|was|equals))[ \t]*)- (?=[\d.$])", r"\1-", text)  # x = - 12
     text = re.sub(r"(?<![\w.])-([$€£¥₹])(?=[\d.])", r"\1-", _THOUSANDS.sub("", text))
@@ -192,19 +141,11 @@ def _plain(text: str) -> str:
     return _FRAC.sub(lambda found: f"{found[1] or found[3]}/{found[2] or found[4]}", text)
 
 
-def _quantities(text: str) -> list[Quantity]:
-    text = _plain(text)
-    return [
-        Quantity(_value(m), *_unit(text[: m.start()][-24:], text[m.end() :][:80]))
-        for m in _VALUE.finditer(text)
-    ]
-
-
 def values(text: str) -> list[str]:
     """Returns the numbers in a text, in order, without thousands commas. "3/4" and "\\frac{3}{4}"
     are 0.75, "1 1/2" is 1.5; "−3" (U+2212), "–3" (an en dash, but not in "1–3") and "-$3" are -3.
     """
-    return [found.value for found in _quantities(text)]
+    return [_value(found) for found in _VALUE.finditer(_plain(text))]
 
 
 def _value(match: re.Match[str]) -> str:
@@ -212,69 +153,17 @@ def _value(match: re.Match[str]) -> str:
     return plain if plain is not None else f"{sign}{int(whole or 0) + int(above) / int(below):.12g}"
 
 
-def _unit(before: str, after: str) -> tuple[int, tuple[str, ...]]:
-    """Returns the scale and the unit of a number between two texts."""
-    if _BEHIND.match(after) or _BEFORE.search(before[-8:]):
-        return 0, _PART
-    for whole, part in _PARTS.items():
-        behind = re.search(rf"\d ({whole})( and)? $", before) and re.match(f" ({part})\\b", after)
-        if behind or re.match(rf" ({whole})( and)? \d\d? ({part})\b", after):
-            return 0, _PART
-    symbol = "".join(_ALIASES[x] for x in before.rstrip()[-1:] if x in "$€£¥₹%")
-    letters = _LETTERS.match(after) or (symbol and re.match(r"(?:m|bn)\b", after))
-    if letters:
-        alone = not _OPERATOR.match(after[letters.end() :])
-        return 0, (f"-{letters.group().casefold()}",) if alone else _PART
-    after = after.casefold().replace("°", " degree ")
-    given = _CLAUSE_END.split(after.partition("\n")[0], maxsplit=1)[0].split()
-    found = list[str]()
-    for i, word in enumerate(given):
-        linked = word in _NO_UNITS or (word == "in" and i + 1 < len(given))  # "in" ends: inches
-        if linked or not _UNIT.fullmatch(word):
-            if _BEHIND_UNIT.match(" ".join(given[i:])):
-                return 0, _PART
-            break
-        found.append(_ALIASES.get(word.rstrip("."), word.rstrip(".")))
-    scale = _SCALES.get(found[0], 0) if found else 0
-    found = found[1:] if scale else found
-    if symbol and symbol not in [x.removesuffix("s") for x in found[:1]]:
-        found = [symbol, *found]
-    return scale, tuple(found)
-
-
-def _same_unit(given: Sequence[str], wanted: Sequence[str]) -> bool:
-    """Returns whether two units are equal, as far as both are given; letters must be."""
-    if any(unit[0].startswith("-") for unit in (given, wanted) if unit):
-        return given == wanted != _PART
-    if not given or not wanted:
-        return True
-    more = given[len(wanted) : len(wanted) + 1]
-    alike = map(_same_word, given, wanted)
-    return len(given) >= len(wanted) and all(alike) and _POWERS.isdisjoint(more)
-
-
-def _same_word(a: str, b: str) -> bool:
-    short, long = sorted((a, b), key=len)
-    plurals = (f"{short}s", f"{short}es", f"{short[:-1]}ies")
-    return short == long or (len(short) > 2 and long in plurals)
-
-
-def _quantity(text: str) -> Quantity:
-    """Returns the number of a worked solution as `parse_number` does."""
-    text = re.sub(r"(?<=\d)\((?=[^()]*\b[a-z]\b)", "×(", _words(text))  # 2(x + 1)
-    statement, *rest = _places(text)
-    found = _stated_number(statement) if rest else None
-    return found or next(reversed(_quantities(text)), _NONE)
-
-
 def parse_number(text: str) -> str:
     """Returns the answer of a worked solution: the number stated after the last "answer is", else
     the last number of the text, else "".
     """
-    return _quantity(text).value
+    text = _words(text)
+    statement, *rest = _places(text)
+    found = _stated_number(statement) if rest else ""
+    return found or next(reversed(values(text)), "")
 
 
-def _stated_number(statement: str) -> Quantity | None:
+def _stated_number(statement: str) -> str:
     """Returns the first number of "36 dollars.", of "4. Then 4 + 1 = 5." and of "4 with 3 + 1 = 4",
     and the result of "49 - 34 = 15 customers.", "x = 5 - 2 = 3" and "3 = 5 - 2".
     """
@@ -285,10 +174,10 @@ def _stated_number(statement: str) -> Quantity | None:
     while len(parts) > 1 and not values(parts[-1]):  # "5 - 2 = 3 = x"
         parts.pop()
     before, after = "=".join(parts[:-1]), parts[-1]
-    result = _quantities(after) if before and not _ASIDE.search(before) else []
+    result = values(after) if before and not _ASIDE.search(before) else []
     if _OPERATION.search(after) and values(before):
         result = []
-    return next(iter(result or _quantities(clause) or _quantities(statement)), None)
+    return next(iter(result or values(clause) or values(statement)), "")
 
 
 _NUMBER = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?", re.ASCII)
@@ -436,7 +325,7 @@ _MARKS = "*_" + _QUOTES
 
 def _score_any(text: str, answer: str) -> bool:
     """Scores a completion by the type of its right answer, for files of mixed answers: a letter, a
-    word, a number with or without a unit, or else the whole text that is stated.
+    word, a number if it is nothing else, or else the whole text that is stated.
     """
     marked = _marked(answer).strip()  # "answer: 4" of "\\boxed{4}", x^2 of "$x^2$"
     head = _STATED.match(marked)
@@ -448,7 +337,8 @@ def _score_any(text: str, answer: str) -> bool:
         return parse_word(text, words) == wanted
     if not {_joined(wanted), _joined(wanted.rstrip("."))}.isdisjoint(_stated_texts(text)):
         return True
-    return _same_quantity(_quantity(text), _as_quantity(_spelled(stated)))
+    number = _value(whole) if (whole := _VALUE.fullmatch(_plain(_spelled(stated)))) else ""
+    return same_number(parse_number(text), number)
 
 
 def _stated_texts(text: str) -> set[str]:
@@ -472,22 +362,5 @@ def _joined(text: str) -> str:
     return re.sub(r" ?([-+*/^=<>×÷≤≥]) ?", r"\1", text)
 
 
-def _as_quantity(answer: str) -> Quantity:
-    """Returns the quantity that an answer is: nothing but a number and perhaps its unit."""
-    before, *rest = _VALUE.split(_plain(answer.rstrip(".")), maxsplit=1)
-    words = "".join(rest[-1:]).split()
-    unit = len(words) <= 4 and _NO_UNITS.isdisjoint(words) and all(map(_UNIT.fullmatch, words))
-    alone = unit and before.strip() in ("", "+", *_ALIASES)
-    return next(iter(_quantities(answer)), _NONE) if alone else _NONE
-
-
-def _same_quantity(given: Quantity, wanted: Quantity) -> bool:
-    a, b = _number(given.value), _number(wanted.value)
-    if a is None or b is None or not _same_unit(given.unit, wanted.unit):
-        return False
-    a, b = a.scaleb(given.scale), b.scaleb(wanted.scale)
-    return abs(a - b) <= TOLERANCE * min(Decimal(1), abs(b))  # relative, where 1e-3 would be large
-
-
 ANY = Answers(str.strip, _score_any)
-"""Numbers with or without a unit, letters, words or texts, as the right answer is."""
+"""Numbers, letters, words or texts, as the right answer is."""
