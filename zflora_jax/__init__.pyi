@@ -45,6 +45,7 @@ from .hf.gguf.write import save_gguf as save_gguf
 from .hf.load import load_model as load_model
 from .hf.peft import load_peft as load_peft, save_peft as save_peft
 from .hf.save import save_hf as save_hf
+from .hf.slices import save_slices as save_slices
 from .inference.decode import generate_tokens as generate_tokens, stream_tokens as stream_tokens
 from .inference.generation_config import GenerationConfig as GenerationConfig, Sampler as Sampler
 from .inference.likelihood import option_log_likelihoods as option_log_likelihoods
@@ -55,7 +56,6 @@ from .nn.quantize_model import (
     dequantize_model as dequantize_model,
     quantize_model as quantize_model,
 )
-from .nn.vocabulary import resize_vocab as resize_vocab
 from .ops.linear import project as project
 from .parallel.sharding import make_mesh as make_mesh
 from .reporting.files import atomic_write as atomic_write

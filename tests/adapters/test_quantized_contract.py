@@ -21,7 +21,6 @@ from zflora_jax.core.run_config import QuantizeConfig, RunConfig
 from zflora_jax.inference.decode import generate_tokens
 from zflora_jax.nn.llama import forward
 from zflora_jax.nn.quantize_model import dequantize_model, quantize_model, stored_text
-from zflora_jax.nn.vocabulary import resize_vocab
 from zflora_jax.ops.quantized import KINDS, QuantizedArray
 
 pytestmark = pytest.mark.filterwarnings("ignore:head_dim 32")  # a group that is not full
@@ -204,7 +203,6 @@ def test_groups_follow_the_heads_and_codes_stay():
             lambda: quantize_model(tiny_model(), QuantizeConfig("int8", head="int8")),
             r"quantize.head=int8: .* set quantize.embedding",
         ),
-        (lambda: resize_vocab(quantized_tiny("int8"), 300), "embedding is stored as int8: resize"),
     ],
 )
 def test_uses_that_are_refused(use, message):

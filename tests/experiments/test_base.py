@@ -22,7 +22,6 @@ from zflora_jax.experiments.train import train
 from zflora_jax.hf.gguf.write import save_gguf
 from zflora_jax.hf.load import load_model
 from zflora_jax.hf.save import save_hf
-from zflora_jax.nn.vocabulary import resize_vocab
 
 
 def fused(model: Model, method: str) -> Model:
@@ -54,26 +53,15 @@ def test_a_merged_model_is_an_ordinary_base_where_it_was_saved(run, base_dir, tm
 
 
 def test_a_model_that_was_changed_in_memory_is_refused(run, base_dir):
-    """Its rows or its tokenizer: eval, generate and export would load the directory as it is."""
+    """Its widths or its tokenizer: eval, generate and export would load the directory as it is."""
     model = load_model(base_dir)
     given_base(run, model)
     message = r"vocab_size=300 here, 259 there\. Save it with zf\.save_hf"
     with pytest.raises(ConfigError, match=message):
-        given_base(run, resize_vocab(model, 300))
+        given_base(run, dataclasses.replace(model, config=model.config.replace(vocab_size=300)))
     model.tokenizer.chat_template = "{{ messages[0]['content'] }}"
     with pytest.raises(ConfigError, match=r"chat template or tokens were changed.*zf\.save_hf"):
         given_base(run, model)
-
-
-def test_rows_for_new_tokens_are_trained_on_by_way_of_a_directory(run, base_dir, tmp_path):
-    """The way that docs/howto.md names: resize, save, train, use."""
-    model = load_model(base_dir)
-    model.tokenizer.add_tokens(["<|new|>"])
-    save_hf(tmp_path / "wide", resize_vocab(model, model.tokenizer))
-    run = override(run, {"model": str(tmp_path / "wide")})
-    loaded = given_base(run, load_model(run.model))
-    assert loaded.config.vocab_size == len(model.tokenizer) == 260
-    assert loaded.tokenizer.convert_tokens_to_ids("<|new|>") == 259
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,8 @@ from zflora_jax.cli.stopping import terminated
 from zflora_jax.experiments.export import DEFAULT, EXPORTERS
 
 SUMMARY = (
-    "Write a trained run for other software: a fused Hugging Face directory, a GGUF file, or a PEFT"
-    " adapter directory (LoRA)."
+    "Write a trained run for other software: a fused Hugging Face directory, a GGUF file, a PEFT"
+    " adapter directory (LoRA), or slices of a task for a server."
 )
 
 

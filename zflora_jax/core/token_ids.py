@@ -45,8 +45,8 @@ def _named(outside: Sequence[int], tokenizer: Any) -> str:
     more = f" and {len(outside) - 5} more" if len(outside) > 5 else ""
     return (
         f": {', '.join(names)}{more}. The model has no embedding for these tokens. Add rows with"
-        " model = zf.resize_vocab(model, model.tokenizer) (and zf.save_hf for runs), or use a token"
-        " that it has, e.g. tokenizer.pad_token = tokenizer.eos_token."
+        " transformers' resize_token_embeddings and load what it saves, or use a token that it has,"
+        " e.g. tokenizer.pad_token = tokenizer.eos_token."
     )
 
 

@@ -111,7 +111,7 @@ def given_base(run: RunConfig, model: Model) -> Model:
     widths = ((name, getattr(model.config, name), getattr(config, name)) for name in _WIDTHS)
     wrong = [f"{name}={mine} here, {its} there" for name, mine, its in widths if mine != its]
     if tokenizer_state(tokenizer) != tokenizer_state(model.tokenizer):
-        wrong.append("its chat template or tokens were changed (see zf.resize_vocab)")
+        wrong.append("its chat template or tokens were changed")
     found = f"the model is not what {run.model!r} holds: {', '.join(wrong)}"
     require(not wrong, f"{found}. {advice}")
     return base

@@ -61,14 +61,14 @@ def export_run(
 
     Args:
       workdir: Directory or URL of the run.
-      out: Directory to write; a file for "gguf".
+      out: Directory to write; a file for "gguf" and "slices".
       format: A row of `EXPORTERS`: "hf", a fused Hugging Face directory; "gguf", the fused model as
-        a file for llama.cpp; "peft", LoRA adapters as a directory.
+        a file for llama.cpp; "peft", LoRA adapters as a directory; "slices", as `save_slices`.
       dtype: Data type of the "hf" weights, as for `save_hf`; None: that of the run.
       quant: Type of the "gguf" weights, as for `save_gguf` (None: "q8_0"), or of the "hf" kernels,
         as for `save_hf` (None: floats).
       checkpoint: The checkpoint, as the step of `load_run`.
-      eps_z: Scale of the stored residual state for "hf" and "gguf"; None: chosen from the weights.
+      eps_z: Scale of the stored residual state; None: chosen from the weights.
       mesh: Mesh of the model, as for `load_run`.
 
     Returns:
@@ -174,6 +174,24 @@ def write_gguf(
     return _write_and_compare(out, run, lambda fused: save_gguf(out, fused, quant, eps_z=eps_z))
 
 
+def check_slices(out: Path, **_: Any) -> None:
+    """Refuses an `out` of another name."""
+    from zflora_jax.hf.slices import slices_target
+
+    slices_target(out)
+
+
+def write_slices(
+    out: str | Path, run: TrainedRun, *, dtype: str | None, eps_z: float | None
+) -> dict[str, Any]:
+    """Writes what the adapter adds to the kernels of an export."""
+    from zflora_jax.experiments.restore import fuse_trained
+    from zflora_jax.hf.slices import save_slices
+
+    fused = fuse_trained(run.model, run.config.adapter, run.adapters)
+    return save_slices(out, fused, dtype=dtype, eps_z=eps_z)
+
+
 def write_peft(out: str | Path, run: TrainedRun) -> dict[str, Any]:
     """Writes LoRA adapters as a PEFT directory."""
     from zflora_jax.adapters.init import plain_lora, split_base
@@ -211,5 +229,6 @@ EXPORTERS = {
         "the same as a file for llama.cpp", write_gguf, ("quant", "eps_z"), check_gguf
     ),
     "peft": Exporter("LoRA adapters without their base", write_peft, (), check_directory),
+    "slices": Exporter("a task for a server", write_slices, ("dtype", "eps_z"), check_slices),
 }
 DEFAULT = "hf"

@@ -83,7 +83,7 @@ def save_hf(
     """
     target = export_target(path)
     require_there(model.params)
-    dtype = dtype or _own_dtype(model)
+    dtype = dtype or own_dtype(model)
     require(dtype in DTYPES, f"dtype={dtype!r}: exports are {', '.join(DTYPES)}.")
     stored = compressed(model, quant, dtype, eps_z) if quant else to_stock(model, dtype, eps_z)
     report: dict[str, Any] = {"path": str(target), "dtype": dtype, **stored.report}
@@ -162,7 +162,7 @@ def serve_options(config: LlamaConfig) -> str:
     return f"--hf-overrides '{QWEN2_IN_VLLM}'" if other else ""
 
 
-def _own_dtype(model: Model) -> str:
+def own_dtype(model: Model) -> str:
     """The dtype of the parameters; of the activations if the embedding is stored as codes."""
     table = model.params["embed"]["embedding"]
     return model.config.execution.dtype if isinstance(table, QuantizedArray) else str(table.dtype)

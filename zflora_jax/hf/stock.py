@@ -134,10 +134,14 @@ class StockForm:
         """The rows of a name of `hf_table` in stock form, float32, with zeros up to the widths of
         this form. Processes call this together.
         """
-        place, x = native_tensor(model, name)
+        return self.stored(name, native_tensor(model, name)[1])
+
+    def stored(self, name: str, x: np.ndarray) -> np.ndarray:
+        """A native leaf of one layer, float32, as `tensor` gives it."""
+        place = hf_table(self.config)[name]
         wanted = hf_table(self.native)[name].shape
         x = np.pad(x, [(0, b - a) for a, b in zip(x.shape, wanted, strict=True)])
-        return hf_table(self.config)[name].to_hf(self.convert(module_of(place), x))
+        return place.to_hf(self.convert(module_of(place), x))
 
     def convert(self, module: str, x: np.ndarray) -> np.ndarray:
         """Brings a native leaf of one layer, float32, into stock form."""

@@ -1,0 +1,136 @@
+"""The gate with an engine that is none: no request is served by another task's weights."""
+
+import asyncio
+import contextlib
+import random
+
+import pytest
+from hypothesis import given, settings, strategies as st
+
+from zflora_vllm.gate import BrokenError, Gate, SwitchError
+
+REQUEST = st.tuples(
+    st.sampled_from("abc"),  # task
+    st.integers(0, 30),  # arrives, milliseconds
+    st.integers(0, 8),  # runs
+    st.booleans(),  # whether its client leaves
+)
+
+
+class Engine:
+    """Weights of a task, and the requests that run."""
+
+    def __init__(self, fails: float, seed: int) -> None:
+        self.task, self.running, self.fails, self.random = "", 0, fails, random.Random(seed)
+
+    async def switch(self, task: str) -> None:
+        assert self.running == 0
+        self.task = "half"
+        await asyncio.sleep(0.001)
+        if self.random.random() < self.fails:
+            self.task = gate_of[self].task
+            raise SwitchError(task)
+        self.task = task
+
+
+gate_of: dict[Engine, Gate] = {}
+
+
+async def request(gate, engine, task, arrives, runs, leaves):
+    await asyncio.sleep(arrives / 1000)
+    client = asyncio.current_task()
+    if leaves:
+        asyncio.get_running_loop().call_later(runs / 2000, client.cancel)
+    try:
+        async with gate.using(task):
+            engine.running += 1
+            try:
+                assert engine.task == task
+                await asyncio.sleep(runs / 1000)
+                assert engine.task == task
+            finally:
+                engine.running -= 1
+        return "served"
+    except SwitchError:
+        return "refused"
+
+
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(st.lists(REQUEST, min_size=1, max_size=25), st.sampled_from([0.0, 0.4]), st.integers(0, 9))
+def test_requests_are_served_by_their_own_task(requests, fails, seed):
+    async def play():
+        engine = Engine(fails, seed)
+        gate = gate_of[engine] = Gate(engine.switch, patience=0.004)
+        made = [asyncio.ensure_future(request(gate, engine, *each)) for each in requests]
+        done = await asyncio.wait_for(asyncio.gather(*made, return_exceptions=True), 20)
+        for found, (*_, leaves) in zip(done, requests, strict=True):
+            left = isinstance(found, asyncio.CancelledError) and leaves
+            assert left or found == "served" or (found == "refused" and fails), found
+        assert gate.running == engine.running == 0 and not gate.broken
+        engine.fails = 0.0
+        assert await request(gate, engine, "b", 0, 0, False) == "served"  # it still works
+
+    asyncio.run(play())
+
+
+def test_a_stream_of_one_task_does_not_starve_another():
+    async def play():
+        engine = Engine(0.0, 0)
+        gate = gate_of[engine] = Gate(engine.switch, "a", patience=0.01)
+        engine.task = "a"
+        stop, served = asyncio.Event(), []
+
+        async def stream():
+            while not stop.is_set():
+                served.append(await request(gate, engine, "a", 0, 3, False))
+
+        streams = [asyncio.ensure_future(stream()) for _ in range(4)]
+        await asyncio.sleep(0.005)
+        assert await asyncio.wait_for(request(gate, engine, "b", 0, 1, False), 1) == "served"
+        stop.set()
+        await asyncio.gather(*streams)
+        assert len(served) > 4 and gate.switches >= 1
+
+    asyncio.run(play())
+
+
+def test_half_written_weights_serve_nobody():
+    async def play():
+        async def switch(task):
+            raise OSError("lost")
+
+        gate = Gate(switch)
+        first, second = (asyncio.ensure_future(enter(gate, task)) for task in "ab")
+        for found in await asyncio.gather(first, second, return_exceptions=True):
+            assert isinstance(found, BrokenError) and "half written" in str(found)
+        with pytest.raises(BrokenError, match="restart the server"):
+            await enter(gate, "")
+
+    asyncio.run(play())
+
+
+async def enter(gate, task):
+    async with gate.using(task):
+        pass
+
+
+def test_a_client_that_leaves_during_a_change_does_not_end_it():
+    async def play():
+        written, go = [], asyncio.Event()
+
+        async def switch(task):
+            await go.wait()
+            written.append(task)
+
+        gate = Gate(switch)
+        client = asyncio.ensure_future(enter(gate, "a"))
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        client.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await client
+        go.set()
+        await asyncio.wait_for(enter(gate, "a"), 1)
+        assert written == ["a"] and gate.task == "a" and gate.running == 0
+
+    asyncio.run(play())

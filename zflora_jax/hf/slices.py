@@ -1,0 +1,144 @@
+"""The part of an export that an adapter adds, as a file for a server that runs another task of the
+same base (docs/serve.md).
+
+A kernel [out, in] of an export is the base's but for the rows that write an adapter's channels and
+the columns that read them. Where heads are widened these lie in several ranges.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from zflora_jax import __version__
+from zflora_jax.adapters.methods import base_config
+from zflora_jax.core import trees
+from zflora_jax.core.adapter_config import METHODS
+from zflora_jax.core.architecture import KERNELS, kernel_shapes, param_shapes
+from zflora_jax.core.fields import ConfigError, require, require_in
+from zflora_jax.core.model import Model, require_there
+from zflora_jax.core.model_config import LlamaConfig
+from zflora_jax.hf.keys import hf_table, members
+from zflora_jax.hf.restore import WIDTHS
+from zflora_jax.hf.save import DTYPES, own_dtype
+from zflora_jax.hf.stock import StockForm, module_of, to_stock
+from zflora_jax.nn.quantize_model import is_quantized
+from zflora_jax.parallel.distributed import on_main
+from zflora_jax.reporting.files import atomic_write, local_path
+
+FORMAT, VERSION, SUFFIX = "zflora_jax slices", 1, ".safetensors"
+
+
+def save_slices(
+    path: str | os.PathLike[str],
+    model: Model,
+    *,
+    dtype: str | None = None,
+    eps_z: float | None = None,
+) -> dict[str, Any]:
+    """Writes the rows and columns that a fused adapter adds to the kernels of an export, as the
+    tensors NAME.rows [rows, in] and NAME.columns [out, columns] of one safetensors file.
+
+    A server takes it whose export has the same base, method, widths, dtype and eps_z. Processes
+    that share the model call this together; process 0 writes.
+
+    Args:
+      path: The file, whose name ends in .safetensors.
+      model: A fused model with float kernels.
+      dtype: Data type of the export, as for `save_hf`.
+      eps_z: Scale of the export's residual state, as for `save_hf`; None: chosen from the weights,
+        and tasks of one server need the same: give all the smallest of theirs.
+
+    Returns:
+      {"path", "dtype", "eps_z", "bytes", "sha256"}: the hash of the content without its metadata.
+
+    Raises:
+      ConfigError: The model has no adapter that widens it, is packed or quantised, or a setting
+        cannot be used.
+      CheckpointError: A value is not finite in `dtype`.
+    """
+    from safetensors.numpy import save
+
+    target, adapter = slices_target(path), model.adapter
+    require_there(model.params)
+    if adapter is None or not METHODS[adapter.method].widens:
+        raise ConfigError(
+            "slices are what a method that widens adds, and this model has"
+            f" {adapter and adapter.method}: fuse one, such as 'zflora-minimal'."
+        )
+    require(not is_quantized(model), "slices of a quantised base are not written: export it whole.")
+    dtype = dtype or own_dtype(model)
+    require_in(DTYPES, dtype, f"dtype={dtype!r}")
+    stored = to_stock(model, dtype, eps_z)
+    base = base_config(model.config, adapter)
+    added, tensors = added_lines(stored.form, base), dict[str, np.ndarray]()
+    for name, (rows, columns) in added.items():
+        x = stored.tensor(name)
+        tensors |= {f"{name}.rows": x[rows], f"{name}.columns": x[:, columns]}
+    tensors = {name: np.ascontiguousarray(x) for name, x in sorted(tensors.items())}
+    digest = hashlib.sha256()
+    for name, x in tensors.items():
+        digest.update(f"{name} {x.shape} {x.dtype}".encode() + x.tobytes())
+    facts = {
+        "format": FORMAT,
+        "version": VERSION,
+        "project_version": __version__,
+        "method": adapter.method,
+        "dtype": dtype,
+        "eps_z": stored.form.eps_z,
+        "widths": {name: getattr(stored.form.config, name) for name in WIDTHS},
+        "base": trees.fingerprint(model.params, param_shapes(base)),
+        "sha256": digest.hexdigest(),
+        "rows": {name: ranges(rows) for name, (rows, _) in added.items()},
+        "columns": {name: ranges(columns) for name, (_, columns) in added.items()},
+    }
+    data = save(tensors, {"zflora": json.dumps(facts)})
+    on_main(lambda: atomic_write(target, data))
+    keys = ("dtype", "eps_z", "sha256")
+    return {"path": str(target), **{key: facts[key] for key in keys}, "bytes": len(data)}
+
+
+def slices_target(path: str | os.PathLike[str]) -> Any:
+    """The path of the file; ConfigError for another name."""
+    target = local_path(path, "out")
+    require(
+        target.suffix == SUFFIX and not target.is_dir(),
+        f"out={os.fspath(path)!r}: slices are a file whose name ends in {SUFFIX}.",
+    )
+    return target
+
+
+def added_lines(form: StockForm, base: LlamaConfig) -> Mapping[str, tuple[np.ndarray, np.ndarray]]:
+    """Tensor -> its rows and its columns that are not the base's, sorted, of every kernel."""
+    native, table = kernel_shapes(form.native), hf_table(form.config)
+    of_base, found = kernel_shapes(base), dict[str, tuple[np.ndarray, np.ndarray]]()
+    by_kernel = dict[str, tuple[np.ndarray, np.ndarray]]()
+    for kernel in KERNELS:
+        inputs, outputs = native[kernel]
+        marks = []
+        for axis, width in enumerate(of_base[kernel]):  # of inputs, of outputs
+            mark = np.zeros(inputs + outputs, np.float32)
+            at = len(inputs) - 1 if axis == 0 else mark.ndim - 1
+            mark[(slice(None),) * at + (slice(width[-1], None),)] = 1
+            marks.append(mark)
+        name = next(n for n, place in table.items() if module_of(place) == kernel)
+        reads, writes = (form.stored(name, mark) != 0 for mark in marks)
+        by_kernel[kernel] = np.flatnonzero(writes.any(1)), np.flatnonzero(reads.any(0))
+    for tensor, names in members(table).items():
+        places = [table[name] for name in names if module_of(table[name]) in KERNELS]
+        if places:
+            lines = [by_kernel[module_of(place)] for place in places]
+            rows = [place.row + own for place, (own, _) in zip(places, lines, strict=True)]
+            found[tensor] = np.concatenate(rows), lines[0][1]
+    return found
+
+
+def ranges(lines: np.ndarray) -> list[list[int]]:
+    """Sorted numbers as [start, stop) ranges."""
+    parts = np.split(lines, np.flatnonzero(np.diff(lines) > 1) + 1)
+    return [[int(part[0]), int(part[-1]) + 1] for part in parts if len(part)]

@@ -1,0 +1,129 @@
+"""Lets requests of one task at a time into an engine, and changes the task when none runs."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+
+
+class SwitchError(RuntimeError):
+    """A task could not be written; the one before it is in place again."""
+
+
+class BrokenError(RuntimeError):
+    """A task could not be written, nor the one before it: the engine must not be used."""
+
+
+@dataclass
+class Waiter:
+    """A request that waits."""
+
+    task: str
+    since: float
+    admitted: asyncio.Future[None] = field(repr=False)
+
+
+class Gate:
+    """Requests of the current task pass. One of another task waits until those that run have
+    ended; from `patience` seconds of waiting on it is passed by none of the current task. So no
+    request waits for longer than its patience, and the requests and switches before it.
+
+    Args:
+      switch: Writes a task; raises SwitchError where the old one is in place again, and anything
+        else where the weights are not known.
+      task: The task that is in place.
+      patience: Seconds for which requests of the current task still pass one of another.
+    """
+
+    def __init__(
+        self, switch: Callable[[str], Awaitable[None]], task: str = "", patience: float = 0.25
+    ) -> None:
+        self.task, self.patience, self.running, self.switches = task, patience, 0, 0
+        self.broken = ""
+        self._switch, self._waiting = switch, deque[Waiter]()
+        self._change: asyncio.Task[None] | None = None
+
+    @asynccontextmanager
+    async def using(self, task: str) -> AsyncIterator[None]:
+        """The time of a request of a task.
+
+        Raises:
+          SwitchError: The task could not be written.
+          BrokenError: The weights are not known.
+        """
+        await self._enter(task)
+        try:
+            yield
+        finally:
+            self.running -= 1
+            self._advance()
+
+    async def _enter(self, task: str) -> None:
+        if self.broken:
+            raise BrokenError(self.broken)
+        if task == self.task and self._change is None and not self._oldest_is_impatient():
+            self.running += 1
+            return
+        loop = asyncio.get_running_loop()
+        waiter = Waiter(task, time.monotonic(), loop.create_future())
+        self._waiting.append(waiter)
+        self._advance()
+        try:
+            await waiter.admitted
+        except asyncio.CancelledError:
+            if waiter in self._waiting:
+                self._waiting.remove(waiter)
+            elif not waiter.admitted.cancelled() and waiter.admitted.exception() is None:
+                self.running -= 1  # it was let in, and left at once
+            self._advance()
+            raise
+
+    def _oldest_is_impatient(self) -> bool:
+        others = (w for w in self._waiting if w.task != self.task)
+        first = next(others, None)
+        return first is not None and time.monotonic() - first.since >= self.patience
+
+    def _advance(self) -> None:
+        """Lets in whom the current task admits; with none running, begins the next change."""
+        if self._change is not None or self.broken:
+            return
+        if not self._oldest_is_impatient():
+            self._admit()
+        if self.running == 0 and self._waiting:
+            self._change = asyncio.ensure_future(self._changed(self._waiting[0].task))
+
+    def _admit(self) -> None:
+        """Lets in all requests of the current task."""
+        for waiter in [w for w in self._waiting if w.task == self.task]:
+            self._waiting.remove(waiter)
+            if not waiter.admitted.done():
+                self.running += 1
+                waiter.admitted.set_result(None)
+
+    async def _changed(self, task: str) -> None:
+        """Writes a task and lets its requests in. No client can end it: it belongs to none."""
+        try:
+            if task != self.task:
+                await self._switch(task)
+                self.task, self.switches = task, self.switches + 1
+            self._admit()
+        except SwitchError as error:
+            self._refuse(error, lambda w: w.task == task)
+        except BaseException as error:
+            self.broken = f"the task {task!r} is half written: {error!r}; restart the server"
+            self._refuse(BrokenError(self.broken), lambda w: True)
+            if not isinstance(error, Exception):
+                raise
+        finally:
+            self._change = None
+            self._advance()
+
+    def _refuse(self, error: Exception, which: Callable[[Waiter], bool]) -> None:
+        for waiter in [w for w in self._waiting if which(w)]:
+            self._waiting.remove(waiter)
+            if not waiter.admitted.done():
+                waiter.admitted.set_exception(error)

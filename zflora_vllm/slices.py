@@ -1,0 +1,172 @@
+"""Slices of a task: read from a file, and cut for the shards of tensor parallel ranks."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from safetensors.torch import load
+
+FORMAT, VERSION = "zflora_jax slices", 1
+SAME = ("method", "dtype", "eps_z", "widths", "base")  # facts that tasks of one server share
+
+
+class SlicesError(ValueError):
+    """Slices that are damaged, or of another base, method, width, dtype or eps_z."""
+
+
+@dataclass(frozen=True)
+class Slices:
+    """A task: the rows and columns that its adapter has in every kernel [out, in].
+
+    Attributes:
+      facts: What the file says of itself, such as "eps_z" and "sha256".
+      rows: Tensor -> the indices of its rows [R] and their values [R, in].
+      columns: Tensor -> the indices of its columns [C] and their values [out, C].
+    """
+
+    facts: Mapping[str, Any]
+    rows: Mapping[str, tuple[torch.Tensor, torch.Tensor]]
+    columns: Mapping[str, tuple[torch.Tensor, torch.Tensor]]
+
+    def idle(self) -> Slices:
+        """The task that computes the base: zeros in the same places."""
+        rows, columns = (
+            {name: (at, torch.zeros_like(values)) for name, (at, values) in part.items()}
+            for part in (self.rows, self.columns)
+        )
+        return Slices({**self.facts, "sha256": "idle"}, rows, columns)
+
+
+def read_slices(data: bytes, what: str) -> Slices:
+    """Reads the content of a file of `zf.save_slices`.
+
+    Args:
+      data: The content.
+      what: Its name, for messages.
+
+    Raises:
+      SlicesError: It is another file, or damaged.
+    """
+    try:
+        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+        facts = json.loads(header["__metadata__"]["zflora"])
+        tensors = load(data)
+    except Exception as error:  # whatever a damaged file makes the readers raise
+        raise SlicesError(f"{what} holds no slices, or is damaged: {error!r:.200}.") from None
+    if (found := (facts.get("format"), facts.get("version"))) != (FORMAT, VERSION):
+        raise SlicesError(f"{what} is {found}, and {(FORMAT, VERSION)} is read here.")
+    digest = hashlib.sha256()
+    for name, x in sorted(tensors.items()):
+        kind = str(x.dtype).removeprefix("torch.")
+        digest.update(f"{name} {tuple(x.shape)} {kind}".encode())
+        digest.update(x.contiguous().view(torch.uint8).numpy().tobytes())
+    if digest.hexdigest() != facts["sha256"]:
+        raise SlicesError(f"{what} is damaged: its content has another hash than it says.")
+    rows = {n: (_indices(at), tensors[f"{n}.rows"]) for n, at in facts["rows"].items()}
+    columns = {n: (_indices(at), tensors[f"{n}.columns"]) for n, at in facts["columns"].items()}
+    return Slices(facts, rows, columns)
+
+
+def require_same(one: Mapping[str, Any], other: Mapping[str, Any], what: str, of: str) -> None:
+    """SlicesError with both values if two tasks, or a task and an export, do not go together."""
+    for key in SAME:
+        if one[key] != other[key]:
+            advice = " Write all slices with the smallest eps_z of the tasks (zflora export --eps)."
+            raise SlicesError(
+                f"{what} has {key} {one[key]}, and {of} has {other[key]}."
+                + (advice if key == "eps_z" else "")
+            )
+
+
+def _indices(ranges: list[list[int]]) -> torch.Tensor:
+    return torch.cat([torch.arange(*part) for part in ranges] or [torch.arange(0)])
+
+
+# --- shards ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Part:
+    """The part of a tensor that a layer of a rank holds: some of its rows and columns, the rows
+    from `start` of the layer's weight on.
+    """
+
+    tensor: str
+    rows: range
+    columns: range
+    start: int = 0
+
+
+@dataclass(frozen=True)
+class Write:
+    """Values that replace lines of a weight along an axis; elsewhere along the other: all, or from
+    `start` on.
+    """
+
+    axis: int
+    lines: torch.Tensor  # indices along `axis`, local
+    start: int  # first row, where axis is 1
+    values: torch.Tensor
+
+    def into(self, weight: torch.Tensor) -> None:
+        """Writes into a weight [out, in] in place."""
+        values = self.values.to(weight.device, weight.dtype)
+        if self.axis == 0:
+            weight[self.lines.to(weight.device)] = values
+        else:
+            rows = slice(self.start, self.start + len(values))
+            weight[rows, self.lines.to(weight.device)] = values
+
+
+def writes(slices: Slices, part: Part) -> list[Write]:
+    """What a task writes into a part of a tensor."""
+    at, values = slices.rows[part.tensor]
+    here = (at >= part.rows.start) & (at < part.rows.stop)
+    columns = slice(part.columns.start, part.columns.stop)
+    rows = Write(0, at[here] - part.rows.start + part.start, 0, values[here, columns].contiguous())
+    at, values = slices.columns[part.tensor]
+    here = (at >= part.columns.start) & (at < part.columns.stop)
+    of_part = values[part.rows.start : part.rows.stop, here].contiguous()
+    found = [rows, Write(1, at[here] - part.columns.start, part.start, of_part)]
+    return [write for write in found if len(write.lines)]
+
+
+def parts(layer: str, sizes: Mapping[str, int], rank: int, ranks: int) -> list[Part]:
+    """The parts that one rank holds of a layer's kernel, in the order of its rows.
+
+    Args:
+      layer: Name of the layer in vLLM, such as "model.layers.0.self_attn.qkv_proj".
+      sizes: "hidden", "mlp", "heads", "kv_heads" and "head_dim" of the export.
+      rank: The rank.
+      ranks: How many there are. Key heads fewer than ranks are held by several.
+    """
+    at, _, kind = layer.rpartition(".")
+    hidden, k = sizes["hidden"], sizes["head_dim"]
+
+    def share(of: int, count: int = ranks, index: int = rank) -> range:
+        if of % count:
+            raise SlicesError(f"{layer}: {of} lines are not divided by {count} ranks.")
+        return range(index * (of // count), (index + 1) * (of // count))
+
+    if kind in ("o_proj", "down_proj"):
+        width = sizes["heads"] * k if kind == "o_proj" else sizes["mlp"]
+        return [Part(f"{layer}.weight", range(hidden), share(width))]
+    if kind == "gate_up_proj":
+        held = {name: share(sizes["mlp"]) for name in ("gate_proj", "up_proj")}
+    elif kind == "qkv_proj":
+        copies = max(1, ranks // sizes["kv_heads"])
+        keys = share(sizes["kv_heads"], ranks // copies, rank // copies)
+        heads = {"q_proj": share(sizes["heads"]), "k_proj": keys, "v_proj": keys}
+        held = {name: range(of.start * k, of.stop * k) for name, of in heads.items()}
+    else:
+        raise SlicesError(f"{layer} is no kernel that slices are written into.")
+    found, start = [], 0
+    for name, rows in held.items():
+        found.append(Part(f"{at}.{name}.weight", rows, range(hidden), start))
+        start += len(rows)
+    return found

@@ -1,0 +1,124 @@
+"""What each worker of vLLM does: keeps tasks, and writes one into its kernels
+(`--worker-extension-cls zflora_vllm.worker.Tasks`).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from zflora_vllm.slices import Slices, SlicesError, Write, parts, read_slices, require_same, writes
+
+OWN = ""  # the task of the export that is served
+BASE = "base"  # the idle one
+KERNELS = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
+
+
+class Tasks:
+    """Mixed into vLLM's worker. Names begin with zflora, as vLLM's own attributes must not be hit.
+    Methods return "" or what went wrong, because an exception of one rank would end the engine.
+    """
+
+    def zflora_load(self, name: str, file: str) -> str:
+        """Reads a task of a file, and checks it against the export and every weight; nothing is
+        written.
+        """
+        try:
+            slices = read_slices(Path(file).read_bytes(), Path(file).name)
+            config = self.model_runner.model_config  # type: ignore[attr-defined]
+            require_same(slices.facts, export_facts(Path(config.model)), file, config.model)
+            tasks = self.__dict__.setdefault("zflora_tasks", {})
+            made = self._zflora_writes(slices)
+            if OWN not in tasks:  # the values that are there now
+                tasks[OWN] = [(weight, kept(weight, write)) for weight, write in made]
+                tasks[BASE] = self._zflora_writes(slices.idle())
+            tasks[name] = made
+        except (SlicesError, OSError) as error:
+            return str(error)
+        return ""
+
+    def zflora_use(self, name: str) -> str:
+        """Writes a task that was loaded."""
+        try:
+            for weight, write in self.__dict__["zflora_tasks"][name]:
+                write.into(weight)
+        except (KeyError, RuntimeError) as error:
+            return repr(error)
+        return ""
+
+    def zflora_unload(self, name: str) -> str:
+        """Forgets a task."""
+        self.__dict__.get("zflora_tasks", {}).pop(name, None)
+        return ""
+
+    def _zflora_writes(self, slices: Slices) -> list[tuple[torch.Tensor, Write]]:
+        runner: Any = self.model_runner  # type: ignore[attr-defined]
+        sizes = export_sizes(runner.model_config.hf_config)
+        found, seen = [], set[str]()
+        for name, layer in runner.model.named_modules():
+            if name.rpartition(".")[2] not in KERNELS:
+                continue
+            weight = layer.weight.data
+            held = parts(name, sizes, layer.tp_rank, layer.tp_size)
+            shape = (held[-1].start + len(held[-1].rows), len(held[0].columns))
+            if tuple(weight.shape) != shape:
+                raise SlicesError(
+                    f"{name} holds a weight {tuple(weight.shape)}, and {shape} was expected. On a"
+                    " CPU start vLLM with --quantization zflora, which leaves weights as they are;"
+                    " quantised exports are not switched."
+                )
+            for part in held:
+                if part.tensor not in slices.rows:
+                    raise SlicesError(
+                        f"the slices have no {part.tensor}: models that store kernels joined, as"
+                        " Phi-3 does, are not switched."
+                    )
+                found += [(weight, write) for write in writes(slices, part)]
+                seen.add(part.tensor)
+        if lacking := sorted(slices.rows.keys() - seen):
+            raise SlicesError(f"this rank has no layer for {', '.join(lacking[:3])} and others.")
+        return found
+
+
+def kept(weight: torch.Tensor, write: Write) -> Write:
+    """A write that puts back what is there now."""
+    if write.axis == 0:
+        values = weight[write.lines.to(weight.device)]
+    else:
+        rows = slice(write.start, write.start + len(write.values))
+        values = weight[rows, write.lines.to(weight.device)]
+    return Write(write.axis, write.lines, write.start, values.clone())
+
+
+def export_facts(directory: Path) -> Mapping[str, Any]:
+    """What slices have to agree with, of the export in a directory."""
+    try:
+        manifest = json.loads((directory / "zflora.json").read_text(encoding="utf-8"))
+        config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+        return {
+            "method": manifest["adapter"]["method"],
+            "dtype": manifest["dtype"],
+            "eps_z": manifest["eps_z"],
+            "widths": {n: config[n] for n in ("hidden_size", "head_dim", "intermediate_size")},
+            "base": manifest["base"]["fingerprint"],
+        }
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise SlicesError(
+            f"{directory} is no fused export of zflora_jax with float kernels ({error!r}): serve"
+            " one, so that tasks can be written into it."
+        ) from None
+
+
+def export_sizes(config: Any) -> dict[str, int]:
+    """`slices.parts`' sizes, of a config.json as transformers reads it."""
+    return {
+        "hidden": config.hidden_size,
+        "mlp": config.intermediate_size,
+        "heads": config.num_attention_heads,
+        "kv_heads": config.num_key_value_heads,
+        "head_dim": config.head_dim,
+    }
