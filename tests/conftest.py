@@ -50,10 +50,8 @@ from support.grids import always
 from support.models import tiny_model
 from support.runs import CONFIG, TASK_DATA, choice, saved_base, small_run
 
+from zflora_jax import DataConfig, EvalConfig, Model, OptimConfig, RunConfig, TrainConfig, save_hf
 from zflora_jax.cli.main import main
-from zflora_jax.core.model import Model
-from zflora_jax.core.run_config import DataConfig, EvalConfig, OptimConfig, RunConfig, TrainConfig
-from zflora_jax.hf.save import save_hf
 from zflora_jax.parallel import compile_cache as cache_module
 from zflora_jax.parallel.compile_cache import compile_cache
 

@@ -12,7 +12,7 @@ from support.grids import always, in_turn
 from support.models import perturb, tiny_model
 from support.quantized import how
 
-from zflora_jax.adapters.fuse import fuse, swap, unfuse
+from zflora_jax import Llama, Model, forward, fuse, init_cache, quantize_model, swap, unfuse
 from zflora_jax.adapters.init import init_adapters
 from zflora_jax.adapters.methods import base_config, fused_config
 from zflora_jax.adapters.packing import pack_for_decode
@@ -20,10 +20,6 @@ from zflora_jax.adapters.widths import count_params
 from zflora_jax.core import trees
 from zflora_jax.core.adapter_config import METHODS, AdapterConfig
 from zflora_jax.core.architecture import param_shapes
-from zflora_jax.core.model import Model
-from zflora_jax.nn.kv_cache import init_cache
-from zflora_jax.nn.llama import Llama, forward
-from zflora_jax.nn.quantize_model import quantize_model
 
 WIDENED = [a for a in CASES if METHODS[a.method].widens]
 

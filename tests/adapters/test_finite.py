@@ -12,16 +12,11 @@ from support.grids import always
 from support.models import tiny_model
 from support.runs import EVAL
 
+from zflora_jax import CheckpointError, Model, NonFiniteError, export_gap, override, save_hf, train
 from zflora_jax.core import trees
-from zflora_jax.core.errors import CheckpointError, NonFiniteError
-from zflora_jax.core.fields import override
-from zflora_jax.core.model import Model
 from zflora_jax.data.tasks import Example
 from zflora_jax.evaluation import export_gap as gap_module, loss as loss_module
-from zflora_jax.evaluation.export_gap import export_gap
 from zflora_jax.evaluation.records import likelihood_records
-from zflora_jax.experiments.train import train
-from zflora_jax.hf.save import save_hf
 from zflora_jax.training.checkpoint import Checkpoints
 from zflora_jax.training.objective import Sums
 

@@ -13,18 +13,15 @@ from support.checks import assert_trees_equal
 from support.grids import always
 from support.models import perturb, tiny_model
 
-from zflora_jax.adapters.init import init_adapters
+from zflora_jax import ConfigError, count_params, init_adapters, preset
 from zflora_jax.adapters.methods import (
     SERVED_HEAD_DIMS,
     adapter_shapes,
     live_layers,
     resolve_adapter,
 )
-from zflora_jax.adapters.widths import count_params
 from zflora_jax.core import trees
 from zflora_jax.core.adapter_config import METHODS, AdapterConfig
-from zflora_jax.core.fields import ConfigError
-from zflora_jax.core.presets import preset
 from zflora_jax.training.objective import CrossEntropy
 
 TINY = preset("tiny")  # d 64, heads 4/2 of 16, f 96, 2 layers

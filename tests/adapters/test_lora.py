@@ -22,21 +22,14 @@ from support.models import perturb, tiny_model
 from support.quantized import quantized_tiny
 from support.runs import quiet_train
 
+from zflora_jax import ConfigError, Model, count_params, export_run, generate_tokens, load_model
 from zflora_jax.adapters.fuse import fuse
 from zflora_jax.adapters.init import init_adapters, plain_lora, split_base
 from zflora_jax.adapters.methods import resolve_adapter
-from zflora_jax.adapters.widths import count_params
+from zflora_jax.config import AdapterConfig, RunConfig, preset
 from zflora_jax.core import trees
-from zflora_jax.core.adapter_config import AdapterConfig
-from zflora_jax.core.fields import ConfigError
-from zflora_jax.core.model import Model
-from zflora_jax.core.presets import preset
-from zflora_jax.core.run_config import RunConfig
-from zflora_jax.experiments.export import export_run
 from zflora_jax.experiments.restore import load_fused, load_run
-from zflora_jax.hf.load import load_model
 from zflora_jax.hf.peft import load_peft, save_peft
-from zflora_jax.inference.decode import generate_tokens
 from zflora_jax.nn.llama import Llama, forward
 from zflora_jax.ops.linear import column_norms
 

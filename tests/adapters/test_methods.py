@@ -18,10 +18,9 @@ from zflora_jax.adapters.widths import (
     round_widths,
     width_advice,
 )
-from zflora_jax.core.adapter_config import METHODS, AdapterConfig
+from zflora_jax.config import METHODS, AdapterConfig, preset
 from zflora_jax.core.architecture import KERNELS, count_base
 from zflora_jax.core.fields import ConfigError
-from zflora_jax.core.presets import preset
 
 F, FB, ALL = ("forward",), ("forward", "backward"), ("forward", "backward", "cross")
 B = ("backward",)
@@ -102,8 +101,7 @@ def test_default_head_ranks():
 
 
 @pytest.mark.parametrize(
-    ("targets", "kernels"),
-    [("[qv]", "q v"), ("down|q", "q down"), ("(?!q).", "k v o")],
+    ("targets", "kernels"), [("[qv]", "q v"), ("down|q", "q down"), ("(?!q).", "k v o")]
 )
 def test_targets(targets, kernels):
     assert target_kernels(targets) == tuple(kernels.split())

@@ -10,16 +10,11 @@ from support.grids import always, in_turn
 from support.models import perturb, tiny_model
 from support.quantized import WIDENED, how, moved, quantized_tiny
 
-from zflora_jax.adapters.fuse import fuse, swap, unfuse
+from zflora_jax import ConfigError, forward, fuse, generate_tokens, pack_for_decode, swap, unfuse
 from zflora_jax.adapters.init import init_adapters
-from zflora_jax.adapters.packing import pack_for_decode
+from zflora_jax.config import METHODS, AdapterConfig, QuantizeConfig, RunConfig
 from zflora_jax.core import trees
-from zflora_jax.core.adapter_config import METHODS, AdapterConfig
-from zflora_jax.core.fields import ConfigError
 from zflora_jax.core.model import Model, fingerprint
-from zflora_jax.core.run_config import QuantizeConfig, RunConfig
-from zflora_jax.inference.decode import generate_tokens
-from zflora_jax.nn.llama import forward
 from zflora_jax.nn.quantize_model import dequantize_model, quantize_model, stored_text
 from zflora_jax.ops.quantized import KINDS, QuantizedArray
 

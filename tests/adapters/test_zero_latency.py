@@ -10,9 +10,7 @@ from decode_programs import DecodeCase, loop_row
 from support.grids import always
 from support.needs import needs_libtpu
 
-from zflora_jax.core.adapter_config import AdapterConfig
-from zflora_jax.core.model_config import LlamaConfig
-from zflora_jax.core.presets import preset
+from zflora_jax import AdapterConfig, LlamaConfig, preset
 from zflora_jax.parallel.targets import target
 
 pytestmark = needs_libtpu
@@ -75,10 +73,7 @@ def test_lora_beside_the_base_does_not() -> None:
     assert beside["kernels"] >= base["kernels"] + 10 * CONFIG.num_layers
 
 
-@pytest.mark.parametrize(
-    ("chip", "batch"),
-    [("v5e", 1), ("v6e", 2), ("v5e", 4), ("v6e", 1)],
-)
+@pytest.mark.parametrize(("chip", "batch"), [("v5e", 1), ("v6e", 2), ("v5e", 4), ("v6e", 1)])
 @pytest.mark.soak  # of the base as of the fused
 def test_few_rows_are_multiplied_on_the_matrix_unit(chip: str, batch: int) -> None:
     """On the vector unit a token would take about four times as long as reading the weights."""

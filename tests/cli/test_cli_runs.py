@@ -11,12 +11,10 @@ import numpy as np
 import pytest
 from support.runs import choice
 
+from zflora_jax import DataConfig, Preempted, RunConfig, override
 from zflora_jax.cli import train
 from zflora_jax.cli.eval import _model, _trained_on
 from zflora_jax.cli.main import _parser, main
-from zflora_jax.core.errors import Preempted
-from zflora_jax.core.fields import override
-from zflora_jax.core.run_config import DataConfig, RunConfig
 from zflora_jax.data import mixture
 from zflora_jax.training.workdir import read_starts
 
@@ -46,15 +44,6 @@ def test_workdir_of_another_config(refused, config_file, trained_dir):
     assert "optim.learning_rate: 0.001 there, 0.5 now" in message
     assert "Use another --workdir, or the same settings to resume it." in message
     assert (Path(trained_dir) / "config.json").read_text() == before
-
-
-@pytest.mark.parametrize(
-    ("extra", "words"),
-    [(["--eps", "0.1"], "power of two"), (["--format", "peft"], "minimal' has no PEFT form")],
-)
-def test_settings_of_an_export_that_cannot_be_used(refused, trained_dir, tmp_path, extra, words):
-    assert words in refused("export", "--workdir", trained_dir, "--out", tmp_path / "out", *extra)
-    assert not (tmp_path / "out").exists()
 
 
 def test_export_into_a_directory_of_somebody_else(refused, trained_dir, tmp_path):

@@ -16,20 +16,14 @@ from support.byte_tokenizer import byte_tokenizer
 from support.models import perturb, untied
 from support.tasks import write
 
-from zflora_jax.adapters.fuse import fuse
+from zflora_jax import AdapterConfig, NonFiniteError, fuse, generate, load_model, save_hf, save_peft
 from zflora_jax.adapters.init import init_adapters
 from zflora_jax.cli import generate as command
 from zflora_jax.cli.main import main
-from zflora_jax.core.adapter_config import AdapterConfig
-from zflora_jax.core.errors import NonFiniteError
 from zflora_jax.data.prompts import render, render_turns
 from zflora_jax.experiments.restore import load_fused
-from zflora_jax.hf.load import load_model
-from zflora_jax.hf.peft import save_peft
-from zflora_jax.hf.save import save_hf
 from zflora_jax.inference import decode, text
 from zflora_jax.inference.generation_config import GenerationConfig, Sampler
-from zflora_jax.inference.text import generate
 
 
 @pytest.fixture

@@ -11,12 +11,9 @@ from support.grids import always
 from support.hosts import commands, config_file, finish, losses
 from support.runs import small_run
 
+from zflora_jax import RunConfig, load_run, override, train
 from zflora_jax.cli.main import main
 from zflora_jax.core import trees
-from zflora_jax.core.fields import override
-from zflora_jax.core.run_config import RunConfig
-from zflora_jax.experiments.restore import load_run
-from zflora_jax.experiments.train import train
 
 # As many and as long as the problems of `eval`: they run the same program.
 PROMPTS = f"2+3=\nWhat is 12 plus 7?\n{'How many are left? ' * 4}\n3+4=\n"

@@ -12,24 +12,16 @@ import pytest
 from support.checks import assert_trees_equal
 from support.meshes import MESH, adapter_of, assert_divided, model_for_meshes
 
+from zflora_jax import DataConfig, EvalConfig, OptimConfig, RunConfig, TrainConfig, make_mesh, train
 from zflora_jax.cli.main import main
+from zflora_jax.config import MeshConfig
 from zflora_jax.core.fields import override
-from zflora_jax.core.run_config import (
-    DataConfig,
-    EvalConfig,
-    MeshConfig,
-    OptimConfig,
-    RunConfig,
-    TrainConfig,
-)
 from zflora_jax.evaluation.loss import held_out_loss
 from zflora_jax.experiments.restore import load_fused, load_run
 from zflora_jax.experiments.setup import held_out
-from zflora_jax.experiments.train import train
 from zflora_jax.hf.load import load_model
 from zflora_jax.hf.save import save_hf
 from zflora_jax.parallel.mesh import mesh_in_use, mesh_of
-from zflora_jax.parallel.sharding import make_mesh
 
 
 @pytest.fixture(scope="module")

@@ -8,11 +8,9 @@ from typing import Any
 
 import pytest
 
-from zflora_jax.core.adapter_config import METHODS, AdapterConfig
+from zflora_jax import PRESETS, AdapterConfig, LlamaConfig, preset
+from zflora_jax.config import METHODS, DataConfig, EvalConfig, OptimConfig, RunConfig, TrainConfig
 from zflora_jax.core.fields import ConfigError, from_dict, nearest, override, to_dict
-from zflora_jax.core.model_config import LlamaConfig
-from zflora_jax.core.presets import PRESETS, preset
-from zflora_jax.core.run_config import DataConfig, EvalConfig, OptimConfig, RunConfig, TrainConfig
 
 TINY = to_dict(preset("tiny"))
 EVERYTHING = RunConfig(

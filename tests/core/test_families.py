@@ -18,22 +18,14 @@ from support.grids import always
 from support.huggingface import TOKENS, hf_logits, hf_model, open_stock, write_gguf
 from support.models import tiny_model
 
+from zflora_jax import ConfigError, Llama, forward, generate_tokens, load_model, make_mesh, save_hf
 from zflora_jax.adapters.fuse import fuse, swap, unfuse
 from zflora_jax.adapters.packing import pack_for_decode
+from zflora_jax.config import METHODS, PRESETS, AdapterConfig, LlamaConfig, MeshConfig, preset
 from zflora_jax.core import trees
-from zflora_jax.core.adapter_config import METHODS, AdapterConfig
 from zflora_jax.core.families import FAMILIES
-from zflora_jax.core.fields import ConfigError
-from zflora_jax.core.model_config import LlamaConfig
-from zflora_jax.core.presets import PRESETS, preset
-from zflora_jax.core.run_config import MeshConfig
 from zflora_jax.hf.config import from_hf_config, to_hf_config
-from zflora_jax.hf.load import load_model
 from zflora_jax.hf.restore import load_stock
-from zflora_jax.hf.save import save_hf
-from zflora_jax.inference.decode import generate_tokens
-from zflora_jax.nn.llama import Llama, forward
-from zflora_jax.parallel.sharding import make_mesh
 
 NEW = [name for name in FAMILIES if name != "llama"]
 NOPE = {"no_rope_layers": [1, 0]}

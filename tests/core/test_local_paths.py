@@ -9,14 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from zflora_jax import ConfigError, load_model, locked, save_hf
 from zflora_jax.cli.main import main
-from zflora_jax.core.fields import ConfigError
 from zflora_jax.core.storage import as_path
 from zflora_jax.hf.gguf.write import gguf_target
-from zflora_jax.hf.load import load_model
-from zflora_jax.hf.save import save_hf
 from zflora_jax.reporting.files import local_path
-from zflora_jax.training.lock import locked
 
 URL, OTHER = "gs://bucket/run", "hdfs://host:1/run"
 CONFIG = "from zflora_jax import RunConfig\ndef get_config():\n    return RunConfig()\n"

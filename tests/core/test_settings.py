@@ -8,11 +8,10 @@ import settings_page
 
 from zflora_jax.cli.eval import OF_MODEL
 from zflora_jax.cli.main import main
+from zflora_jax.config import METHODS, RunConfig
 from zflora_jax.core import trees
-from zflora_jax.core.adapter_config import METHODS
 from zflora_jax.core.fields import ConfigError, override, to_dict
 from zflora_jax.core.foreign import FOREIGN
-from zflora_jax.core.run_config import RunConfig
 from zflora_jax.core.settings import sections
 from zflora_jax.reporting.trackers import TRACKERS
 from zflora_jax.training.optim import OPTIMIZERS

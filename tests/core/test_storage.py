@@ -11,12 +11,11 @@ from unittest.mock import Mock
 import pytest
 from botocore.exceptions import EndpointConnectionError
 
+from zflora_jax import ConfigError, atomic_write
 from zflora_jax.cli.main import main
 from zflora_jax.core import storage
-from zflora_jax.core.fields import ConfigError
 from zflora_jax.core.storage import Mirror, as_path, file_system, local_copy, objects, put, remove
 from zflora_jax.reporting import metrics
-from zflora_jax.reporting.files import atomic_write
 from zflora_jax.reporting.metrics import MetricWriter, read_metrics
 
 

@@ -5,8 +5,7 @@ from dataclasses import replace
 import pytest
 from support.tasks import write_questions
 
-from zflora_jax.core.fields import ConfigError
-from zflora_jax.core.run_config import DataConfig, EvalConfig
+from zflora_jax import ConfigError, DataConfig, EvalConfig
 from zflora_jax.data.encoding import encode_examples, encode_options
 from zflora_jax.data.task import as_cloze, listed_options
 from zflora_jax.data.tasks import TASKS, load_examples

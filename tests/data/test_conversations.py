@@ -22,8 +22,7 @@ from support.chat import (
 )
 from support.tasks import load, write
 
-from zflora_jax.core.fields import ConfigError
-from zflora_jax.core.run_config import DataConfig
+from zflora_jax import ConfigError, DataConfig
 from zflora_jax.data import encoding
 from zflora_jax.data.encoding import encode_examples, encode_prompts, tokenize_examples
 from zflora_jax.data.tasks import Example

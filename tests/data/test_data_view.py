@@ -12,11 +12,8 @@ from support.chat import SHORT, turn
 from support.runs import saved_base
 from support.tasks import write
 
+from zflora_jax import AdapterConfig, ConfigError, DataConfig, RunConfig, override, preset
 from zflora_jax.cli.main import main
-from zflora_jax.core.adapter_config import AdapterConfig
-from zflora_jax.core.fields import ConfigError, override
-from zflora_jax.core.presets import preset
-from zflora_jax.core.run_config import DataConfig, RunConfig
 from zflora_jax.data.encoding import Encoded, tokenize_examples
 from zflora_jax.data.mixture import load_mixture
 from zflora_jax.data.pipeline import pack_sequences, train_batches

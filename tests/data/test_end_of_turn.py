@@ -17,17 +17,12 @@ from support.byte_tokenizer import byte_tokenizer
 from support.models import tiny_model
 from support.runs import EVAL, TASK_DATA, small_run
 
-from zflora_jax.core.model import Model
-from zflora_jax.core.run_config import TrainConfig
+from zflora_jax import Model, TrainConfig, export_run, load_model, save_hf, train
 from zflora_jax.data.encoding import encode_examples
 from zflora_jax.data.prompts import end_token
 from zflora_jax.data.tasks import Example
 from zflora_jax.evaluation.records import generation_records
-from zflora_jax.experiments.export import export_run
 from zflora_jax.experiments.restore import load_fused
-from zflora_jax.experiments.train import train
-from zflora_jax.hf.load import load_model
-from zflora_jax.hf.save import save_hf
 from zflora_jax.inference.text import answer_text, generate, stop_ids, stream
 
 NAMES = ("begin_of_text", "end_of_text", "start_header_id", "end_header_id", "eot_id")

@@ -9,8 +9,7 @@ import pytest
 from support.chat import LONG, SHORT, WITH_SYSTEM, turn
 from support.tasks import load, write
 
-from zflora_jax.core.fields import ConfigError
-from zflora_jax.core.run_config import DataConfig
+from zflora_jax import ConfigError, DataConfig
 from zflora_jax.data.builders.own import read_rows
 from zflora_jax.data.builders.public import Dataset, Hub, Tfds, named_dataset
 from zflora_jax.data.mixture import load_mixture
@@ -96,6 +95,7 @@ ONCE = '{"text": "Once."}'
         ("a.jsonl", f'{ONCE}\n{{"text": {"1" * 5000}}}', r"row 2: JSON that cannot be .*digit"),
         ("a.json", "[" * 100_000, r"a.json: JSON that cannot be read: .*recursion"),
         ("a.json", "[]", r"a.json: no rows"),
+        ("a.jsonl", "\n\n", r"a.jsonl: no rows"),
         ("a.json", b"\xff\xfe", r"a.json: not UTF-8 text"),
     ],
 )

@@ -12,10 +12,7 @@ from support.byte_tokenizer import PAD, byte_tokenizer
 from support.models import perturb, tiny_model
 from support.tasks import write
 
-from zflora_jax.adapters.init import init_adapters
-from zflora_jax.core.adapter_config import AdapterConfig
-from zflora_jax.core.fields import ConfigError
-from zflora_jax.core.run_config import DataConfig
+from zflora_jax import AdapterConfig, ConfigError, DataConfig, init_adapters
 from zflora_jax.data.encoding import (
     Encoded,
     TokenizedSequence,

@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 from support.byte_tokenizer import BOS, EOS, byte_tokenizer
 
-from zflora_jax.core.fields import ConfigError
-from zflora_jax.core.run_config import DataConfig
+from zflora_jax import ConfigError, DataConfig
 from zflora_jax.data import prompts
 from zflora_jax.data.encoding import encode_prompts, tokenize_examples
 from zflora_jax.data.tasks import Example

@@ -6,8 +6,7 @@ import pytest
 from support.grids import always
 from support.runs import real_data
 
-from zflora_jax.core.fields import ConfigError
-from zflora_jax.core.run_config import DataConfig
+from zflora_jax import ConfigError, DataConfig
 from zflora_jax.data.answers import ANY, LETTER, NUMBER
 from zflora_jax.data.builders import prepared
 from zflora_jax.data.tasks import SPLITS, TASKS, load_examples

@@ -6,8 +6,7 @@ import json
 import pytest
 from support.tasks import load, prompts_of, write_questions
 
-from zflora_jax.core.fields import ConfigError
-from zflora_jax.core.run_config import DataConfig
+from zflora_jax import ConfigError, DataConfig
 from zflora_jax.data.tasks import HOLD_OUT, SPLITS, load_examples
 
 # --- files ----------------------------------------------------------------------------------------

@@ -8,15 +8,12 @@ import pytest
 from support.models import tiny_model
 from support.runs import EVAL, TASK_DATA
 
-from zflora_jax.core.fields import ConfigError
-from zflora_jax.core.run_config import RunConfig
+from zflora_jax import ConfigError, RunConfig, evaluate, forward
 from zflora_jax.data.tasks import Example, load_examples
 from zflora_jax.evaluation import records as records_module
 from zflora_jax.evaluation.records import generation_records, likelihood_records, rouge
 from zflora_jax.evaluation.scores import scores_of
-from zflora_jax.evaluation.task import evaluate
 from zflora_jax.inference.text import stop_ids
-from zflora_jax.nn.llama import forward
 
 
 @pytest.fixture

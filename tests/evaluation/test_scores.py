@@ -11,9 +11,7 @@ from hypothesis import given, settings, strategies as st
 from support.runs import EVAL, TASK_DATA, choice
 from support.tasks import write_questions
 
-from zflora_jax.core.fields import ConfigError
-from zflora_jax.core.run_config import RunConfig
-from zflora_jax.data.mixture import TrainedOn
+from zflora_jax import ConfigError, RunConfig, TrainedOn, evaluate, evaluate_tasks
 from zflora_jax.data.tasks import load_examples
 from zflora_jax.evaluation import records as records_module, task as task_module
 from zflora_jax.evaluation.scores import (
@@ -25,7 +23,6 @@ from zflora_jax.evaluation.scores import (
     scores_of,
     shared_units,
 )
-from zflora_jax.evaluation.task import evaluate, evaluate_tasks
 
 
 def run_of(data, **changes):

@@ -8,20 +8,14 @@ import pytest
 from support.byte_tokenizer import byte_tokenizer
 from support.models import perturb, tiny_model
 
+from zflora_jax import CheckpointError, Model, init_adapters, load_model, save_gguf, save_hf, train
 from zflora_jax.adapters.fuse import fuse
-from zflora_jax.adapters.init import init_adapters
 from zflora_jax.adapters.packing import pack_for_decode
 from zflora_jax.core.adapter_config import METHODS, AdapterConfig
-from zflora_jax.core.errors import CheckpointError
 from zflora_jax.core.fields import ConfigError, override
-from zflora_jax.core.model import Model
 from zflora_jax.core.run_config import RunConfig, TrainConfig
 from zflora_jax.experiments import base
 from zflora_jax.experiments.base import as_base, given_base
-from zflora_jax.experiments.train import train
-from zflora_jax.hf.gguf.write import save_gguf
-from zflora_jax.hf.load import load_model
-from zflora_jax.hf.save import save_hf
 
 
 def fused(model: Model, method: str) -> Model:

@@ -12,17 +12,13 @@ from support.exports import WIDENED, fused_model
 from support.runs import small_run
 from support.tasks import write
 
+from zflora_jax import ConfigError, describe, load_model, override, save_hf, train
 from zflora_jax.cli.main import main
 from zflora_jax.core import trees
-from zflora_jax.core.fields import ConfigError, override
 from zflora_jax.evaluation import export_gap as gap_module
 from zflora_jax.experiments import restore
 from zflora_jax.experiments.export import EXPORTERS, Exporter, export_run
-from zflora_jax.experiments.info import describe
-from zflora_jax.experiments.train import train
-from zflora_jax.hf.load import load_model
 from zflora_jax.hf.restore import load_stock
-from zflora_jax.hf.save import save_hf
 from zflora_jax.training.workdir import saved_steps
 
 

@@ -12,20 +12,13 @@ from support.models import perturb, tiny_model
 from support.needs import needs_smollm2
 from support.runs import small_run
 
-from zflora_jax.adapters.fuse import fuse
-from zflora_jax.adapters.init import init_adapters
+from zflora_jax import describe, fuse, init_adapters, preset, save_hf, save_peft, train
 from zflora_jax.cli.main import main
-from zflora_jax.core.adapter_config import METHODS, AdapterConfig
+from zflora_jax.config import METHODS, AdapterConfig, QuantizeConfig, RunConfig
 from zflora_jax.core.fields import ConfigError, override, to_dict
 from zflora_jax.core.model import fingerprint
-from zflora_jax.core.presets import preset
-from zflora_jax.core.run_config import QuantizeConfig, RunConfig
 from zflora_jax.core.trees import size
-from zflora_jax.experiments.info import describe
-from zflora_jax.experiments.train import train
 from zflora_jax.hf.hub import locate
-from zflora_jax.hf.peft import save_peft
-from zflora_jax.hf.save import save_hf
 
 
 @pytest.fixture(scope="module")

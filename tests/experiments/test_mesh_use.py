@@ -17,22 +17,16 @@ from support.grids import always
 from support.meshes import MESH, PROMPTS, assert_divided, both
 from support.models import perturb, tiny_model
 
+from zflora_jax import ConfigError, forward, generate_tokens, option_log_likelihoods, stream_tokens
 from zflora_jax.adapters import fuse as fuse_module
 from zflora_jax.adapters.fuse import _fuse, _swap, _unfuse, fuse, swap, unfuse
 from zflora_jax.adapters.packing import split_layers
 from zflora_jax.cli.options import mesh_asked
+from zflora_jax.config import METHODS, MeshConfig, preset
 from zflora_jax.core import trees
-from zflora_jax.core.adapter_config import METHODS
 from zflora_jax.core.architecture import param_shapes
-from zflora_jax.core.fields import ConfigError
-from zflora_jax.core.presets import preset
-from zflora_jax.core.run_config import MeshConfig
-from zflora_jax.experiments.latency import decode_latency
-from zflora_jax.inference.decode import generate_tokens, stream_tokens
 from zflora_jax.inference.generation_config import GREEDY, Sampler
-from zflora_jax.inference.likelihood import option_log_likelihoods
 from zflora_jax.inference.program import DecodeProgram, packed
-from zflora_jax.nn.llama import forward
 from zflora_jax.parallel.mesh import mesh_if_there
 from zflora_jax.parallel.sharding import make_mesh, shardings
 from zflora_jax.training.objective import CrossEntropy
@@ -139,12 +133,6 @@ def test_adapters_that_lie_on_one_device_go_with_a_model_on_a_mesh():
     settings = {"max_new_tokens": 5, "adapter": adapter}
     want = generate_tokens(model, PROMPTS, adapters=adapters, **settings)
     assert generate_tokens(divided, PROMPTS, adapters=here, **settings) == want
-
-
-def test_latency_is_measured_on_the_mesh_of_a_model():
-    _, _, (divided, _) = both("lora", num_layers=1)
-    found = decode_latency({"base": divided}, new_tokens=2, repeats=1)["base"]
-    assert found["ttft_ms"] > 0 and math.isfinite(found["tpot_ms"])  # a difference: small, noisy
 
 
 @pytest.mark.soak  # of memory

@@ -20,16 +20,13 @@ from support.grids import always
 from support.hosts import config_file
 from support.needs import needs_libtpu
 
+from zflora_jax import ConfigError, count_params, make_mesh, override, preset, random_model, save_hf
 from zflora_jax.adapters.init import init_adapters
 from zflora_jax.adapters.methods import adapter_shapes
-from zflora_jax.adapters.widths import count_params
 from zflora_jax.cli.main import main
-from zflora_jax.core.adapter_config import METHODS, AdapterConfig
+from zflora_jax.config import METHODS, AdapterConfig, DataConfig, MeshConfig, RunConfig, TrainConfig
 from zflora_jax.core.architecture import kernel_shapes
-from zflora_jax.core.fields import ConfigError, override
-from zflora_jax.core.presets import preset
 from zflora_jax.core.quantize_config import QuantizeConfig
-from zflora_jax.core.run_config import DataConfig, MeshConfig, RunConfig, TrainConfig
 from zflora_jax.experiments import plan as module
 from zflora_jax.experiments.plan import (
     compile_step,
@@ -40,9 +37,6 @@ from zflora_jax.experiments.plan import (
 )
 from zflora_jax.experiments.roofline import roofline, traffic
 from zflora_jax.experiments.step_shapes import stored_bytes
-from zflora_jax.hf.save import save_hf
-from zflora_jax.nn.llama import random_model
-from zflora_jax.parallel.sharding import make_mesh
 from zflora_jax.parallel.targets import CHIPS, GIB, Target, target
 from zflora_jax.training.trainer import init_state
 

@@ -10,26 +10,19 @@ from support.gguf_files import kept_file
 from support.models import tiny_model
 from support.quantized import quantized_tiny
 
+from zflora_jax import Model, describe, export_run, forward, load_model, preset, save_hf, train
 from zflora_jax.adapters.packing import pack_for_decode
 from zflora_jax.cli.main import main
 from zflora_jax.core import trees
 from zflora_jax.core.errors import CheckpointError
 from zflora_jax.core.fields import ConfigError, override
-from zflora_jax.core.model import Model
-from zflora_jax.core.presets import preset
 from zflora_jax.core.run_config import QuantizeConfig, RunConfig
 from zflora_jax.experiments.base import as_base
-from zflora_jax.experiments.export import export_run
-from zflora_jax.experiments.info import describe
 from zflora_jax.experiments.plan import stored_bytes
 from zflora_jax.experiments.restore import load_fused
-from zflora_jax.experiments.train import train
 from zflora_jax.hf import load
 from zflora_jax.hf.gguf.file import GGUFFile
 from zflora_jax.hf.keys import quantized
-from zflora_jax.hf.load import load_model
-from zflora_jax.hf.save import save_hf
-from zflora_jax.nn.llama import forward
 from zflora_jax.nn.quantize_model import dequantize_model, is_quantized, quantize_model
 from zflora_jax.ops.quantized import QuantizedArray
 from zflora_jax.parallel import devices as on_devices

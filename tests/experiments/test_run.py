@@ -14,18 +14,13 @@ from support.checks import assert_logits_close
 from support.grids import always
 from support.runs import quiet_train
 
+from zflora_jax import ConfigError, evaluate, export_run, forward, load_model, override, save_hf
 from zflora_jax.adapters.fuse import fuse
 from zflora_jax.cli.main import main
 from zflora_jax.core import trees
 from zflora_jax.core.adapter_config import METHODS
 from zflora_jax.core.errors import NonFiniteError, Preempted
-from zflora_jax.core.fields import ConfigError, override
-from zflora_jax.evaluation.task import evaluate
-from zflora_jax.experiments.export import export_run
 from zflora_jax.experiments.restore import load_fused, load_run
-from zflora_jax.hf.load import load_model
-from zflora_jax.hf.save import save_hf
-from zflora_jax.nn.llama import forward
 from zflora_jax.reporting.metrics import read_metrics
 from zflora_jax.training.checkpoint import Checkpoints
 from zflora_jax.training.trainer import step_of

@@ -12,17 +12,13 @@ from support.bucket import names
 from support.checks import assert_trees_equal
 from support.models import perturb, tiny_model
 
+from zflora_jax import AdapterConfig, CheckpointError, describe, load_peft, save_hf, save_peft
 from zflora_jax.adapters.init import init_adapters
 from zflora_jax.cli.main import main
-from zflora_jax.core.adapter_config import AdapterConfig
-from zflora_jax.core.errors import CheckpointError
 from zflora_jax.core.storage import as_path, objects, put, put_file
-from zflora_jax.experiments.info import describe
 from zflora_jax.hf import directory
 from zflora_jax.hf.directory import local_copy
 from zflora_jax.hf.load import load_model, model_config
-from zflora_jax.hf.peft import load_peft, save_peft
-from zflora_jax.hf.save import save_hf
 
 
 @pytest.fixture

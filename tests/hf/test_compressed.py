@@ -17,13 +17,12 @@ from support.grids import always, in_turn
 from support.models import tiny_model
 from support.quantized import WIDENED, how
 
-from zflora_jax import AdapterConfig, forward, fuse, load_model, quantize_model, save_hf
+from zflora_jax import AdapterConfig, export_gap, forward, fuse, load_model, quantize_model, save_hf
 from zflora_jax.core import trees
 from zflora_jax.core.architecture import KERNELS
 from zflora_jax.core.errors import CheckpointError
 from zflora_jax.core.fields import ConfigError
 from zflora_jax.core.model import Model
-from zflora_jax.evaluation.export_gap import export_gap
 from zflora_jax.experiments.export import EXPORTERS
 from zflora_jax.hf.compressed import pack, unpack
 from zflora_jax.hf.keys import hf_table

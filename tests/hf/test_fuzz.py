@@ -16,17 +16,12 @@ from support.grids import always
 from support.huggingface import SETTINGS, hf_model, write_gguf
 from support.models import tiny_model
 
-from zflora_jax.adapters.fuse import fuse
+from zflora_jax import CheckpointError, RunConfig, fuse, load_model, load_peft, save_hf, save_peft
 from zflora_jax.core.adapter_config import AdapterConfig
-from zflora_jax.core.errors import CheckpointError
 from zflora_jax.core.families import FAMILIES
 from zflora_jax.core.fields import ConfigError, from_dict, to_dict
-from zflora_jax.core.run_config import RunConfig
 from zflora_jax.hf.config import from_hf_config
-from zflora_jax.hf.load import load_model
-from zflora_jax.hf.peft import load_peft, save_peft
 from zflora_jax.hf.restore import read_export
-from zflora_jax.hf.save import save_hf
 from zflora_jax.hf.stock import CHOICES
 
 TYPED = (ConfigError, CheckpointError)

@@ -21,14 +21,12 @@ from support.models import tiny_model
 from support.quantized import WIDENED, moved, quantized_tiny
 from support.runs import CONFIG, small_run
 
-from zflora_jax import forward, fuse, load_model, save_gguf, swap
+from zflora_jax import ConfigError, forward, fuse, load_model, override, save_gguf, swap, train
 from zflora_jax.cli.main import main
 from zflora_jax.core import trees
-from zflora_jax.core.fields import ConfigError, override
 from zflora_jax.core.model import Model
 from zflora_jax.core.model_config import RopeScaling
 from zflora_jax.experiments import quickstart
-from zflora_jax.experiments.train import train
 from zflora_jax.hf.gguf.file import ATTENTION_FACTOR, GGUFFile
 from zflora_jax.nn.quantize_model import is_quantized
 

@@ -17,14 +17,9 @@ from support.gguf_files import empty_file
 from support.huggingface import LLAMA3, TOKENS, hf_logits, hf_model, write_gguf
 from support.models import untied
 
+from zflora_jax import CheckpointError, ConfigError, Model, forward, load_model, save_gguf
 from zflora_jax.core import trees
-from zflora_jax.core.errors import CheckpointError
-from zflora_jax.core.fields import ConfigError
-from zflora_jax.core.model import Model
 from zflora_jax.core.model_config import RopeScaling
-from zflora_jax.hf.gguf.write import save_gguf
-from zflora_jax.hf.load import load_model
-from zflora_jax.nn.llama import forward
 from zflora_jax.ops.rope import rope_frequencies
 
 

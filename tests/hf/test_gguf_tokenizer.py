@@ -17,9 +17,7 @@ from support.models import tiny_model
 from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers
 from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
 
-from zflora_jax import load_model, save_gguf, save_hf
-from zflora_jax.core.fields import ConfigError
-from zflora_jax.core.model import Model
+from zflora_jax import ConfigError, Model, load_model, save_gguf, save_hf
 from zflora_jax.hf.gguf.file import GGUFFile
 from zflora_jax.hf.gguf.tokenizer import PRE_TOKENIZERS, pre_tokenizer
 

@@ -16,10 +16,9 @@ from support.gguf_files import empty_file
 from support.grids import always
 from support.models import perturb, tiny_model
 
-from zflora_jax import AdapterConfig, forward, fuse, init_adapters, load_model, save_gguf
+from zflora_jax import AdapterConfig, Model, forward, fuse, init_adapters, load_model, save_gguf
 from zflora_jax.core.errors import CheckpointError
 from zflora_jax.core.fields import ConfigError
-from zflora_jax.core.model import Model
 from zflora_jax.core.model_config import RopeScaling
 from zflora_jax.hf import stock
 from zflora_jax.hf.gguf import write

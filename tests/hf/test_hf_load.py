@@ -18,19 +18,14 @@ from support.checks import assert_logits_close, assert_trees_equal
 from support.exports import fused_model, tiny_family
 from support.huggingface import LLAMA3, TOKENS, hf_logits, hf_model
 
+from zflora_jax import AdapterConfig, CheckpointError, ConfigError, LlamaConfig, forward, save_hf
+from zflora_jax.config import MeshConfig, RopeScaling
 from zflora_jax.core import trees
-from zflora_jax.core.adapter_config import AdapterConfig
 from zflora_jax.core.architecture import param_shapes
-from zflora_jax.core.errors import CheckpointError
-from zflora_jax.core.fields import ConfigError
-from zflora_jax.core.model_config import LlamaConfig, RopeScaling
-from zflora_jax.core.run_config import MeshConfig
 from zflora_jax.hf.config import from_hf_config, to_hf_config
 from zflora_jax.hf.keys import hf_shapes, hf_table
 from zflora_jax.hf.load import load_model, model_config, model_tokenizer
 from zflora_jax.hf.restore import load_stock
-from zflora_jax.hf.save import save_hf
-from zflora_jax.nn.llama import forward
 from zflora_jax.parallel.sharding import make_mesh, spec
 
 

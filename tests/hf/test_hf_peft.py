@@ -17,16 +17,10 @@ from support.checks import assert_logits_close, assert_trees_equal
 from support.exports import perturbed_adapters
 from support.huggingface import TOKENS, hf_logits, hf_model
 
-from zflora_jax.adapters.fuse import fuse
+from zflora_jax import ConfigError, Model, describe, forward, fuse, load_model, load_peft, save_peft
 from zflora_jax.core import trees
 from zflora_jax.core.adapter_config import AdapterConfig
 from zflora_jax.core.errors import CheckpointError
-from zflora_jax.core.fields import ConfigError
-from zflora_jax.core.model import Model
-from zflora_jax.experiments.info import describe
-from zflora_jax.hf.load import load_model
-from zflora_jax.hf.peft import load_peft, save_peft
-from zflora_jax.nn.llama import forward
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 

@@ -25,15 +25,12 @@ from support.exports import WIDENED, fused_model, perturbed_adapters
 from support.huggingface import TOKENS, hf_logits, open_stock
 from support.models import tiny_model
 
-from zflora_jax import forward, fuse, load_model, save_hf, save_peft, unfuse
+from zflora_jax import Model, export_gap, forward, fuse, load_model, save_hf, save_peft, unfuse
 from zflora_jax.adapters.packing import pack_for_decode
+from zflora_jax.config import AdapterConfig, RopeScaling
 from zflora_jax.core import trees
-from zflora_jax.core.adapter_config import AdapterConfig
 from zflora_jax.core.errors import CheckpointError
 from zflora_jax.core.fields import ConfigError
-from zflora_jax.core.model import Model
-from zflora_jax.core.model_config import RopeScaling
-from zflora_jax.evaluation.export_gap import export_gap
 from zflora_jax.hf.config import to_hf_config
 from zflora_jax.hf.load import model_config
 from zflora_jax.hf.restore import SIDE_FILE, load_stock, longrope

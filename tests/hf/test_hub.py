@@ -23,19 +23,14 @@ from support.models import tiny_model
 from support.needs import needs_smollm2
 from support.paths import ROOT
 
+from zflora_jax import CheckpointError, Model, describe, forward, load_peft, preset, save_peft
 from zflora_jax.core import trees
 from zflora_jax.core.adapter_config import AdapterConfig
-from zflora_jax.core.errors import CheckpointError
-from zflora_jax.core.model import Model
-from zflora_jax.core.presets import preset
 from zflora_jax.experiments.base import _same_source
-from zflora_jax.experiments.info import describe
 from zflora_jax.hf import hub
 from zflora_jax.hf.hub import HUB_IDS, base_name, locate, packaged
 from zflora_jax.hf.load import load_model, model_config
-from zflora_jax.hf.peft import load_peft, save_peft
 from zflora_jax.hf.save import model_card, save_hf
-from zflora_jax.nn.llama import forward
 
 FACTS = {"parameters": 1, "dtype": "bfloat16"}
 LORA = AdapterConfig("lora", rank=2, targets="q|v")

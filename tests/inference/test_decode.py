@@ -14,19 +14,13 @@ from support.checks import assert_logits_close
 from support.grids import always
 from support.models import perturb, tiny_fused, untied
 
+from zflora_jax import ConfigError, Model, NonFiniteError, Sampler, forward, init_adapters, save_hf
 from zflora_jax.adapters.fuse import fuse
-from zflora_jax.adapters.init import init_adapters
 from zflora_jax.adapters.packing import pack_for_decode
 from zflora_jax.core import trees
 from zflora_jax.core.adapter_config import METHODS, AdapterConfig
-from zflora_jax.core.errors import NonFiniteError
-from zflora_jax.core.fields import ConfigError
-from zflora_jax.core.model import Model
-from zflora_jax.hf.save import save_hf
 from zflora_jax.inference.decode import generate_tokens, stream_tokens
-from zflora_jax.inference.generation_config import Sampler
 from zflora_jax.inference.program import DecodeProgram
-from zflora_jax.nn.llama import forward
 
 NEW = 64
 
@@ -55,10 +49,7 @@ def test_adapters_beside_the_base_answer_as_fused(adapter):
         )
 
 
-@pytest.mark.parametrize(
-    "method",
-    ["zflora-uniform", "ffba", "zflora-minimal"],
-)
+@pytest.mark.parametrize("method", ["zflora-uniform", "ffba", "zflora-minimal"])
 @pytest.mark.soak  # each half has its own
 def test_lora_beside_a_fused_model_answers_as_merged_into_it(method):
     """Its kernels are not packed then: neither filled up, nor scaled, nor in another order."""

@@ -8,10 +8,8 @@ import pytest
 from support.byte_tokenizer import byte_tokenizer
 from support.models import tiny_model, untied
 
+from zflora_jax import GenerationConfig, Sampler, generate, generate_tokens, stream_tokens
 from zflora_jax.core.fields import ConfigError
-from zflora_jax.inference.decode import generate_tokens, stream_tokens
-from zflora_jax.inference.generation_config import GenerationConfig, Sampler
-from zflora_jax.inference.text import generate
 
 # --- wrong input ----------------------------------------------------------------------------------
 

@@ -16,18 +16,13 @@ from support.checks import assert_logits_close, compiled
 from support.grids import always
 from support.models import perturb, tiny_model, untied
 
-from zflora_jax.adapters.fuse import fuse
+from zflora_jax import AdapterConfig, Model, forward, fuse, generate_tokens, pack_for_decode
 from zflora_jax.adapters.init import init_adapters
-from zflora_jax.adapters.packing import pack_for_decode
 from zflora_jax.adapters.widths import MULTIPLES
 from zflora_jax.core import trees
-from zflora_jax.core.adapter_config import AdapterConfig
-from zflora_jax.core.model import Model
 from zflora_jax.inference.batching import padded_length
-from zflora_jax.inference.decode import generate_tokens
 from zflora_jax.inference.generation_config import GenerationConfig, Sampler
 from zflora_jax.inference.program import DecodeProgram
-from zflora_jax.nn.llama import forward
 
 
 @pytest.mark.parametrize("kind", always(["cpu", "gpu", "tpu"], "tpu".__eq__))

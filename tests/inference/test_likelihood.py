@@ -9,11 +9,9 @@ import numpy as np
 import pytest
 from support.models import narrow_and_wide, tiny_model
 
-from zflora_jax.core.fields import ConfigError
-from zflora_jax.core.model import Model
+from zflora_jax import ConfigError, Model, forward
 from zflora_jax.inference import likelihood
 from zflora_jax.inference.likelihood import feed_pieces, option_log_likelihoods
-from zflora_jax.nn.llama import forward
 
 Rows = tuple[list[list[int]], list[list[list[int]]]]
 WIDTH = 48  # every sequence here fits: one shape, one compilation of the reference

@@ -16,14 +16,10 @@ from support.grids import always
 from support.models import tiny_model
 from support.quantized import moved, quantized_tiny
 
-from zflora_jax.adapters.fuse import fuse
-from zflora_jax.adapters.packing import pack_for_decode
+from zflora_jax import AdapterConfig, fuse, pack_for_decode, preset, quantize_model
 from zflora_jax.core import trees
-from zflora_jax.core.adapter_config import AdapterConfig
-from zflora_jax.core.presets import preset
 from zflora_jax.core.quantize_config import QuantizeConfig
 from zflora_jax.inference.program import DecodeProgram
-from zflora_jax.nn.quantize_model import quantize_model
 from zflora_jax.ops.quantized import KINDS, QuantizedArray
 from zflora_jax.parallel.targets import target
 
@@ -51,10 +47,7 @@ def program_of(kind: str, adapter: AdapterConfig | None) -> tuple[Any, int]:
     return step, numbers
 
 
-@pytest.mark.parametrize(
-    ("kind", "adapter"),
-    [("int8", None), ("int8", MINIMAL)],
-)
+@pytest.mark.parametrize(("kind", "adapter"), [("int8", None), ("int8", MINIMAL)])
 @pytest.mark.soak  # of memory
 def test_a_program_on_a_cpu_holds_the_numbers_of_one_kernel_at_most(kind, adapter):
     """Prefill dequantises one kernel at a time, and the loop of tokens reads codes."""

@@ -11,8 +11,7 @@ import pytest
 from hypothesis import assume, given, settings, strategies as st
 from support.models import untied
 
-from zflora_jax.inference.decode import generate_tokens
-from zflora_jax.inference.generation_config import Sampler
+from zflora_jax import Sampler, generate_tokens
 from zflora_jax.ops.sampling import NON_FINITE, greedy, nucleus, nucleus_of_sorted
 
 

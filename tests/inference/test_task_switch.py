@@ -12,18 +12,13 @@ import pytest
 from support.checks import assert_trees_equal, compiled
 from support.models import perturb, untied
 
+from zflora_jax import AdapterConfig, ConfigError, forward, generate_tokens, init_adapters, save_hf
 from zflora_jax.adapters import fuse as fusing
 from zflora_jax.adapters.fuse import fuse, swap, unfuse
-from zflora_jax.adapters.init import init_adapters
 from zflora_jax.adapters.methods import base_config
 from zflora_jax.adapters.packing import pack_for_decode
 from zflora_jax.core import trees
-from zflora_jax.core.adapter_config import AdapterConfig
-from zflora_jax.core.fields import ConfigError
 from zflora_jax.core.model import Model, fingerprint
-from zflora_jax.hf.save import save_hf
-from zflora_jax.inference.decode import generate_tokens
-from zflora_jax.nn.llama import forward
 
 MINIMAL = AdapterConfig("zflora-minimal", rank=6, alpha=9.0)
 PROMPTS = [[1, 2, 3], [9, 8, 7, 6, 5, 4], [100], [4, 4, 8, 1]]

@@ -8,15 +8,10 @@ from support.byte_tokenizer import byte_tokenizer
 from support.grids import always
 from support.models import perturb, untied
 
+from zflora_jax import AdapterConfig, ConfigError, Model, Sampler, generate, init_adapters, stream
 from zflora_jax.adapters.fuse import fuse
-from zflora_jax.adapters.init import init_adapters
-from zflora_jax.core.adapter_config import AdapterConfig
-from zflora_jax.core.fields import ConfigError
-from zflora_jax.core.model import Model
 from zflora_jax.inference.decode import generate_tokens, stream_tokens
-from zflora_jax.inference.generation_config import Sampler
 from zflora_jax.inference.program import DecodeProgram
-from zflora_jax.inference.text import generate, stream
 
 PROMPT = "Once upon"
 SAMPLERS = [None, Sampler(0.9), Sampler(1.5, 20, 0.9)]

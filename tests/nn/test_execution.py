@@ -7,12 +7,10 @@ import numpy as np
 import pytest
 from support.models import tiny_model
 
+from zflora_jax import Llama, forward, init_cache, preset
 from zflora_jax.core.fields import ConfigError, from_dict, to_dict
 from zflora_jax.core.model_config import Execution, LlamaConfig
-from zflora_jax.core.presets import preset
 from zflora_jax.nn.blocks import segment_positions
-from zflora_jax.nn.kv_cache import init_cache
-from zflora_jax.nn.llama import Llama, forward
 
 CHANGES = {"dtype": "bfloat16", "scan_layers": False, "packed": True, "remat": "block"}
 

@@ -6,13 +6,10 @@ import numpy as np
 import pytest
 from support.models import tiny_model
 
-from zflora_jax.adapters.init import init_adapters
+from zflora_jax import AdapterConfig, Llama, init_adapters, preset
 from zflora_jax.adapters.kernel_adapter import DoRA
 from zflora_jax.adapters.methods import fused_config
-from zflora_jax.core.adapter_config import AdapterConfig
-from zflora_jax.core.presets import preset
 from zflora_jax.nn.layers import Dense
-from zflora_jax.nn.llama import Llama
 
 
 @pytest.mark.parametrize("method", ["lora", "zflora-minimal", "zflora-uniform"])

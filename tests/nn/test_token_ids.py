@@ -8,18 +8,12 @@ import pytest
 from support.byte_tokenizer import byte_tokenizer
 from support.models import tiny_model
 
-from zflora_jax.core.fields import ConfigError, override
-from zflora_jax.core.model import Model
+from zflora_jax import ConfigError, Model, forward, generate, load_base, override, save_hf, train
 from zflora_jax.core.run_config import DataConfig
 from zflora_jax.data.encoding import tokenize_examples
 from zflora_jax.data.tasks import Example
-from zflora_jax.experiments.base import load_base
-from zflora_jax.experiments.train import train
-from zflora_jax.hf.save import save_hf
 from zflora_jax.inference.decode import generate_tokens, stream_tokens
 from zflora_jax.inference.likelihood import option_log_likelihoods
-from zflora_jax.inference.text import generate
-from zflora_jax.nn.llama import forward
 
 TEMPLATE = (
     "{% for m in messages %}{{ '[' + m['role'] + ']' + m['content'] + '<|im_end|>' }}{% endfor %}{%"

@@ -14,9 +14,8 @@ from support.checks import compiled
 from support.grids import always, in_turn
 from support.models import attention_inputs, tiny_model
 
+from zflora_jax import Llama, init_cache, make_mesh
 from zflora_jax.core.run_config import MeshConfig
-from zflora_jax.nn.kv_cache import init_cache
-from zflora_jax.nn.llama import Llama
 from zflora_jax.ops import attention as attention_ops
 from zflora_jax.ops.attention import (
     attention,
@@ -28,7 +27,6 @@ from zflora_jax.ops.attention import (
 from zflora_jax.ops.attention_flash import cudnn_attention, splash_attention
 from zflora_jax.ops.attention_mask import AttentionMask
 from zflora_jax.parallel.devices import named_device
-from zflora_jax.parallel.sharding import make_mesh
 
 PADDED = ["causal", "left", "right", "filler"]
 KINDS = [*PADDED, "packed"]

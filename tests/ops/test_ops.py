@@ -16,9 +16,8 @@ from support.checks import compiled
 from support.grids import always
 from support.models import narrow_and_wide
 
-from zflora_jax.adapters.packing import pack_for_decode
+from zflora_jax import pack_for_decode, preset
 from zflora_jax.core import trees
-from zflora_jax.core.presets import preset
 from zflora_jax.inference.program import DecodeProgram
 from zflora_jax.ops import copies, linear
 from zflora_jax.ops.copies import take_rows, write_divided, write_pieces, write_slice

@@ -10,24 +10,16 @@ import pytest
 from support.byte_tokenizer import byte_tokenizer
 from support.grids import always
 from support.models import perturb, tiny_model
-from support.runs import claim
 
+from zflora_jax import ConfigError, init_adapters, load_model, pack_for_decode, save_hf
 from zflora_jax.adapters.fuse import _fuse, fuse, unfuse
-from zflora_jax.adapters.init import init_adapters
-from zflora_jax.adapters.packing import pack_for_decode
 from zflora_jax.cli.main import main
-from zflora_jax.core.adapter_config import AdapterConfig
-from zflora_jax.core.fields import ConfigError, override
-from zflora_jax.core.run_config import OptimConfig
+from zflora_jax.config import AdapterConfig, OptimConfig
 from zflora_jax.evaluation import task
-from zflora_jax.experiments.base import as_base
-from zflora_jax.hf.load import load_model
-from zflora_jax.hf.save import save_hf
 from zflora_jax.inference.likelihood import feed_pieces, token_log_p
 from zflora_jax.inference.program import DecodeProgram
 from zflora_jax.nn.llama import _forward, forward
 from zflora_jax.training.trainer import eval_step, init_state, make_train_step
-from zflora_jax.training.workdir import adopt
 
 ADAPTER = AdapterConfig("zflora-uniform", rank=4)
 
@@ -95,14 +87,6 @@ def test_what_must_be_exact_is_highest_whatever_the_setting(method, monkeypatch)
         == text.count("precision = [HIGHEST, HIGHEST]")
         == (7 if method == "lora" else 0)
     )
-
-
-def test_a_run_says_it_and_its_model_has_it(run, tmp_path):
-    run = override(run, {"train.matmul_precision": "high"})
-    assert as_base(run, load_model(run.model)).config.execution.matmul_precision == "high"
-    claim(tmp_path, run)
-    # It changes rounding alone.
-    adopt(tmp_path, override(run, {"train.matmul_precision": "default"}))
 
 
 def test_an_export_carries_it_and_is_evaluated_at_it(tmp_path, monkeypatch, capsys):

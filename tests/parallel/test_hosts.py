@@ -16,15 +16,13 @@ from support.checks import assert_trees_equal
 from support.hosts import config_file, finish, losses, spawn
 from support.tasks import write_questions
 
+from zflora_jax import RunConfig, load_run, locked
 from zflora_jax.cli.main import main
 from zflora_jax.core.fields import ConfigError, override, to_dict
-from zflora_jax.core.run_config import RunConfig
 from zflora_jax.evaluation.task import one_day
-from zflora_jax.experiments.restore import load_run
 from zflora_jax.parallel import distributed
 from zflora_jax.reporting.files import write_json
 from zflora_jax.reporting.metrics import read_metrics
-from zflora_jax.training.lock import locked
 
 
 @pytest.fixture

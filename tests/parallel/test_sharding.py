@@ -19,19 +19,13 @@ from support.meshes import MESH, PROMPTS, adapter_of, assert_divided, model_for_
 from support.models import perturb, tiny_model
 from support.sharded import sharded_model, sharded_step, three_steps
 
-from zflora_jax.adapters.fuse import fuse, unfuse
+from zflora_jax import ConfigError, Preempted, fuse, option_log_likelihoods, override, train, unfuse
 from zflora_jax.adapters.init import init_adapters
 from zflora_jax.adapters.methods import adapter_shapes
+from zflora_jax.config import PRESETS, AdapterConfig, DataConfig, MeshConfig, RunConfig, preset
 from zflora_jax.core import trees
-from zflora_jax.core.adapter_config import AdapterConfig
 from zflora_jax.core.architecture import KERNELS, group, param_shapes
-from zflora_jax.core.errors import Preempted
-from zflora_jax.core.fields import ConfigError, override
-from zflora_jax.core.presets import PRESETS, preset
-from zflora_jax.core.run_config import DataConfig, MeshConfig, RunConfig
-from zflora_jax.experiments.train import train
 from zflora_jax.inference.decode import generate_tokens
-from zflora_jax.inference.likelihood import option_log_likelihoods
 from zflora_jax.parallel import mesh as mesh_module, sharding
 from zflora_jax.parallel.distributed import StopSignals
 from zflora_jax.parallel.sharding import arrange, make_mesh, shard
@@ -87,8 +81,7 @@ def test_fsdp_gathers_one_layer_at_a_time(scan_layers):
 
 
 @pytest.mark.parametrize(
-    ("method", "tied"),
-    [("zflora-minimal", True), ("zflora-minimal", False), ("full", True)],
+    ("method", "tied"), [("zflora-minimal", True), ("zflora-minimal", False), ("full", True)]
 )
 @pytest.mark.soak  # of time; numbers are above
 def test_the_head_is_gathered_and_its_gradient_summed_once_a_step(method, tied):
@@ -108,9 +101,7 @@ def test_the_head_is_gathered_and_its_gradient_summed_once_a_step(method, tied):
 
 
 @pytest.mark.parametrize(
-    "config",
-    [MeshConfig(2, 2, 2), MeshConfig(2, 4, 1), MeshConfig(1, 4, 2)],
-    ids=str,
+    "config", [MeshConfig(2, 2, 2), MeshConfig(2, 4, 1), MeshConfig(1, 4, 2)], ids=str
 )
 @pytest.mark.soak  # of memory; numbers are above
 def test_no_device_holds_the_embeddings_of_the_whole_batch(config):

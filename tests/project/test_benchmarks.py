@@ -19,8 +19,7 @@ from decode_programs import read_bytes
 from support.models import tiny_model
 from support.paths import ROOT
 
-from zflora_jax.adapters.packing import pack_for_decode
-from zflora_jax.core.fields import ConfigError
+from zflora_jax import ConfigError, pack_for_decode
 
 BENCHMARKS = ROOT / "benchmarks"
 Script = Callable[..., tuple[object, str, str]]

@@ -8,20 +8,16 @@ from support.byte_tokenizer import byte_tokenizer
 from support.checks import assert_trees_equal
 from support.runs import quiet_train, saved_base, small_run
 
+from zflora_jax import ConfigError, DataConfig, RunConfig, evaluate, generate, load_base, override
 from zflora_jax.cli.main import main
 from zflora_jax.core.errors import Preempted
-from zflora_jax.core.fields import ConfigError, override
-from zflora_jax.core.run_config import DataConfig, RunConfig
 from zflora_jax.data import dates
 from zflora_jax.data.encoding import encode_prompts, fit_documents, tokenize_examples
 from zflora_jax.data.mixture import load_mixture
 from zflora_jax.data.prompts import render
 from zflora_jax.data.tasks import Example
 from zflora_jax.evaluation import records
-from zflora_jax.evaluation.task import evaluate
-from zflora_jax.experiments.base import load_base
 from zflora_jax.experiments.restore import load_fused
-from zflora_jax.inference.text import generate
 from zflora_jax.parallel.distributed import StopSignals
 from zflora_jax.training.workdir import read_config
 

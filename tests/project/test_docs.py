@@ -18,12 +18,9 @@ from support.runs import choice
 from support.tasks import write
 
 import zflora_jax
-from zflora_jax.adapters.init import init_adapters
+from zflora_jax import AdapterConfig, init_adapters, load_model, save_peft
 from zflora_jax.cli.main import COMMANDS, _parser, main
-from zflora_jax.core.adapter_config import AdapterConfig
 from zflora_jax.evaluation import export_gap as gap_module
-from zflora_jax.hf.load import load_model
-from zflora_jax.hf.peft import save_peft
 
 PAGES = {
     path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8")

@@ -44,7 +44,7 @@ def test_a_wheel_runs_outside_the_clone(tmp_path):
     source, installed, there = (tmp_path / name for name in ("clone", "installed", "there"))
     there.mkdir()
     folders = re.findall(r"^graft (\S+)", (ROOT / "MANIFEST.in").read_text(), re.MULTILINE)
-    for folder in (*folders, "zflora_jax"):
+    for folder in (*folders, "zflora_jax", "zflora_vllm"):
         unwanted = shutil.ignore_patterns("__pycache__", "*.svg")
         shutil.copytree(ROOT / folder, source / folder, symlinks=True, ignore=unwanted)
     for file in filter(Path.is_file, ROOT.iterdir()):

@@ -7,8 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from zflora_jax.core.fields import ConfigError, override
-from zflora_jax.core.run_config import RunConfig
+from zflora_jax import ConfigError, RunConfig, override
 from zflora_jax.reporting.metrics import MetricWriter, read_metrics
 from zflora_jax.reporting.progress import announced
 from zflora_jax.reporting.trackers import require_trackers

@@ -7,9 +7,8 @@ import pytest
 
 from support.grids import always
 from zflora_jax.adapters.methods import live_layers
+from zflora_jax.config import METHODS, AdapterConfig, LlamaConfig
 from zflora_jax.core import trees
-from zflora_jax.core.adapter_config import METHODS, AdapterConfig
-from zflora_jax.core.model_config import LlamaConfig
 
 LORA = AdapterConfig("lora", rank=4)
 # Of today's variants of LoRA each one once; ranks and scales differ between kernels.

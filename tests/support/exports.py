@@ -9,13 +9,10 @@ import jax
 
 from support.huggingface import LLAMA3, hf_model
 from support.models import perturb, tiny_model
-from zflora_jax.adapters.fuse import fuse
-from zflora_jax.adapters.init import init_adapters
+from zflora_jax import Model, fuse, init_adapters, load_model
 from zflora_jax.core import trees
 from zflora_jax.core.adapter_config import METHODS, AdapterConfig
 from zflora_jax.core.families import FAMILIES
-from zflora_jax.core.model import Model
-from zflora_jax.hf.load import load_model
 
 WIDENED = {
     name: AdapterConfig(

@@ -10,8 +10,7 @@ import numpy as np
 
 from support.byte_tokenizer import byte_tokenizer
 from support.models import tiny_model
-from zflora_jax import load_model
-from zflora_jax.core.model import Model
+from zflora_jax import Model, load_model
 from zflora_jax.hf.gguf.write import gguf_form
 
 PIECES = ["<unk>", "<|startoftext|>", "<|endoftext|>"]  # other names than Llama 2's

@@ -9,9 +9,8 @@ import jax
 from support.byte_tokenizer import byte_tokenizer
 from support.models import perturb, tiny_model
 from zflora_jax.adapters.init import init_adapters
+from zflora_jax.config import AdapterConfig, MeshConfig
 from zflora_jax.core import trees
-from zflora_jax.core.adapter_config import AdapterConfig
-from zflora_jax.core.run_config import MeshConfig
 from zflora_jax.parallel.sharding import make_mesh, shard
 
 MESH = MeshConfig(fsdp=2, tensor=2)

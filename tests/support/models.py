@@ -8,14 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from zflora_jax.adapters.fuse import fuse
-from zflora_jax.adapters.init import init_adapters
+from zflora_jax import AdapterConfig, LlamaConfig, Model, fuse, init_adapters, preset
 from zflora_jax.core import trees
-from zflora_jax.core.adapter_config import AdapterConfig
 from zflora_jax.core.architecture import param_shapes
-from zflora_jax.core.model import Model
-from zflora_jax.core.model_config import LlamaConfig
-from zflora_jax.core.presets import preset
 from zflora_jax.ops.attention_mask import AttentionMask
 
 

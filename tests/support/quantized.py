@@ -5,12 +5,9 @@ from __future__ import annotations
 import jax
 
 from support.models import perturb, tiny_model
-from zflora_jax.adapters.init import init_adapters
+from zflora_jax import AdapterConfig, Model, init_adapters, quantize_model
 from zflora_jax.core import trees
-from zflora_jax.core.adapter_config import AdapterConfig
-from zflora_jax.core.model import Model
 from zflora_jax.core.quantize_config import QuantizeConfig
-from zflora_jax.nn.quantize_model import quantize_model
 from zflora_jax.ops.quantized import KINDS
 
 # Widths that are no multiple of a group, of extra inputs of every stream.

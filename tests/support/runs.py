@@ -8,13 +8,11 @@ from pathlib import Path
 import jax
 
 from support.models import tiny_model
+from zflora_jax import AdapterConfig, load_base, save_hf
 from zflora_jax.core import trees
-from zflora_jax.core.adapter_config import AdapterConfig
 from zflora_jax.core.families import FAMILIES
 from zflora_jax.core.run_config import DataConfig, EvalConfig, OptimConfig, RunConfig, TrainConfig
-from zflora_jax.experiments.base import load_base
 from zflora_jax.experiments.train import Trained, train
-from zflora_jax.hf.save import save_hf
 from zflora_jax.training.checkpoint import Checkpoints
 from zflora_jax.training.trainer import fresh_state
 from zflora_jax.training.workdir import CHECKPOINTS, META, claimed

@@ -8,9 +8,7 @@ import jax
 import numpy as np
 
 from support.models import perturb, tiny_model
-from zflora_jax.adapters.init import init_adapters
-from zflora_jax.core.adapter_config import AdapterConfig
-from zflora_jax.core.model import Model
+from zflora_jax import AdapterConfig, Model, init_adapters
 from zflora_jax.core.run_config import MeshConfig, OptimConfig
 from zflora_jax.core.trees import Tree
 from zflora_jax.parallel import sharding

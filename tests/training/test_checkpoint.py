@@ -16,14 +16,10 @@ from support.bucket import new_bucket, use_store
 from support.grids import always
 from support.runs import quiet_train
 
-from zflora_jax.core.errors import Preempted
-from zflora_jax.core.fields import ConfigError, override
+from zflora_jax import ConfigError, Preempted, atomic_write, load_run, make_mesh, override
 from zflora_jax.core.run_config import MeshConfig
 from zflora_jax.core.storage import as_path, objects, remove
-from zflora_jax.experiments.restore import load_run
 from zflora_jax.parallel.distributed import StopSignals
-from zflora_jax.parallel.sharding import make_mesh
-from zflora_jax.reporting.files import atomic_write
 from zflora_jax.training import checkpoint as checkpoint_module
 from zflora_jax.training.checkpoint import Checkpoints, SaveError
 from zflora_jax.training.trainer import TrainState

@@ -11,9 +11,8 @@ from support.models import perturb, tiny_model
 
 from zflora_jax.adapters.init import init_adapters
 from zflora_jax.adapters.methods import adapter_shapes
+from zflora_jax.config import METHODS, AdapterConfig, OptimConfig
 from zflora_jax.core import trees
-from zflora_jax.core.adapter_config import METHODS, AdapterConfig
-from zflora_jax.core.run_config import OptimConfig
 from zflora_jax.training.objective import CrossEntropy
 from zflora_jax.training.trainer import init_state, make_train_step
 

@@ -2,9 +2,7 @@
 
 import pytest
 
-from zflora_jax.core.adapter_config import AdapterConfig
-from zflora_jax.core.fields import ConfigError, override
-from zflora_jax.core.run_config import RunConfig
+from zflora_jax import AdapterConfig, ConfigError, RunConfig, override
 from zflora_jax.parallel import distributed
 from zflora_jax.training.identity import require_same_settings, same_numbers
 

@@ -17,10 +17,9 @@ import pytest
 from support.paths import ROOT
 from support.runs import claim
 
-from zflora_jax.core.fields import ConfigError
+from zflora_jax import BusyError, ConfigError, locked
 from zflora_jax.core.storage import as_path
 from zflora_jax.training import lock as locks
-from zflora_jax.training.lock import BusyError, locked
 
 
 def refuse(monkeypatch, code: int) -> None:

@@ -20,18 +20,12 @@ from support.huggingface import TOKENS, hf_logits, hf_model
 from support.models import perturb, tiny_model
 from support.sharded import OPTIM, batch, sharded_model, three_steps
 
-from zflora_jax.adapters.fuse import fuse
+from zflora_jax import ConfigError, Llama, LowRank, forward, fuse, load_model, load_peft, save_peft
 from zflora_jax.adapters.init import init_adapters
-from zflora_jax.adapters.kernel_adapter import LowRank
+from zflora_jax.config import AdapterConfig, MeshConfig
 from zflora_jax.core import trees
-from zflora_jax.core.adapter_config import AdapterConfig
-from zflora_jax.core.fields import ConfigError
-from zflora_jax.core.run_config import MeshConfig
-from zflora_jax.hf.load import load_model
-from zflora_jax.hf.peft import load_peft, save_peft
 from zflora_jax.inference.decode import generate_tokens
 from zflora_jax.nn.layers import Dense
-from zflora_jax.nn.llama import Llama, forward
 from zflora_jax.training.objective import CrossEntropy
 from zflora_jax.training.trainer import eval_step
 

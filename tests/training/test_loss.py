@@ -7,8 +7,7 @@ import pytest
 from support.checks import equations
 from support.models import perturb, tiny_model
 
-from zflora_jax.adapters.init import init_adapters
-from zflora_jax.core.adapter_config import AdapterConfig
+from zflora_jax import AdapterConfig, init_adapters
 from zflora_jax.training.loss import masked_cross_entropy
 from zflora_jax.training.objective import CrossEntropy
 

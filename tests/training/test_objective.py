@@ -14,13 +14,9 @@ import pytest
 from support.models import perturb, tiny_model
 from support.runs import quiet_train
 
-from zflora_jax.adapters.init import init_adapters
-from zflora_jax.core.adapter_config import AdapterConfig
-from zflora_jax.core.fields import override
-from zflora_jax.core.run_config import OptimConfig
+from zflora_jax import AdapterConfig, Llama, OptimConfig, init_adapters, override
 from zflora_jax.evaluation import loss as loss_module
 from zflora_jax.experiments import plan, step_shapes
-from zflora_jax.nn.llama import Llama
 from zflora_jax.reporting.metrics import read_metrics
 from zflora_jax.training import trainer
 from zflora_jax.training.objective import CrossEntropy, Sums

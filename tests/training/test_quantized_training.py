@@ -12,18 +12,11 @@ from support.models import tiny_model
 from support.quantized import how, moved
 from support.sharded import three_steps
 
-from zflora_jax.adapters.fuse import fuse
+from zflora_jax import ConfigError, forward, fuse, generate_tokens, load_base, load_model, preset
+from zflora_jax.config import AdapterConfig, DataConfig, MeshConfig, QuantizeConfig, RunConfig
 from zflora_jax.core import trees
-from zflora_jax.core.adapter_config import AdapterConfig
-from zflora_jax.core.fields import ConfigError
 from zflora_jax.core.model import fingerprint
-from zflora_jax.core.presets import preset
-from zflora_jax.core.run_config import DataConfig, MeshConfig, QuantizeConfig, RunConfig
-from zflora_jax.experiments.base import load_base
 from zflora_jax.experiments.plan import lowered_step, stored_bytes
-from zflora_jax.hf.load import load_model
-from zflora_jax.inference.decode import generate_tokens
-from zflora_jax.nn.llama import forward
 from zflora_jax.nn.quantize_model import dequantize_model, quantize_model
 from zflora_jax.ops.quantized import KINDS, bytes_of
 from zflora_jax.parallel import sharding

@@ -11,10 +11,7 @@ import pytest
 from support.checks import assert_trees_equal
 from support.runs import claim, mark_saved, quiet_train, small_run
 
-from zflora_jax.core.errors import Preempted
-from zflora_jax.core.fields import ConfigError, override
-from zflora_jax.experiments.restore import load_run
-from zflora_jax.experiments.setup import held_out
+from zflora_jax import ConfigError, Preempted, held_out, load_run, override
 from zflora_jax.parallel.distributed import StopSignals
 from zflora_jax.reporting.files import plain
 from zflora_jax.reporting.metrics import read_metrics

@@ -26,7 +26,7 @@ from zflora_jax.core.model_config import LlamaConfig
 from zflora_jax.hf.keys import hf_table, members
 from zflora_jax.hf.restore import WIDTHS
 from zflora_jax.hf.save import DTYPES, own_dtype
-from zflora_jax.hf.stock import StockForm, module_of, to_stock
+from zflora_jax.hf.stock import HFContent, StockForm, module_of, to_stock
 from zflora_jax.nn.quantize_model import is_quantized
 from zflora_jax.parallel.distributed import on_main
 from zflora_jax.reporting.files import atomic_write, local_path
@@ -76,14 +76,8 @@ def save_slices(
     require_in(DTYPES, dtype, f"dtype={dtype!r}")
     stored = to_stock(model, dtype, eps_z)
     base = base_config(model.config, adapter)
-    added, tensors = added_lines(stored.form, base), dict[str, np.ndarray]()
-    for name, (rows, columns) in added.items():
-        x = stored.tensor(name)
-        tensors |= {f"{name}.rows": x[rows], f"{name}.columns": x[:, columns]}
-    tensors = {name: np.ascontiguousarray(x) for name, x in sorted(tensors.items())}
-    digest = hashlib.sha256()
-    for name, x in tensors.items():
-        digest.update(f"{name} {x.shape} {x.dtype}".encode() + x.tobytes())
+    added = added_lines(stored.form, base)
+    tensors = _cut(stored, added)
     facts = {
         "format": FORMAT,
         "version": VERSION,
@@ -93,7 +87,7 @@ def save_slices(
         "eps_z": stored.form.eps_z,
         "widths": {name: getattr(stored.form.config, name) for name in WIDTHS},
         "base": trees.fingerprint(model.params, param_shapes(base)),
-        "sha256": digest.hexdigest(),
+        "sha256": digest(tensors),
         "rows": {name: ranges(rows) for name, (rows, _) in added.items()},
         "columns": {name: ranges(columns) for name, (_, columns) in added.items()},
     }
@@ -101,6 +95,24 @@ def save_slices(
     on_main(lambda: atomic_write(target, data))
     keys = ("dtype", "eps_z", "sha256")
     return {"path": str(target), **{key: facts[key] for key in keys}, "bytes": len(data)}
+
+
+def _cut(
+    stored: HFContent, added: Mapping[str, tuple[np.ndarray, np.ndarray]]
+) -> dict[str, np.ndarray]:
+    tensors = dict[str, np.ndarray]()
+    for name, (rows, columns) in added.items():
+        x = stored.tensor(name)
+        tensors |= {f"{name}.rows": x[rows], f"{name}.columns": x[:, columns]}
+    return {name: np.ascontiguousarray(x) for name, x in sorted(tensors.items())}
+
+
+def digest(tensors: Mapping[str, np.ndarray]) -> str:
+    """sha256 (hex) over names, shapes, dtypes and values."""
+    found = hashlib.sha256()
+    for name, x in tensors.items():
+        found.update(f"{name} {x.shape} {x.dtype}".encode() + x.tobytes())
+    return found.hexdigest()
 
 
 def slices_target(path: str | os.PathLike[str]) -> Any:
