@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
+log = logging.getLogger(__name__)
+
 
 class SwitchError(RuntimeError):
-    """A task could not be written; the one before it is in place again."""
+    """A task could not be written; the one before it is in place."""
 
 
 class BrokenError(RuntimeError):
-    """A task could not be written, nor the one before it: the engine must not be used."""
+    """It is not known which weights are in place: the engine must not be used."""
 
 
 @dataclass
@@ -33,36 +36,39 @@ class Gate:
     request waits for longer than its patience, and the requests and switches before it.
 
     Args:
-      switch: Writes a task; raises SwitchError where the old one is in place again, and anything
-        else where the weights are not known.
-      task: The task that is in place.
+      switch: Writes a task; raises SwitchError where the old one is in place, and anything else
+        where the weights are not known. At first the task "" is in place.
       patience: Seconds for which requests of the current task still pass one of another.
     """
 
-    def __init__(
-        self, switch: Callable[[str], Awaitable[None]], task: str = "", patience: float = 0.25
-    ) -> None:
-        self.task, self.patience, self.running, self.switches = task, patience, 0, 0
+    def __init__(self, switch: Callable[[str], Awaitable[None]], patience: float = 0.25) -> None:
+        self.task, self.patience, self.running, self.switches = "", patience, 0, 0
         self.broken = ""
         self._switch, self._waiting = switch, deque[Waiter]()
         self._change: asyncio.Task[None] | None = None
 
     @asynccontextmanager
     async def using(self, task: str) -> AsyncIterator[None]:
-        """The time of a request of a task.
+        """The time of a request of a task, see `enter`."""
+        await self.enter(task)
+        try:
+            yield
+        finally:
+            self.leave()
+
+    def leave(self) -> None:
+        """Ends what `enter` began."""
+        self.running -= 1
+        self._advance()
+
+    async def enter(self, task: str) -> None:
+        """Waits until a request of a task may run, which it may until `leave`. Cancelled, it leaves
+        the queue.
 
         Raises:
           SwitchError: The task could not be written.
           BrokenError: The weights are not known.
         """
-        await self._enter(task)
-        try:
-            yield
-        finally:
-            self.running -= 1
-            self._advance()
-
-    async def _enter(self, task: str) -> None:
         if self.broken:
             raise BrokenError(self.broken)
         if task == self.task and self._change is None and not self._oldest_is_impatient():
@@ -114,7 +120,8 @@ class Gate:
         except SwitchError as error:
             self._refuse(error, lambda w: w.task == task)
         except BaseException as error:
-            self.broken = f"the task {task!r} is half written: {error!r}; restart the server"
+            self.broken = f"task {task!r} may be half written ({error!r}): restart the server."
+            log.error(self.broken)
             self._refuse(BrokenError(self.broken), lambda w: True)
             if not isinstance(error, Exception):
                 raise

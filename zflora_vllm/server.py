@@ -5,25 +5,32 @@ its own task (`VLLM_PLUGINS=zflora`). Model NAME:TASK is a task; NAME is the exp
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import hashlib
 import json
 import os
 import re
 import tempfile
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
+from starlette.routing import BaseRoute, Match
 
 from zflora_vllm.gate import BrokenError, Gate, SwitchError
-from zflora_vllm.slices import SlicesError, read_slices
-from zflora_vllm.worker import BASE, OWN
+from zflora_vllm.slices import Slices, SlicesError, read_slices, require_same
+from zflora_vllm.worker import BASE, OWN, export_facts
 
 FOLDER = "ZFLORA_TASKS"  # environment: the only folder that slices are read from and written to
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 ROUTES = "/v1/zflora"
-FREE = ("/tokenize", "/detokenize", ROUTES)  # POST routes that compute nothing with the model
+LARGEST = 2**32  # bytes of a file that is put
+# POST routes that compute nothing with the model, or end what does.
+FREE = re.compile(
+    rf"{ROUTES}/.*|/(de)?tokenize|/ping|.*/(cancel|abort_requests|render|count_tokens)|/\w+_profile"
+)
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
@@ -46,6 +53,7 @@ class Plugin:
         self.gate = Gate(self._switch)
         self.known = dict[str, str]()  # task -> hash of its slices
         self.names: list[str] = []
+        self.export, self.routes = Path(), list[BaseRoute]()
         self.engine: Any = None
         self._changing = asyncio.Lock()  # of `known`
 
@@ -61,19 +69,21 @@ class Plugin:
             app.add_api_route(f"{ROUTES}/{path}", answered(handler), methods=[method])
         app.add_api_route("/v1/models", self._models, methods=["GET"])
         app.add_middleware(Gated, plugin=self)
+        self.routes = app.router.routes
 
     async def init_state(self, engine_client: Any, state: Any, args: Any) -> None:
         """Takes the engine. Raises ValueError where requests could pass the gate by."""
-        if (args.api_server_count or 1) > 1:
-            raise ValueError(
-                f"--api-server-count {args.api_server_count}: the gate of zflora knows the requests"
-                " of one API server. Start one."
-            )
+        for option in ("api_server_count", "data_parallel_size"):
+            if (count := getattr(args, option, None) or 1) > 1:
+                raise ValueError(
+                    f"--{option.replace('_', '-')} {count}: the gate of zflora knows the requests"
+                    " of one API server and one engine. Start one of each."
+                )
         folder = os.environ.get(FOLDER, "")
         if not folder or not Path(folder).is_dir():
             raise ValueError(f"{FOLDER}={folder!r}: name the folder of the tasks' slices.")
         self.folder, self.engine = Path(folder).resolve(), engine_client
-        self.names = args.served_model_name or [args.model]
+        self.names, self.export = args.served_model_name or [args.model], Path(args.model)
 
     # --- routes -----------------------------------------------------------------------------------
 
@@ -89,9 +99,21 @@ class Plugin:
         }
 
     async def _put(self, request: Request) -> dict[str, Any]:
-        """Stores a file of slices; it appears whole or not at all."""
-        path, data = self._file(request.path_params["task"]), await request.body()
-        slices = await asyncio.to_thread(read_slices, data, path.name)
+        """Checks a file of slices and stores it; it appears whole or not at all."""
+        path, chunks, size = self._file(request.path_params["task"]), [], 0
+        async for chunk in request.stream():
+            chunks.append(chunk)
+            size += len(chunk)
+            if size > LARGEST:
+                raise RefusedError(413, f"slices have at most {LARGEST} bytes here.")
+        async with self._changing:
+            slices = await asyncio.to_thread(self._checked, b"".join(chunks), path)
+        return {"task": path.stem, "sha256": slices.facts["sha256"]}
+
+    def _checked(self, data: bytes, path: Path) -> Slices:
+        """Slices that go with the export, stored."""
+        slices = read_slices(data, path.name)
+        require_same(slices.facts, export_facts(self.export), path.name, str(self.export))
         handle, staged = tempfile.mkstemp(dir=self.folder, suffix=".part")
         try:
             with os.fdopen(handle, "wb") as file:
@@ -100,22 +122,31 @@ class Plugin:
         except BaseException:
             os.unlink(staged)
             raise
-        return {"task": path.stem, "sha256": slices.facts["sha256"]}
+        return slices
 
     async def _load(self, request: Request) -> dict[str, Any]:
+        """Loads a task; one of the same name is replaced while no request runs."""
         task = await self._named(request)
         path = self._file(task)
         async with self._changing:
-            if task in self.known:
-                raise RefusedError(409, f"task {task!r} is loaded: unload it first.")
             if not path.is_file():
                 raise RefusedError(404, f"{path.name} is not in {FOLDER}: put it there first.")
-            facts = (await asyncio.to_thread(read_slices, path.read_bytes(), path.name)).facts
-            if errors := await self._call("zflora_load", task, str(path)):
-                await self._call("zflora_unload", task)
-                raise RefusedError(400, errors[0])
-            self.known |= {task: facts["sha256"], BASE: BASE}
-        return {"task": task, "sha256": facts["sha256"]}
+            data = await asyncio.to_thread(path.read_bytes)
+            digest = (await asyncio.to_thread(read_slices, data, path.name)).facts["sha256"]
+            if task in self.known:
+                async with self.gate.using(OWN):
+                    await self._load_all(task, path, digest)
+            else:
+                await self._load_all(task, path, digest)
+        return {"task": task, "sha256": digest}
+
+    async def _load_all(self, task: str, path: Path, digest: str) -> None:
+        """Loads a task in all ranks, or in none."""
+        if errors := await self._call("zflora_load", task, str(path), digest):
+            self.known.pop(task, None)
+            await self._call("zflora_unload", task)
+            raise RefusedError(400, errors[0])
+        self.known |= {task: digest, BASE: BASE}
 
     async def _use(self, request: Request) -> dict[str, Any]:
         task = await self._named(request)
@@ -126,21 +157,16 @@ class Plugin:
         task = self._known(await self._named(request))
         if task in (OWN, BASE):
             raise RefusedError(400, f"task {task!r} belongs to the export that is served.")
-        async with self._changing:
-            digest = self.known.pop(task)  # from here on its requests are refused
-            try:
-                async with self.gate.using(OWN):
-                    await self._call("zflora_unload", task)
-            except BaseException:
-                self.known[task] = digest
-                raise
+        async with self._changing, self.gate.using(OWN):
+            self.known.pop(task)
+            await self._call("zflora_unload", task)
         return {"task": task}
 
     async def _models(self, request: Request) -> JSONResponse:
         models = await request.app.state.openai_serving_models.show_available_models()
         found = models.model_dump()
-        first = found["data"][0]
-        found["data"] += [first | {"id": f"{first['id']}:{t}"} for t in self.known]
+        served = [model for model in found["data"] if model["id"] in self.names]
+        found["data"] += [m | {"id": f"{m['id']}:{task}"} for m in served for task in self.known]
         return JSONResponse(found)
 
     async def _named(self, request: Request) -> str:
@@ -152,7 +178,9 @@ class Plugin:
     def _file(self, task: str) -> Path:
         if not NAME.fullmatch(task) or task == BASE:
             raise RefusedError(
-                400, f"{task!r:.80} is no name of a task: letters, digits, '.', '_' and '-'."
+                400,
+                f"{task!r:.80} is no name of a task: give letters, digits, '.', '_' and '-', and"
+                f" not {BASE!r}, which is the base.",
             )
         return self.folder / f"{task}.safetensors"
 
@@ -180,6 +208,8 @@ class Plugin:
 
     async def _switch(self, task: str) -> None:
         """Writes a task into every rank, or none; else the engine stays paused."""
+        if task != OWN and task not in self.known:  # unloaded while its requests waited
+            raise SwitchError(f"task {task!r} is not loaded any more.")
         await self._while_alive(self.engine.pause_generation(mode="wait", clear_cache=False))
         errors = await self._call("zflora_use", task)
         if errors and await self._call("zflora_use", self.gate.task):
@@ -188,21 +218,48 @@ class Plugin:
         if errors:
             raise SwitchError(f"task {task!r} could not be written: {errors[0]}")
 
-    def prepared(self, body: dict[str, Any]) -> str:
-        """The task of a request, whose body is changed to what vLLM takes: the name of the model
-        without the task, and a salt, so that no cached prefix of another task is used.
-        """
-        model = body.get("model")
-        name = next((n for n in self.names if str(model).startswith(f"{n}:")), None)
-        if name is None:
-            return OWN
+    def gated(self, scope: MutableMapping[str, Any]) -> bool:
+        """Whether a request computes with the model."""
+        if scope["type"] != "http" or scope["method"] != "POST":
+            return False
+        path = scope["path"].removeprefix(scope.get("root_path", ""))
+        there = any(route.matches(scope)[0] == Match.FULL for route in self.routes)
+        return there and not FREE.fullmatch(path)
+
+    def task_of(self, body: Mapping[str, Any]) -> tuple[str, str | None]:
+        """The task of a request, and the name of the model that vLLM knows."""
         if body.get("background"):
-            raise RefusedError(400, "a task's answer cannot be made in the background.")
-        task = self._known(str(model)[len(name) + 1 :])
-        body["model"] = name
-        salt = body.get("cache_salt")
-        body["cache_salt"] = f"{self.known.get(task, '')}{f':{salt}' if salt else ''}"
-        return task
+            raise RefusedError(400, "background=true is not served: leave it out.")
+        model = str(body.get("model"))
+        names = [name for name in self.names if model.startswith(f"{name}:")]
+        if model in self.names or not names:
+            return OWN, body.get("model")
+        name = max(names, key=len)
+        return self._known(model[len(name) + 1 :] or ":"), name
+
+    def salted(self, body: Mapping[str, Any], task: str) -> str | None:
+        """The salt by which no cached prefix of another task is used."""
+        given = body.get("cache_salt")
+        if task == OWN and given is None:
+            return None
+        return hashlib.sha256(f"{self.known.get(task, OWN)}:{given}".encode()).hexdigest()
+
+
+async def entered(gate: Gate, task: str, gone: asyncio.Future[Any]) -> bool:
+    """Whether a request of a task may run now: False if its client left while it waited."""
+    enter = asyncio.ensure_future(gate.enter(task))
+    try:
+        await asyncio.wait([enter, gone], return_when=asyncio.FIRST_COMPLETED)
+    except asyncio.CancelledError:
+        if enter.done() and not enter.cancelled() and enter.exception() is None:
+            gate.leave()
+        enter.cancel()
+        raise
+    if enter.done():
+        await enter
+        return True
+    enter.cancel()
+    return False
 
 
 class Gated:
@@ -212,36 +269,49 @@ class Gated:
         self.app, self.plugin = app, plugin
 
     async def __call__(self, scope: dict[str, Any], receive: Receive, send: Send) -> None:
-        free = scope["type"] != "http" or scope["method"] != "POST"
-        if free or scope["path"].startswith(FREE):
+        if not self.plugin.gated(scope):
             await self.app(scope, receive, send)
             return
-        data, more = b"", True
+        chunks, more = [], True
         while more:
             message = await receive()
             if message["type"] == "http.disconnect":
                 return
-            data, more = data + message.get("body", b""), message.get("more_body", False)
+            chunks.append(message.get("body", b""))
+            more = message.get("more_body", False)
+        gone = asyncio.ensure_future(receive())  # type: ignore[arg-type]
         try:
-            task, data = OWN, data
-            try:
-                body = json.loads(data)
-            except ValueError:
-                body = None
-            if isinstance(body, dict):
-                task = self.plugin.prepared(body)
-                data = json.dumps(body).encode()
-            sent = [{"type": "http.request", "body": data, "more_body": False}]
+            await self._run(scope, b"".join(chunks), gone, send)
+        except (RefusedError, SwitchError, BrokenError) as error:
+            await failed(error)(scope, receive, send)
+        finally:
+            gone.cancel()
+
+    async def _run(self, scope: dict[str, Any], data: bytes, gone: Any, send: Send) -> None:
+        """Answers a request with this body. gone: what follows it, which is its client's end."""
+        plugin, gate, task, body = self.plugin, self.plugin.gate, OWN, None
+        with contextlib.suppress(ValueError):
+            body = json.loads(data)
+        if isinstance(body, dict):
+            task, model = plugin.task_of(body)
+        if not await entered(gate, task, gone):
+            return
+        try:
+            if isinstance(body, dict):  # a task may have been replaced while this waited
+                plugin.task_of(body)
+                salt = plugin.salted(body, task)
+                if salt is not None:
+                    data = json.dumps(body | {"model": model, "cache_salt": salt}).encode()
+            first = [{"type": "http.request", "body": data, "more_body": False}]
 
             async def again() -> MutableMapping[str, Any]:
-                return sent.pop() if sent else await receive()
+                return first.pop() if first else await asyncio.shield(gone)
 
             length = [(b"content-length", str(len(data)).encode())]
             headers = [pair for pair in scope["headers"] if pair[0] != b"content-length"]
-            async with self.plugin.gate.using(task):
-                await self.app({**scope, "headers": headers + length}, again, send)
-        except (RefusedError, SwitchError, BrokenError) as error:
-            await failed(error)(scope, receive, send)
+            await self.app({**scope, "headers": headers + length}, again, send)
+        finally:
+            gate.leave()
 
 
 def failed(error: Exception) -> JSONResponse:

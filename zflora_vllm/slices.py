@@ -13,6 +13,7 @@ from safetensors.torch import load
 
 FORMAT, VERSION = "zflora_jax slices", 1
 SAME = ("method", "dtype", "eps_z", "widths", "base")  # facts that tasks of one server share
+Lines = Mapping[str, tuple[torch.Tensor, torch.Tensor]]
 
 
 class SlicesError(ValueError):
@@ -30,8 +31,8 @@ class Slices:
     """
 
     facts: Mapping[str, Any]
-    rows: Mapping[str, tuple[torch.Tensor, torch.Tensor]]
-    columns: Mapping[str, tuple[torch.Tensor, torch.Tensor]]
+    rows: Lines
+    columns: Lines
 
     def idle(self) -> Slices:
         """The task that computes the base: zeros in the same places."""
@@ -55,21 +56,37 @@ def read_slices(data: bytes, what: str) -> Slices:
     try:
         header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
         facts = json.loads(header["__metadata__"]["zflora"])
+        found = facts["format"], facts["version"]
+        if found != (FORMAT, VERSION):
+            raise SlicesError(f"{what} is {found}, and {(FORMAT, VERSION)} is read here.")
         tensors = load(data)
+        if _digest(tensors, facts) != facts["sha256"]:
+            raise SlicesError(f"{what} is damaged: its content has another hash than it says.")
+        rows, columns = (
+            {n: (_indices(at), tensors[f"{n}.{part}"]) for n, at in facts[part].items()}
+            for part in ("rows", "columns")
+        )
+        counts = [len(at) == len(x) for at, x in rows.values()]
+        counts += [len(at) == x.shape[1] for at, x in columns.values()]
+        kinds = {str(x.dtype) for x in tensors.values()} - {f"torch.{facts['dtype']}"}
+        if kinds or not all(counts) or rows.keys() != columns.keys() or set(SAME) - facts.keys():
+            raise SlicesError(f"{what} contradicts itself: write it again.")
+    except SlicesError:
+        raise
     except Exception as error:  # whatever a damaged file makes the readers raise
         raise SlicesError(f"{what} holds no slices, or is damaged: {error!r:.200}.") from None
-    if (found := (facts.get("format"), facts.get("version"))) != (FORMAT, VERSION):
-        raise SlicesError(f"{what} is {found}, and {(FORMAT, VERSION)} is read here.")
-    digest = hashlib.sha256()
+    return Slices(facts, rows, columns)
+
+
+def _digest(tensors: Mapping[str, torch.Tensor], facts: Mapping[str, Any]) -> str:
+    """The hash of `zf.save_slices`: of the facts but for itself, and the tensors."""
+    said = {key: value for key, value in facts.items() if key != "sha256"}
+    digest = hashlib.sha256(json.dumps(said, sort_keys=True).encode())
     for name, x in sorted(tensors.items()):
         kind = str(x.dtype).removeprefix("torch.")
         digest.update(f"{name} {tuple(x.shape)} {kind}".encode())
         digest.update(x.contiguous().view(torch.uint8).numpy().tobytes())
-    if digest.hexdigest() != facts["sha256"]:
-        raise SlicesError(f"{what} is damaged: its content has another hash than it says.")
-    rows = {n: (_indices(at), tensors[f"{n}.rows"]) for n, at in facts["rows"].items()}
-    columns = {n: (_indices(at), tensors[f"{n}.columns"]) for n, at in facts["columns"].items()}
-    return Slices(facts, rows, columns)
+    return digest.hexdigest()
 
 
 def require_same(one: Mapping[str, Any], other: Mapping[str, Any], what: str, of: str) -> None:
@@ -133,6 +150,9 @@ def writes(slices: Slices, part: Part) -> list[Write]:
     here = (at >= part.columns.start) & (at < part.columns.stop)
     of_part = values[part.rows.start : part.rows.stop, here].contiguous()
     found = [rows, Write(1, at[here] - part.columns.start, part.start, of_part)]
+    lengths = rows.values.shape[1], len(of_part)
+    if lengths != (len(part.columns), len(part.rows)):
+        raise SlicesError(f"{part.tensor}: the slices are of lines of other lengths, {lengths}.")
     return [write for write in found if len(write.lines)]
 
 

@@ -23,22 +23,27 @@ class Tasks:
     Methods return "" or what went wrong, because an exception of one rank would end the engine.
     """
 
-    def zflora_load(self, name: str, file: str) -> str:
+    def zflora_load(self, name: str, file: str, sha256: str) -> str:
         """Reads a task of a file, and checks it against the export and every weight; nothing is
         written.
         """
+        what = Path(file).name
         try:
-            slices = read_slices(Path(file).read_bytes(), Path(file).name)
+            slices = read_slices(Path(file).read_bytes(), what)
+            if slices.facts["sha256"] != sha256:
+                raise SlicesError(f"{what} has changed while it was loaded: load it again.")
             config = self.model_runner.model_config  # type: ignore[attr-defined]
-            require_same(slices.facts, export_facts(Path(config.model)), file, config.model)
+            require_same(slices.facts, export_facts(Path(config.model)), what, config.model)
             tasks = self.__dict__.setdefault("zflora_tasks", {})
             made = self._zflora_writes(slices)
             if OWN not in tasks:  # the values that are there now
-                tasks[OWN] = [(weight, kept(weight, write)) for weight, write in made]
-                tasks[BASE] = self._zflora_writes(slices.idle())
+                own = [(weight, kept(weight, write)) for weight, write in made]
+                tasks |= {OWN: own, BASE: self._zflora_writes(slices.idle())}
             tasks[name] = made
-        except (SlicesError, OSError) as error:
+        except SlicesError as error:
             return str(error)
+        except Exception as error:
+            return f"{what}: {error!r}"
         return ""
 
     def zflora_use(self, name: str) -> str:
@@ -46,7 +51,7 @@ class Tasks:
         try:
             for weight, write in self.__dict__["zflora_tasks"][name]:
                 write.into(weight)
-        except (KeyError, RuntimeError) as error:
+        except Exception as error:
             return repr(error)
         return ""
 
@@ -98,12 +103,12 @@ def export_facts(directory: Path) -> Mapping[str, Any]:
     """What slices have to agree with, of the export in a directory."""
     try:
         manifest = json.loads((directory / "zflora.json").read_text(encoding="utf-8"))
-        config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+        native = manifest["native_config"]
         return {
             "method": manifest["adapter"]["method"],
             "dtype": manifest["dtype"],
             "eps_z": manifest["eps_z"],
-            "widths": {n: config[n] for n in ("hidden_size", "head_dim", "intermediate_size")},
+            "widths": {n: native[n] for n in ("hidden_size", "head_dim", "intermediate_size")},
             "base": manifest["base"]["fingerprint"],
         }
     except (OSError, ValueError, KeyError, TypeError) as error:

@@ -12,7 +12,7 @@ from hypothesis import assume, given, settings, strategies as st
 from support.models import untied
 
 from zflora_jax import Sampler, generate_tokens
-from zflora_jax.ops.sampling import NON_FINITE, greedy, nucleus, nucleus_of_sorted
+from zflora_jax.ops.sampling import NON_FINITE, greedy
 
 
 def test_greedy_takes_the_first_of_the_largest() -> None:
@@ -26,19 +26,6 @@ def test_greedy_takes_the_first_of_the_largest() -> None:
     np.testing.assert_array_equal(
         np.delete(tokens, [5, 6, 7, 8]), np.delete(logits.argmax(-1), [5, 6, 7, 8])
     )
-
-
-@pytest.mark.parametrize("top_p", [1e-6, 0.05, 0.5, 0.9, 0.999])
-def test_the_nucleus_by_bisection_equals_the_one_by_sorting(top_p: float) -> None:
-    logits = np.random.default_rng(2).normal(0, 3, (40, 50)).astype(np.float32)
-    logits[7, :30] = -np.inf
-    got = np.asarray(nucleus(jnp.asarray(logits), top_p))
-    order = np.argsort(-logits, axis=-1, kind="stable")
-    cut = nucleus_of_sorted(jnp.take_along_axis(jnp.asarray(logits), jnp.asarray(order), 1), top_p)
-    least = np.where(np.isfinite(cut), cut, np.inf).min(-1, keepdims=True)
-    np.testing.assert_array_equal(got, np.where(logits >= least, logits, -np.inf))
-    counts = np.isfinite(got).sum(axis=1)
-    assert counts.min() >= 1 and counts.max() < 50
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from support.meshes import MESH, PROMPTS, adapter_of, assert_divided, model_for_
 from support.models import perturb, tiny_model
 from support.sharded import sharded_model, sharded_step, three_steps
 
-from zflora_jax import ConfigError, Preempted, fuse, option_log_likelihoods, override, train, unfuse
+from zflora_jax import ConfigError, fuse, option_log_likelihoods, train, unfuse
 from zflora_jax.adapters.init import init_adapters
 from zflora_jax.adapters.methods import adapter_shapes
 from zflora_jax.config import PRESETS, AdapterConfig, DataConfig, MeshConfig, RunConfig, preset
@@ -27,9 +27,7 @@ from zflora_jax.core import trees
 from zflora_jax.core.architecture import KERNELS, group, param_shapes
 from zflora_jax.inference.decode import generate_tokens
 from zflora_jax.parallel import mesh as mesh_module, sharding
-from zflora_jax.parallel.distributed import StopSignals
 from zflora_jax.parallel.sharding import arrange, make_mesh, shard
-from zflora_jax.reporting.metrics import read_metrics
 
 
 def rank_6(method):
@@ -155,23 +153,6 @@ def test_large_kernels_are_divided_over_all_of_fsdp_and_tensor():
 def test_wrong_meshes(make, message):
     with pytest.raises(ConfigError, match=message):
         make()
-
-
-@pytest.mark.soak  # a long run; test_checkpoint restores a state on another mesh
-def test_a_run_goes_on_under_another_mesh(run, tmp_path, monkeypatch):
-    """Stopped on one mesh and resumed on another, it has the losses of the run on one device."""
-    run = override(run, {"train.steps": 4, "data.grad_accum_steps": 1})
-    meshes = {"mesh.data": 2, "mesh.tensor": 2}, {"mesh.fsdp": 4}
-    train(run, tmp_path / "one", console=False)
-    with monkeypatch.context() as patch, pytest.raises(Preempted):
-        patch.setattr(StopSignals, "requested", lambda self, step: step == 2)
-        train(override(run, meshes[0]), tmp_path / "many", console=False)
-    trained = train(override(run, meshes[1]), tmp_path / "many", console=False)
-    assert trained.report["resumed_from"] == 2
-    assert trained.adapters["layers"]["mlp"]["up"]["backward"].sharding.mesh.shape["fsdp"] == 4
-    records = (read_metrics(tmp_path / name / "metrics.jsonl") for name in ("many", "one"))
-    found, wanted = ([r["loss"] for r in each if r["split"] == "train"] for each in records)
-    np.testing.assert_allclose(found, wanted, rtol=2e-5)
 
 
 # --- widths that a mesh does not divide ----------------------------------------------------------

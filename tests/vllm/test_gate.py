@@ -76,8 +76,7 @@ def test_requests_are_served_by_their_own_task(requests, fails, seed):
 def test_a_stream_of_one_task_does_not_starve_another():
     async def play():
         engine = Engine(0.0, 0)
-        gate = gate_of[engine] = Gate(engine.switch, "a", patience=0.01)
-        engine.task = "a"
+        gate = gate_of[engine] = Gate(engine.switch, patience=0.01)
         stop, served = asyncio.Event(), []
 
         async def stream():

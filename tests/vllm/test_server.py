@@ -7,10 +7,11 @@ import threading
 import types
 
 import pytest
+import torch
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
-from support.exports import perturbed_adapters
 from support.models import tiny_model
+from support.serving import Rank, save_tasks, weights
 
 import zflora_jax as zf
 from zflora_jax.cli.main import main
@@ -18,56 +19,70 @@ from zflora_vllm.server import Plugin
 
 
 class Engine:
-    """Ranks that take tasks, and requests that say whose weights they saw."""
+    """Two ranks, and requests that say whose weights they saw."""
 
     def __init__(self, monkeypatch, folder):
         monkeypatch.setenv("ZFLORA_TASKS", str(folder))
-        self.task, self.calls, self.fails, self.errored = "", [], [], False
+        self.ranks = [Rank(folder / "own", rank) for rank in range(2)]
+        self.wanted = {
+            task: [weights(folder / task, rank) for rank in range(2)] for task in ("own", "a", "b")
+        }
+        self.fails, self.errored, self.pauses = [], False, 0
         self.app, self.plugin = FastAPI(), Plugin()
         self.app.add_api_route("/v1/completions", self.complete, methods=["POST"])
         self.plugin.attach_router(self.app)
-        args = types.SimpleNamespace(api_server_count=1, served_model_name=["m"], model="x")
+        args = types.SimpleNamespace(served_model_name=["m", "m:large"], model=str(folder / "own"))
         asyncio.run(self.plugin.init_state(self, None, args))
 
+    @property
+    def task(self):
+        """The task whose weights all ranks have."""
+        for task, ranks in self.wanted.items():
+            pairs = zip(self.ranks, ranks, strict=True)
+            if all(torch.equal(r.weights[n], x) for r, of in pairs for n, x in of.items()):
+                return task
+        return "another"
+
     async def complete(self, request: Request):
-        body = await request.json()
+        body, by = await request.json(), self.task
         await asyncio.sleep(body.get("seconds", 0))
-        return JSONResponse(
-            {"model": body["model"], "salt": body.get("cache_salt"), "by": self.task}
-        )
+        assert self.task == by
+        return JSONResponse({"model": body["model"], "salt": body.get("cache_salt"), "by": by})
 
     async def collective_rpc(self, method, args=()):
-        self.calls.append((method, *args))
-        if method == "zflora_use" and args[0] in self.fails:
-            self.task = "half"
-            return ["", "no memory"]
-        if method == "zflora_use":
-            self.task = args[0]
-        return ["", ""]
+        found = [getattr(rank, method)(*args) for rank in self.ranks]
+        return (
+            [*found[:1], "no memory"] if method == "zflora_use" and args[0] in self.fails else found
+        )
 
     async def pause_generation(self, mode, clear_cache):
         assert (mode, clear_cache) == ("wait", False)
+        self.pauses += 1
         while self.errored:
             await asyncio.sleep(9)
 
     async def resume_generation(self):
         pass
 
-    async def ask(self, method, path, body=None):
-        """(status, JSON) of an answer."""
+    async def ask(self, method, path, body=None, leaves=None):
+        """(status, JSON) of an answer. leaves: after how many seconds the client does."""
         data = body if isinstance(body, bytes) else json.dumps(body).encode()
         scope = {"type": "http", "method": method, "path": path, "query_string": b""}
         scope |= {"headers": [(b"content-length", str(len(data)).encode())], "app": self.app}
         sent, given = [], [{"type": "http.request", "body": data}]
 
         async def receive():
-            return given.pop() if given else await asyncio.sleep(9)
+            if given:
+                return given.pop()
+            await asyncio.sleep(9 if leaves is None else leaves)
+            return {"type": "http.disconnect"}
 
         async def send(message):
             sent.append(message)
 
         await self.app(scope, receive, send)
-        return sent[0]["status"], json.loads(b"".join(m.get("body", b"") for m in sent[1:]))
+        said = b"".join(m.get("body", b"") for m in sent[1:])
+        return (sent[0]["status"], json.loads(said)) if sent else None
 
     def load(self, *tasks):
         for task in tasks:
@@ -77,10 +92,10 @@ class Engine:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     made, base = tmp_path_factory.mktemp("tasks"), tiny_model()
-    adapter = zf.AdapterConfig("zflora-minimal", rank=4)
-    for task, std in (("a", 0.1), ("b", 0.2)):
-        fused = zf.fuse(base, adapter, perturbed_adapters(base, adapter, std))
-        zf.save_slices(made / f"{task}.safetensors", fused, eps_z=0.25)
+    wide, narrow = (zf.AdapterConfig("zflora-minimal", rank=r, extra_mlp_units=4) for r in (4, 3))
+    save_tasks(made, wide, base, own=0.05, a=0.1, b=0.2)
+    save_tasks(made, narrow, base, narrow=0.1)
+    save_tasks(made, wide, base, eps_z=0.5, other=0.1)
     return made
 
 
@@ -93,22 +108,45 @@ def test_requests_reach_the_engine_with_their_own_task(engine):
     engine.load("a", "b")
 
     async def play():
-        models = ["m", "m:a", "m:b", "m:base"] * 3
+        ask = engine.ask
+        models = ["m", "m:a", "m:b", "m:base", "m:large", "m:large:a"] * 2
         asked = [{"model": m, "seconds": 0.002 * (i % 3)} for i, m in enumerate(models)]
-        found = await asyncio.gather(*(engine.ask("POST", "/v1/completions", x) for x in asked))
+        found = await asyncio.gather(*(ask("POST", "/v1/completions", x) for x in asked))
+        seen = {"m:base": "another", "m:a": "a", "m:b": "b", "m:large:a": "a"}
+        salts = {}
         for model, (status, said) in zip(models, found, strict=True):
-            task = model.partition(":")[2]
-            assert (status, said["model"], said["by"]) == (200, "m", task)
-            assert said["salt"] == (engine.plugin.known[task] if task else None)
-        salted = {"model": "m:a", "cache_salt": "mine"}
-        _, said = await engine.ask("POST", "/v1/completions", salted)
-        assert said["salt"] == f"{engine.plugin.known['a']}:mine"
+            assert (status, said["by"]) == (200, seen.get(model, "own"))
+            assert said["model"] == ("m:large" if "large" in model else "m")
+            salts.setdefault(said["by"], set()).add(said["salt"])
+        assert salts["own"] == {None} and all(len(of) == 1 for of in salts.values())
+        for task in ("m", "m:a"):  # a client's own salt is another one in each task
+            body = {"model": task, "cache_salt": "mine"}
+            salts[task] = {(await ask("POST", "/v1/completions", body))[1]["salt"]}
+        assert len(set().union(*salts.values())) == 6
         for body, status, words in (
             ({"model": "m:c"}, 404, "no task 'c' is loaded; loaded are a, base, b"),
-            ({"model": "m:a", "background": True}, 400, "in the background"),
+            ({"model": "m", "background": True}, 400, "background=true is not served"),
         ):
-            found = await engine.ask("POST", "/v1/completions", body)
+            found = await ask("POST", "/v1/completions", body)
             assert found[0] == status and words in found[1]["error"]["message"]
+        pauses = engine.pauses
+        assert (await ask("POST", "/nothing", {"model": "m:b"}))[0] == 404
+        assert engine.pauses == pauses  # what computes nothing changes nothing
+
+    asyncio.run(play())
+
+
+def test_a_client_that_leaves_the_queue_changes_nothing(engine):
+    engine.load("a")
+
+    async def play():
+        runs = asyncio.ensure_future(
+            engine.ask("POST", "/v1/completions", {"model": "m", "seconds": 0.1})
+        )
+        await asyncio.sleep(0.02)
+        assert await engine.ask("POST", "/v1/completions", {"model": "m:a"}, leaves=0.01) is None
+        assert (await runs)[1]["by"] == "own" and engine.pauses == 0
+        assert engine.plugin.gate.running == 0
 
     asyncio.run(play())
 
@@ -125,7 +163,7 @@ def test_a_task_that_cannot_be_written_leaves_the_one_before(engine):
         engine.fails = ["a", "b"]  # nor the one before: nobody is served
         for model in ("m:b", "m:a", "m"):
             status, said = await engine.ask("POST", "/v1/completions", {"model": model})
-            assert status == 503 and "half written" in said["error"]["message"]
+            assert status == 503 and "may be half written" in said["error"]["message"]
         assert "half written" in (await engine.ask("GET", "/v1/zflora/tasks"))[1]["broken"]
 
     asyncio.run(play())
@@ -147,25 +185,26 @@ def test_tasks_are_loaded_and_unloaded_from_one_folder(engine, folder):
         ask = engine.ask
         for task, status, words in (
             ("../a", 400, "is no name of a task"),
+            ("base", 400, "not 'base', which is the base"),
             ("c", 404, "c.safetensors is not in ZFLORA_TASKS"),
+            ("narrow", 400, "has widths {'hidden_size': 67"),  # stored as wide as rank 4
+            ("other", 400, r"has eps_z 0.5, and"),
         ):
             found = await ask("POST", "/v1/zflora/load", {"task": task})
-            assert found[0] == status and words in found[1]["error"]["message"]
-        found = await ask(
-            "PUT", "/v1/zflora/slices/c", (folder / "a.safetensors").read_bytes()[:-3]
-        )
-        assert found[0] == 400 and [p.name for p in folder.iterdir()].count("c.safetensors") == 0
-        assert not [*folder.glob("*.part")]
+            assert found[0] == status and words in found[1]["error"]["message"], found
+        for name in ("a", "narrow"):
+            data = (folder / f"{name}.safetensors").read_bytes()
+            found = await ask("PUT", "/v1/zflora/slices/c", data[: -3 if name == "a" else None])
+            assert found[0] == 400 and not [*folder.glob("c.*"), *folder.glob("*.part")]
         await ask("POST", "/v1/zflora/load", {"task": "a"})
-        found = await ask("POST", "/v1/zflora/load", {"task": "a"})
-        assert found[0] == 409 and "unload it first" in found[1]["error"]["message"]
         await ask("POST", "/v1/zflora/use", {"task": "a"})
-        await ask("POST", "/v1/zflora/unload", {"task": "a"})
-        assert engine.task == "" and engine.calls[-2:] == [
-            ("zflora_use", ""),
-            ("zflora_unload", "a"),
-        ]
+        assert engine.task == "a"
+        waits = asyncio.ensure_future(ask("POST", "/v1/zflora/unload", {"task": "a"}))
+        assert (await waits)[0] == 200 and engine.task == "own"
         assert (await ask("POST", "/v1/completions", {"model": "m:a"}))[0] == 404
+        engine.ranks[1].weights["model.layers.1.mlp.down_proj"].resize_(0)  # as where vLLM packs
+        found = await ask("POST", "/v1/zflora/load", {"task": "b"})
+        assert found[0] == 400 and "--quantization zflora" in found[1]["error"]["message"]
 
     asyncio.run(play())
     args = types.SimpleNamespace(api_server_count=2, served_model_name=["m"], model="x")
@@ -191,13 +230,16 @@ def test_push_sends_slices_to_a_server(engine, folder, tmp_path, capsys):
     threading.Thread(target=server.serve_forever, daemon=True).start()
     url = f"http://127.0.0.1:{server.server_port}"
     try:
-        for _ in range(2):  # the second replaces it
-            words = ["push", str(folder / "a.safetensors"), "--server", url, "--task", "new"]
+        for task in "ab":  # the second replaces it
+            words = ["push", str(folder / f"{task}.safetensors"), "--server", url, "--task", "new"]
             assert main(words) == 0 and "use model NAME:new" in capsys.readouterr().out
-        assert (folder / "new.safetensors").read_bytes() == (folder / "a.safetensors").read_bytes()
+            asyncio.run(engine.ask("POST", "/v1/zflora/use", {"task": "new"}))
+            assert engine.task == task
         (tmp_path / "x.safetensors").write_bytes(b"x")
         assert main(["push", str(tmp_path / "x.safetensors"), "--server", url]) == 2
         assert "x.safetensors holds no slices" in capsys.readouterr().err
+        assert main([*words[:-1], "no name"]) == 2
+        assert "is no name of a task" in capsys.readouterr().err
     finally:
         server.shutdown()
         server.server_close()

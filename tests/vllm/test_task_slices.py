@@ -8,9 +8,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from support.cases import case_id
 from support.checks import assert_logits_close
-from support.exports import WIDENED, perturbed_adapters, tiny_family
+from support.exports import WIDENED, tiny_family
 from support.huggingface import TOKENS, hf_logits, open_stock
 from support.models import tiny_model
+from support.serving import LAYERS, local, save_tasks
 
 import zflora_jax as zf
 from zflora_vllm.slices import Part, SlicesError, parts, read_slices, require_same, writes
@@ -18,14 +19,6 @@ from zflora_vllm.worker import export_facts, kept
 
 pytestmark = pytest.mark.filterwarnings("ignore:head_dim")
 SIZES = {"num_heads": 12, "num_kv_heads": 12, "hidden_size": 48, "head_dim": 8}
-
-
-def two_tasks(folder, adapter, base, eps_z=2**-4, dtype="float32"):
-    for name, std in (("one", 0.05), ("two", 0.03)):
-        fused = zf.fuse(base, adapter, perturbed_adapters(base, adapter, std))
-        zf.save_hf(folder / name, fused, eps_z=eps_z, dtype=dtype)
-        zf.save_slices(folder / f"{name}.safetensors", fused, eps_z=eps_z, dtype=dtype)
-    return fused
 
 
 CELLS = [("llama", adapter) for adapter in WIDENED.values()]
@@ -36,7 +29,8 @@ CELLS += [("phi3", WIDENED["zflora-minimal"]), ("qwen3", WIDENED["zflora-uniform
 def test_an_export_takes_the_slices_of_another_task(family, adapter, tmp_path):
     """All of them, and nothing else; and zeros make it the base."""
     base = tiny_family(family)
-    two_tasks(tmp_path, adapter, base, None if adapter.method == "ffba" else 2**-6)
+    eps_z = None if adapter.method == "ffba" else 2**-6
+    save_tasks(tmp_path, adapter, base, eps_z, one=0.05, two=0.03)
     one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
     slices = read_slices((tmp_path / "two.safetensors").read_bytes(), "two")
     for task, found in ((slices, one), (slices.idle(), dict(one))):
@@ -50,19 +44,6 @@ def test_an_export_takes_the_slices_of_another_task(family, adapter, tmp_path):
     assert_logits_close(hf_logits(open_stock(tmp_path / "one")), zf.forward(base, TOKENS), 2e-5)
 
 
-def local(tensors, layer, ranks, rank, copies):
-    """The weight of a rank, as vLLM divides it."""
-    at, _, kind = layer.rpartition(".")
-    if kind in ("o_proj", "down_proj"):
-        return tensors[f"{layer}.weight"].chunk(ranks, 1)[rank]
-    names = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
-    held = []
-    for name in names[kind]:
-        share = copies if name in ("k_proj", "v_proj") else 1
-        held.append(tensors[f"{at}.{name}.weight"].chunk(ranks // share)[rank // share])
-    return torch.cat(held)
-
-
 @pytest.mark.parametrize("method", ["zflora-minimal", "zflora-uniform"])
 @pytest.mark.parametrize(("kv_heads", "ranks"), [(12, 1), (12, 2), (12, 3), (12, 4), (2, 4)])
 def test_every_rank_gets_its_shard_of_a_task(method, kv_heads, ranks, tmp_path):
@@ -70,16 +51,15 @@ def test_every_rank_gets_its_shard_of_a_task(method, kv_heads, ranks, tmp_path):
         method, rank=12, extra_mlp_units=4, extra_head_dim=4 if "uniform" in method else None
     )
     sizes = SIZES | {"num_kv_heads": kv_heads, "intermediate_size": 80}
-    two_tasks(tmp_path, adapter, tiny_model(**sizes))
+    save_tasks(tmp_path, adapter, tiny_model(**sizes), one=0.05, two=0.03)
     config = json.loads((tmp_path / "one/config.json").read_text())
     of = {"hidden": config["hidden_size"], "mlp": config["intermediate_size"], "heads": 12}
     of |= {"kv_heads": kv_heads, "head_dim": config["head_dim"]}
     one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
     slices = read_slices((tmp_path / "two.safetensors").read_bytes(), "two")
-    names = ("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj")
     copies = max(1, ranks // kv_heads)
     for rank in range(ranks):
-        for layer in [f"model.layers.{i}.{name}" for i in range(2) for name in names]:
+        for layer in [f"model.layers.{i}.{name}" for i in range(2) for name in LAYERS]:
             weight, wanted = (local(x, layer, ranks, rank, copies).clone() for x in (one, two))
             before = weight.clone()
             made = [w for part in parts(layer, of, rank, ranks) for w in writes(slices, part)]
@@ -94,7 +74,8 @@ def test_every_rank_gets_its_shard_of_a_task(method, kv_heads, ranks, tmp_path):
 
 def test_what_does_not_belong_together_is_refused(tmp_path):
     adapter = WIDENED["zflora-minimal"]
-    fused = two_tasks(tmp_path, adapter, tiny_model(**SIZES), dtype="bfloat16")
+    tasks = {"one": 0.05, "two": 0.03}
+    fused = save_tasks(tmp_path, adapter, tiny_model(**SIZES), dtype="bfloat16", **tasks)
     data = (tmp_path / "two.safetensors").read_bytes()
     slices, facts = read_slices(data, "two"), export_facts(tmp_path / "one")
     require_same(slices.facts, facts, "two", "one")
@@ -122,9 +103,9 @@ def test_what_does_not_belong_together_is_refused(tmp_path):
     minimal = zf.init_adapters(np.uint32([0, 1]), base, adapter)
     for name, model, words in (
         ("x", fused, "ends in .safetensors"),
-        ("x.safetensors", merged, "slices are what a method that widens adds"),
-        ("x.safetensors", base, "and this model has None"),
-        ("x.safetensors", zf.fuse(codes, adapter, minimal), "quantised base are not written"),
+        ("x.safetensors", merged, "not with lora or on codes"),
+        ("x.safetensors", base, "not with None or"),
+        ("x.safetensors", zf.fuse(codes, adapter, minimal), "float kernels: give a model"),
     ):
         with pytest.raises(zf.ConfigError, match=words):
             zf.save_slices(tmp_path / name, model)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import http.client
 import json
 import os
 import urllib.error
+import urllib.parse
 import urllib.request
 from pathlib import Path
 from typing import Any
@@ -27,9 +29,7 @@ def run(args: argparse.Namespace) -> None:
     path = Path(args.slices)
     require(path.is_file(), f"{path} is no file: give one of `zflora export --format slices`.")
     task, server = args.task or path.stem, args.server.rstrip("/")
-    _ask(server, "PUT", f"slices/{task}", path.read_bytes())
-    if task in [of["task"] for of in _ask(server, "GET", "tasks")["tasks"]]:
-        _ask(server, "POST", "unload", json.dumps({"task": task}).encode())
+    _ask(server, "PUT", f"slices/{urllib.parse.quote(task, safe='')}", path.read_bytes())
     found = _ask(server, "POST", "load", json.dumps({"task": task}).encode())
     print(f"task {task} is loaded (sha256 {found['sha256'][:12]}): use model NAME:{task}")
 
@@ -50,5 +50,5 @@ def _ask(server: str, method: str, path: str, data: bytes | None = None) -> dict
         except (ValueError, KeyError, TypeError):
             text = f"{error.reason}; is it a vLLM with VLLM_PLUGINS=zflora, and {KEY} its key?"
         raise ConfigError(f"{server} refuses {path} ({error.code}): {text}") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, http.client.HTTPException) as error:
         raise ConfigError(f"{server} cannot be asked: {error}") from None

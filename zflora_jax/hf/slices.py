@@ -55,7 +55,7 @@ def save_slices(
         and tasks of one server need the same: give all the smallest of theirs.
 
     Returns:
-      {"path", "dtype", "eps_z", "bytes", "sha256"}: the hash of the content without its metadata.
+      {"path", "dtype", "eps_z", "bytes", "sha256"}.
 
     Raises:
       ConfigError: The model has no adapter that widens it, is packed or quantised, or a setting
@@ -66,31 +66,30 @@ def save_slices(
 
     target, adapter = slices_target(path), model.adapter
     require_there(model.params)
-    if adapter is None or not METHODS[adapter.method].widens:
+    if adapter is None or not METHODS[adapter.method].widens or is_quantized(model):
         raise ConfigError(
-            "slices are what a method that widens adds, and this model has"
-            f" {adapter and adapter.method}: fuse one, such as 'zflora-minimal'."
+            "slices are what a method that widens adds to float kernels: give a model with one,"
+            f" such as 'zflora-minimal', not with {adapter and adapter.method} or on codes."
         )
-    require(not is_quantized(model), "slices of a quantised base are not written: export it whole.")
     dtype = dtype or own_dtype(model)
     require_in(DTYPES, dtype, f"dtype={dtype!r}")
     stored = to_stock(model, dtype, eps_z)
     base = base_config(model.config, adapter)
     added = added_lines(stored.form, base)
     tensors = _cut(stored, added)
-    facts = {
+    facts: dict[str, Any] = {
         "format": FORMAT,
         "version": VERSION,
         "project_version": __version__,
         "method": adapter.method,
         "dtype": dtype,
         "eps_z": stored.form.eps_z,
-        "widths": {name: getattr(stored.form.config, name) for name in WIDTHS},
+        "widths": {name: getattr(model.config, name) for name in WIDTHS},
         "base": trees.fingerprint(model.params, param_shapes(base)),
-        "sha256": digest(tensors),
         "rows": {name: ranges(rows) for name, (rows, _) in added.items()},
         "columns": {name: ranges(columns) for name, (_, columns) in added.items()},
     }
+    facts["sha256"] = digest(facts, tensors)
     data = save(tensors, {"zflora": json.dumps(facts)})
     on_main(lambda: atomic_write(target, data))
     keys = ("dtype", "eps_z", "sha256")
@@ -107,9 +106,9 @@ def _cut(
     return {name: np.ascontiguousarray(x) for name, x in sorted(tensors.items())}
 
 
-def digest(tensors: Mapping[str, np.ndarray]) -> str:
-    """sha256 (hex) over names, shapes, dtypes and values."""
-    found = hashlib.sha256()
+def digest(facts: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> str:
+    """sha256 (hex) over the facts, and names, shapes, dtypes and values of tensors."""
+    found = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
     for name, x in tensors.items():
         found.update(f"{name} {x.shape} {x.dtype}".encode() + x.tobytes())
     return found.hexdigest()
