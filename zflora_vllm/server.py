@@ -100,12 +100,15 @@ class Plugin:
 
     async def _put(self, request: Request) -> dict[str, Any]:
         """Checks a file of slices and stores it; it appears whole or not at all."""
-        path, chunks, size = self._file(request.path_params["task"]), [], 0
+        chunks, size = list[bytes](), 0
         async for chunk in request.stream():
             chunks.append(chunk)
             size += len(chunk)
             if size > LARGEST:
                 raise RefusedError(413, f"slices have at most {LARGEST} bytes here.")
+        path = self._file(
+            request.path_params["task"]
+        )  # read first: clients send before they listen
         async with self._changing:
             slices = await asyncio.to_thread(self._checked, b"".join(chunks), path)
         return {"task": path.stem, "sha256": slices.facts["sha256"]}

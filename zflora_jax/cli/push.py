@@ -29,6 +29,7 @@ def run(args: argparse.Namespace) -> None:
     path = Path(args.slices)
     require(path.is_file(), f"{path} is no file: give one of `zflora export --format slices`.")
     task, server = args.task or path.stem, args.server.rstrip("/")
+    _ask(server, "GET", "tasks")  # a missing key is said before the file is sent
     _ask(server, "PUT", f"slices/{urllib.parse.quote(task, safe='')}", path.read_bytes())
     found = _ask(server, "POST", "load", json.dumps({"task": task}).encode())
     print(f"task {task} is loaded (sha256 {found['sha256'][:12]}): use model NAME:{task}")
