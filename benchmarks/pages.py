@@ -25,7 +25,7 @@ PAGES = {  # result -> module in benchmarks/ or tools/
     "task_switch": "task_switch",
     "lm_eval": "check_lm_eval",
     "train": "training",
-    "vllm_latency": "vllm_latency",
+    "serving": "serving",
 }
 
 

