@@ -19,6 +19,7 @@ import random
 import signal
 import statistics
 import subprocess
+import sys
 import tempfile
 import time
 import urllib.request
@@ -34,6 +35,7 @@ TASKS, ADAPTERS, CLIENTS = 3, 8, 8  # fused tasks, LoRA adapters, clients of the
 PLAIN = ("--quantization", "zflora")
 GATE = (*PLAIN, "--worker-extension-cls", "zflora_vllm.worker.Tasks")
 EPS = {"float32": 2.0**-7, "bfloat16": 2.0**-3}
+QUANTILES = {"median": 0.5, "p95": 0.95}
 PARTS = ("single", "patterns", "switch", "tokens")
 PATTERNS = {
     "one task": lambda client, i, draw: 0,
@@ -128,7 +130,7 @@ def exports(folder: Path, dtype: str) -> None:
 
     model = zf.load_model("smollm2-135m", dtype)
     zf.save_hf(folder / "base", model)
-    fused, lora = zf.AdapterConfig("zflora-minimal", rank=18, extra_mlp_units=24), None
+    fused = zf.AdapterConfig("zflora-minimal", rank=18, extra_mlp_units=24)
     (folder / "tasks").mkdir()
     for i in range(TASKS):
         found = zf.fuse(model, fused, perturbed(model, fused, seed=i))
@@ -152,11 +154,9 @@ def batch(server: Server, models: Sequence[str], args: argparse.Namespace, seed:
         times = list(pool.map(server.timed, models, given, [args.new_tokens] * len(models)))
         seconds = time.perf_counter() - start
     tpot = [1e3 * (end - first) / (args.new_tokens - 1) for first, end in times]
-    return {
-        "ttft_ms": 1e3 * statistics.median(first for first, _ in times),
-        "tpot_ms": statistics.median(tpot),
-        "tokens_s": len(models) * args.new_tokens / seconds,
-    }
+    found = {"ttft_ms": 1e3 * statistics.median(first for first, _ in times)}
+    found |= {"tpot_ms": statistics.median(tpot)}
+    return found | {"tokens_s": len(models) * args.new_tokens / seconds}
 
 
 def single(servers: Mapping[str, Server], args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -211,20 +211,16 @@ def patterns(servers: Mapping[str, Server], args: argparse.Namespace) -> list[di
                 rate = len(seconds) * args.new_tokens / (time.perf_counter() - start)
                 found.append((rate, statistics.median(seconds), max(seconds)))
             rates, middle, longest = zip(*found, strict=True)
-            rows.append(
-                {"pattern": pattern, "": name, "tokens_s": statistics.median(rates)}
-                | {"tokens_s_all": rates, "request_s": statistics.median(middle)}
-                | {"longest_s": max(longest)}
-            )
+            row = {"pattern": pattern, "": name, "tokens_s": statistics.median(rates)}
+            row |= {"tokens_s_all": rates, "longest_s": max(longest)}
+            rows.append(row | {"request_s": statistics.median(middle)})
             print(rows[-1], flush=True)
     return rows
 
 
-def one_client(
-    server: Server, count: int, requests: Sequence[tuple[str, list[int]]]
-) -> list[float]:
+def one_client(server: Server, count: int, asks: Sequence[tuple[str, list[int]]]) -> list[float]:
     """Seconds of each request."""
-    return [server.timed(model, prompt, count)[1] for model, prompt in requests]
+    return [server.timed(model, prompt, count)[1] for model, prompt in asks]
 
 
 def switch(servers: Mapping[str, Server], folder: Path, args: argparse.Namespace) -> dict[str, Any]:
@@ -248,8 +244,7 @@ def switch(servers: Mapping[str, Server], folder: Path, args: argparse.Namespace
     for name, values in times.items():
         ordered = sorted(values)
         found[name] = {"count": len(values), "min_ms": ordered[0]}
-        found[name] |= {"median_ms": statistics.median(values)}
-        found[name] |= {"p95_ms": ordered[int(0.95 * len(values))]}
+        found[name] |= {f"{n}_ms": ordered[int(q * len(values))] for n, q in QUANTILES.items()}
     return found
 
 
@@ -337,6 +332,7 @@ def main() -> None:
     at_least(parser, args, prompt=1, new_tokens=2, rounds=1, switches=1)
     if not Path(args.vllm).is_file():
         parser.error(f"--vllm {args.vllm}: give vLLM's command; the docstring says how to get it")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # which stops the servers
     with tempfile.TemporaryDirectory() as name:
         for dtype in ("float32", "bfloat16"):
             folder = Path(name) / dtype
