@@ -18,7 +18,7 @@ import numpy as np
 from zflora_jax import __version__
 from zflora_jax.adapters.methods import base_config
 from zflora_jax.core import trees
-from zflora_jax.core.adapter_config import METHODS
+from zflora_jax.core.adapter_config import METHODS, AdapterConfig
 from zflora_jax.core.architecture import KERNELS, kernel_shapes, param_shapes
 from zflora_jax.core.fields import ConfigError, require, require_in
 from zflora_jax.core.model import Model, require_there
@@ -64,13 +64,7 @@ def save_slices(
     """
     from safetensors.numpy import save
 
-    target, adapter = slices_target(path), model.adapter
-    require_there(model.params)
-    if adapter is None or not METHODS[adapter.method].widens or is_quantized(model):
-        raise ConfigError(
-            "slices are what a method that widens adds to float kernels: give a model with one,"
-            f" such as 'zflora-minimal', not with {adapter and adapter.method} or on codes."
-        )
+    target, adapter = slices_target(path), _fused_adapter(model)
     dtype = dtype or own_dtype(model)
     require_in(DTYPES, dtype, f"dtype={dtype!r}")
     stored = to_stock(model, dtype, eps_z)
@@ -94,6 +88,19 @@ def save_slices(
     on_main(lambda: atomic_write(target, data))
     keys = ("dtype", "eps_z", "sha256")
     return {"path": str(target), **{key: facts[key] for key in keys}, "bytes": len(data)}
+
+
+def _fused_adapter(model: Model) -> AdapterConfig:
+    """The adapter whose rows and columns a model's float kernels have."""
+    require_there(model.params)
+    adapter = model.adapter
+    if adapter is None or not METHODS[adapter.method].widens:
+        raise ConfigError(
+            "slices are what a method that widens adds, and this model has"
+            f" {adapter and adapter.method}: fuse one, such as 'zflora-minimal'."
+        )
+    require(not is_quantized(model), "slices of a quantised base are not written: export it whole.")
+    return adapter
 
 
 def _cut(
