@@ -106,9 +106,8 @@ class Plugin:
             size += len(chunk)
             if size > LARGEST:
                 raise RefusedError(413, f"slices have at most {LARGEST} bytes here.")
-        path = self._file(
-            request.path_params["task"]
-        )  # read first: clients send before they listen
+        # Checked after the body is read, because clients send before they listen.
+        path = self._file(request.path_params["task"])
         async with self._changing:
             slices = await asyncio.to_thread(self._checked, b"".join(chunks), path)
         return {"task": path.stem, "sha256": slices.facts["sha256"]}
@@ -319,8 +318,8 @@ class Gated:
 
 def failed(error: Exception) -> JSONResponse:
     """An error in the form of OpenAI's API."""
-    status = error.status if isinstance(error, RefusedError) else 400
-    status = 503 if isinstance(error, SwitchError | BrokenError) else status
+    status = 503 if isinstance(error, SwitchError | BrokenError) else 400
+    status = getattr(error, "status", status)
     fields = {"message": str(error), "type": type(error).__name__, "param": None, "code": status}
     return JSONResponse({"error": fields}, status)
 

@@ -141,7 +141,7 @@ class Write:
 
 
 def writes(slices: Slices, part: Part) -> list[Write]:
-    """What a task writes into a part of a tensor."""
+    """Returns the writes that put a task into a part of a tensor."""
     at, values = slices.rows[part.tensor]
     here = (at >= part.rows.start) & (at < part.rows.stop)
     columns = slice(part.columns.start, part.columns.stop)

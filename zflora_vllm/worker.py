@@ -1,4 +1,4 @@
-"""What each worker of vLLM does: keeps tasks, and writes one into its kernels
+"""Extends each worker of vLLM: it keeps tasks, and writes one into its kernels
 (`--worker-extension-cls zflora_vllm.worker.Tasks`).
 """
 
@@ -100,7 +100,7 @@ def kept(weight: torch.Tensor, write: Write) -> Write:
 
 
 def export_facts(directory: Path) -> Mapping[str, Any]:
-    """What slices have to agree with, of the export in a directory."""
+    """Returns the facts of the export in a directory that slices must agree with."""
     try:
         manifest = json.loads((directory / "zflora.json").read_text(encoding="utf-8"))
         native = manifest["native_config"]

@@ -7,7 +7,7 @@ LoRA r=16's number of parameters within 2%, train for 80 steps of 512 tokens in 
 better of two rates, and are compared with zflora-minimal by the loss on 400 test rows over six
 seeds (Student's t). A change becomes the method's default if its loss is lower on both tasks, or if
 it is simpler and on both a loss of more than 1% is excluded. Why these changes:
-studies/experiments.md, "What trained adapters hold".
+studies/experiments.md, "Inside trained adapters".
 """
 
 from dataclasses import dataclass, replace

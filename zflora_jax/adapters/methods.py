@@ -42,7 +42,7 @@ _NEEDS = {  # what a stream needs to be widened
 # PEFT's names and lists, and a pattern that is one class with letters of longer names.
 _LISTED = re.compile(r"""[_\s'",]|^\[[^]]*[^]qkvo^-][^]]*\]$""")
 
-# What a method of one's own changes: in the forward, and in what is fused.
+# The methods that a class overrides together: of the forward pass, and of fusing.
 _CHANGED: dict[type, tuple[tuple[str, ...], tuple[str, ...]]] = {
     LowRank: (("added", "__call__", "flat"), ("delta", "sum", "fuse")),
     Widening: (("__call__",), ("fuse", "unfuse")),
