@@ -161,6 +161,8 @@ def batch(server: Server, models: Sequence[str], args: argparse.Namespace, seed:
 
 def single(servers: Mapping[str, Server], args: argparse.Namespace) -> list[dict[str, Any]]:
     """Servers in turns: one request, and eight of one task or of many."""
+    from zflora_jax.experiments.latency import turns
+
     eight = [f"l{i}" for i in range(ADAPTERS)]
     cases = {
         "base": ("base", ["m"]),
@@ -175,16 +177,16 @@ def single(servers: Mapping[str, Server], args: argparse.Namespace) -> list[dict
         "zflora-minimal x 8, gate": ("gate", ["m:t1"] * 8),
     }
     found: dict[str, list[dict[str, float]]] = {name: [] for name in cases}
-    for turn in range(args.rounds + 1):  # the first is not counted
-        for name, (server, models) in cases.items():
-            found[name].append(batch(servers[server], models, args, turn))
-            print(name, found[name][-1], flush=True)
+    for name in turns(list(cases), args.rounds + 1):  # the first turn is not counted
+        server, models = cases[name]
+        found[name].append(batch(servers[server], models, args, seed=len(found[name])))
+        print(name, found[name][-1], flush=True)
     rows = []
-    for name, turns in found.items():
+    for name, times in found.items():
         base = found["base x 8" if " x 8" in name else "base"][1:]
         row: dict[str, Any] = {"": name}
         for key in ("ttft_ms", "tpot_ms", "tokens_s"):
-            values = [turn[key] for turn in turns[1:]]
+            values = [turn[key] for turn in times[1:]]
             row |= {key: statistics.median(values), f"{key}_all": values}
             ratios = [value / of[key] for value, of in zip(values, base, strict=True)]
             row[f"{key}_ratio"] = statistics.median(ratios)
@@ -277,24 +279,10 @@ def page(result: Mapping[str, Any]) -> str:
     from zflora_jax.reporting.tables import markdown_table
 
     blocks = ["# Fused tasks in a running vLLM"]
-    if rows := result.get("single"):
-        shown = [
-            {"server, requests at once": row[""]}
-            | {"TTFT, ms": f"{row['ttft_ms']:.0f}", "TPOT, ms": f"{row['tpot_ms']:.1f}"}
-            | {"TPOT / base's": f"{row['tpot_ms_ratio']:.2f}"}
-            | {"tokens/s": f"{row['tokens_s']:.0f}"}
-            for row in rows
-        ]
-        blocks += [SINGLE, markdown_table(shown, list(shown[0])), origins(result, "single")]
-    if rows := result.get("patterns"):
-        shown = [
-            {"pattern of 8 clients": row["pattern"], "tasks as": row[""]}
-            | {"tokens/s": f"{row['tokens_s']:.0f}"}
-            | {"seconds of a request, median": f"{row['request_s']:.2f}"}
-            | {"longest": f"{row['longest_s']:.2f}"}
-            for row in rows
-        ]
-        blocks += [PATTERN, markdown_table(shown, list(shown[0])), origins(result, "patterns")]
+    for part, text, columns in (("single", SINGLE, SINGLES), ("patterns", PATTERN, ALL_CLIENTS)):
+        if rows := result.get(part):
+            shown = [{c: format(row[k], form) for c, (k, form) in columns.items()} for row in rows]
+            blocks += [text, markdown_table(shown, list(columns)), origins(result, part)]
     if found := result.get("switch"):
         shown = [
             {"over HTTP": name} | {k: f"{v:.0f}" for k, v in found[name].items()}
@@ -310,6 +298,20 @@ def page(result: Mapping[str, Any]) -> str:
     return "\n\n".join(blocks) + "\n"
 
 
+SINGLES = {  # column -> key of a row, format
+    "server, requests at once": ("", ""),
+    "TTFT, ms": ("ttft_ms", ".0f"),
+    "TPOT, ms": ("tpot_ms", ".1f"),
+    "TPOT / base's": ("tpot_ms_ratio", ".2f"),
+    "tokens/s": ("tokens_s", ".0f"),
+}
+ALL_CLIENTS = {
+    "pattern of 8 clients": ("pattern", ""),
+    "tasks as": ("", ""),
+    "tokens/s": ("tokens_s", ".0f"),
+    "seconds of a request, median": ("request_s", ".2f"),
+    "longest": ("longest_s", ".2f"),
+}
 SINGLE = """SmolLM2-135M in vLLM 0.32's CPU build, float32, eager, no prefix cache, one process per
 server; all servers run and take turns. Prompts of 64 tokens, 32 new ones, streamed over HTTP.
 Medians of rounds; ratios within a round. packed: a stock server of one fused export, with the

@@ -90,13 +90,13 @@ class Tasks:
 
 
 def kept(weight: torch.Tensor, write: Write) -> Write:
-    """A write that puts back what is there now."""
+    """A write that puts back what is there now, of which indexing by tensors makes a copy."""
     if write.axis == 0:
         values = weight[write.lines.to(weight.device)]
     else:
         rows = slice(write.start, write.start + len(write.values))
         values = weight[rows, write.lines.to(weight.device)]
-    return Write(write.axis, write.lines, write.start, values.clone())
+    return Write(write.axis, write.lines, write.start, values)
 
 
 def export_facts(directory: Path) -> Mapping[str, Any]:

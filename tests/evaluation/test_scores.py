@@ -13,16 +13,8 @@ from support.tasks import write_questions
 
 from zflora_jax import ConfigError, RunConfig, TrainedOn, evaluate, evaluate_tasks
 from zflora_jax.data.tasks import load_examples
-from zflora_jax.evaluation import records as records_module, task as task_module
-from zflora_jax.evaluation.scores import (
-    UNITS,
-    as_dicts,
-    by_unit,
-    group_scores,
-    rows_kept,
-    scores_of,
-    shared_units,
-)
+from zflora_jax.evaluation import records as records_module, scores as scoring, task as task_module
+from zflora_jax.evaluation.scores import as_dicts, group_scores, scores_of
 
 
 def run_of(data, **changes):
@@ -95,7 +87,7 @@ def test_a_group_s_mean_counts_tasks_alike_and_only_scores_all_have():
 @given(st.lists(st.integers(0, 5), min_size=1, max_size=30))
 def test_sums_of_units_are_those_of_their_rows(units):
     scores = np.random.default_rng(0).normal(size=len(units))
-    sums, rows = by_unit(scores, units)
+    sums, rows = scoring.by_unit(scores, units)
     if len(set(units)) == 1:  # drawn one by one
         units = list(range(len(units)))
     names = sorted(set(units))
@@ -104,8 +96,10 @@ def test_sums_of_units_are_those_of_their_rows(units):
 
 
 def test_units_are_numbered_where_rows_share_them():
-    assert shared_units(["a", "b", "a", "", "b", ""]) == [0, 1, 0, 2, 1, 3]
-    assert [shared_units(names) for names in ([], ["a"], ["", ""], ["a", "b"])] == [None] * 4
+    assert scoring.shared_units(["a", "b", "a", "", "b", ""]) == [0, 1, 0, 2, 1, 3]
+    assert [scoring.shared_units(names) for names in ([], ["a"], ["", ""], ["a", "b"])] == [
+        None
+    ] * 4
 
 
 def test_units_are_drawn_whole():
@@ -337,7 +331,9 @@ def test_dialogues_are_units_from_their_file_to_the_summary(model, tmp_path):
     assert [row["unit"] for row in rows] == [0, 0, 1, 1, 1, 2]
     assert [row["contaminated"] for row in rows] == [True] + [False] * 5
     (kept,) = summary["tasks"]
-    assert kept[UNITS]["accuracy"] == kept[UNITS]["rougeL"] == "0 1 1 1 2"
+    assert kept[scoring.UNITS]["accuracy"] == kept[scoring.UNITS]["rougeL"] == "0 1 1 1 2"
     page = (tmp_path / "out" / "summary-test-tiny.md").read_text()
     assert "those of one dialogue are drawn together" in page
-    assert UNITS not in rows_kept([{"correct": True, "prompt": "", "input": "", "answer": ""}])
+    assert scoring.UNITS not in scoring.rows_kept(
+        [{"correct": True, "prompt": "", "input": "", "answer": ""}]
+    )

@@ -12,15 +12,8 @@ from support.models import tiny_model
 
 from zflora_jax.cli.main import main
 from zflora_jax.core.fields import ConfigError
-from zflora_jax.experiments.latency import (
-    Contender,
-    contenders,
-    decode_turns,
-    method_latency,
-    random_base,
-    ratio,
-    summary,
-)
+from zflora_jax.experiments import latency
+from zflora_jax.experiments.latency import decode_turns
 
 
 class Clock:
@@ -29,13 +22,13 @@ class Clock:
     def __init__(self) -> None:
         self.now, self.calls = 0.0, list[tuple[str, int]]()
 
-    def contender(self, label: str, prefill: float, token: float) -> Contender:
+    def contender(self, label: str, prefill: float, token: float) -> latency.Contender:
         def generate(count: int) -> None:
             slow = 2.0 ** max(0, (len(self.calls) - 4) // 4)  # four calls warm up, four are a turn
             self.calls.append((label, count))
             self.now += slow * (prefill + count * token)
 
-        return Contender(generate)
+        return latency.Contender(generate)
 
 
 def test_turns_alternate_and_ratios_are_within_a_turn(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -48,8 +41,8 @@ def test_turns_alternate_and_ratios_are_within_a_turn(monkeypatch: pytest.Monkey
     assert before == list("ab" + "ba" + "ab")
     np.testing.assert_allclose(turns["a"]["tpot_ms"], [10, 20, 40])
     np.testing.assert_allclose(turns["a"]["ttft_ms"], [110, 220, 440])
-    assert ratio(turns["b"]["tpot_ms"], turns["a"]["tpot_ms"]) == pytest.approx(3.0)
-    found = summary(turns["a"]["tpot_ms"], "x")
+    assert latency.ratio(turns["b"]["tpot_ms"], turns["a"]["tpot_ms"]) == pytest.approx(3.0)
+    found = latency.summary(turns["a"]["tpot_ms"], "x")
     assert found == pytest.approx({"x": 20, "x_min": 10, "x_max": 40})
 
 
@@ -74,11 +67,11 @@ def test_latency_by_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
 
 def test_contenders_decode_what_they_are_called() -> None:
     """In bfloat16; a merge by addition is the base again."""
-    base = random_base(tiny_model().config, "bfloat16")
-    ready = contenders(base, ["lora", "zflora-minimal"], 4, (2, 8, 3))
+    base = latency.random_base(tiny_model().config, "bfloat16")
+    ready = latency.contenders(base, ["lora", "zflora-minimal"], 4, (2, 8, 3))
     assert ready["lora merged"] is ready["base"]
     shapes = {label: np.shape(one.generate(3)) for label, one in ready.items()}
     assert set(shapes.values()) == {(2, 3)}
     for wrong in ({"methods": ["full"]}, {"rank": 0}, {"new_tokens": 999}, {"new_tokens": 1}):
         with pytest.raises(ConfigError, match=r"full|rank=0|999 new tokens exceed|at least 2"):
-            method_latency(base, **wrong)
+            latency.method_latency(base, **wrong)

@@ -157,13 +157,8 @@ def test_the_largest_batch_is_searched() -> None:
 def test_the_roofline_by_hand() -> None:
     """An adapter on a base of one layer."""
     config = TINY
-    run = RunConfig(
-        model="tiny",
-        adapter=AdapterConfig("lora", rank=2),
-        data=DataConfig(batch_size=8, bucket_lengths=(128,)),
-        train=TrainConfig(dtype="bfloat16"),
-        mesh=MeshConfig(fsdp=4),
-    )
+    lora = AdapterConfig("lora", rank=2)
+    run = replace(RUN, adapter=lora, train=TrainConfig(dtype="bfloat16"))
     layers = config.num_layers * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 96)
     head, lora = 259 * 64, config.num_layers * 2 * (128 + 96 + 96 + 128 + 3 * 160)
     found = roofline(run, TINY, V5E, 4_000_000)

@@ -20,12 +20,6 @@ def test_greedy_takes_the_first_of_the_largest() -> None:
     logits = draw.integers(-3, 4, (40, 50)).astype(np.float32)  # many ties
     logits[3], logits[4, :30] = -np.inf, -np.inf
     np.testing.assert_array_equal(greedy(jnp.asarray(logits)), logits.argmax(axis=-1))
-    logits[5, 7], logits[6], logits[7, 9], logits[8, 1:3] = np.nan, np.nan, np.inf, (np.inf, np.nan)
-    tokens = np.asarray(greedy(jnp.asarray(logits)))
-    assert np.flatnonzero(tokens == NON_FINITE).tolist() == [5, 6, 7, 8]  # none is passed over
-    np.testing.assert_array_equal(
-        np.delete(tokens, [5, 6, 7, 8]), np.delete(logits.argmax(-1), [5, 6, 7, 8])
-    )
 
 
 @pytest.mark.parametrize(

@@ -21,16 +21,7 @@ from zflora_jax.core import trees
 from zflora_jax.inference.program import DecodeProgram
 from zflora_jax.ops import copies, linear
 from zflora_jax.ops.copies import take_rows, write_divided, write_pieces, write_slice
-from zflora_jax.ops.linear import (
-    column_product,
-    head_logits,
-    matmul,
-    plain_logits,
-    plain_product,
-    product_of_eight_rows,
-    project,
-    tile,
-)
+from zflora_jax.ops.linear import matmul, project
 from zflora_jax.ops.rope import ROPE_ROWS, apply_rope, paired_order, plain_rope_tables, rope_tables
 
 Function = Callable[..., Any]
@@ -87,7 +78,7 @@ def test_gradients_of_float32_kernels_beside_bfloat16_are_sums_in_float32(
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 def test_the_head(tied: bool, length: int) -> None:
     given = draw((2, length, 8), (50, 8) if tied else (8, 50))
-    fast, plain = (lambda *a, f=f: f(*a, tied) for f in (head_logits, plain_logits))
+    fast, plain = (lambda *a, f=f: f(*a, tied) for f in (linear.head_logits, linear.plain_logits))
     assert_same(fast, plain, given, 1e-5)
     halves = (x.astype(jnp.bfloat16) for x in given)
     narrow = jax.grad(lambda *a: jnp.sum(fast(*a)), (0, 1))(*halves)
@@ -129,7 +120,7 @@ def test_a_paired_head_is_turned_whole() -> None:
 @pytest.mark.parametrize("rank", [4, 5])
 def test_the_tiling_of_ffa(rank: int) -> None:
     tiling = (np.arange(12) % rank == np.arange(rank)[:, None]) * np.float32(np.sqrt(rank / 12))
-    assert_same(lambda h: tile(h, 12), lambda h: h @ tiling, draw((2, 3, rank)), 1e-5)
+    assert_same(lambda h: linear.tile(h, 12), lambda h: h @ tiling, draw((2, 3, rank)), 1e-5)
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
@@ -184,8 +175,8 @@ def test_row_products_of_one_row_and_of_several(
         )
         np.testing.assert_array_equal(by_row, x @ kernel.T)
     np.testing.assert_array_equal(linear.plain_product(*given, jnp.float32), x @ kernel.T)
-    for product, w in ((plain_product, given[1]), (column_product, given[1].T)):
-        eight = product_of_eight_rows(given[0], w, jnp.float32, product)
+    for product, w in ((linear.plain_product, given[1]), (linear.column_product, given[1].T)):
+        eight = linear.product_of_eight_rows(given[0], w, jnp.float32, product)
         np.testing.assert_array_equal(eight, x @ kernel.T)
 
 

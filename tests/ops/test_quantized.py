@@ -15,18 +15,9 @@ from support.grids import always
 from zflora_jax.core.fields import ConfigError
 from zflora_jax.core.quantize_config import QuantizeConfig, Stored, quantize_config
 from zflora_jax.hf.gguf.file import KEPT, from_blocks, to_blocks
-from zflora_jax.ops import kernels as products
+from zflora_jax.ops import kernels as products, quantized
 from zflora_jax.ops.copies import write_divided
-from zflora_jax.ops.quantized import (
-    KINDS,
-    bytes_of,
-    cut,
-    dequantize,
-    quantize,
-    quantize_block,
-    widen,
-    write_part,
-)
+from zflora_jax.ops.quantized import bytes_of, dequantize, quantize, widen
 
 RNG = np.random.default_rng(0)
 
@@ -36,7 +27,7 @@ def numbers(*shape):
 
 
 def test_settings_name_the_kinds_that_there_are():
-    assert set(get_args(Stored)) == {"none", "keep", *KINDS}
+    assert set(get_args(Stored)) == {"none", "keep", *quantized.KINDS}
     assert quantize_config("keep").embedding == "keep"
     assert quantize_config("nf4") == QuantizeConfig("nf4")
     with pytest.raises(ConfigError, match=r"quantize.kernels='int3'.*Allowed: int4"):
@@ -61,7 +52,7 @@ def test_ggufs_blocks_are_ggufs_byte_for_byte(kind):
 
 @pytest.mark.parametrize("kind", ["int8", "int4", "nf4"])
 def test_other_kinds_are_qwixs(kind):
-    x, row = numbers(2, 64, 3, 5), KINDS[kind]
+    x, row = numbers(2, 64, 3, 5), quantized.KINDS[kind]
     wanted = qwix.quantize(
         jnp.asarray(x),
         kind if row.table else row.codes,
@@ -82,8 +73,8 @@ def packed(kind, group, width=96, extra=10):
     base = quantize(jnp.asarray(numbers(width, 5)), kind, group=group)
     wide = widen(base, base.axis, extra, 0)
     values, inputs = jnp.asarray(numbers(extra, 5)), slice(width, None)
-    made = write_part(wide, values, wide.axis, inputs, slice(None), write_divided)
-    back, block = cut(made, wide.axis, inputs), quantize_block(values, wide)
+    made = quantized.write_part(wide, values, wide.axis, inputs, slice(None), write_divided)
+    back, block = quantized.cut(made, wide.axis, inputs), quantized.quantize_block(values, wide)
     for one, other in zip(jax.tree.leaves(back), jax.tree.leaves(block), strict=True):
         np.testing.assert_array_equal(np.asarray(one), np.asarray(other))
     fill = -extra % group if group else 0
@@ -91,7 +82,7 @@ def packed(kind, group, width=96, extra=10):
     return replace(made, codes=codes, inner=width + extra + fill)
 
 
-FORMS = [("int8", 0), *((kind, 32) for kind in KINDS)]
+FORMS = [("int8", 0), *((kind, 32) for kind in quantized.KINDS)]
 
 
 @pytest.mark.parametrize(
@@ -128,7 +119,7 @@ def test_products_of_every_device_equal_the_dequantised(form, rows):
         np.testing.assert_allclose(np.asarray(y), wanted, rtol=0, atol=2e-4 * np.abs(wanted).max())
 
 
-@pytest.mark.parametrize("kind", always(KINDS, ("int8", "nf4", "q4_1").__contains__))
+@pytest.mark.parametrize("kind", always(quantized.KINDS, ("int8", "nf4", "q4_1").__contains__))
 def test_gradients_are_those_of_the_dequantised_kernel(kind):
     """Of inputs alone; also where few rows take a device's form, which rounds."""
     w, x = quantize(jnp.asarray(numbers(64, 3, 4)), kind, writes=2), jnp.asarray(numbers(2, 3, 64))
@@ -153,11 +144,11 @@ def test_rows_of_a_table_are_the_dequantised_and_nan_where_there_is_none():
     assert not rows[0, :, 64:].any() and jnp.isnan(rows[1, 0]).all()
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", quantized.KINDS)
 def test_wrong_groups_are_refused(kind):
     with pytest.raises(ConfigError, match="groups of 48 inputs"):
         quantize(jnp.zeros((96, 2)), kind, group=48)
-    if KINDS[kind].group:
+    if quantized.KINDS[kind].group:
         with pytest.raises(ConfigError, match=r"do not divide an axis of 40 inputs"):
             quantize(jnp.zeros((40, 2)), kind)
 

@@ -156,6 +156,13 @@ def test_a_method_without_all_its_runs_waits():
     assert not Table(study, found[:1]).labels and Table(study, found[:1]).differences == {}
 
 
+def test_a_study_of_losses_alone_compares_them_with_its_reference():
+    study = small(tasks=(), transfer=(), scoring=None, margin=None, contrasts=())
+    found = records(study, {"lora": (1.0, 1.2), "ffa": (1.1, 1.4), "ffba": (1.0, 1.2)})
+    page = pages.study_page("small", [Table(study, found)])
+    assert "| minus lora |" in page and "| +0.15 [-0.485, +0.785] |" in page
+
+
 def test_records_of_other_rows_are_refused():
     study = small(tasks=("arc_easy",), transfer=())
     found = records(study)

@@ -20,29 +20,27 @@ REQUEST = st.tuples(
 class Engine:
     """Weights of a task, and the requests that run."""
 
-    def __init__(self, fails: float, seed: int) -> None:
+    def __init__(self, fails: float, seed: int, patience: float) -> None:
         self.task, self.running, self.fails, self.random = "", 0, fails, random.Random(seed)
+        self.gate = Gate(self.switch, patience)
 
     async def switch(self, task: str) -> None:
         assert self.running == 0
         self.task = "half"
         await asyncio.sleep(0.001)
         if self.random.random() < self.fails:
-            self.task = gate_of[self].task
+            self.task = self.gate.task
             raise SwitchError(task)
         self.task = task
 
 
-gate_of: dict[Engine, Gate] = {}
-
-
-async def request(gate, engine, task, arrives, runs, leaves):
+async def request(engine, task, arrives, runs, leaves):
     await asyncio.sleep(arrives / 1000)
     client = asyncio.current_task()
     if leaves:
         asyncio.get_running_loop().call_later(runs / 2000, client.cancel)
     try:
-        async with gate.using(task):
+        async with engine.gate.using(task):
             engine.running += 1
             try:
                 assert engine.task == task
@@ -59,36 +57,52 @@ async def request(gate, engine, task, arrives, runs, leaves):
 @given(st.lists(REQUEST, min_size=1, max_size=25), st.sampled_from([0.0, 0.4]), st.integers(0, 9))
 def test_requests_are_served_by_their_own_task(requests, fails, seed):
     async def play():
-        engine = Engine(fails, seed)
-        gate = gate_of[engine] = Gate(engine.switch, patience=0.004)
-        made = [asyncio.ensure_future(request(gate, engine, *each)) for each in requests]
+        engine = Engine(fails, seed, patience=0.004)
+        gate, made = engine.gate, [asyncio.ensure_future(request(engine, *of)) for of in requests]
         done = await asyncio.wait_for(asyncio.gather(*made, return_exceptions=True), 20)
         for found, (*_, leaves) in zip(done, requests, strict=True):
             left = isinstance(found, asyncio.CancelledError) and leaves
             assert left or found == "served" or (found == "refused" and fails), found
         assert gate.running == engine.running == 0 and not gate.broken
         engine.fails = 0.0
-        assert await request(gate, engine, "b", 0, 0, False) == "served"  # it still works
+        assert await request(engine, "b", 0, 0, False) == "served"  # it still works
 
     asyncio.run(play())
 
 
 def test_a_stream_of_one_task_does_not_starve_another():
+    """Without its patience b would wait as long as the streams, one of which always runs."""
+
     async def play():
-        engine = Engine(0.0, 0)
-        gate = gate_of[engine] = Gate(engine.switch, patience=0.01)
-        stop, served = asyncio.Event(), []
+        engine, served = Engine(0.0, 0, patience=0.01), []
 
-        async def stream():
-            while not stop.is_set():
-                served.append(await request(gate, engine, "a", 0, 3, False))
+        async def stream(runs):
+            for _ in range(600 // runs):
+                served.append(await request(engine, "", 0, runs, False))
 
-        streams = [asyncio.ensure_future(stream()) for _ in range(4)]
+        streams = [asyncio.ensure_future(stream(runs)) for runs in (3, 5, 7, 11)]
         await asyncio.sleep(0.005)
-        assert await asyncio.wait_for(request(gate, engine, "b", 0, 1, False), 1) == "served"
-        stop.set()
+        assert await request(engine, "b", 0, 1, False) == "served"
+        assert len(served) < 100
         await asyncio.gather(*streams)
-        assert len(served) > 4 and gate.switches >= 1
+        assert len(served) > 200
+
+    asyncio.run(play())
+
+
+def test_a_request_that_leaves_as_it_is_let_in_is_not_counted():
+    async def play():
+        async def switch(task):
+            pass
+
+        gate = Gate(switch)
+        client = asyncio.ensure_future(gate.enter("a"))
+        while not gate.running:
+            await asyncio.sleep(0)
+        assert not client.done()
+        client.cancel()
+        await asyncio.gather(client, return_exceptions=True)
+        assert gate.running == 0 and client.cancelled()
 
     asyncio.run(play())
 

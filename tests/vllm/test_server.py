@@ -64,11 +64,15 @@ class Engine:
     async def resume_generation(self):
         pass
 
-    async def ask(self, method, path, body=None, leaves=None):
+    async def ask(self, method, path, body=None, leaves=None, root=""):
         """(status, JSON) of an answer. leaves: after how many seconds the client does."""
         data = body if isinstance(body, bytes) else json.dumps(body).encode()
-        scope = {"type": "http", "method": method, "path": path, "query_string": b""}
-        scope |= {"headers": [(b"content-length", str(len(data)).encode())], "app": self.app}
+        scope = {"type": "http", "method": method, "path": path, "root_path": root}
+        scope |= {
+            "query_string": b"",
+            "headers": [(b"content-length", str(len(data)).encode())],
+            "app": self.app,
+        }
         sent, given = [], [{"type": "http.request", "body": data}]
 
         async def receive():
@@ -132,11 +136,13 @@ def test_requests_reach_the_engine_with_their_own_task(engine):
         pauses = engine.pauses
         assert (await ask("POST", "/nothing", {"model": "m:b"}))[0] == 404
         assert engine.pauses == pauses  # what computes nothing changes nothing
+        use = ask("POST", "/api/v1/zflora/use", {"task": "a"}, root="/api")  # behind a proxy
+        assert (await asyncio.wait_for(use, 5))[0] == 200
 
     asyncio.run(play())
 
 
-def test_a_client_that_leaves_the_queue_changes_nothing(engine):
+def test_a_client_that_leaves_the_queue_and_a_task_that_does_change_nothing(engine):
     engine.load("a")
 
     async def play():
@@ -145,7 +151,11 @@ def test_a_client_that_leaves_the_queue_changes_nothing(engine):
         )
         await asyncio.sleep(0.02)
         assert await engine.ask("POST", "/v1/completions", {"model": "m:a"}, leaves=0.01) is None
+        waits = asyncio.ensure_future(engine.ask("POST", "/v1/completions", {"model": "m:a"}))
+        await asyncio.sleep(0)
+        assert (await engine.ask("POST", "/v1/zflora/unload", {"task": "a"}))[0] == 200
         assert (await runs)[1]["by"] == "own" and engine.pauses == 0
+        assert "is not loaded any more" in (await waits)[1]["error"]["message"]
         assert engine.plugin.gate.running == 0
 
     asyncio.run(play())
@@ -180,7 +190,7 @@ def test_an_engine_that_ends_in_a_change_holds_no_request(engine):
     asyncio.run(play())
 
 
-def test_tasks_are_loaded_and_unloaded_from_one_folder(engine, folder):
+def test_tasks_are_loaded_and_unloaded_from_one_folder(engine, folder, monkeypatch):
     async def play():
         ask = engine.ask
         for task, status, words in (
@@ -207,9 +217,16 @@ def test_tasks_are_loaded_and_unloaded_from_one_folder(engine, folder):
         assert found[0] == 400 and "--quantization zflora" in found[1]["error"]["message"]
 
     asyncio.run(play())
-    args = types.SimpleNamespace(api_server_count=2, served_model_name=["m"], model="x")
-    with pytest.raises(ValueError, match="--api-server-count 2: the gate"):
-        asyncio.run(Plugin().init_state(engine, None, args))
+    path = folder / "a.safetensors"
+    assert "a.safetensors has changed" in engine.ranks[0].zflora_load("a", str(path), "another")
+    for option in ("api_server_count", "data_parallel_size"):
+        args = types.SimpleNamespace(served_model_name=["m"], model="x", **{option: 2})
+        with pytest.raises(ValueError, match=f"--{option.replace('_', '-')} 2: the gate"):
+            asyncio.run(Plugin().init_state(engine, None, args))
+    monkeypatch.setattr("zflora_vllm.server.os.replace", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        asyncio.run(engine.ask("PUT", "/v1/zflora/slices/c", path.read_bytes()))
+    assert not [*folder.glob("c.*"), *folder.glob("*.part")]
 
 
 def test_push_sends_slices_to_a_server(engine, folder, tmp_path, capsys):

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, load_file, save, save_file
 from support.cases import case_id
 from support.checks import assert_logits_close
 from support.exports import WIDENED, tiny_family
@@ -14,7 +14,7 @@ from support.models import tiny_model
 from support.serving import LAYERS, local, save_tasks
 
 import zflora_jax as zf
-from zflora_vllm.slices import Part, SlicesError, parts, read_slices, require_same, writes
+from zflora_vllm.slices import Part, SlicesError, _digest, parts, read_slices, require_same, writes
 from zflora_vllm.worker import export_facts, kept
 
 pytestmark = pytest.mark.filterwarnings("ignore:head_dim")
@@ -92,6 +92,18 @@ def test_what_does_not_belong_together_is_refused(tmp_path):
     ):
         with pytest.raises(SlicesError, match=words):
             read_slices(wrong, "x")
+    name, signed = "model.layers.0.mlp.up_proj.weight", load(data)
+    for part, cut, words in (
+        ("rows", np.s_[:, :-1], f"{name}: the slices are of lines of other lengths"),
+        ("rows", np.s_[:-1], "x contradicts itself"),
+        ("columns", np.s_[:, :-1], "x contradicts itself"),
+    ):
+        wrong = signed | {f"{name}.{part}": signed[f"{name}.{part}"][cut].contiguous()}
+        said = {key: value for key, value in slices.facts.items() if key != "sha256"}
+        said |= {"sha256": _digest(wrong, said)}
+        with pytest.raises(SlicesError, match=words):
+            found = read_slices(save(wrong, {"zflora": json.dumps(said)}), "x")
+            writes(found, Part(name, range(84), range(60)))
     with pytest.raises(SlicesError, match="is no fused export of zflora_jax"):
         export_facts(tmp_path)
     with pytest.raises(SlicesError, match="86 lines are not divided by 4 ranks"):
