@@ -70,22 +70,23 @@ def test_requests_are_served_by_their_own_task(requests, fails, seed):
     asyncio.run(play())
 
 
-def test_a_stream_of_one_task_does_not_starve_another():
-    """Without its patience b would wait as long as the streams, one of which always runs."""
+@pytest.mark.parametrize("patience", [0, 9])
+def test_a_stream_of_one_task_does_not_starve_another(patience):
+    """A request of another task is passed by those of the current one until it loses patience."""
 
     async def play():
-        engine, served = Engine(0.0, 0, patience=0.01), []
-
-        async def stream(runs):
-            for _ in range(600 // runs):
-                served.append(await request(engine, "", 0, runs, False))
-
-        streams = [asyncio.ensure_future(stream(runs)) for runs in (3, 5, 7, 11)]
-        await asyncio.sleep(0.005)
-        assert await request(engine, "b", 0, 1, False) == "served"
-        assert len(served) < 100
-        await asyncio.gather(*streams)
-        assert len(served) > 200
+        gate = Gate(Engine(0.0, 0, 0).switch, patience)
+        await gate.enter("")
+        other, later = (asyncio.ensure_future(gate.enter(task)) for task in ("b", ""))
+        for _ in range(3):
+            await asyncio.sleep(0)
+        assert not other.done() and later.done() == bool(patience)
+        for _ in range(gate.running):
+            gate.leave()
+        await asyncio.wait_for(other, 5)
+        assert gate.task == "b" and gate.running == 1
+        gate.leave()
+        await asyncio.wait_for(later, 5)
 
     asyncio.run(play())
 
