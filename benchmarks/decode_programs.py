@@ -111,17 +111,11 @@ class DecodeCase:
         device = np.asarray(where.devices()[:1]).reshape(1, 1, 1)
         mesh = Mesh(device, AXES, axis_types=(AxisType.Auto,) * 3)
         keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), self.batch))
-        shape = (self.batch, self.prompt)
-        given = (
-            self.variables(where),
-            jax.ShapeDtypeStruct(shape, jnp.int32),
-            jax.ShapeDtypeStruct(shape, bool),
-            keys,
-        )
-        here = NamedSharding(mesh, P())
-        placed = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), given
-        )
+        shape, here = (self.batch, self.prompt), NamedSharding(mesh, P())
+        prompts = [jax.ShapeDtypeStruct(shape, dtype) for dtype in (jnp.int32, bool)]
+        given = (self.variables(where), *prompts, keys)
+        place = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here)  # noqa: E731
+        placed = jax.tree.map(place, given)
         program = DecodeProgram(self.packed(where), self.unmerged)
         with jax.set_mesh(mesh), no_compile_cache():
             return DecodeProgram.decode.lower(program, *placed, self.new_tokens).compile()
@@ -205,13 +199,5 @@ def read_bytes(variables: trees.Tree, config: LlamaConfig, batch: int, slots: in
     weights = sum(bytes_of(leaf) for leaf in jax.tree.leaves(variables))
     if not config.tie_word_embeddings:
         weights -= bytes_of(table)
-    cache = (
-        2
-        * batch
-        * config.num_layers
-        * config.num_kv_heads
-        * config.head_dim
-        * slots
-        * jnp.dtype(config.execution.dtype).itemsize
-    )
-    return int(weights + cache)
+    width = config.num_kv_heads * config.head_dim * jnp.dtype(config.execution.dtype).itemsize
+    return int(weights + 2 * batch * slots * config.num_layers * width)

@@ -37,11 +37,9 @@ def decode(repeats: int, new_tokens: int) -> Iterable[Row]:
     base = zf.load_model("smollm2-135m")
     adapter = zf.AdapterConfig("zflora-minimal", rank=16)
     adapters = perturbed(base, adapter)
-    whole = {
-        "int8": QuantizeConfig("int8", embedding="int8"),
-        "q8_0": QuantizeConfig("q8_0", embedding="q8_0"),
-    }
-    bases = {"float32": base} | {n: zf.quantize_model(base, how) for n, how in whole.items()}
+    bases = {"float32": base}
+    for kind in ("int8", "q8_0"):
+        bases[kind] = zf.quantize_model(base, QuantizeConfig(kind, embedding=kind))
     bases["q4_1, as in the file"] = zf.load_model("smollm2-135m", quantize="keep")
     models = {}
     for name, model in bases.items():
@@ -86,8 +84,8 @@ def compiled() -> Iterable[Row]:
                 train=TrainConfig(dtype="bfloat16", remat="block"),
                 quantize=QuantizeConfig(kind),  # type: ignore[arg-type]
             )
-            row = {"target": name, "kind": kind, "train": "llama-2-7b, 4 x 512 tokens"}
             found, _ = compile_step(run, preset("llama-2-7b"), target(name))
+            row = {"target": name, "kind": kind, "train": "llama-2-7b, 4 x 512 tokens"}
             yield row | {"bytes": found.get("bytes")}  # none: the compiler refuses it
 
 
@@ -169,10 +167,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=48, help="generated tokens of decode")
     args = parser.parse_args()
     at_least(parser, args, repeats=1, tokens=2)
-    made = {
-        "decode": lambda: decode(args.repeats, args.tokens),
-        "compiled": compiled,
-    }
+    made = {"decode": lambda: decode(args.repeats, args.tokens), "compiled": compiled}
     for part in args.parts:
         rows = []
         for row in made[part]():

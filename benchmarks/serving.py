@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import http.client
 import json
 import os
 import random
@@ -32,8 +31,9 @@ from typing import Any
 from harness import arguments, at_least, origins, perturbed, write_part
 
 TASKS, ADAPTERS, CLIENTS = 3, 8, 8  # fused tasks, LoRA adapters, clients of the patterns
+PROMPT, NEW_TOKENS = 64, 32
 PLAIN = ("--quantization", "zflora")
-GATE = (*PLAIN, "--worker-extension-cls", "zflora_vllm.worker.Tasks")
+GATE = (*PLAIN, "--worker-extension-cls", "serving_worker.WatchedTasks")
 EPS = {"float32": 2.0**-7, "bfloat16": 2.0**-3}
 QUANTILES = {"median": 0.5, "p95": 0.95}
 PARTS = ("single", "patterns", "switch", "tokens")
@@ -76,52 +76,46 @@ class Server:
             self.process.kill()
             self.process.wait()
 
-    def post(self, path: str, body: Mapping[str, Any]) -> bytes:
-        request = urllib.request.Request(
-            f"http://127.0.0.1:{self.port}{path}",
-            json.dumps(body).encode(),
-            {"content-type": "application/json"},
-        )
-        with urllib.request.urlopen(request, timeout=300) as answer:
-            return answer.read()
+    def post(self, path: str, body: Mapping[str, Any]) -> Any:
+        """The answer, a file to read."""
+        url, kind = f"http://127.0.0.1:{self.port}{path}", {"content-type": "application/json"}
+        request = urllib.request.Request(url, json.dumps(body).encode(), kind)
+        return urllib.request.urlopen(request, timeout=300)
 
-    def tokens(self, model: str, prompt: Sequence[int], count: int) -> list[int]:
+    def rpc(self, model: str, method: str) -> Any:
+        """What a method of the worker returns while a model's task is in place."""
+        body = {"model": model, "method": method}
+        return json.load(self.post("/collective_rpc", body))["results"][0]
+
+    def tokens(self, model: str, prompt: Sequence[int]) -> list[int]:
         """Greedy tokens."""
-        body = asked(model, prompt, count) | {"return_token_ids": True}
-        return json.loads(self.post("/v1/completions", body))["choices"][0]["token_ids"]
+        body = asked(model, prompt) | {"return_token_ids": True}
+        return json.load(self.post("/v1/completions", body))["choices"][0]["token_ids"]
 
-    def timed(self, model: str, prompt: Sequence[int], count: int) -> tuple[float, float]:
+    def timed(self, model: str, prompt: Sequence[int]) -> tuple[float, float]:
         """Seconds to the first token of an answer that is streamed, and to its end."""
-        start, first = time.perf_counter(), 0.0
-        line = http.client.HTTPConnection("127.0.0.1", self.port, timeout=300)
-        body = json.dumps(asked(model, prompt, count) | {"stream": True})
-        line.request("POST", "/v1/completions", body, {"content-type": "application/json"})
-        answer = line.getresponse()
-        if answer.status != 200:
-            raise RuntimeError(answer.read().decode())
-        while data := answer.readline():
-            if data.startswith(b"data:") and not first:
-                first = time.perf_counter() - start
-        line.close()
-        return first, time.perf_counter() - start
+        start, times = time.perf_counter(), []
+        with self.post("/v1/completions", asked(model, prompt) | {"stream": True}) as answer:
+            while data := answer.readline():
+                if data.startswith(b"data:"):
+                    times.append(time.perf_counter() - start)
+        return times[0], times[-1]
 
 
-def asked(model: str, prompt: Sequence[int], count: int) -> dict[str, Any]:
-    body = {"model": model, "prompt": list(prompt), "max_tokens": count, "min_tokens": count}
-    return body | {"ignore_eos": True, "temperature": 0}
+def asked(model: str, prompt: Sequence[int]) -> dict[str, Any]:
+    body = {"model": model, "prompt": list(prompt), "ignore_eos": True, "temperature": 0}
+    return body | {"max_tokens": NEW_TOKENS, "min_tokens": NEW_TOKENS}
 
 
 @contextlib.contextmanager
 def serving(**starts: Callable[[], Server]) -> Iterator[dict[str, Server]]:
     """Servers that run side by side; those that are not asked are idle."""
     servers = dict[str, Server]()
-    try:
+    with contextlib.ExitStack() as stack:
         for name, start in starts.items():
             servers[name] = start()
+            stack.callback(servers[name].stop)
         yield servers
-    finally:
-        for server in servers.values():
-            server.stop()
 
 
 def exports(folder: Path, dtype: str) -> None:
@@ -141,22 +135,24 @@ def exports(folder: Path, dtype: str) -> None:
         zf.save_peft(folder / f"lora{i}", model, lora, perturbed(model, lora, seed=i))
 
 
-def prompts(count: int, length: int, seed: int) -> list[list[int]]:
+def prompts(count: int, seed: int) -> list[list[int]]:
     draw = random.Random(seed)
-    return [[draw.randrange(1000, 30000) for _ in range(length)] for _ in range(count)]
+    return [[draw.randrange(1000, 30000) for _ in range(PROMPT)] for _ in range(count)]
 
 
-def batch(server: Server, models: Sequence[str], args: argparse.Namespace, seed: int) -> Any:
+def batch(server: Server, models: Sequence[str], seed: int) -> dict[str, float]:
     """Requests at once: median TTFT and TPOT in ms, tokens a second of all."""
-    given = prompts(len(models), args.prompt, seed)
     with ThreadPoolExecutor(len(models)) as pool:
         start = time.perf_counter()
-        times = list(pool.map(server.timed, models, given, [args.new_tokens] * len(models)))
+        times = list(pool.map(server.timed, models, prompts(len(models), seed)))
         seconds = time.perf_counter() - start
-    tpot = [1e3 * (end - first) / (args.new_tokens - 1) for first, end in times]
     found = {"ttft_ms": 1e3 * statistics.median(first for first, _ in times)}
-    found |= {"tpot_ms": statistics.median(tpot)}
-    return found | {"tokens_s": len(models) * args.new_tokens / seconds}
+    found |= {"tpot_ms": tpot_ms(times)}
+    return found | {"tokens_s": len(models) * NEW_TOKENS / seconds}
+
+
+def tpot_ms(times: Sequence[tuple[float, float]]) -> float:
+    return 1e3 * statistics.median((end - first) / (NEW_TOKENS - 1) for first, end in times)
 
 
 def single(servers: Mapping[str, Server], args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -179,7 +175,7 @@ def single(servers: Mapping[str, Server], args: argparse.Namespace) -> list[dict
     found: dict[str, list[dict[str, float]]] = {name: [] for name in cases}
     for name in turns(list(cases), args.rounds + 1):  # the first turn is not counted
         server, models = cases[name]
-        found[name].append(batch(servers[server], models, args, seed=len(found[name])))
+        found[name].append(batch(servers[server], models, seed=len(found[name])))
         print(name, found[name][-1], flush=True)
     rows = []
     for name, times in found.items():
@@ -204,45 +200,49 @@ def patterns(servers: Mapping[str, Server], args: argparse.Namespace) -> list[di
                 clients = []
                 for i in range(CLIENTS):
                     seed = 100 * turn + i
-                    draw, given = random.Random(seed), prompts(6, args.prompt, seed)
+                    draw, given = random.Random(seed), prompts(6, seed)
                     clients.append([(model.format(task(i, k, draw)), given[k]) for k in range(6)])
-                ask = partial(one_client, servers[server], args.new_tokens)
+                ask = partial(one_client, servers[server])
                 start = time.perf_counter()
                 with ThreadPoolExecutor(CLIENTS) as pool:
-                    seconds = [s for of in pool.map(ask, clients) for s in of]
-                rate = len(seconds) * args.new_tokens / (time.perf_counter() - start)
-                found.append((rate, statistics.median(seconds), max(seconds)))
-            rates, middle, longest = zip(*found, strict=True)
+                    times = [t for of in pool.map(ask, clients) for t in of]
+                rate = len(times) * NEW_TOKENS / (time.perf_counter() - start)
+                ends = [end for _, end in times]
+                found.append((rate, tpot_ms(times), statistics.median(ends), max(ends)))
+            rates, tpots, middle, longest = zip(*found, strict=True)
             row = {"pattern": pattern, "": name, "tokens_s": statistics.median(rates)}
-            row |= {"tokens_s_all": rates, "longest_s": max(longest)}
+            row |= {"tokens_s_all": rates, "tpot_ms": statistics.median(tpots)}
+            row |= {"longest_s": max(longest)}
             rows.append(row | {"request_s": statistics.median(middle)})
             print(rows[-1], flush=True)
     return rows
 
 
-def one_client(server: Server, count: int, asks: Sequence[tuple[str, list[int]]]) -> list[float]:
-    """Seconds of each request."""
-    return [server.timed(model, prompt, count)[1] for model, prompt in asks]
+def one_client(server: Server, asks: Sequence[tuple[str, list[int]]]) -> list[tuple[float, float]]:
+    """Seconds to the first token and to the end of each request."""
+    return [server.timed(model, prompt) for model, prompt in asks]
 
 
 def switch(servers: Mapping[str, Server], folder: Path, args: argparse.Namespace) -> dict[str, Any]:
-    """Milliseconds over HTTP of a switch and of loading a LoRA, and whether the base stays."""
+    """Milliseconds of a switch and of loading a LoRA, and whether the base's bytes stay."""
     gate, lora = servers["gate"], servers["lora"]
-    [prompt] = prompts(1, args.prompt, 0)
-    before = [gate.tokens(model, prompt, 32) for model in ("m", "m:base")]
     times: dict[str, list[float]] = {"switch": [], "load_lora_adapter": []}
+    before = [gate.rpc(model, "zflora_weights") for model in ("m", "m:base")]
+    gate.rpc("m", "zflora_take_times")
     for i in range(args.switches):
         start = time.perf_counter()
         gate.post("/v1/zflora/use", {"task": f"t{i % TASKS}"})
         times["switch"].append(1e3 * (time.perf_counter() - start))
-    after = [gate.tokens(model, prompt, 32) for model in ("m", "m:base")]
+    times["its write in the worker"] = gate.rpc("m", "zflora_take_times")[: args.switches]
+    after = [gate.rpc(model, "zflora_weights") for model in ("m", "m:base")]
+    found: dict[str, Any] = {"bytes of m and m:base stay": before == after}
+    assert after[0] != after[1]
     for i in range(20):
         start = time.perf_counter()
         path = str(folder / f"lora{i % ADAPTERS}")
         lora.post("/v1/load_lora_adapter", {"lora_name": f"new{i}", "lora_path": path})
         times["load_lora_adapter"].append(1e3 * (time.perf_counter() - start))
         lora.post("/v1/unload_lora_adapter", {"lora_name": f"new{i}"})
-    found: dict[str, Any] = {"tokens of m and m:base stay": before == after}
     for name, values in times.items():
         ordered = sorted(values)
         found[name] = {"count": len(values), "min_ms": ordered[0]}
@@ -250,25 +250,26 @@ def switch(servers: Mapping[str, Server], folder: Path, args: argparse.Namespace
     return found
 
 
-def tokens(vllm: str, dtype: str, folder: Path, args: argparse.Namespace) -> dict[str, int]:
+def tokens(vllm: str, dtype: str, folder: Path) -> dict[str, int]:
     """Greedy answers of each task after a switch, and from a server started with its export."""
-    given, wanted, equal = prompts(4, args.prompt, 1), dict[str, list[list[int]]](), 0
+    given, wanted, equal = prompts(4, 1), dict[str, list[list[int]]](), 0
     for i in range(TASKS):
         with serving(own=lambda i=i: Server(vllm, folder / f"t{i}", dtype, *PLAIN)) as servers:
-            wanted[f"m:t{i}"] = [servers["own"].tokens("m", p, 32) for p in given]
+            wanted[f"m:t{i}"] = [servers["own"].tokens("m", p) for p in given]
     with serving(gate=lambda: gated(vllm, dtype, folder)) as servers:
         for _ in range(3):
             for model, answers in wanted.items():
                 equal += sum(
-                    servers["gate"].tokens(model, p, 32) == answer
+                    servers["gate"].tokens(model, p) == answer
                     for p, answer in zip(given, answers, strict=True)
                 )
     return {"answers": 3 * 4 * TASKS, "equal": equal}
 
 
 def gated(vllm: str, dtype: str, folder: Path) -> Server:
-    """A server of t0 with the tasks loaded."""
+    """A server of t0 with the tasks loaded, whose workers can be asked (VLLM_SERVER_DEV_MODE)."""
     env = {"VLLM_PLUGINS": "zflora", "ZFLORA_TASKS": str(folder / "tasks")}
+    env |= {"VLLM_SERVER_DEV_MODE": "1", "PYTHONPATH": str(Path(__file__).parent)}
     server = Server(vllm, folder / "t0", dtype, *GATE, **env)
     for i in range(TASKS):
         server.post("/v1/zflora/load", {"task": f"t{i}"})
@@ -283,13 +284,14 @@ def page(result: Mapping[str, Any]) -> str:
         if rows := result.get(part):
             shown = [{c: format(row[k], form) for c, (k, form) in columns.items()} for row in rows]
             blocks += [text, markdown_table(shown, list(columns)), origins(result, part)]
+            blocks += [f"![{PICTURE}](serving.png)"] * (part == "patterns")
     if found := result.get("switch"):
         shown = [
-            {"over HTTP": name} | {k: f"{v:.0f}" for k, v in found[name].items()}
-            for name in ("switch", "load_lora_adapter")
+            {"over HTTP, ms": name} | {k: f"{v:.0f}" for k, v in found[name].items()}
+            for name in ("switch", "its write in the worker", "load_lora_adapter")
         ]
-        stay = found["tokens of m and m:base stay"]
-        text = f"The export's and the base's tokens are the same after them: {stay}."
+        stay = found["bytes of m and m:base stay"]
+        text = f"The export's and the base's bytes in the worker are the same after them: {stay}."
         blocks += [markdown_table(shown, list(shown[0])), text, origins(result, "switch")]
     for part in [name for name in result if name.startswith("tokens ")]:
         same = "{equal} of {answers} answers of 32 greedy tokens".format(**result[part])
@@ -309,9 +311,11 @@ ALL_CLIENTS = {
     "pattern of 8 clients": ("pattern", ""),
     "tasks as": ("", ""),
     "tokens/s": ("tokens_s", ".0f"),
+    "TPOT, ms": ("tpot_ms", ".0f"),
     "seconds of a request, median": ("request_s", ".2f"),
     "longest": ("longest_s", ".2f"),
 }
+PICTURE = "Tokens a second of 8 clients"
 SINGLE = """SmolLM2-135M in vLLM 0.32's CPU build, float32, eager, no prefix cache, one process per
 server; all servers run and take turns. Prompts of 64 tokens, 32 new ones, streamed over HTTP.
 Medians of rounds; ratios within a round. packed: a stock server of one fused export, with the
@@ -322,16 +326,23 @@ changes its task after two requests. random mix: each request draws its task. Lo
 a batch together; fused tasks take turns."""
 
 
+def draw(result: Mapping[str, Any], out: Path) -> None:
+    """Draws the tokens a second of each pattern."""
+    from plots import bars
+
+    rows = {f"{row['pattern']}: {row['']}": row["tokens_s"] for row in result.get("patterns", [])}
+    if rows:
+        bars(rows, out, PICTURE, label="SmolLM2-135M, three tasks, vLLM's CPU build on 2 cores")
+
+
 def main() -> None:
     parser = arguments(__doc__, "serving")
     parser.add_argument("--vllm", metavar="FILE", required=True, help="vLLM's command")
     parser.add_argument("--parts", nargs="+", default=PARTS, choices=PARTS)
-    parser.add_argument("--prompt", type=int, default=64)
-    parser.add_argument("--new-tokens", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--switches", type=int, default=1000)
     args = parser.parse_args()
-    at_least(parser, args, prompt=1, new_tokens=2, rounds=1, switches=1)
+    at_least(parser, args, rounds=1, switches=1)
     if not Path(args.vllm).is_file():
         parser.error(f"--vllm {args.vllm}: give vLLM's command; the docstring says how to get it")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # which stops the servers
@@ -343,7 +354,7 @@ def main() -> None:
             if dtype == "float32" and set(args.parts) - {"tokens"}:
                 measured(args, folder)
             if "tokens" in args.parts:
-                found = tokens(args.vllm, dtype, folder, args)
+                found = tokens(args.vllm, dtype, folder)
                 write_part(args.out, f"tokens {dtype}", found, page)
 
 
@@ -369,7 +380,7 @@ def measured(args: argparse.Namespace, folder: Path) -> None:
             ("switch", lambda: switch(servers, folder, args)),
         ):
             if part in args.parts:
-                write_part(args.out, part, make(), page)
+                draw(write_part(args.out, part, make(), page), args.out)
 
 
 if __name__ == "__main__":

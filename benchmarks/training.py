@@ -165,13 +165,12 @@ def measure(case: Case, labels: list[str], repeats: int) -> list[Row]:
     for label, (peak, first_step) in separate.items():
         row = {"case": dataclasses.asdict(case), "label": label}
         row |= summary(times[label], "step_ms")
-        if PEFT in times:
-            row["step_ratio"] = ratio(times[label], times[PEFT])
-            row["memory_ratio"] = peak / separate[PEFT][0]
         adapter = AdapterConfig("lora" if label == PEFT else label, rank=case.rank)
         rows.append(
             row
             | {
+                "step_ratio": ratio(times[label], times[PEFT]),
+                "memory_ratio": peak / separate[PEFT][0],
                 "tokens_per_s": 1e3 * case.batch * case.length / row["step_ms"],
                 "compile_s": first[label][0] - row["step_ms"] / 1e3,
                 "loss": first[label][1],
@@ -221,10 +220,10 @@ def _line(row: Row) -> Row:
         "masked": f"{case.masked:.0%}",
         "": row["label"],
         "step, ms": f"{row['step_ms']:.0f} {spread}",
-        "x PEFT": f"{row['step_ratio']:.3f}" if "step_ratio" in row else "-",
+        "x PEFT": f"{row['step_ratio']:.3f}",
         "tokens/s": round(row["tokens_per_s"]),
         "peak, MB": round(row["peak_bytes"] / 1e6),
-        "x PEFT ": f"{row['memory_ratio']:.3f}" if "memory_ratio" in row else "-",
+        "x PEFT ": f"{row['memory_ratio']:.3f}",
         "compile, s": f"{row['compile_s']:.1f}",
         "first step after, s": f"{row['first_step_s']:.1f}",
     }
@@ -247,7 +246,6 @@ def main() -> None:
     )
     parser.add_argument("--quantize", nargs="+", default=["none"], help="none, int8, nf4")
     parser.add_argument("--repeats", type=int, default=7, help="turns")
-    parser.add_argument("--no-peft", action="store_true", help="measure only this project")
     args = parser.parse_args()
     if args.job:
         print(json.dumps(train_in_this_process(json.loads(args.job))))
@@ -255,7 +253,7 @@ def main() -> None:
     at_least(parser, args, rank=1, batch=1, length=2, repeats=1)
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # torch uses the same GPU
     os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
-    labels = [*args.methods, *([] if args.no_peft else [PEFT])]
+    labels = [*args.methods, PEFT]
     rows = [
         row
         for masked in args.masked

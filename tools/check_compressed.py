@@ -20,11 +20,8 @@ from check_consumers import PROMPTS, ask, fused, same, small_model, version
 from consumer_workers import NEW_TOKENS
 
 CASES = [
-    ("smollm2-135m", "base", "int8"),
-    ("smollm2-135m", "base", "w8a8"),
-    ("smollm2-135m", "zflora-minimal", "int8"),
-    ("smollm2-135m", "zflora-minimal", "w8a8"),
-    ("smollm2-135m", "zflora-minimal", "int4"),
+    *(("smollm2-135m", "base", quant) for quant in ("int8", "w8a8")),
+    *(("smollm2-135m", "zflora-minimal", quant) for quant in ("int8", "w8a8", "int4")),
     *(
         ("tiny", method, quant)
         for method in ("ffba", "zflora-minimal", "zflora-uniform")
@@ -110,16 +107,13 @@ def main() -> None:
         }
         for row in rows
     ]
+    used = ", ".join(f"{name} {found}" for name, found in versions.items())
+    logits = "Logits: the export's against the fused model's, with the base's codes."
     text = ["# Exports with quantised kernels", "", *(__doc__ or "").splitlines(), ""]
-    text += [
-        "Logits: the export's against the fused model's, with the base's codes. "
-        + ", ".join(f"{k} {v}" for k, v in versions.items())
-        + f", {NEW_TOKENS} tokens of each prompt."
-    ]
+    text += [f"{logits} {used}, {NEW_TOKENS} tokens of each prompt."]
     text += ["", markdown_table(shown, list(shown[0])), "", origin_line(env), ""]
-    write_result(
-        args.out, {"rows": rows, "versions": versions, "environment": env}, "\n".join(text)
-    )
+    result = {"rows": rows, "versions": versions, "environment": env}
+    write_result(args.out, result, "\n".join(text))
 
 
 if __name__ == "__main__":

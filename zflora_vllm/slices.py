@@ -121,23 +121,20 @@ class Part:
 
 @dataclass(frozen=True)
 class Write:
-    """Values that replace lines of a weight along an axis; elsewhere along the other: all, or from
-    `start` on.
+    """Values that replace some rows and columns of a weight [out, in]: slices where these follow on
+    each other, because copies of slices are several times as fast as those of indices.
     """
 
-    axis: int
-    lines: torch.Tensor  # indices along `axis`, local
-    start: int  # first row, where axis is 1
+    place: tuple[slice | torch.Tensor, slice | torch.Tensor]
     values: torch.Tensor
 
     def into(self, weight: torch.Tensor) -> None:
-        """Writes into a weight [out, in] in place."""
-        values = self.values.to(weight.device, weight.dtype)
-        if self.axis == 0:
-            weight[self.lines.to(weight.device)] = values
-        else:
-            rows = slice(self.start, self.start + len(values))
-            weight[rows, self.lines.to(weight.device)] = values
+        """Writes into a weight in place."""
+        weight[self.place] = self.values.to(weight.device, weight.dtype)
+
+    def kept(self, weight: torch.Tensor) -> Write:
+        """The write that puts back what is there now."""
+        return Write(self.place, weight[self.place].clone())
 
 
 def writes(slices: Slices, part: Part) -> list[Write]:
@@ -145,15 +142,23 @@ def writes(slices: Slices, part: Part) -> list[Write]:
     at, values = slices.rows[part.tensor]
     here = (at >= part.rows.start) & (at < part.rows.stop)
     columns = slice(part.columns.start, part.columns.stop)
-    rows = Write(0, at[here] - part.rows.start + part.start, 0, values[here, columns].contiguous())
+    lines = _place(at[here] - part.rows.start + part.start)
+    rows = Write((lines, slice(None)), values[here, columns].contiguous())
     at, values = slices.columns[part.tensor]
     here = (at >= part.columns.start) & (at < part.columns.stop)
     of_part = values[part.rows.start : part.rows.stop, here].contiguous()
-    found = [rows, Write(1, at[here] - part.columns.start, part.start, of_part)]
+    held = slice(part.start, part.start + len(part.rows))
+    lines = _place(at[here] - part.columns.start)
     lengths = rows.values.shape[1], len(of_part)
     if lengths != (len(part.columns), len(part.rows)):
         raise SlicesError(f"{part.tensor}: the slices are of lines of other lengths, {lengths}.")
-    return [write for write in found if len(write.lines)]
+    return [w for w in (rows, Write((held, lines), of_part)) if w.values.numel()]
+
+
+def _place(lines: torch.Tensor) -> slice | torch.Tensor:
+    """Sorted indices, as a slice where they have no gap."""
+    first, last = (int(lines[0]), int(lines[-1])) if len(lines) else (0, -1)
+    return slice(first, last + 1) if last + 1 - first == len(lines) else lines
 
 
 def parts(layer: str, sizes: Mapping[str, int], rank: int, ranks: int) -> list[Part]:

@@ -37,7 +37,7 @@ class Tasks:
             tasks = self.__dict__.setdefault("zflora_tasks", {})
             made = self._zflora_writes(slices)
             if OWN not in tasks:  # the values that are there now
-                own = [(weight, kept(weight, write)) for weight, write in made]
+                own = [(weight, write.kept(weight)) for weight, write in made]
                 tasks |= {OWN: own, BASE: self._zflora_writes(slices.idle())}
             tasks[name] = made
         except SlicesError as error:
@@ -87,16 +87,6 @@ class Tasks:
         if lacking := sorted(slices.rows.keys() - seen):
             raise SlicesError(f"this rank has no layer for {', '.join(lacking[:3])} and others.")
         return found
-
-
-def kept(weight: torch.Tensor, write: Write) -> Write:
-    """A write that puts back what is there now, of which indexing by tensors makes a copy."""
-    if write.axis == 0:
-        values = weight[write.lines.to(weight.device)]
-    else:
-        rows = slice(write.start, write.start + len(write.values))
-        values = weight[rows, write.lines.to(weight.device)]
-    return Write(write.axis, write.lines, write.start, values)
 
 
 def export_facts(directory: Path) -> Mapping[str, Any]:

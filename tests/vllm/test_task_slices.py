@@ -15,7 +15,7 @@ from support.serving import LAYERS, local, save_tasks
 
 import zflora_jax as zf
 from zflora_vllm.slices import Part, SlicesError, _digest, parts, read_slices, require_same, writes
-from zflora_vllm.worker import export_facts, kept
+from zflora_vllm.worker import export_facts
 
 pytestmark = pytest.mark.filterwarnings("ignore:head_dim")
 SIZES = {"num_heads": 12, "num_kv_heads": 12, "hidden_size": 48, "head_dim": 8}
@@ -63,7 +63,7 @@ def test_every_rank_gets_its_shard_of_a_task(method, kv_heads, ranks, tmp_path):
             weight, wanted = (local(x, layer, ranks, rank, copies).clone() for x in (one, two))
             before = weight.clone()
             made = [w for part in parts(layer, of, rank, ranks) for w in writes(slices, part)]
-            back = [kept(weight, write) for write in made]
+            back = [write.kept(weight) for write in made]
             for write in made:
                 write.into(weight)
             assert torch.equal(weight, wanted) and not torch.equal(weight, before)
