@@ -76,6 +76,8 @@ def test_what_does_not_belong_together_is_refused(tmp_path):
     adapter = WIDENED["zflora-minimal"]
     tasks = {"one": 0.05, "two": 0.03}
     fused = save_tasks(tmp_path, adapter, tiny_model(**SIZES), dtype="bfloat16", **tasks)
+    report = zf.save_slices(tmp_path / "three.safetensors", fused, eps_z=1.0)
+    assert report["own_eps_z"] < report["eps_z"] == 1.0
     data = (tmp_path / "two.safetensors").read_bytes()
     slices, facts = read_slices(data, "two"), export_facts(tmp_path / "one")
     require_same(slices.facts, facts, "two", "one")

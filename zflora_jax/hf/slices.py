@@ -26,7 +26,7 @@ from zflora_jax.core.model_config import LlamaConfig
 from zflora_jax.hf.keys import hf_table, members
 from zflora_jax.hf.restore import WIDTHS
 from zflora_jax.hf.save import DTYPES, own_dtype
-from zflora_jax.hf.stock import HFContent, StockForm, module_of, to_stock
+from zflora_jax.hf.stock import HFContent, StockForm, choose_eps_z, module_of, to_stock
 from zflora_jax.nn.quantize_model import is_quantized
 from zflora_jax.parallel.distributed import on_main
 from zflora_jax.reporting.files import atomic_write, local_path
@@ -55,7 +55,7 @@ def save_slices(
         and tasks of one server need the same: give all the smallest of theirs.
 
     Returns:
-      {"path", "dtype", "eps_z", "bytes", "sha256"}.
+      {"path", "dtype", "eps_z", "sha256", "own_eps_z": the one chosen from the weights, "bytes"}.
 
     Raises:
       ConfigError: The model has no adapter that widens it, is packed or quantised, or a setting
@@ -86,8 +86,8 @@ def save_slices(
     facts["sha256"] = digest(facts, tensors)
     data = save(tensors, {"zflora": json.dumps(facts)})
     on_main(lambda: atomic_write(target, data))
-    keys = ("dtype", "eps_z", "sha256")
-    return {"path": str(target), **{key: facts[key] for key in keys}, "bytes": len(data)}
+    report = {"path": str(target)} | {key: facts[key] for key in ("dtype", "eps_z", "sha256")}
+    return report | {"own_eps_z": choose_eps_z(model, dtype), "bytes": len(data)}
 
 
 def _fused_adapter(model: Model) -> AdapterConfig:
