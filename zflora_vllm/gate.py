@@ -120,7 +120,8 @@ class Gate:
         except SwitchError as error:
             self._refuse(error, lambda w: w.task == task)
         except BaseException as error:
-            self.broken = f"task {task!r} may be half written ({error!r}): restart the server."
+            half = f"task {task!r} may be half written ({error!r}): restart the server."
+            self.broken = str(error) if isinstance(error, BrokenError) else half
             log.error(self.broken)
             self._refuse(BrokenError(self.broken), lambda w: True)
             if not isinstance(error, Exception):

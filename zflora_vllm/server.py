@@ -8,9 +8,9 @@ import asyncio
 import contextlib
 import hashlib
 import json
+import logging
 import os
 import re
-import tempfile
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from pathlib import Path
 from typing import Any
@@ -29,8 +29,10 @@ ROUTES = "/v1/zflora"
 LARGEST = 2**32  # bytes of a file that is put
 # POST routes that compute nothing with the model, or end what does.
 FREE = re.compile(
-    rf"{ROUTES}/.*|/(de)?tokenize|/ping|.*/(cancel|abort_requests|render|count_tokens)|/\w+_profile"
+    r"/(de)?tokenize|/ping|.*/(cancel|abort_requests|render|count_tokens)|/\w+_profile"
 )
+ENDED = "the engine has ended: restart the server."
+log = logging.getLogger(__name__)
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
@@ -72,7 +74,9 @@ class Plugin:
         self.routes = app.router.routes
 
     async def init_state(self, engine_client: Any, state: Any, args: Any) -> None:
-        """Takes the engine. Raises ValueError where requests could pass the gate by."""
+        """Takes the engine, and loads the tasks that are there. Raises ValueError where requests
+        could pass the gate by.
+        """
         for option in ("api_server_count", "data_parallel_size"):
             if (count := getattr(args, option, None) or 1) > 1:
                 raise ValueError(
@@ -84,6 +88,11 @@ class Plugin:
             raise ValueError(f"{FOLDER}={folder!r}: name the folder of the tasks' slices.")
         self.folder, self.engine = Path(folder).resolve(), engine_client
         self.names, self.export = args.served_model_name or [args.model], Path(args.model)
+        for path in sorted(self.folder.glob("*.safetensors")):
+            try:
+                await self._loaded(path.stem)
+            except (RefusedError, SlicesError) as error:
+                log.warning("%s is not loaded: %s", path.name, error)
 
     # --- routes -----------------------------------------------------------------------------------
 
@@ -116,19 +125,20 @@ class Plugin:
         """Slices that go with the export, stored."""
         slices = read_slices(data, path.name)
         require_same(slices.facts, export_facts(self.export), path.name, str(self.export))
-        handle, staged = tempfile.mkstemp(dir=self.folder, suffix=".part")
+        staged = path.with_suffix(f".{os.getpid()}.part")
         try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(data)
+            staged.write_bytes(data)
             os.replace(staged, path)
         except BaseException:
-            os.unlink(staged)
+            staged.unlink(missing_ok=True)
             raise
         return slices
 
     async def _load(self, request: Request) -> dict[str, Any]:
+        return await self._loaded(await self._named(request))
+
+    async def _loaded(self, task: str) -> dict[str, Any]:
         """Loads a task; one of the same name is replaced while no request runs."""
-        task = await self._named(request)
         path = self._file(task)
         async with self._changing:
             if not path.is_file():
@@ -196,37 +206,40 @@ class Plugin:
 
     async def _call(self, method: str, *args: str) -> list[str]:
         """The errors of all ranks."""
-        found = await self._while_alive(self.engine.collective_rpc(method, args=args))
+        found = await self.while_alive(self.engine.collective_rpc(method, args=args))
         return [error for error in found if error]
 
-    async def _while_alive(self, call: Awaitable[Any]) -> Any:
-        """The result of a call to the engine, which answers none after its end."""
+    async def while_alive(self, call: Awaitable[Any]) -> Any:
+        """The result of what waits for the engine, which after its end may answer nothing."""
         made = asyncio.ensure_future(call)
-        while not (await asyncio.wait([made], timeout=0.5))[0]:
-            if self.engine.errored:
-                made.cancel()
-                raise BrokenError("the engine has ended")
-        return made.result()
+        try:
+            while not (await asyncio.wait([made], timeout=0.5))[0]:
+                if self.engine.errored:
+                    raise BrokenError(ENDED)
+            return made.result()
+        finally:
+            made.cancel()
 
     async def _switch(self, task: str) -> None:
         """Writes a task into every rank, or none; else the engine stays paused."""
         if task != OWN and task not in self.known:  # unloaded while its requests waited
             raise SwitchError(f"task {task!r} is not loaded any more.")
-        await self._while_alive(self.engine.pause_generation(mode="wait", clear_cache=False))
+        if self.engine.errored:
+            raise BrokenError(ENDED)
+        await self.while_alive(self.engine.pause_generation(mode="wait", clear_cache=False))
         errors = await self._call("zflora_use", task)
         if errors and await self._call("zflora_use", self.gate.task):
             raise RuntimeError(errors[0])
-        await self._while_alive(self.engine.resume_generation())
+        await self.while_alive(self.engine.resume_generation())
         if errors:
             raise SwitchError(f"task {task!r} could not be written: {errors[0]}")
 
     def gated(self, scope: MutableMapping[str, Any]) -> bool:
-        """Whether a request computes with the model."""
+        """Whether a request is one that vLLM answers with a model."""
         if scope["type"] != "http" or scope["method"] != "POST":
             return False
-        path = scope["path"].removeprefix(scope.get("root_path", ""))
         there = any(route.matches(scope)[0] == Match.FULL for route in self.routes)
-        return there and not FREE.fullmatch(path)
+        return there and not path_of(scope).startswith(f"{ROUTES}/")
 
     def task_of(self, body: Mapping[str, Any]) -> tuple[str, str | None]:
         """The task of a request, and the name of the model that vLLM knows."""
@@ -245,6 +258,10 @@ class Plugin:
         if task == OWN and given is None:
             return None
         return hashlib.sha256(f"{self.known.get(task, OWN)}:{given}".encode()).hexdigest()
+
+
+def path_of(scope: MutableMapping[str, Any]) -> str:
+    return str(scope["path"].removeprefix(scope.get("root_path", "")))
 
 
 async def entered(gate: Gate, task: str, gone: asyncio.Future[Any]) -> bool:
@@ -281,29 +298,37 @@ class Gated:
                 return
             chunks.append(message.get("body", b""))
             more = message.get("more_body", False)
-        gone = asyncio.ensure_future(receive())  # type: ignore[arg-type]
+        gone, sent = asyncio.ensure_future(receive()), []  # type: ignore[arg-type]
+
+        async def sending(message: MutableMapping[str, Any]) -> None:
+            sent.append(message["type"])
+            await send(message)
+
         try:
-            await self._run(scope, b"".join(chunks), gone, send)
+            await self._run(scope, b"".join(chunks), gone, sending)
         except (RefusedError, SwitchError, BrokenError) as error:
-            await failed(error)(scope, receive, send)
+            if not sent:  # else the server closes the connection, as the answer is not whole
+                await failed(error)(scope, receive, send)
         finally:
             gone.cancel()
 
     async def _run(self, scope: dict[str, Any], data: bytes, gone: Any, send: Send) -> None:
         """Answers a request with this body. gone: what follows it, which is its client's end."""
         plugin, gate, task, body = self.plugin, self.plugin.gate, OWN, None
+        free = FREE.fullmatch(path_of(scope))
         with contextlib.suppress(ValueError):
             body = json.loads(data)
         if isinstance(body, dict):
             task, model = plugin.task_of(body)
-        if not await entered(gate, task, gone):
+        if not free and not await entered(gate, task, gone):
             return
         try:
-            if isinstance(body, dict):  # a task may have been replaced while this waited
-                plugin.task_of(body)
-                salt = plugin.salted(body, task)
-                if salt is not None:
-                    data = json.dumps(body | {"model": model, "cache_salt": salt}).encode()
+            if isinstance(body, dict):
+                plugin.task_of(body)  # a task may have been unloaded while this waited
+                body |= {"model": model} if task else {}
+                if not free and (salt := plugin.salted(body, task)) is not None:
+                    body["cache_salt"] = salt
+                data = json.dumps(body).encode()
             first = [{"type": "http.request", "body": data, "more_body": False}]
 
             async def again() -> MutableMapping[str, Any]:
@@ -311,9 +336,10 @@ class Gated:
 
             length = [(b"content-length", str(len(data)).encode())]
             headers = [pair for pair in scope["headers"] if pair[0] != b"content-length"]
-            await self.app({**scope, "headers": headers + length}, again, send)
+            await plugin.while_alive(self.app({**scope, "headers": headers + length}, again, send))
         finally:
-            gate.leave()
+            if not free:
+                gate.leave()
 
 
 def failed(error: Exception) -> JSONResponse:

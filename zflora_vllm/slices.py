@@ -73,8 +73,9 @@ def read_slices(data: bytes, what: str) -> Slices:
             raise SlicesError(f"{what} contradicts itself: write it again.")
     except SlicesError:
         raise
-    except Exception as error:  # whatever a damaged file makes the readers raise
-        raise SlicesError(f"{what} holds no slices, or is damaged: {error!r:.200}.") from None
+    except Exception:  # whatever a damaged file makes the readers raise
+        wanted = "give a file of zflora export --format slices."
+        raise SlicesError(f"{what} holds no slices, or is damaged: {wanted}") from None
     return Slices(facts, rows, columns)
 
 

@@ -29,7 +29,8 @@ class Engine:
         }
         self.fails, self.errored, self.pauses = [], False, 0
         self.app, self.plugin = FastAPI(), Plugin()
-        self.app.add_api_route("/v1/completions", self.complete, methods=["POST"])
+        for path in ("/v1/completions", "/tokenize"):
+            self.app.add_api_route(path, self.complete, methods=["POST"])
         self.plugin.attach_router(self.app)
         args = types.SimpleNamespace(served_model_name=["m", "m:large"], model=str(folder / "own"))
         asyncio.run(self.plugin.init_state(self, None, args))
@@ -88,10 +89,6 @@ class Engine:
         said = b"".join(m.get("body", b"") for m in sent[1:])
         return (sent[0]["status"], json.loads(said)) if sent else None
 
-    def load(self, *tasks):
-        for task in tasks:
-            assert asyncio.run(self.ask("POST", "/v1/zflora/load", {"task": task}))[0] == 200
-
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
@@ -109,8 +106,6 @@ def engine(monkeypatch, folder):
 
 
 def test_requests_reach_the_engine_with_their_own_task(engine):
-    engine.load("a", "b")
-
     async def play():
         ask = engine.ask
         models = ["m", "m:a", "m:b", "m:base", "m:large", "m:large:a"] * 2
@@ -128,13 +123,15 @@ def test_requests_reach_the_engine_with_their_own_task(engine):
             salts[task] = {(await ask("POST", "/v1/completions", body))[1]["salt"]}
         assert len(set().union(*salts.values())) == 6
         for body, status, words in (
-            ({"model": "m:c"}, 404, "no task 'c' is loaded; loaded are a, base, b"),
+            ({"model": "m:c"}, 404, "no task 'c' is loaded; loaded are a, base, b, own"),
             ({"model": "m", "background": True}, 400, "background=true is not served"),
         ):
             found = await ask("POST", "/v1/completions", body)
             assert found[0] == status and words in found[1]["error"]["message"]
         pauses = engine.pauses
         assert (await ask("POST", "/nothing", {"model": "m:b"}))[0] == 404
+        status, said = await ask("POST", "/tokenize", {"model": "m:b"})
+        assert (status, said["model"], said["salt"]) == (200, "m", None)
         assert engine.pauses == pauses  # what computes nothing changes nothing
         use = ask("POST", "/api/v1/zflora/use", {"task": "a"}, root="/api")  # behind a proxy
         assert (await asyncio.wait_for(use, 5))[0] == 200
@@ -143,8 +140,6 @@ def test_requests_reach_the_engine_with_their_own_task(engine):
 
 
 def test_a_client_that_leaves_the_queue_and_a_task_that_does_change_nothing(engine):
-    engine.load("a")
-
     async def play():
         runs = asyncio.ensure_future(
             engine.ask("POST", "/v1/completions", {"model": "m", "seconds": 0.1})
@@ -162,8 +157,6 @@ def test_a_client_that_leaves_the_queue_and_a_task_that_does_change_nothing(engi
 
 
 def test_a_task_that_cannot_be_written_leaves_the_one_before(engine):
-    engine.load("a", "b")
-
     async def play():
         await engine.ask("POST", "/v1/zflora/use", {"task": "a"})
         engine.fails = ["b"]
@@ -179,13 +172,14 @@ def test_a_task_that_cannot_be_written_leaves_the_one_before(engine):
     asyncio.run(play())
 
 
-def test_an_engine_that_ends_in_a_change_holds_no_request(engine):
-    engine.load("a")
-    engine.errored = True
-
+def test_an_engine_that_ends_holds_no_request(engine):
     async def play():
-        asked = engine.ask("POST", "/v1/completions", {"model": "m:a"})
-        assert (await asyncio.wait_for(asked, 5))[0] == 503
+        bodies = {"model": "m", "seconds": 30}, {"model": "m:a"}  # it waits for the first
+        asked = asyncio.gather(*(engine.ask("POST", "/v1/completions", body) for body in bodies))
+        await asyncio.sleep(0.02)
+        engine.errored = True  # and answers nothing, as vLLM may after SIGTERM
+        for status, said in await asyncio.wait_for(asked, 5):
+            assert status == 503 and "the engine has ended" in said["error"]["message"]
 
     asyncio.run(play())
 
@@ -211,7 +205,8 @@ def test_tasks_are_loaded_and_unloaded_from_one_folder(engine, folder, monkeypat
         assert engine.task == "a"
         waits = asyncio.ensure_future(ask("POST", "/v1/zflora/unload", {"task": "a"}))
         assert (await waits)[0] == 200 and engine.task == "own"
-        assert (await ask("POST", "/v1/completions", {"model": "m:a"}))[0] == 404
+        found = await ask("POST", "/v1/completions", {"model": "m:a"})
+        assert found[0] == 404 and "loaded are base, b, own" in found[1]["error"]["message"]
         engine.ranks[1].weights["model.layers.1.mlp.down_proj"].resize_(0)  # as where vLLM packs
         found = await ask("POST", "/v1/zflora/load", {"task": "b"})
         assert found[0] == 400 and "--quantization zflora" in found[1]["error"]["message"]
@@ -262,3 +257,6 @@ def test_push_sends_slices_to_a_server(engine, folder, tmp_path, capsys):
         server.server_close()
     assert main(["push", str(folder / "a.safetensors"), "--server", url]) == 2
     assert "cannot be asked" in capsys.readouterr().err
+    for words, said in ((["localhost:1"], "http://"), (["http://x", "--task", "../x"], "no '/'")):
+        assert main(["push", str(folder / "a.safetensors"), "--server", *words]) == 2
+        assert said in capsys.readouterr().err

@@ -28,7 +28,9 @@ def add_options(parser: CommandParser) -> None:
 def run(args: argparse.Namespace) -> None:
     path = Path(args.slices)
     require(path.is_file(), f"{path} is no file: give one of `zflora export --format slices`.")
-    task, server = args.task or path.stem, args.server.rstrip("/")
+    task, server = args.task or path.stem, args.server.rstrip("/").removesuffix("/v1")
+    require(server.startswith("http"), f"server={server!r}: begin with http:// or https://.")
+    require("/" not in task, f"task={task!r}: a name has no '/'.")
     _ask(server, "GET", "tasks")  # a missing key is said before the file is sent
     _ask(server, "PUT", f"slices/{urllib.parse.quote(task, safe='')}", path.read_bytes())
     found = _ask(server, "POST", "load", json.dumps({"task": task}).encode())
@@ -49,7 +51,7 @@ def _ask(server: str, method: str, path: str, data: bytes | None = None) -> dict
         try:
             text = json.loads(text)["error"]["message"]
         except (ValueError, KeyError, TypeError):
-            text = f"{error.reason}; is it a vLLM with VLLM_PLUGINS=zflora, and {KEY} its key?"
+            text = f"{error.reason}; is {KEY} its key, and does it run with VLLM_PLUGINS=zflora?"
         raise ConfigError(f"{server} refuses {path} ({error.code}): {text}") from None
     except (OSError, ValueError, http.client.HTTPException) as error:
         raise ConfigError(f"{server} cannot be asked: {error}") from None
