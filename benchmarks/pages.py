@@ -25,6 +25,7 @@ PAGES = {  # result -> module in benchmarks/ or tools/
     "task_switch": "task_switch",
     "lm_eval": "check_lm_eval",
     "train": "training",
+    "serving": "serving",
 }
 
 
