@@ -267,13 +267,10 @@ def tokens(vllm: str, dtype: str, folder: Path) -> dict[str, int]:
 
 
 def gated(vllm: str, dtype: str, folder: Path) -> Server:
-    """A server of t0 with the tasks loaded, whose workers can be asked (VLLM_SERVER_DEV_MODE)."""
+    """A server of t0 that loads the tasks, and whose workers can be asked (its dev mode)."""
     env = {"VLLM_PLUGINS": "zflora", "ZFLORA_TASKS": str(folder / "tasks")}
     env |= {"VLLM_SERVER_DEV_MODE": "1", "PYTHONPATH": str(Path(__file__).parent)}
-    server = Server(vllm, folder / "t0", dtype, *GATE, **env)
-    for i in range(TASKS):
-        server.post("/v1/zflora/load", {"task": f"t{i}"})
-    return server
+    return Server(vllm, folder / "t0", dtype, *GATE, **env)
 
 
 def page(result: Mapping[str, Any]) -> str:

@@ -20,7 +20,7 @@ from fastapi.responses import JSONResponse
 from starlette.routing import BaseRoute, Match
 
 from zflora_vllm.gate import BrokenError, Gate, SwitchError
-from zflora_vllm.slices import Slices, SlicesError, read_slices, require_same
+from zflora_vllm.slices import SlicesError, read_slices, require_same
 from zflora_vllm.worker import BASE, OWN, export_facts
 
 FOLDER = "ZFLORA_TASKS"  # environment: the only folder that slices are read from and written to
@@ -29,7 +29,11 @@ ROUTES = "/v1/zflora"
 LARGEST = 2**32  # bytes of a file that is put
 # POST routes that compute nothing with the model, or end what does.
 FREE = re.compile(
-    r"/(de)?tokenize|/ping|.*/(cancel|abort_requests|render|count_tokens)|/\w+_profile"
+    r"/(de)?tokenize|/ping|.*/(cancel|abort_requests|count_tokens)|/\w+_profile|/is_\w+"
+)
+# Those that change the engine or its weights behind the gate, or lose the task's name.
+REFUSED = re.compile(
+    r"/(pause|resume|sleep|wake_up|(scale|release)_\w+)|.*/\w*weight\w*|.*/(de)?render"
 )
 ENDED = "the engine has ended: restart the server."
 log = logging.getLogger(__name__)
@@ -83,6 +87,8 @@ class Plugin:
                     f"--{option.replace('_', '-')} {count}: the gate of zflora knows the requests"
                     " of one API server and one engine. Start one of each."
                 )
+        if not args.worker_extension_cls:
+            raise ValueError("add --worker-extension-cls zflora_vllm.worker.Tasks.")
         folder = os.environ.get(FOLDER, "")
         if not folder or not Path(folder).is_dir():
             raise ValueError(f"{FOLDER}={folder!r}: name the folder of the tasks' slices.")
@@ -118,13 +124,18 @@ class Plugin:
         # Checked after the body is read, because clients send before they listen.
         path = self._file(request.path_params["task"])
         async with self._changing:
-            slices = await asyncio.to_thread(self._checked, b"".join(chunks), path)
-        return {"task": path.stem, "sha256": slices.facts["sha256"]}
+            digest = await asyncio.to_thread(self._stored, b"".join(chunks), path)
+        return {"task": path.stem, "sha256": digest}
 
-    def _checked(self, data: bytes, path: Path) -> Slices:
-        """Slices that go with the export, stored."""
+    def _checked(self, data: bytes, path: Path) -> str:
+        """The hash of slices that go with the export."""
         slices = read_slices(data, path.name)
         require_same(slices.facts, export_facts(self.export), path.name, str(self.export))
+        return str(slices.facts["sha256"])
+
+    def _stored(self, data: bytes, path: Path) -> str:
+        """The hash of slices that go with the export, which are put in the folder."""
+        digest = self._checked(data, path)
         staged = path.with_suffix(f".{os.getpid()}.part")
         try:
             staged.write_bytes(data)
@@ -132,7 +143,7 @@ class Plugin:
         except BaseException:
             staged.unlink(missing_ok=True)
             raise
-        return slices
+        return digest
 
     async def _load(self, request: Request) -> dict[str, Any]:
         return await self._loaded(await self._named(request))
@@ -141,10 +152,12 @@ class Plugin:
         """Loads a task; one of the same name is replaced while no request runs."""
         path = self._file(task)
         async with self._changing:
-            if not path.is_file():
-                raise RefusedError(404, f"{path.name} is not in {FOLDER}: put it there first.")
-            data = await asyncio.to_thread(path.read_bytes)
-            digest = (await asyncio.to_thread(read_slices, data, path.name)).facts["sha256"]
+            try:
+                data = await asyncio.to_thread(path.read_bytes)
+            except OSError as error:
+                message = f"{path.name} cannot be read from {FOLDER}: {error.strerror}."
+                raise RefusedError(404, message) from None
+            digest = await asyncio.to_thread(self._checked, data, path)
             if task in self.known:
                 async with self.gate.using(OWN):
                     await self._load_all(task, path, digest)
@@ -155,9 +168,9 @@ class Plugin:
     async def _load_all(self, task: str, path: Path, digest: str) -> None:
         """Loads a task in all ranks, or in none."""
         if errors := await self._call("zflora_load", task, str(path), digest):
-            self.known.pop(task, None)
+            lost = f" Task {task!r} is not loaded any more." if self.known.pop(task, None) else ""
             await self._call("zflora_unload", task)
-            raise RefusedError(400, errors[0])
+            raise RefusedError(400, errors[0] + lost)
         self.known |= {task: digest, BASE: BASE}
 
     async def _use(self, request: Request) -> dict[str, Any]:
@@ -166,12 +179,13 @@ class Plugin:
             return {"task": task}
 
     async def _unload(self, request: Request) -> dict[str, Any]:
-        task = self._known(await self._named(request))
-        if task in (OWN, BASE):
-            raise RefusedError(400, f"task {task!r} belongs to the export that is served.")
-        async with self._changing, self.gate.using(OWN):
-            self.known.pop(task)
-            await self._call("zflora_unload", task)
+        task = await self._named(request)
+        async with self._changing:
+            if self._known(task) in (OWN, BASE):
+                raise RefusedError(400, f"task {task!r} belongs to the export that is served.")
+            async with self.gate.using(OWN):
+                self.known.pop(task)
+                await self._call("zflora_unload", task)
         return {"task": task}
 
     async def _models(self, request: Request) -> JSONResponse:
@@ -224,9 +238,11 @@ class Plugin:
         """Writes a task into every rank, or none; else the engine stays paused."""
         if task != OWN and task not in self.known:  # unloaded while its requests waited
             raise SwitchError(f"task {task!r} is not loaded any more.")
-        if self.engine.errored:
-            raise BrokenError(ENDED)
-        await self.while_alive(self.engine.pause_generation(mode="wait", clear_cache=False))
+        try:
+            await self.while_alive(self.engine.pause_generation(mode="wait", clear_cache=False))
+        except Exception as error:
+            text = f"the engine does not pause ({error}): restart the server."
+            raise BrokenError(ENDED if self.engine.errored else text) from None
         errors = await self._call("zflora_use", task)
         if errors and await self._call("zflora_use", self.gate.task):
             raise RuntimeError(errors[0])
@@ -301,8 +317,9 @@ class Gated:
         gone, sent = asyncio.ensure_future(receive()), []  # type: ignore[arg-type]
 
         async def sending(message: MutableMapping[str, Any]) -> None:
-            sent.append(message["type"])
-            await send(message)
+            if not gone.done():
+                sent.append(message["type"])
+                await send(message)
 
         try:
             await self._run(scope, b"".join(chunks), gone, sending)
@@ -314,32 +331,45 @@ class Gated:
 
     async def _run(self, scope: dict[str, Any], data: bytes, gone: Any, send: Send) -> None:
         """Answers a request with this body. gone: what follows it, which is its client's end."""
-        plugin, gate, task, body = self.plugin, self.plugin.gate, OWN, None
-        free = FREE.fullmatch(path_of(scope))
-        with contextlib.suppress(ValueError):
+        plugin, task, path = self.plugin, OWN, path_of(scope)
+        free, body = FREE.fullmatch(path), None
+        if REFUSED.fullmatch(path):
+            raise RefusedError(400, f"{path} is not served beside tasks.")
+        with contextlib.suppress(ValueError, RecursionError):
             body = json.loads(data)
         if isinstance(body, dict):
-            task, model = plugin.task_of(body)
-        if not free and not await entered(gate, task, gone):
+            task, _ = plugin.task_of(body)
+        if not free and not await entered(plugin.gate, task, gone):
             return
+        made = asyncio.ensure_future(self._answer(scope, data, body, gone, send))
+        if not free:  # it has left when it has ended, also where this here is cancelled before
+            made.add_done_callback(lambda _: plugin.gate.leave())
         try:
-            if isinstance(body, dict):
-                plugin.task_of(body)  # a task may have been unloaded while this waited
-                body |= {"model": model} if task else {}
-                if not free and (salt := plugin.salted(body, task)) is not None:
-                    body["cache_salt"] = salt
-                data = json.dumps(body).encode()
-            first = [{"type": "http.request", "body": data, "more_body": False}]
+            await plugin.while_alive(asyncio.shield(made))
+        except BrokenError:
+            made.cancel()
+            raise
 
-            async def again() -> MutableMapping[str, Any]:
-                return first.pop() if first else await asyncio.shield(gone)
+    async def _answer(
+        self, scope: dict[str, Any], data: bytes, body: Any, gone: Any, send: Send
+    ) -> None:
+        """Lets vLLM answer a request under the name and with the salt of its task."""
+        if isinstance(body, dict):
+            task, model = self.plugin.task_of(body)  # it may have been unloaded by now
+            body |= {"model": model} if task else {}
+            if not FREE.fullmatch(path_of(scope)) and (salt := self.plugin.salted(body, task)):
+                body["cache_salt"] = salt
+            data = json.dumps(body).encode()
+        first = [{"type": "http.request", "body": data, "more_body": False}]
 
-            length = [(b"content-length", str(len(data)).encode())]
-            headers = [pair for pair in scope["headers"] if pair[0] != b"content-length"]
-            await plugin.while_alive(self.app({**scope, "headers": headers + length}, again, send))
-        finally:
-            if not free:
-                gate.leave()
+        async def again() -> MutableMapping[str, Any]:
+            if not first:
+                await asyncio.wait([gone])
+            return first.pop() if first else {"type": "http.disconnect"}
+
+        length = [(b"content-length", str(len(data)).encode())]
+        headers = [pair for pair in scope["headers"] if pair[0] != b"content-length"]
+        await self.app({**scope, "headers": headers + length}, again, send)
 
 
 def failed(error: Exception) -> JSONResponse:

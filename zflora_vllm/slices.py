@@ -68,6 +68,7 @@ def read_slices(data: bytes, what: str) -> Slices:
         )
         counts = [len(at) == len(x) for at, x in rows.values()]
         counts += [len(at) == x.shape[1] for at, x in columns.values()]
+        counts += [bool((at.diff() > 0).all()) for of in (rows, columns) for at, _ in of.values()]
         kinds = {str(x.dtype) for x in tensors.values()} - {f"torch.{facts['dtype']}"}
         if kinds or not all(counts) or rows.keys() != columns.keys() or set(SAME) - facts.keys():
             raise SlicesError(f"{what} contradicts itself: write it again.")
@@ -135,7 +136,7 @@ class Write:
 
     def kept(self, weight: torch.Tensor) -> Write:
         """The write that puts back what is there now."""
-        return Write(self.place, weight[self.place].clone())
+        return Write(self.place, weight[self.place].to("cpu", copy=True))
 
 
 def writes(slices: Slices, part: Part) -> list[Write]:

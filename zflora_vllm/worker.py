@@ -85,7 +85,10 @@ class Tasks:
                 found += [(weight, write) for write in writes(slices, part)]
                 seen.add(part.tensor)
         if lacking := sorted(slices.rows.keys() - seen):
-            raise SlicesError(f"this rank has no layer for {', '.join(lacking[:3])} and others.")
+            raise SlicesError(
+                f"this rank has no layer for {', '.join(lacking[:3])} and others: servers with"
+                " pipeline parallel ranks are not switched."
+            )
         return found
 
 

@@ -5,6 +5,7 @@ import http.server
 import json
 import threading
 import types
+from functools import partial
 
 import pytest
 import torch
@@ -27,12 +28,13 @@ class Engine:
         self.wanted = {
             task: [weights(folder / task, rank) for rank in range(2)] for task in ("own", "a", "b")
         }
-        self.fails, self.errored, self.pauses = [], False, 0
+        self.fails, self.errored, self.pauses, self.seen = [], False, 0, []
         self.app, self.plugin = FastAPI(), Plugin()
-        for path in ("/v1/completions", "/tokenize"):
+        for path in ("/v1/completions", "/tokenize", "/sleep"):
             self.app.add_api_route(path, self.complete, methods=["POST"])
         self.plugin.attach_router(self.app)
         args = types.SimpleNamespace(served_model_name=["m", "m:large"], model=str(folder / "own"))
+        args.worker_extension_cls = "zflora_vllm.worker.Tasks"
         asyncio.run(self.plugin.init_state(self, None, args))
 
     @property
@@ -46,15 +48,15 @@ class Engine:
 
     async def complete(self, request: Request):
         body, by = await request.json(), self.task
+        self.seen.append(by)
         await asyncio.sleep(body.get("seconds", 0))
         assert self.task == by
         return JSONResponse({"model": body["model"], "salt": body.get("cache_salt"), "by": by})
 
     async def collective_rpc(self, method, args=()):
-        found = [getattr(rank, method)(*args) for rank in self.ranks]
-        return (
-            [*found[:1], "no memory"] if method == "zflora_use" and args[0] in self.fails else found
-        )
+        if method == "zflora_use" and args[0] in self.fails:
+            return ["", "no memory"]
+        return [getattr(rank, method)(*args) for rank in self.ranks]
 
     async def pause_generation(self, mode, clear_cache):
         assert (mode, clear_cache) == ("wait", False)
@@ -69,11 +71,8 @@ class Engine:
         """(status, JSON) of an answer. leaves: after how many seconds the client does."""
         data = body if isinstance(body, bytes) else json.dumps(body).encode()
         scope = {"type": "http", "method": method, "path": path, "root_path": root}
-        scope |= {
-            "query_string": b"",
-            "headers": [(b"content-length", str(len(data)).encode())],
-            "app": self.app,
-        }
+        headers = [(b"content-length", b"%d" % len(data))]
+        scope |= {"query_string": b"", "headers": headers, "app": self.app}
         sent, given = [], [{"type": "http.request", "body": data}]
 
         async def receive():
@@ -130,6 +129,9 @@ def test_requests_reach_the_engine_with_their_own_task(engine):
             assert found[0] == status and words in found[1]["error"]["message"]
         pauses = engine.pauses
         assert (await ask("POST", "/nothing", {"model": "m:b"}))[0] == 404
+        assert (await ask("POST", "/sleep"))[1]["error"]["message"].startswith(
+            "/sleep is not served"
+        )
         status, said = await ask("POST", "/tokenize", {"model": "m:b"})
         assert (status, said["model"], said["salt"]) == (200, "m", None)
         assert engine.pauses == pauses  # what computes nothing changes nothing
@@ -141,17 +143,23 @@ def test_requests_reach_the_engine_with_their_own_task(engine):
 
 def test_a_client_that_leaves_the_queue_and_a_task_that_does_change_nothing(engine):
     async def play():
-        runs = asyncio.ensure_future(
-            engine.ask("POST", "/v1/completions", {"model": "m", "seconds": 0.1})
-        )
+        gate, ask = engine.plugin.gate, partial(engine.ask, "POST", "/v1/completions")
+        runs = asyncio.ensure_future(ask({"model": "m", "seconds": 0.1}))
         await asyncio.sleep(0.02)
-        assert await engine.ask("POST", "/v1/completions", {"model": "m:a"}, leaves=0.01) is None
-        waits = asyncio.ensure_future(engine.ask("POST", "/v1/completions", {"model": "m:a"}))
+        assert await ask({"model": "m:a"}, leaves=0.01) is None
+        waits = asyncio.ensure_future(ask({"model": "m:a"}))
         await asyncio.sleep(0)
         assert (await engine.ask("POST", "/v1/zflora/unload", {"task": "a"}))[0] == 200
         assert (await runs)[1]["by"] == "own" and engine.pauses == 0
         assert "is not loaded any more" in (await waits)[1]["error"]["message"]
-        assert engine.plugin.gate.running == 0
+        assert gate.running == 0
+        cut = asyncio.ensure_future(ask({"model": "m:b", "seconds": 0.1}))
+        while "b" not in engine.seen:
+            await asyncio.sleep(0)
+        cut.cancel()  # as a middleware may: the engine goes on, and its task stays until it ends
+        await asyncio.wait([cut])
+        assert gate.running == 1 and (await ask({"model": "m"}))[1]["by"] == "own"
+        assert engine.seen == ["own", "b", "own"] and gate.running == 0
 
     asyncio.run(play())
 
@@ -179,18 +187,18 @@ def test_an_engine_that_ends_holds_no_request(engine):
         await asyncio.sleep(0.02)
         engine.errored = True  # and answers nothing, as vLLM may after SIGTERM
         for status, said in await asyncio.wait_for(asked, 5):
-            assert status == 503 and "the engine has ended" in said["error"]["message"]
+            assert status == 503 and said["error"]["message"].startswith("the engine has ended")
 
     asyncio.run(play())
 
 
 def test_tasks_are_loaded_and_unloaded_from_one_folder(engine, folder, monkeypatch):
     async def play():
-        ask = engine.ask
+        ask, engine.plugin.known["narrow"] = engine.ask, "kept, if its file has become a wrong one"
         for task, status, words in (
             ("../a", 400, "is no name of a task"),
             ("base", 400, "not 'base', which is the base"),
-            ("c", 404, "c.safetensors is not in ZFLORA_TASKS"),
+            ("c", 404, "c.safetensors cannot be read from ZFLORA_TASKS: No such file"),
             ("narrow", 400, "has widths {'hidden_size': 67"),  # stored as wide as rank 4
             ("other", 400, r"has eps_z 0.5, and"),
         ):
@@ -206,7 +214,7 @@ def test_tasks_are_loaded_and_unloaded_from_one_folder(engine, folder, monkeypat
         waits = asyncio.ensure_future(ask("POST", "/v1/zflora/unload", {"task": "a"}))
         assert (await waits)[0] == 200 and engine.task == "own"
         found = await ask("POST", "/v1/completions", {"model": "m:a"})
-        assert found[0] == 404 and "loaded are base, b, own" in found[1]["error"]["message"]
+        assert found[0] == 404 and "loaded are base, b, own, narrow" in found[1]["error"]["message"]
         engine.ranks[1].weights["model.layers.1.mlp.down_proj"].resize_(0)  # as where vLLM packs
         found = await ask("POST", "/v1/zflora/load", {"task": "b"})
         assert found[0] == 400 and "--quantization zflora" in found[1]["error"]["message"]
@@ -214,9 +222,13 @@ def test_tasks_are_loaded_and_unloaded_from_one_folder(engine, folder, monkeypat
     asyncio.run(play())
     path = folder / "a.safetensors"
     assert "a.safetensors has changed" in engine.ranks[0].zflora_load("a", str(path), "another")
-    for option in ("api_server_count", "data_parallel_size"):
-        args = types.SimpleNamespace(served_model_name=["m"], model="x", **{option: 2})
-        with pytest.raises(ValueError, match=f"--{option.replace('_', '-')} 2: the gate"):
+    for option, value, words in (
+        ("api_server_count", 2, "--api-server-count 2: the gate"),
+        ("data_parallel_size", 2, "--data-parallel-size 2: the gate"),
+        ("worker_extension_cls", "", "add --worker-extension-cls zflora_vllm.worker.Tasks"),
+    ):
+        args = types.SimpleNamespace(served_model_name=["m"], model="x", **{option: value})
+        with pytest.raises(ValueError, match=words):
             asyncio.run(Plugin().init_state(engine, None, args))
     monkeypatch.setattr("zflora_vllm.server.os.replace", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):

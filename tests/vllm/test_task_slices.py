@@ -20,7 +20,6 @@ from zflora_vllm.worker import export_facts
 pytestmark = pytest.mark.filterwarnings("ignore:head_dim")
 SIZES = {"num_heads": 12, "num_kv_heads": 12, "hidden_size": 48, "head_dim": 8}
 
-
 CELLS = [("llama", adapter) for adapter in WIDENED.values()]
 CELLS += [("phi3", WIDENED["zflora-minimal"]), ("qwen3", WIDENED["zflora-uniform"])]
 
@@ -76,8 +75,7 @@ def test_what_does_not_belong_together_is_refused(tmp_path):
     adapter = WIDENED["zflora-minimal"]
     tasks = {"one": 0.05, "two": 0.03}
     fused = save_tasks(tmp_path, adapter, tiny_model(**SIZES), dtype="bfloat16", **tasks)
-    report = zf.save_slices(tmp_path / "three.safetensors", fused, eps_z=1.0)
-    assert report["own_eps_z"] < report["eps_z"] == 1.0
+    assert zf.save_slices(tmp_path / "three.safetensors", fused, eps_z=1.0)["own_eps_z"] < 1.0
     data = (tmp_path / "two.safetensors").read_bytes()
     slices, facts = read_slices(data, "two"), export_facts(tmp_path / "one")
     require_same(slices.facts, facts, "two", "one")
