@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("vllm.zflora")  # vLLM shows its own loggers alone
 
 
 class SwitchError(RuntimeError):

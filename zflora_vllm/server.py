@@ -36,7 +36,7 @@ REFUSED = re.compile(
     r"/(pause|resume|sleep|wake_up|(scale|release)_\w+)|.*/\w*weight\w*|.*/(de)?render"
 )
 ENDED = "the engine has ended: restart the server."
-log = logging.getLogger(__name__)
+log = logging.getLogger("vllm.zflora")  # vLLM shows its own loggers alone
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
