@@ -37,8 +37,7 @@ def test_turns_alternate_and_ratios_are_within_a_turn(monkeypatch: pytest.Monkey
     both = {"a": clock.contender("a", 0.1, 0.01), "b": clock.contender("b", 0.2, 0.03)}
     turns = decode_turns(both, new_tokens=5, repeats=3, before=before.append)
     assert [label for label, _ in clock.calls] == list("aabb" + "aabb" + "bbaa" + "aabb")
-    assert [count for _, count in clock.calls] == [1, 5] * 8
-    assert before == list("ab" + "ba" + "ab")
+    assert [count for _, count in clock.calls] == [1, 5] * 8 and before == list("abbaab")
     np.testing.assert_allclose(turns["a"]["tpot_ms"], [10, 20, 40])
     np.testing.assert_allclose(turns["a"]["ttft_ms"], [110, 220, 440])
     assert latency.ratio(turns["b"]["tpot_ms"], turns["a"]["tpot_ms"]) == pytest.approx(3.0)
@@ -65,7 +64,7 @@ def test_latency_by_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert "| zflora-minimal |" in capsys.readouterr().out
 
 
-def test_contenders_decode_what_they_are_called() -> None:
+def test_contenders_decode_what_they_are_called(tmp_path: Path) -> None:
     """In bfloat16; a merge by addition is the base again."""
     base = latency.random_base(tiny_model().config, "bfloat16")
     ready = latency.contenders(base, ["lora", "zflora-minimal"], 4, (2, 8, 3))
@@ -75,3 +74,4 @@ def test_contenders_decode_what_they_are_called() -> None:
     for wrong in ({"methods": ["full"]}, {"rank": 0}, {"new_tokens": 999}, {"new_tokens": 1}):
         with pytest.raises(ConfigError, match=r"full|rank=0|999 new tokens exceed|at least 2"):
             latency.method_latency(base, **wrong)
+    assert main(["bench", "latency", "--out", str(tmp_path)]) == 2  # before it measures

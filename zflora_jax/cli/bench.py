@@ -6,6 +6,7 @@ import argparse
 import os
 
 from zflora_jax.cli.options import CommandParser
+from zflora_jax.core.fields import require
 from zflora_jax.core.presets import PRESETS, preset
 
 SUMMARY = "Measure decode latency on this machine. benchmarks/ has more measurements."
@@ -35,6 +36,8 @@ def add_options(parser: CommandParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    free = not (args.out and os.path.isdir(args.out))
+    require(free, f"out={args.out!r} is a directory: name a file, such as latency.json.")
     os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"  # compile times are reported
     from zflora_jax.experiments.latency import FUSED, method_latency, random_base
     from zflora_jax.hf.load import load_model
