@@ -84,8 +84,8 @@ def compiled() -> Iterable[Row]:
                 train=TrainConfig(dtype="bfloat16", remat="block"),
                 quantize=QuantizeConfig(kind),  # type: ignore[arg-type]
             )
-            found, _ = compile_step(run, preset("llama-2-7b"), target(name))
             row = {"target": name, "kind": kind, "train": "llama-2-7b, 4 x 512 tokens"}
+            found, _ = compile_step(run, preset("llama-2-7b"), target(name))
             yield row | {"bytes": found.get("bytes")}  # none: the compiler refuses it
 
 

@@ -77,13 +77,13 @@ class Server:
             self.process.wait()
 
     def post(self, path: str, body: Mapping[str, Any]) -> Any:
-        """The answer, a file to read."""
+        """Posts JSON, and returns the answer as a file to read."""
         url, kind = f"http://127.0.0.1:{self.port}{path}", {"content-type": "application/json"}
         request = urllib.request.Request(url, json.dumps(body).encode(), kind)
         return urllib.request.urlopen(request, timeout=300)
 
     def rpc(self, model: str, method: str) -> Any:
-        """What a method of the worker returns while a model's task is in place."""
+        """Calls a method of the worker with a model's task in place, and returns its result."""
         body = {"model": model, "method": method}
         return json.load(self.post("/collective_rpc", body))["results"][0]
 

@@ -128,13 +128,13 @@ class Plugin:
         return {"task": path.stem, "sha256": digest}
 
     def _checked(self, data: bytes, path: Path) -> str:
-        """The hash of slices that go with the export."""
+        """Checks that slices go with the export, and returns their hash."""
         slices = read_slices(data, path.name)
         require_same(slices.facts, export_facts(self.export), path.name, str(self.export))
         return str(slices.facts["sha256"])
 
     def _stored(self, data: bytes, path: Path) -> str:
-        """The hash of slices that go with the export, which are put in the folder."""
+        """Puts slices that go with the export in the folder, and returns their hash."""
         digest = self._checked(data, path)
         staged = path.with_suffix(f".{os.getpid()}.part")
         try:
@@ -224,7 +224,7 @@ class Plugin:
         return [error for error in found if error]
 
     async def while_alive(self, call: Awaitable[Any]) -> Any:
-        """The result of what waits for the engine, which after its end may answer nothing."""
+        """Awaits a call to the engine. Raises BrokenError if the engine ends without an answer."""
         made = asyncio.ensure_future(call)
         try:
             while not (await asyncio.wait([made], timeout=0.5))[0]:
@@ -330,7 +330,7 @@ class Gated:
             gone.cancel()
 
     async def _run(self, scope: dict[str, Any], data: bytes, gone: Any, send: Send) -> None:
-        """Answers a request with this body. gone: what follows it, which is its client's end."""
+        """Answers a request with this body. gone: Done when its client has left."""
         plugin, task, path = self.plugin, OWN, path_of(scope)
         free, body = FREE.fullmatch(path), None
         if REFUSED.fullmatch(path):
@@ -342,7 +342,7 @@ class Gated:
         if not free and not await entered(plugin.gate, task, gone):
             return
         made = asyncio.ensure_future(self._answer(scope, data, body, gone, send))
-        if not free:  # it has left when it has ended, also where this here is cancelled before
+        if not free:  # it leaves the gate when it ends, even if this call is cancelled before
             made.add_done_callback(lambda _: plugin.gate.leave())
         try:
             await plugin.while_alive(asyncio.shield(made))

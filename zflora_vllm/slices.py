@@ -135,7 +135,7 @@ class Write:
         weight[self.place] = self.values.to(weight.device, weight.dtype)
 
     def kept(self, weight: torch.Tensor) -> Write:
-        """The write that puts back what is there now."""
+        """Returns the write that puts the current values back."""
         return Write(self.place, weight[self.place].to("cpu", copy=True))
 
 
