@@ -37,7 +37,6 @@ from .evaluation.task import evaluate as evaluate, evaluate_tasks as evaluate_ta
 from .experiments.base import load_base as load_base
 from .experiments.export import export_run as export_run
 from .experiments.grid import sweep as sweep
-from .experiments.info import describe as describe
 from .experiments.restore import fuse_trained as fuse_trained, load_run as load_run
 from .experiments.setup import held_out as held_out, split_loss as split_loss
 from .experiments.train import train as train

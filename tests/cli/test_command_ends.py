@@ -112,10 +112,10 @@ def test_ctrl_c_ends_a_command_by_the_signal_without_a_traceback():
     program = (
         "import os, signal, sys\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # ignored in the background
-        "from zflora_jax.cli import info\n"
+        "from zflora_jax.cli import export\n"
         "from zflora_jax.cli.main import main\n"
-        "info.run = lambda _: os.kill(os.getpid(), signal.SIGINT)\n"
-        "sys.exit(main(['info', 'runs/a']))"
+        "export.run = lambda _: os.kill(os.getpid(), signal.SIGINT)\n"
+        "sys.exit(main(['export', '--workdir', 'runs/a', '--out', 'x']))"
     )
     ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert (ended.returncode, ended.stderr) == (-signal.SIGINT, "")

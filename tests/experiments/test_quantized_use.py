@@ -10,7 +10,7 @@ from support.gguf_files import kept_file
 from support.models import tiny_model
 from support.quantized import quantized_tiny
 
-from zflora_jax import Model, describe, export_run, forward, load_model, preset, save_hf, train
+from zflora_jax import Model, export_run, forward, load_model, preset, save_hf, train
 from zflora_jax.adapters.packing import pack_for_decode
 from zflora_jax.cli.main import main
 from zflora_jax.core import trees
@@ -23,6 +23,7 @@ from zflora_jax.experiments.restore import load_fused
 from zflora_jax.hf import load
 from zflora_jax.hf.gguf.file import GGUFFile
 from zflora_jax.hf.keys import quantized
+from zflora_jax.hf.restore import read_manifest
 from zflora_jax.nn.quantize_model import dequantize_model, is_quantized, quantize_model
 from zflora_jax.ops.quantized import QuantizedArray
 from zflora_jax.parallel import devices as on_devices
@@ -174,8 +175,8 @@ def test_an_export_as_numbers_comes_back_as_numbers(tmp_path):
     """Its manifest has a fingerprint of the base's codes, none of floats."""
     base = quantized_tiny("q4_1", num_layers=1)
     save_hf(tmp_path / "x", base, dtype="bfloat16")
-    facts, codes = describe(tmp_path / "x"), trees.fingerprint(base.params)
-    assert facts["codes_fingerprint"] == codes and "base_fingerprint" not in facts
+    written, codes = read_manifest(tmp_path / "x").base, trees.fingerprint(base.params)
+    assert (written.codes_fingerprint, written.fingerprint) == (codes, None)
     back = trees.flatten(load_model(tmp_path / "x", "bfloat16").params)
     for name, leaf in trees.flatten(dequantize_model(base).params).items():
         np.testing.assert_array_equal(back[name], leaf.astype("bfloat16"), err_msg=name)

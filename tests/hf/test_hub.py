@@ -23,7 +23,7 @@ from support.models import tiny_model
 from support.needs import needs_smollm2
 from support.paths import ROOT
 
-from zflora_jax import CheckpointError, Model, describe, forward, load_peft, preset, save_peft
+from zflora_jax import CheckpointError, Model, forward, load_peft, preset, save_peft
 from zflora_jax.core import trees
 from zflora_jax.core.adapter_config import AdapterConfig
 from zflora_jax.experiments.base import _same_source
@@ -73,7 +73,7 @@ def test_models_and_adapters_at_a_revision(base: Model, tmp_path: Path, asked: A
 
 def test_a_repository_of_gguf_files_alone(tmp_path: Path, asked: Any) -> None:
     (tmp_path / "hub" / "org" / "llama-gguf").mkdir(parents=True)
-    for read in (load_model, model_config, describe):
+    for read in (load_model, model_config):
         with pytest.raises(CheckpointError, match=r"no config\.json on the hub.*give its path"):
             read("org/llama-gguf")
 

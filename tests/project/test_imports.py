@@ -58,7 +58,7 @@ def test_no_heavy_library_is_imported_before_it_is_needed():
     modules = (
         "nn.llama adapters.fuse inference.decode training.trainer training.checkpoint hf.load"
         " hf.save hf.peft data.tasks experiments.train experiments.restore experiments.export"
-        " experiments.grid experiments.info reporting.plots cli.main"
+        " experiments.grid reporting.plots cli.main"
     ).split()
     heavy = set(
         "torch transformers tensorflow tensorflow_datasets grain tokenizers gguf huggingface_hub"

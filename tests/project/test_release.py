@@ -60,7 +60,7 @@ def test_a_wheel_runs_outside_the_clone(tmp_path):
     pip = "-m pip install --no-build-isolation --no-deps --no-index --no-compile --target".split()
     python(*pip, str(installed), str(sdist), cwd=tmp_path)
     commands = (
-        *("--version", "--help", "info smollm2-135m", "init chat --out own.py"),
+        *("--version", "--help", "init chat --out own.py"),
         "data --config own.py --set model=tiny data.task=arithmetic data.bucket_lengths=512",
         f"train --config quickstart --workdir run --set model=tiny {FEW}",
     )

@@ -243,7 +243,7 @@ def _find(path: str) -> Path:
     """A local PEFT directory; CheckpointError if there is none."""
     find = fetched if is_hub_id(path) else local_copy
     directory = find(path, (CONFIG, "adapter_model.*", f"*/{CONFIG}"))
-    refuse_pickled(directory)
+    _refuse_pickled(directory)
     if not (directory / CONFIG).is_file():
         named = ", ".join(sorted(str(file.parent) for file in directory.glob(f"*/{CONFIG}")))
         raise CheckpointError(
@@ -254,7 +254,7 @@ def _find(path: str) -> Path:
     return directory
 
 
-def refuse_pickled(directory: Path) -> None:
+def _refuse_pickled(directory: Path) -> None:
     """CheckpointError for an adapter whose weights are pickled."""
     if (directory / "adapter_model.bin").exists() and not (directory / WEIGHTS).exists():
         raise CheckpointError(
