@@ -136,24 +136,6 @@ def test_a_run_that_does_not_fit_comes_with_changes_that_reduce_it() -> None:
     assert {"adapter.method": "zflora-minimal"} in full and {"quantize.kernels": "nf4"} not in full
 
 
-@pytest.mark.soak  # six programs
-def test_the_largest_batch_is_searched() -> None:
-    """One row more per device does not fit, or a sixteenth more."""
-    run = small_run(**{"mesh.fsdp": 2})
-    total = memory_plan(run, SMALL)["compiled"]["bytes"]["total"]
-    plan = memory_plan(run, SMALL, memory_gib=1.6 * total / GIB, search=True)
-    found = plan["largest"]
-    rows, size = found["rows_per_device"], found["settings"]["data.batch_size"]
-    assert rows > 4 and size == 2 * rows and found["total_bytes"] <= plan["memory_bytes"]
-    assert f"{rows} rows per device" in plan_table(plan)["largest micro-batch that fits"]
-    more = override(run, {"data.batch_size": 2 * (rows + max(1, rows // 16))})
-    assert compile_step(more, SMALL)[0]["bytes"]["total"] > plan["memory_bytes"]
-    least = memory_plan(run, SMALL, memory_gib=1e-4, search=True)
-    assert least["largest"]["settings"] == {} and not least["fits"]
-    with pytest.raises(ConfigError, match="give a target or a memory"):
-        memory_plan(run, SMALL, search=True)
-
-
 def test_the_roofline_by_hand() -> None:
     """An adapter on a base of one layer."""
     config = TINY

@@ -25,9 +25,6 @@ def add_options(parser: CommandParser) -> None:
         "compile the train step for devices that may be absent, such as tpu:v5e:2x4 or cuda:h100:8"
         " (default: this machine's CPU, as many virtual devices as the mesh has)",
     )
-    parser.add_argument(
-        "--search", action="store_true", help="look for the largest batch that fits, by compiling"
-    )
     parser.option("--out", "FILE", "write the plan as JSON too")
     add_settings(parser)
 
@@ -52,7 +49,7 @@ def run(args: argparse.Namespace) -> None:
     from zflora_jax.reporting.provenance import environment
 
     where = target(args.target) if args.target is not None else None
-    plan = memory_plan(config, model_config(config.model), where, args.memory, args.search)
+    plan = memory_plan(config, model_config(config.model), where, args.memory)
     print_table(plan_table(plan), f"{args.config}: {config.model}, {config.adapter.method}")
     if args.out:
         write_json(args.out, plan | {"config": to_dict(config), "environment": environment()})

@@ -18,7 +18,7 @@ from zflora_jax.adapters.methods import resolve_adapter
 from zflora_jax.adapters.widths import count_params, width_advice
 from zflora_jax.core.adapter_config import METHODS
 from zflora_jax.core.architecture import count_base
-from zflora_jax.core.fields import first_line, override, require
+from zflora_jax.core.fields import first_line, require
 from zflora_jax.core.model_config import LlamaConfig
 from zflora_jax.core.run_config import RunConfig
 from zflora_jax.experiments.roofline import compare_meshes
@@ -36,7 +36,6 @@ def memory_plan(
     config: LlamaConfig,
     where: Target | None = None,
     memory_gib: float | None = None,
-    search: bool = False,
 ) -> dict[str, Any]:
     """Plans a run, for the longest of data.bucket_lengths.
 
@@ -45,14 +44,12 @@ def memory_plan(
       config: The base model's config.
       where: The devices to compile for, which may be absent; None: this process's.
       memory_gib: Memory of one device, in GiB; None: the target's.
-      search: Whether to look for the largest batch that fits, which compiles three or four more
-        steps; a target or `memory_gib` is needed.
 
     Returns:
       Counts; "stored", see `stored_bytes`; "compiled", see `compile_step`; "widths", see
       `adapters.widths.width_advice`. For a target "meshes", see `compare_meshes`. If the memory of
       a device is known also "memory_bytes", "fits" and, if it does not fit, "changes": text and
-      settings of changes that reduce the memory; with `search` "largest", see `largest_batch`.
+      settings of changes that reduce the memory.
 
     Raises:
       ConfigError: The mesh does not divide the model, there are too few devices, or the target's
@@ -64,7 +61,12 @@ def memory_plan(
         f"data.bucket_lengths goes up to {length}, beyond the model's context of"
         f" {config.max_position_embeddings}; leave out lengths above it.",
     )
-    limit = _memory_limit(where, memory_gib, search)
+    require(
+        memory_gib is None or 0 < memory_gib <= 8192,
+        f"memory={memory_gib}: must be positive and at most 8192, in GiB per device.",
+    )
+    limit = where.chip.memory if where else None
+    limit = limit if memory_gib is None else int(memory_gib * GIB)
     compiled, _ = compile_step(run, config, where)
     result: dict[str, Any] = {
         "devices": run.mesh.devices,
@@ -87,82 +89,7 @@ def memory_plan(
         fits = "bytes" in compiled and compiled["bytes"]["total"] <= limit
         result |= {"memory_bytes": limit, "fits": fits}
         result |= {} if fits else {"changes": dict(_changes(run))}
-        if search:
-            result["largest"] = largest_batch(run, config, where, limit, compiled)
     return result
-
-
-def _memory_limit(where: Target | None, memory_gib: float | None, search: bool) -> int | None:
-    """Returns the bytes of a device's memory; None if unknown."""
-    require(
-        memory_gib is None or 0 < memory_gib <= 8192,
-        f"memory={memory_gib}: must be positive and at most 8192, in GiB per device.",
-    )
-    limit = where.chip.memory if where else None
-    limit = limit if memory_gib is None else int(memory_gib * GIB)
-    require(
-        not search or limit is not None,
-        "the search for the largest batch needs the memory of a device: give a target or a memory.",
-    )
-    return limit
-
-
-def largest_batch(
-    run: RunConfig,
-    config: LlamaConfig,
-    where: Target | None,
-    limit: int,
-    compiled: Mapping[str, Any],
-) -> dict[str, Any]:
-    """Searches the largest micro-batch that fits, to a sixteenth of its rows, by compiling.
-
-    The bytes of a step grow almost linearly with its rows: a line through two steps says where to
-    look.
-
-    Args:
-      run, config, where: As for `memory_plan`.
-      limit: Memory of a device in bytes.
-      compiled: Result of `compile_step` for the run.
-
-    Returns:
-      {"rows_per_device", "total_bytes", "settings"}: zeros and no settings if no row fits.
-    """
-    parts, accum = run.mesh.row_parts, run.data.grad_accum_steps
-
-    def sized(rows: int) -> tuple[RunConfig, int | None]:
-        other = override(run, {"data.batch_size": rows * parts * accum})
-        found = compiled if other == run else compile_step(other, config, where)[0]
-        return other, found["bytes"]["total"] if "bytes" in found else None
-
-    low, high, fitting = 0, None, None
-    rows, sizes = run.data.micro_batch_size // parts, dict[int, int]()
-    for _ in range(8):
-        other, total = sized(rows)
-        if total is not None:
-            sizes[rows] = total
-        if total is not None and total <= limit:
-            low, fitting = rows, (other, total)
-        else:
-            high = rows
-        if high is not None and high - low <= max(1, low // 16):
-            break
-        rows = _next_rows(sizes, limit, low, high)
-    if fitting is None:
-        return {"rows_per_device": 0, "total_bytes": 0, "settings": {}}
-    other, total = fitting
-    settings = {"data.batch_size": other.data.batch_size}
-    return {"rows_per_device": low, "total_bytes": total, "settings": settings}
-
-
-def _next_rows(sizes: Mapping[int, int], limit: int, low: int, high: int | None) -> int:
-    """The next number of rows to try, between the largest that fits and the least that does not."""
-    if len(sizes) > 1:
-        (a, first), (b, second) = min(sizes.items()), max(sizes.items())
-        guess = a + int((limit - first) * (b - a) / max(1, second - first))
-    else:
-        guess = 2 * low
-    guess = max(guess, low + 1)
-    return guess if high is None or guess < high else (low + high) // 2
 
 
 def compile_step(
@@ -269,11 +196,6 @@ def plan_table(plan: Mapping[str, Any]) -> dict[str, Any]:
     for text, settings in plan.get("changes", {}).items():
         [(key, value)] = settings.items()
         table[f"or --set {key}={value}"] = text
-    if "largest" in plan:
-        rows, total = plan["largest"]["rows_per_device"], plan["largest"]["total_bytes"]
-        sets = " ".join(f"{key}={value}" for key, value in plan["largest"]["settings"].items())
-        text = f"{rows} rows per device, {_in_words(total)}: --set {sets}"
-        table["largest micro-batch that fits"] = text if rows else "none: a single row is too large"
     for row in plan.get("meshes", ()):
         axes = " ".join(f"{key}={value}" for key, value in row["mesh"].items()) or "one device"
         table[f"at published rates: {axes}"] = (
