@@ -45,10 +45,10 @@ from .hf.load import load_model as load_model
 from .hf.peft import load_peft as load_peft, save_peft as save_peft
 from .hf.save import save_hf as save_hf
 from .hf.slices import save_slices as save_slices
-from .inference.decode import generate_tokens as generate_tokens, stream_tokens as stream_tokens
+from .inference.decode import generate_tokens as generate_tokens
 from .inference.generation_config import GenerationConfig as GenerationConfig, Sampler as Sampler
 from .inference.likelihood import option_log_likelihoods as option_log_likelihoods
-from .inference.text import generate as generate, stream as stream
+from .inference.text import generate as generate
 from .nn.kv_cache import KVCache as KVCache, init_cache as init_cache
 from .nn.llama import Llama as Llama, forward as forward, random_model as random_model
 from .nn.quantize_model import (

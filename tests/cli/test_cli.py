@@ -41,6 +41,7 @@ def test_the_usage_of_a_script_is_what_works(name, capsys):
 
 def test_a_wrong_command_or_option_names_what_was_meant(capsys):
     wrong = {"trian": "'trian': did you mean 'train'?", "eval --model m --lr=1": "`optim.learning_"}
+    wrong["generate --model m"] = "one of the arguments --prompt --file is required"
     for argv, said in wrong.items():
         with pytest.raises(SystemExit):
             main(argv.split())

@@ -1,6 +1,4 @@
-"""`zflora generate`: one prompt, a file, a conversation; what an error or a signal leaves; its
-messages.
-"""
+"""`zflora generate`: one prompt, a file; what an error or a signal leaves; its messages."""
 
 import io
 import itertools
@@ -12,18 +10,16 @@ from typing import Any
 
 import jax
 import pytest
-from support.byte_tokenizer import byte_tokenizer
-from support.models import perturb, untied
+from support.models import perturb
 from support.tasks import write
 
 from zflora_jax import AdapterConfig, NonFiniteError, fuse, generate, load_model, save_hf, save_peft
 from zflora_jax.adapters.init import init_adapters
-from zflora_jax.cli import generate as command
 from zflora_jax.cli.main import main
 from zflora_jax.data.prompts import render, render_turns
 from zflora_jax.experiments.restore import load_fused
 from zflora_jax.inference import decode, text
-from zflora_jax.inference.generation_config import GenerationConfig, Sampler
+from zflora_jax.training.workdir import read_config
 
 
 @pytest.fixture
@@ -39,16 +35,22 @@ def said(capsys: pytest.CaptureFixture[str]) -> Any:
     return run
 
 
-def test_one_prompt_a_file_and_a_conversation(trained_dir, said, tmp_path, monkeypatch):
+def test_one_prompt_and_a_file(trained_dir, said, tmp_path, monkeypatch):
     run = ("--workdir", trained_dir)
     one = said(*run, "--prompt", "2 + 2?")
     (tmp_path / "prompts.txt").write_text("2 + 2?\n\n3 + 3?\n")
     lines = said(*run, "--file", tmp_path / "prompts.txt").splitlines()
     assert [json.loads(line)["prompt"] for line in lines] == ["2 + 2?", "3 + 3?"]
     assert json.loads(lines[0])["output"] + "\n" == one
-    monkeypatch.setattr("sys.stdin", io.StringIO("2 + 2?\n\n3 + 3?\n"))
-    assert said(*run).startswith(one)
     assert said(*run, "--prompt", "2 + 2?", "--plain") != one
+    given, encoded = [], text.encode_prompt_texts
+    monkeypatch.setattr(
+        text, "encode_prompt_texts", lambda *a: (given.append(a[1]), encoded(*a))[1]
+    )
+    turns = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "2 + 2?"}]
+    said(*run, "--prompt", turns[1]["content"], "--system", turns[0]["content"])
+    tokenizer, date = load_fused(trained_dir)[0].tokenizer, read_config(trained_dir).data.date
+    assert given == [[render_turns(tokenizer, turns, date)]]
 
 
 def test_every_line_of_a_file_is_one_prompt_whole_and_without_a_byte_order_mark(
@@ -93,8 +95,8 @@ def test_a_lora_is_fused_unless_the_model_is_widened_already(base_dir, said, ref
         (["--file", "nowhere.txt"], "--file nowhere.txt does not exist; give a text file"),
         (["--file", "."], "--file . is a directory; give a text file"),
         (["--prompt", "a", "--top-k", "5"], "need a temperature above 0"),
-        (["--prompt", "a", "--plain", "--system", "b"], "need the style 'chat'"),
-        (["--plain"], "need the style 'chat'"),
+        (["--prompt", "a", "--plain", "--system", "b"], "--system needs the style 'chat'"),
+        (["--file", "-", "--system", "b"], "--system goes with --prompt, not with --file"),
         (["--prompt", "a", "--checkpoint", "best"], "--checkpoint chooses a saved step of a run"),
         (["--prompt", "a", "--adapter", "nowhere"], "no PEFT directory"),
         (["--prompt", "a", "--max-new-tokens", "0"], "max_new_tokens=0"),
@@ -108,7 +110,7 @@ def test_what_is_wrong_is_said(argv, message, base_dir, refused):
 
 @pytest.mark.parametrize("style", ["alpaca", "plain"])
 def test_a_run_is_asked_as_it_was_trained(style, config_file, trained_dir, said, refused, tmp_path):
-    """In the form of its prompts, or with texts as they are; it holds no conversation."""
+    """In the form of its prompts, or with texts as they are."""
     prompt, folder = "2 + 2?", tmp_path / "run"
     if style == "plain":
         rows = [{"prompt": f"{i}: ", "completion": "x"} for i in range(30)]
@@ -128,8 +130,8 @@ def test_a_run_is_asked_as_it_was_trained(style, config_file, trained_dir, said,
     (tmp_path / "lines.txt").write_text(f"{prompt}\n")
     lines = said(*run, "--file", tmp_path / "lines.txt")
     assert json.loads(lines) == {"prompt": prompt, "output": want}
-    for wrong in ([], ["--prompt", "a", "--system", "b"]):
-        assert f"the style '{style}' (that of the run)" in refused("generate", *run, *wrong)
+    wrong = ["--prompt", "a", "--system", "b"]
+    assert f"the style '{style}' (that of the run)" in refused("generate", *run, *wrong)
 
 
 # --- errors and signals ---------------------------------------------------------------------------
@@ -187,90 +189,3 @@ def test_sigterm_loses_no_answer(asks, monkeypatch, capsys):
     assert end.value.code == 128 + signal.SIGTERM
     assert signal.getsignal(signal.SIGTERM) is before
     assert [json.loads(line)["prompt"] for line in capsys.readouterr().out.splitlines()] == ["hi"]
-
-
-# --- conversations --------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def talker() -> Any:
-    model = untied(num_layers=1, max_position_embeddings=128)
-    model.tokenizer = byte_tokenizer()
-    return model
-
-
-@pytest.fixture
-def talk(talker, capsys):
-    """Returns what a conversation of some lines prints."""
-
-    def run(*lines: str, opening: Any = (), sampler: Sampler | None = None, tokens: int = 30):
-        capsys.readouterr()
-        config = GenerationConfig(tokens, sampler)
-        command._converse(talker, lines, list(opening), config, "2026-11-26")
-        return capsys.readouterr().out
-
-    return run
-
-
-LONG = "word " * 8
-
-
-def test_a_conversation_gives_the_turns_before(talker, talk):
-    turns = [{"role": "system", "content": "be brief"}]
-    found = talk("hi", "", "and?", opening=turns, tokens=10)
-    for line in ("hi", "and?"):
-        turns.append({"role": "user", "content": line})
-        prompt = render_turns(talker.tokenizer, turns, "2026-11-26")
-        answer = generate(talker, [prompt], max_new_tokens=10)[0]
-        turns.append({"role": "assistant", "content": answer})
-    assert found == "".join(f"{t['content']}\n" for t in turns if t["role"] == "assistant")
-
-
-def test_reset_and_quit(talk):
-    first = talk("hi", tokens=10)
-    found = talk("one", "/reset", "hi", "/quit", "never", tokens=10)
-    assert found == talk("one", tokens=10) + first
-
-
-def test_turns_that_no_longer_fit_are_left_out_and_said(talk):
-    """And a turn that does not fit alone leaves the conversation as it is."""
-    found = talk(LONG, LONG, LONG)
-    assert "(the context is full: 2 old turns are left out)\n" in found
-    assert found.endswith(talk(LONG))  # only the last turn was left
-    note = "(that is too long: --max-new-tokens leaves 118 tokens)\n"
-    found = talk("hi", "word " * 40, "hi", tokens=10)
-    assert note in found and found.replace(note, "") == talk("hi", "hi", tokens=10)
-
-
-def test_a_turn_asked_again_is_drawn_anew_where_no_other_is_left(talk):
-    found = talk(LONG, LONG, LONG, sampler=Sampler(1.0))
-    answers = [part.rpartition("left out)\n")[2] for part in found.rstrip("\n").split("\n(")]
-    assert len(answers) == len(set(answers)) == 3
-    assert found == talk(LONG, LONG, LONG, sampler=Sampler(1.0))
-
-
-def test_a_stopped_answer_ends_and_the_conversation_goes_on(talk, monkeypatch):
-    heard: list[Any] = []
-
-    def interrupted(model: Any, turns: Any, *_: Any, **__: Any) -> Any:
-        heard.append([turn["content"] for turn in turns])
-        yield "half"
-        if len(heard) == 1:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(text, "stream", interrupted)
-    assert talk("a", "b") == "half (stopped)\nhalf\n"
-    assert heard[1] == ["a", "half", "b"]
-
-
-def test_typed_lines_end_with_the_input(monkeypatch):
-    answers: list[Any] = ["\ufeffa", KeyboardInterrupt(), "b", EOFError()]
-
-    def typed(_: str) -> str:
-        answer = answers.pop(0)
-        if isinstance(answer, BaseException):
-            raise answer
-        return answer
-
-    monkeypatch.setattr("builtins.input", typed)
-    assert list(command._typed()) == ["a", "b"]

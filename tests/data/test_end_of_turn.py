@@ -23,7 +23,7 @@ from zflora_jax.data.prompts import end_token
 from zflora_jax.data.tasks import Example
 from zflora_jax.evaluation.records import generation_records
 from zflora_jax.experiments.restore import load_fused
-from zflora_jax.inference.text import answer_text, generate, stop_ids, stream
+from zflora_jax.inference.text import answer_text, generate, stop_ids
 
 NAMES = ("begin_of_text", "end_of_text", "start_header_id", "end_header_id", "eot_id")
 NAMES = tuple(f"<|{name}|>" for name in NAMES)
@@ -101,13 +101,9 @@ def test_answers_do_not_keep_an_end_token_that_is_not_special(monkeypatch):
     model = tiny_model(vocab_size=261, bos_token_id=BOS, eos_token_ids=(EOS,))
     model.tokenizer = tokenizer
     assert answer_text(tokenizer, answer, stop_ids(model, "chat")) == text
-    text_module = "zflora_jax.inference.text"
-    monkeypatch.setattr(
-        f"{text_module}.generate_tokens", lambda *_, **__: [answer, answer[:-1], []]
-    )
+    given = [answer, answer[:-1], []]
+    monkeypatch.setattr("zflora_jax.inference.text.generate_tokens", lambda *_, **__: given)
     assert generate(model, ["a", "b", "c"], chat=True) == [text, text, ""]
-    monkeypatch.setattr(f"{text_module}.stream_tokens", lambda *_, **__: iter(answer))
-    assert "".join(stream(model, [{"role": "user", "content": "a"}])) == text
     monkeypatch.setattr("zflora_jax.evaluation.records.generate_tokens", lambda *_, **__: [answer])
     examples = [Example("a", "b", answer="1")]
     [record] = generation_records(model, "arithmetic", examples, TASK_DATA, EVAL)

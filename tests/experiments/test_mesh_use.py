@@ -17,7 +17,7 @@ from support.grids import always
 from support.meshes import MESH, PROMPTS, assert_divided, both
 from support.models import perturb, tiny_model
 
-from zflora_jax import ConfigError, forward, generate_tokens, option_log_likelihoods, stream_tokens
+from zflora_jax import ConfigError, forward, generate_tokens, option_log_likelihoods
 from zflora_jax.adapters import fuse as fuse_module
 from zflora_jax.adapters.fuse import _fuse, _swap, _unfuse, fuse, swap, unfuse
 from zflora_jax.adapters.packing import split_layers
@@ -87,7 +87,7 @@ def test_a_model_on_a_mesh_computes_what_one_device_does(method):
     ids=str,
 )
 def test_every_way_to_run_a_model_follows_its_mesh(mesh_config):
-    """Likelihoods, sampling, a stream, adapters beside the base, a packed model."""
+    """Likelihoods, sampling, adapters beside the base, a packed model."""
     adapter, (model, adapters), (divided, beside) = both(
         "zflora-minimal", mesh_config, num_layers=1
     )
@@ -97,8 +97,6 @@ def test_every_way_to_run_a_model_follows_its_mesh(mesh_config):
     for have, want in zip(*scores, strict=True):
         np.testing.assert_allclose(have, want, rtol=2e-5)
     settings = {"max_new_tokens": 6, "stop_token_ids": [263]}
-    [want] = generate_tokens(whole, PROMPTS[:1], **settings)
-    assert list(stream_tokens(fused, PROMPTS[0], **settings)) == want
     wanted = generate_tokens(model, PROMPTS, adapter=adapter, adapters=adapters, **settings)
     assert generate_tokens(divided, PROMPTS, adapter=adapter, adapters=beside, **settings) == wanted
     drawn = settings | {"sampler": Sampler(0.8, top_p=0.9), "batch_size": 2}

@@ -8,7 +8,7 @@ import pytest
 from support.byte_tokenizer import byte_tokenizer
 from support.models import tiny_model, untied
 
-from zflora_jax import GenerationConfig, Sampler, generate, generate_tokens, stream_tokens
+from zflora_jax import GenerationConfig, Sampler, generate, generate_tokens
 from zflora_jax.core.fields import ConfigError
 
 # --- wrong input ----------------------------------------------------------------------------------
@@ -80,6 +80,5 @@ def test_keywords_are_fields_of_the_config_and_win_over_it() -> None:
     assert generate_tokens(model, prompts, config) == want
     assert generate_tokens(model, prompts, config, max_new_tokens=4) == [row[:4] for row in want]
     assert generate_tokens(model, prompts, config, seed=4) != want
-    assert list(stream_tokens(model, prompts[0], config)) == want[0]
     greedy = generate_tokens(model, prompts, max_new_tokens=6, stop_token_ids=())
     assert generate_tokens(model, prompts, config, sampler=None) == greedy != want

@@ -12,7 +12,7 @@ from zflora_jax import ConfigError, Model, forward, generate, load_base, overrid
 from zflora_jax.core.run_config import DataConfig
 from zflora_jax.data.encoding import tokenize_examples
 from zflora_jax.data.tasks import Example
-from zflora_jax.inference.decode import generate_tokens, stream_tokens
+from zflora_jax.inference.decode import generate_tokens
 from zflora_jax.inference.likelihood import option_log_likelihoods
 
 TEMPLATE = (
@@ -73,7 +73,6 @@ def test_a_padding_token_without_a_row_is_refused():
         (lambda model: forward(model, ids(1, 259)), REFUSED),
         (lambda model: forward(model, jnp.asarray([[1, 259]])), REFUSED),
         (lambda model: generate_tokens(model, [[1, 259]], max_new_tokens=2), REFUSED),
-        (lambda model: next(stream_tokens(model, [1, 259], max_new_tokens=2)), REFUSED),
         (lambda model: generate(model, ["hi"], chat=True, max_new_tokens=2), REFUSED),
         (lambda model: option_log_likelihoods(model, [[1]], [[[2], [259]]]), REFUSED),
         (lambda model: forward(model, ids(1, 260)), OF_ANOTHER),

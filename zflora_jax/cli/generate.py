@@ -1,14 +1,11 @@
-"""`zflora generate`: prompts from the command line, a file or a conversation."""
+"""`zflora generate`: answers a prompt of the command line, or those of a file."""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import itertools
 import json
 import sys
-from collections.abc import Iterable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -32,10 +29,7 @@ if TYPE_CHECKING:
     from zflora_jax.core.run_config import RunConfig
     from zflora_jax.inference.generation_config import GenerationConfig
 
-SUMMARY = (
-    "Answer prompts: one, those of a file, or a conversation on the terminal; text is shown as it"
-    " comes."
-)
+SUMMARY = "Answer one prompt, or those of a file."
 _SAMPLING = (
     ("--max-new-tokens", int, 256, "N", "most tokens of an answer"),
     ("--temperature", float, 0.0, "T", "0 takes the likeliest token each time, above 0 draws"),
@@ -58,13 +52,13 @@ def add_options(parser: CommandParser) -> None:
         " of smollm2-135m)"
     )
     parser.option("--quantize", None, text, choices=STORED)
-    prompts = parser.add_mutually_exclusive_group()
+    prompts = parser.add_mutually_exclusive_group(required=True)
     prompts.add_argument("--prompt", metavar="TEXT", help="answer this")
     text = "answer every line of FILE, in batches; one JSON line each on stdout (- reads stdin)"
     prompts.add_argument("--file", metavar="FILE", help=text)
     text = "continue the text as it is, without the tokenizer's chat template"
     parser.add_argument("--plain", action="store_true", help=text)
-    parser.option("--system", "TEXT", "the system's turn of --prompt or a conversation")
+    parser.option("--system", "TEXT", "the system's turn before --prompt")
     for name, kind, default, metavar, text in _SAMPLING:
         parser.option(name, metavar, text, kind, default=default)
     add_mesh(parser)
@@ -74,7 +68,7 @@ def add_options(parser: CommandParser) -> None:
 def run(args: argparse.Namespace) -> None:
     from zflora_jax.data.dates import today
     from zflora_jax.inference.generation_config import GenerationConfig, Sampler
-    from zflora_jax.inference.text import stream
+    from zflora_jax.inference.text import generate, stop_ids
     from zflora_jax.parallel.compile_cache import compile_cache
     from zflora_jax.parallel.distributed import from_process_0, on_main
     from zflora_jax.reporting.progress import announced
@@ -86,32 +80,28 @@ def run(args: argparse.Namespace) -> None:
     config = GenerationConfig(args.max_new_tokens, sampler, args.seed, args.batch_size)
     lines = from_process_0(on_main(lambda: _lines(args.file)))  # which may be its stdin
     date = from_process_0(run.data.date if run and run.data.date else today())
-    opening = [{"role": "system", "content": args.system}] if args.system is not None else []
     with contextlib.ExitStack() as stack:
         if run:
             stack.enter_context(compile_cache(as_path(args.workdir) / "compile_cache"))
         model = _model_of(args, run)
+        prompts = [args.prompt] if lines is None else [line for _, line in lines]
+        texts = [_written(model, style, prompt, date, args.system) for prompt in prompts]
+        if style == "chat":
+            config = config.stopping_at(stop_ids(model, style))
         if lines is not None:
-            _answer_lines(model, lines, style, config, date, main)
-        elif args.prompt is None:
-            _converse(model, _typed(), opening, config, date)
-        else:
-            turns = [*opening, {"role": "user", "content": args.prompt}]
-            asked = turns if style == "chat" else _written(model, style, args.prompt)
-            pieces = stream(model, asked, config, date=date)
-            with announced("compiling the token loop", main):
-                first = next(pieces, "")
-            for piece in itertools.chain([first], pieces, "\n"):
-                print(piece if main else "", end="", flush=True)
+            _answer_lines(model, lines, texts, config, main)
+            return
+        with announced("compiling and running the token loop", main):
+            [answer] = generate(model, texts, config)
+        if main:
+            print(answer)
 
 
 def _style(args: argparse.Namespace) -> str:
     """The style of the prompts. Refuses options that do not go with it or with each other."""
-    from jax import process_count
-
     from zflora_jax.training.workdir import read_config, read_starts
 
-    talks, style = args.prompt is None and args.file is None, "plain" if args.plain else "chat"
+    style = "plain" if args.plain else "chat"
     require(
         not (args.workdir and (args.adapter or args.dtype or args.quantize)),
         "--adapter, --dtype and --quantize go with --model; a run has its own.",
@@ -120,28 +110,27 @@ def _style(args: argparse.Namespace) -> str:
     require(not args.checkpoint or bool(args.workdir), of_run)
     require(
         args.system is None or args.file is None,
-        "--system goes with --prompt or a conversation, not with --file.",
-    )
-    require(
-        not talks or process_count() == 1,
-        "several processes hold no conversation: give --prompt or --file.",
+        "--system goes with --prompt, not with --file.",
     )
     if args.workdir and not args.plain:
         texts = any(start.get("plain_texts") for start in read_starts(args.workdir)[-1:])
         style = "plain" if texts else read_config(args.workdir).data.prompt_style
     require(
-        style == "chat" or not (talks or args.system is not None),
-        "--system and conversations need the style 'chat', and prompts are written in the style"
-        f" {style!r} ({'--plain' if args.plain else 'that of the run'}): give --prompt or --file"
-        " alone.",
+        style == "chat" or args.system is None,
+        "--system needs the style 'chat', and prompts are written in the style"
+        f" {style!r} ({'--plain' if args.plain else 'that of the run'}): leave it out.",
     )
     return style
 
 
-def _written(model: Model, style: str, prompt: str) -> str:
-    from zflora_jax.data.prompts import render
+def _written(model: Model, style: str, prompt: str, date: str, system: str | None) -> str:
+    """The text that the model is given for a prompt."""
+    from zflora_jax.data.prompts import render, render_turns
 
-    return prompt if style in ("plain", "chat") else render(model.tokenizer, style, prompt)
+    if system is None:
+        return render(model.tokenizer, style, prompt, date=date)
+    turns = [{"role": "system", "content": system}, {"role": "user", "content": prompt}]
+    return str(render_turns(model.tokenizer, turns, date))
 
 
 def _lines(file: str | None) -> list[tuple[int, str]] | None:
@@ -164,20 +153,19 @@ def _lines(file: str | None) -> list[tuple[int, str]] | None:
 def _answer_lines(
     model: Model,
     numbered: list[tuple[int, str]],
-    style: str,
+    texts: list[str],
     config: GenerationConfig,
-    date: str,
     main: bool,
 ) -> None:
     """Prints the answers of --file in order, each as soon as those before it are there; when an
     error or a signal ends the work, also those behind one that is missing. numbered: As `_lines`
-    returns them.
+    returns them. texts: What the model is given for each.
     """
     from zflora_jax.inference.batching import check_prompts
     from zflora_jax.inference.text import encode_prompts, generate
     from zflora_jax.reporting.progress import progress_bar
 
-    answers, following, chat = dict[int, str](), 0, style == "chat"
+    answers, following = dict[int, str](), 0
     lines = [line for _, line in numbered]
 
     def show(i: int) -> None:
@@ -194,82 +182,16 @@ def _answer_lines(
             show(following)
             following += 1
 
-    prompts = [_written(model, style, line) for line in lines]
     names = [f"line {number} of --file" for number, _ in numbered]
-    ids = encode_prompts(model, prompts, chat=chat, date=date)
+    ids = encode_prompts(model, texts)
     check_prompts(model, ids, config.max_new_tokens, names, "--max-new-tokens")
     quiet = not main or sys.stdout.isatty()
     with progress_bar(len(lines), "answering", not quiet) as advance, terminated():
         try:
-            generate(model, prompts, config, chat=chat, date=date, on_answer=keep)
+            generate(model, texts, config, on_answer=keep)
         finally:
             for i in sorted(answers):
                 show(i)
-
-
-def _converse(
-    model: Model,
-    lines: Iterable[str],
-    opening: list[dict[str, str]],
-    config: GenerationConfig,
-    date: str,
-) -> None:
-    """Holds a conversation: each line is a turn; /reset forgets them, /quit ends. The oldest turns
-    that no longer fit the context are left out. Ctrl-C ends an answer, not the conversation.
-    """
-    from zflora_jax.data.prompts import encode_prompt_texts, render_turns
-    from zflora_jax.inference.text import stream
-
-    room = model.config.max_position_embeddings - config.max_new_tokens
-    turns: list[dict[str, str]] = []
-
-    def fit(turns: list[dict[str, str]]) -> bool:
-        text = render_turns(model.tokenizer, opening + turns, date)
-        return len(encode_prompt_texts(model.tokenizer, [text])[0]) <= room
-
-    for number, line in enumerate(map(str.strip, lines)):
-        if line == "/quit":
-            return
-        if line in ("", "/reset"):
-            turns = [] if line else turns
-            continue
-        kept = asked = [*turns, {"role": "user", "content": line}]
-        while kept and not fit(kept):
-            kept = kept[2:]
-        if not kept:
-            print(f"(that is too long: --max-new-tokens leaves {max(room, 0)} tokens)")
-            continue
-        if kept != asked:
-            print(f"(the context is full: {len(asked) - len(kept)} old turns are left out)")
-        # Each line has draws of its own: asked again, it may get another answer.
-        seeded, answer = replace(config, seed=(config.seed + number) % 2**32), ""
-        try:
-            for piece in stream(model, opening + kept, seeded, date=date):
-                answer += piece
-                print(piece, end="", flush=True)
-        except KeyboardInterrupt:
-            print(" (stopped)", end="")
-        print(flush=True)
-        turns = [*kept, {"role": "assistant", "content": answer}]
-
-
-def _typed() -> Iterator[str]:
-    """Lines from the terminal (with its editing keys) or a pipe, which may begin with a byte order
-    mark. Ctrl-C at an empty prompt is forgotten.
-    """
-    prompt = ""
-    if sys.stdin.isatty():
-        import readline  # noqa: F401 (input() then edits lines and remembers them)
-
-        prompt = "> "
-        print("/reset forgets the turns, /quit ends, Ctrl-C stops an answer.", file=sys.stderr)
-    while True:
-        try:
-            yield input(prompt).removeprefix("\ufeff")
-        except KeyboardInterrupt:
-            print(file=sys.stderr)
-        except EOFError:
-            return
 
 
 def _model_of(args: argparse.Namespace, run: RunConfig | None) -> Model:

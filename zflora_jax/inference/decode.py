@@ -1,8 +1,8 @@
-"""Generation of token ids: batches of prompts, and one prompt token by token."""
+"""Generation of token ids for batches of prompts."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -21,7 +21,6 @@ from zflora_jax.inference.batching import (
     listed,
     pad_left,
     padded_length,
-    power_of_two,
 )
 from zflora_jax.inference.generation_config import GREEDY, GenerationConfig
 from zflora_jax.inference.program import DecodeProgram, packed
@@ -88,46 +87,6 @@ def generate_tokens(
             if on_answer:
                 on_answer(i, answers[i])
     return answers
-
-
-def stream_tokens(
-    model: Model, prompt: Sequence[int], config: GenerationConfig | None = None, **settings: Any
-) -> Iterator[int]:
-    """Generates for one prompt, token by token, with a compiled step for each.
-
-    Processes that share the model each consume all tokens.
-
-    Args:
-      model: A base, fused or packed model.
-      prompt: Token ids.
-      config: Settings of generation; batch_size has no effect.
-      settings: Fields of `GenerationConfig` that replace those of `config`.
-
-    Yields:
-      The tokens of `generate_tokens(model, [prompt], config)`, one at a time.
-
-    Raises:
-      ConfigError: As for `generate_tokens`.
-      NonFiniteError: As for `generate_tokens`.
-    """
-    config = _complete(model, config, settings)
-    check_prompts(model, [prompt], config.max_new_tokens)
-    run = packed(model)
-    program, variables = _program(run, None, config), {"params": run.params}
-    tokens, valid = pad_left([prompt], 1, padded_length(len(prompt)))
-    keys = _row_keys(config.seed, [0], 1)
-    # A power of two, so that growing conversations share their compiled steps.
-    room = power_of_two(config.max_new_tokens)
-    with mesh_in_use(run.params):
-        state = program.prefill(variables, tokens, valid, keys, room)
-    for count in range(1, config.max_new_tokens + 1):
-        token, done = int(gathered(state.last)[0]), bool(gathered(state.done)[0])
-        _check_finite([token], "the prompt")
-        yield token
-        if count == config.max_new_tokens or done:
-            return
-        with mesh_in_use(run.params):
-            state = program.decode_until(variables, state, keys, np.int32(count + 1))
 
 
 def _complete(

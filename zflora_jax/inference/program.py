@@ -147,12 +147,12 @@ class DecodeProgram:
         out = jnp.full((batch, max_new_tokens), ENDED, jnp.int32).at[:, 0].set(first)
         return DecodeState(out, first, done, jnp.ones((), jnp.int32), cache)
 
-    @partial(jax.jit, static_argnames="self", donate_argnames="state")
+    @partial(jax.jit, static_argnames="self")
     def decode_until(
         self, variables: trees.Tree, state: DecodeState, keys: Array, until: ArrayLike
     ) -> DecodeState:
         """Continues `decode` until `until` tokens are written (int32, at most the prefill's
-        max_new_tokens), or all rows have ended. `state` is donated.
+        max_new_tokens), or all rows have ended.
         """
 
         def going(s: DecodeState) -> Array:

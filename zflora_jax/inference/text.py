@@ -1,8 +1,8 @@
-"""Text in, text out: generation in batches, streamed generation."""
+"""Text in, text out."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -10,15 +10,10 @@ from zflora_jax.core.adapter_config import AdapterConfig
 from zflora_jax.core.fields import override, require
 from zflora_jax.core.model import Model
 from zflora_jax.core.trees import Tree
-from zflora_jax.data.prompts import encode_prompt_texts, end_token, render, render_turns
+from zflora_jax.data.prompts import encode_prompt_texts, end_token, render
 from zflora_jax.inference.batching import listed
-from zflora_jax.inference.decode import generate_tokens, stream_tokens
+from zflora_jax.inference.decode import generate_tokens
 from zflora_jax.inference.generation_config import GenerationConfig
-
-Turn = Mapping[str, str]  # {"role": "system", "user" or "assistant", "content": text}
-# The default of `stream`
-LONG_ANSWER = GenerationConfig(max_new_tokens=256)
-INCOMPLETE = "\ufffd"  # the replacement character: bytes of a character that is not whole yet
 
 
 def stop_ids(model: Model, prompt_style: str) -> list[int]:
@@ -47,7 +42,7 @@ def answer_text(tokenizer: Any, answer: Sequence[int], stop: Sequence[int]) -> s
 def _tokenizer(model: Model) -> Any:
     require(
         model.tokenizer is not None,
-        "this model has no tokenizer; use generate_tokens or stream_tokens with token ids.",
+        "this model has no tokenizer; use generate_tokens with token ids.",
     )
     return model.tokenizer
 
@@ -119,63 +114,7 @@ def encode_prompts(
     wrong = [prompts] if isinstance(prompts, str) else [p for p in texts if not isinstance(p, str)]
     require(
         not wrong,
-        f"prompts must be a list of texts, got {[*wrong, ''][0]!r:.80}; one text goes in a list,"
-        " and turns of a conversation to `stream`.",
+        f"prompts must be a list of texts, got {[*wrong, ''][0]!r:.80}; one text goes in a list.",
     )
     texts = [render(tokenizer, "chat", text, date=date) for text in texts] if chat else texts
     return encode_prompt_texts(tokenizer, texts)
-
-
-def stream(
-    model: Model,
-    prompt: str | Iterable[Turn],
-    config: GenerationConfig | None = None,
-    *,
-    date: str | None = None,
-    **settings: Any,
-) -> Iterator[str]:
-    """Generates the answer to one prompt piece by piece.
-
-    Args:
-      model: A base, fused or packed model with a tokenizer.
-      prompt: A text, which the model continues, or the turns of a conversation, rendered by the
-        tokenizer's chat template.
-      config: As for `generate`, but by default max_new_tokens=256.
-      date: As for `generate`.
-      settings: As for `generate`.
-
-    Yields:
-      Pieces of the text that `generate` returns. A piece never ends within a character, so there
-      may be fewer pieces than tokens. Where a model writes bytes that are no text, later bytes may
-      change how earlier ones are read; yielded pieces stay.
-
-    Raises:
-      ConfigError: As for `generate`.
-    """
-    tokenizer, chat = _tokenizer(model), not isinstance(prompt, str)
-    turns = listed(prompt) if chat else []
-    require(
-        all(isinstance(turn, Mapping) for turn in turns),
-        f"prompt must be a text or a list of turns with role and content, got {turns!r:.80}; one"
-        " text goes without a list.",
-    )
-    text = prompt if isinstance(prompt, str) else render_turns(tokenizer, turns, date)
-    config = override(config or LONG_ANSWER, settings).stopping_at(_ends(model, chat))
-    given: list[int] = []
-    said = ""
-    for token in stream_tokens(model, encode_prompt_texts(tokenizer, [text])[0], config):
-        given.append(token)
-        whole = answer_text(tokenizer, given, config.stop_token_ids or ())
-        if not whole.endswith(INCOMPLETE):
-            if piece := _behind(said, whole):  # none of a special token
-                yield piece
-            said = whole
-    whole = answer_text(tokenizer, given, config.stop_token_ids or ())
-    if rest := _behind(said, whole):
-        yield rest
-
-
-def _behind(said: str, whole: str) -> str:
-    """Returns `whole` from the place where it extends `said`, or differs from it."""
-    same = (i for i, (a, b) in enumerate(zip(said, whole, strict=False)) if a != b)
-    return whole[next(same, len(said)) :]
