@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -157,41 +158,32 @@ def _answer_lines(
     config: GenerationConfig,
     main: bool,
 ) -> None:
-    """Prints the answers of --file in order, each as soon as those before it are there; when an
-    error or a signal ends the work, also those behind one that is missing. numbered: As `_lines`
-    returns them. texts: What the model is given for each.
+    """Prints the answers of --file, batch after batch.
+
+    Args:
+      model: The model.
+      numbered: The prompts, as `_lines` returns them.
+      texts: The text that the model is given for each.
+      config: Settings of generation.
+      main: Whether this process prints.
     """
     from zflora_jax.inference.batching import check_prompts
     from zflora_jax.inference.text import encode_prompts, generate
     from zflora_jax.reporting.progress import progress_bar
 
-    answers, following = dict[int, str](), 0
-    lines = [line for _, line in numbered]
-
-    def show(i: int) -> None:
-        if main:
-            said = {"prompt": lines[i], "output": answers[i]}
-            print(json.dumps(said, ensure_ascii=False), flush=True)
-        del answers[i]  # not before: a signal may come in between
-
-    def keep(i: int, answer: str) -> None:
-        nonlocal following
-        answers[i] = answer
-        advance(1)
-        while following in answers:
-            show(following)
-            following += 1
-
     names = [f"line {number} of --file" for number, _ in numbered]
-    ids = encode_prompts(model, texts)
+    ids, size = encode_prompts(model, texts), config.batch_size
     check_prompts(model, ids, config.max_new_tokens, names, "--max-new-tokens")
     quiet = not main or sys.stdout.isatty()
-    with progress_bar(len(lines), "answering", not quiet) as advance, terminated():
-        try:
-            generate(model, texts, config, on_answer=keep)
-        finally:
-            for i in sorted(answers):
-                show(i)
+    with progress_bar(len(texts), "answering", not quiet) as advance, terminated():
+        for start in range(0, len(texts), size):
+            # Each batch has draws of its own.
+            seeded = replace(config, seed=(config.seed + start) % 2**32)
+            answers = generate(model, texts[start : start + size], seeded)
+            for (_, line), answer in zip(numbered[start:], answers, strict=False):
+                said = json.dumps({"prompt": line, "output": answer}, ensure_ascii=False)
+                print(f"{said}\n" if main else "", end="", flush=True)
+            advance(len(answers))
 
 
 def _model_of(args: argparse.Namespace, run: RunConfig | None) -> Model:

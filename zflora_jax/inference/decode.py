@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
@@ -37,7 +37,6 @@ def generate_tokens(
     *,
     adapter: AdapterConfig | None = None,
     adapters: Tree | None = None,
-    on_answer: Callable[[int, list[int]], None] | None = None,
     **settings: Any,
 ) -> list[list[int]]:
     """Generates token ids for each prompt.
@@ -52,7 +51,6 @@ def generate_tokens(
       config: Settings of generation; None for the defaults of `GenerationConfig`.
       adapter: Config of an adapter that runs unmerged, which is slower than a fused one.
       adapters: Parameters of that adapter.
-      on_answer: Called with the number and the answer of each prompt when its batch is done.
       settings: Fields of `GenerationConfig` that replace those of `config`.
 
     Returns:
@@ -84,8 +82,6 @@ def generate_tokens(
         for i, row in zip(batch.rows, gathered(out), strict=False):
             _check_finite(row, f"prompt {i}")
             answers[i] = [int(token) for token in row if token != ENDED]
-            if on_answer:
-                on_answer(i, answers[i])
     return answers
 
 

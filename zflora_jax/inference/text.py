@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -65,7 +65,6 @@ def generate(
     date: str | None = None,
     adapter: AdapterConfig | None = None,
     adapters: Tree | None = None,
-    on_answer: Callable[[int, str], None] | None = None,
     **settings: Any,
 ) -> list[str]:
     """Generates texts for text prompts; greedily, unless `config` or `settings` have a sampler.
@@ -80,7 +79,6 @@ def generate(
         model); None for today.
       adapter: The config of `adapters`.
       adapters: An unmerged adapter tree, as for `generate_tokens`.
-      on_answer: Called with the number and the text of each answer when its batch is done.
       settings: Fields of `GenerationConfig` that replace those of `config`.
 
     Returns:
@@ -92,18 +90,9 @@ def generate(
     """
     tokens = encode_prompts(model, prompts, chat=chat, date=date)
     config = override(config or GenerationConfig(), settings).stopping_at(_ends(model, chat))
-
-    def text(answer: Sequence[int]) -> str:
-        return answer_text(model.tokenizer, answer, config.stop_token_ids or ())
-
-    def tell(i: int, answer: Sequence[int]) -> None:
-        if on_answer:
-            on_answer(i, text(answer))
-
-    answers = generate_tokens(
-        model, tokens, config, adapter=adapter, adapters=adapters, on_answer=tell
-    )
-    return [text(answer) for answer in answers]
+    answers = generate_tokens(model, tokens, config, adapter=adapter, adapters=adapters)
+    stop = config.stop_token_ids or ()
+    return [answer_text(model.tokenizer, answer, stop) for answer in answers]
 
 
 def encode_prompts(
