@@ -10,7 +10,6 @@ from .adapters.methods import add_method as add_method
 from .adapters.packing import pack_for_decode as pack_for_decode
 from .adapters.widths import (
     count_params as count_params,
-    rank_for_budget as rank_for_budget,
     round_widths as round_widths,
 )
 from .core.adapter_config import AdapterConfig as AdapterConfig

@@ -13,8 +13,8 @@ from dataclasses import replace
 import zflora_jax as zf
 from studies.study import Study
 
-# At LoRA r=16's 4,884,480 parameters (`rank_for_budget`): all within 3.1% of it except ffa, whose
-# rank would have to exceed that of the heads.
+# At LoRA r=16's 4,884,480 parameters: all within 3.1% of it except ffa, whose rank would have to
+# exceed that of the heads.
 LORA = zf.AdapterConfig("lora", rank=16)
 MINIMAL = zf.AdapterConfig("zflora-minimal", rank=21)
 PAIR = {"lora": LORA, "zflora-minimal": MINIMAL}

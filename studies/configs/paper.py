@@ -55,9 +55,11 @@ def methods(size: str) -> dict[str, zf.AdapterConfig]:
         "zflora-minimal": zf.AdapterConfig("zflora-minimal"),
         "zflora-uniform": zf.AdapterConfig("zflora-uniform", extra_head_dim=heads),
     }
-    budget = zf.count_params(config, LORA)
-    found = {name: zf.rank_for_budget(config, other, budget) for name, other in others.items()}
-    return {"lora": LORA} | found
+    budget, found = zf.count_params(config, LORA), {"lora": LORA}
+    for name, other in others.items():
+        ranks = (replace(other, rank=rank) for rank in range(1, 65))
+        found[name] = min(ranks, key=lambda near: abs(zf.count_params(config, near) - budget))
+    return found
 
 
 def table(group: str, size: str) -> Study:

@@ -14,7 +14,6 @@ from zflora_jax.adapters.packing import packed_config
 from zflora_jax.adapters.widths import (
     MULTIPLES,
     count_params,
-    rank_for_budget,
     round_widths,
     width_advice,
 )
@@ -26,9 +25,6 @@ F, FB, ALL = ("forward",), ("forward", "backward"), ("forward", "backward", "cro
 B = ("backward",)
 TINY = preset("tiny")  # d 64, heads 4/2 of 16, f 96, 2 layers
 SMOL, LLAMA = preset("smollm2-135m"), preset("llama-3.2-1b")
-RANKED = [  # the methods whose counts depend on the rank
-    m for m, r in METHODS.items() if r.residual or r.mlp or r.in_place in ("lora", "ffa")
-]
 
 
 # docs/method.md: kernel -> blocks, "-" for none, in the order q k v o gate up down.
@@ -170,62 +166,6 @@ def test_published_counts_of_smollm2_135m(adapter, count):
 )
 def test_base_counts_are_the_published_ones(name, count):
     assert count_base(preset(name)) == count
-
-
-@pytest.mark.parametrize("method", RANKED)
-@pytest.mark.parametrize("name", ["tiny", "smollm2-135m", "llama-3.2-1b"])
-def test_rank_for_budget_is_the_nearest_rank(name, method):
-    """The budget of LoRA r=16, except where the head dims alone are above it."""
-    config, start = preset(name), AdapterConfig(method)
-    budget = count_params(config, AdapterConfig("lora", rank=16))
-
-    def count(rank: int) -> int:
-        return count_params(config, start.replace(rank=rank))
-
-    if (least := count(1)) > 1.5 * budget:
-        message = rf"'{method}' needs at least {least:,} parameters .* {budget:,} cannot be met"
-        with pytest.raises(ConfigError, match=message):
-            rank_for_budget(config, start, budget)
-        return
-    found = rank_for_budget(config, start, budget)
-    assert found.method == method and found.scale == start.scale
-    others = (max(1, found.rank - 1), found.rank, found.rank + 1)
-    assert abs(count(found.rank) - budget) == min(abs(count(rank) - budget) for rank in others)
-    assert method != "lora" or found.rank == 16
-
-
-def test_rank_for_budget_keeps_what_was_chosen():
-    start = AdapterConfig(
-        "zflora-uniform", rank=4, alpha=6.0, extra_head_dim=8, extra_mlp_units=24, targets="all"
-    )
-    found = rank_for_budget(SMOL, start, 6_000_000)
-    assert found == start.replace(rank=found.rank, alpha=1.5 * found.rank)
-    assert abs(count_params(SMOL, found) - 6_000_000) <= 0.03 * 6_000_000
-    stable = start.replace(use_rslora=True)  # whose alpha is for all ranks
-    assert rank_for_budget(SMOL, stable, 6_000_000) == stable.replace(rank=found.rank)
-
-
-@pytest.mark.parametrize(
-    ("adapter", "budget", "message"),
-    [
-        (AdapterConfig("lora"), 0, r"budget=0: must be at least 1 parameter"),
-        (AdapterConfig("full"), 1000, r"method 'full' has no rank"),
-        (AdapterConfig("lora"), 10, r"method 'lora' needs at least 1,856 parameters"),
-        (
-            AdapterConfig("lora"),
-            10**8,
-            r"method 'lora' reaches no more than [\d,]+ parameters here, whatever its rank",
-        ),
-        (
-            AdapterConfig("ffba", extra_mlp_units=8),
-            10**4,
-            r"method 'ffba' has no rank here: no width depends on it; set extra_head_dim",
-        ),
-    ],
-)
-def test_budgets_that_cannot_be_met(adapter, budget, message):
-    with pytest.raises(ConfigError, match=message):
-        rank_for_budget(TINY, adapter, budget)
 
 
 # --- widths that devices like --------------------------------------------------------------------

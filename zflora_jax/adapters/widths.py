@@ -1,8 +1,7 @@
-"""Sizes of an adapter: its parameters, the rank for a budget, and widths that suit a device."""
+"""Sizes of an adapter: its parameters, and widths that suit a device."""
 
 from __future__ import annotations
 
-import bisect
 import math
 
 import jax
@@ -10,7 +9,7 @@ import jax
 from zflora_jax.adapters.methods import fused_config, live_layers, resolve_adapter
 from zflora_jax.core.adapter_config import METHODS, AdapterConfig
 from zflora_jax.core.architecture import count_base
-from zflora_jax.core.fields import require, require_in
+from zflora_jax.core.fields import require_in
 from zflora_jax.core.model_config import LlamaConfig
 
 # Type of device -> multiples that the widths of the residual and the MLP stream should be of. cpu:
@@ -96,48 +95,3 @@ def count_params(config: LlamaConfig, adapter: AdapterConfig) -> int:
         for kernel, blocks in resolve_adapter(config, adapter).blocks.items()
         for block, shape in blocks.items()
     )
-
-
-def rank_for_budget(config: LlamaConfig, adapter: AdapterConfig, budget: int) -> AdapterConfig:
-    """Chooses the rank whose parameter count is nearest to a budget; `round_widths` rounds it.
-
-    Args:
-      config: Config of the base.
-      adapter: The other settings; alpha / rank is kept (with use_rslora alpha), and a width that is
-        None follows the rank.
-      budget: Number of trainable parameters.
-
-    Returns:
-      `adapter` with that rank.
-
-    Raises:
-      ConfigError: the method has no rank, or none comes within a factor of 1.5 of the budget.
-    """
-    require(budget >= 1, f"budget={budget}: must be at least 1 parameter.")
-    require(
-        not adapter.rank_pattern and not adapter.alpha_pattern,
-        "a budget sets one rank for all kernels: leave adapter.rank_pattern and alpha_pattern out.",
-    )
-
-    def at(rank: int) -> AdapterConfig:
-        kept = adapter.alpha is None or adapter.use_rslora
-        return adapter.replace(rank=rank, alpha=adapter.alpha if kept else adapter.scale * rank)
-
-    def count(rank: int) -> int:
-        return count_params(config, at(rank))
-
-    require(
-        count(1) != count(2),
-        f"method {adapter.method!r} has no rank here: no width depends on it; set extra_head_dim"
-        " or extra_mlp_units to the width you want, or leave extra_mlp_units unset.",
-    )
-    above = bisect.bisect_left(range(config.hidden_size * 64), budget, lo=2, key=count)
-    best = min((above - 1, above), key=lambda rank: abs(count(rank) - budget))
-    found = count(best)
-    bound = "needs at least" if found > budget else "reaches no more than"
-    require(
-        budget / 1.5 <= found <= 1.5 * budget,
-        f"method {adapter.method!r} {bound} {found:,} parameters here, whatever its rank; a budget"
-        f" of {budget:,} cannot be met. Change extra_mlp_units, extra_head_dim or targets.",
-    )
-    return at(best)
