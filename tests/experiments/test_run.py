@@ -16,7 +16,6 @@ from support.runs import quiet_train
 
 from zflora_jax import ConfigError, evaluate, export_run, forward, load_model, override, save_hf
 from zflora_jax.adapters.fuse import fuse
-from zflora_jax.cli.main import main
 from zflora_jax.core import trees
 from zflora_jax.core.adapter_config import METHODS
 from zflora_jax.core.errors import NonFiniteError, Preempted
@@ -86,24 +85,18 @@ def test_another_base_is_refused(run, base_dir, tmp_path):
         load_run(tmp_path / "run")
 
 
-def test_other_data_is_refused(run, tmp_path, capsys):
-    """Nor is a run evaluated as if its own file had not changed."""
+def test_other_data_is_refused(run, tmp_path):
     rows, file = [{"instruction": f"Say {i}.", "output": f"{i}"} for i in range(40)], "rows.json"
     (tmp_path / file).write_text(json.dumps(rows))
     own = {"data.task": "rows", "data.data_dir": str(tmp_path / file), "train.steps": 4}
     run = override(run, own)
     quiet_train(run, tmp_path / "run")
-    assert main(given := ["eval", "--workdir", str(tmp_path / "run"), "--limit", "2"]) == 0
-    assert "changed" not in capsys.readouterr().out
     rows[3]["output"] = "something else"
     (tmp_path / file).write_text(json.dumps(rows))
     before = (tmp_path / "run" / "config.json").read_bytes()
     with pytest.raises(ConfigError, match="was trained on another data"):
         quiet_train(override(run, {"train.log_every": 3}), tmp_path / "run")
     assert (tmp_path / "run" / "config.json").read_bytes() == before
-    assert main([*given, "--out", str(tmp_path / "out")]) == 0  # its rows may have been trained on
-    said = " ".join(capsys.readouterr().out.split())
-    assert "training_data_changed │ True" in said and "the present rows, so one that counts" in said
 
 
 def test_non_finite_loss_stops_with_the_step_named_and_the_checkpoint_intact(

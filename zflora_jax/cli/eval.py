@@ -72,7 +72,6 @@ def run(args: argparse.Namespace) -> None:
     from zflora_jax.data.tasks import GROUPS, get_task
     from zflora_jax.evaluation.summary import summary_page
     from zflora_jax.evaluation.task import check_tasks, evaluate_tasks
-    from zflora_jax.experiments.restore import own_rows_changed
     from zflora_jax.parallel.compile_cache import compile_cache
     from zflora_jax.parallel.distributed import on_main
     from zflora_jax.training.workdir import read_config
@@ -83,18 +82,12 @@ def run(args: argparse.Namespace) -> None:
     named = args.tasks.split(",") if args.tasks else parse_mixture(config.data.task)[0]
     tasks = list(dict.fromkeys(task for name in named for task in GROUPS.get(name, (name,))))
     check_tasks(config, tasks)
-    trained_on = _trained_on(args, base, config)
+    seen = _trained_on(args, base, config) or None
     mesh = mesh_asked(meshed, base if args.workdir else None)
     out = as_path(args.out or as_path(args.workdir or "runs") / "eval")
     on_main(lambda: output_path(out, "--out", folder=True))
     with compile_cache(as_path(args.workdir or out) / "compile_cache"):
         model, label = _model(args, config, mesh)
-        for i, given in enumerate(trained_on):
-            if given.here:  # of the run
-                run_there = replace(base, data=given.data)
-                changed = own_rows_changed(args.workdir, run_there, model)
-                trained_on[i] = replace(given, changed=changed)
-        seen = trained_on or None
         summary = evaluate_tasks(config, model, tasks, out, label, trained_on=seen, donate=True)
     if not main:
         return

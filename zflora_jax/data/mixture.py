@@ -94,12 +94,10 @@ class TrainedOn:
     Attributes:
       data: Its settings.
       here: Whether this project trained on it, and so left out the rows that it holds out.
-      changed: Whether its files hold other rows now than were trained on.
     """
 
     data: DataConfig
     here: bool = True
-    changed: bool = False
 
 
 def source_splits(data: DataConfig) -> list[tuple[str, str, Sequence[Example]]]:

@@ -12,10 +12,6 @@ from zflora_jax.data.encoding import last_answer
 from zflora_jax.data.task import listed_options
 from zflora_jax.data.tasks import Example
 
-CHANGED = (
-    "the run's own rows have changed since training: questions were compared with the present rows,"
-    " so one that counts as clean may have been trained on"
-)
 # White space and marks, but not in numbers, and not operators: "7 - 3" and "7 + 3" are two.
 _MARKS = re.compile(r"(?:[\s?!;:'\"]|[.,](?![0-9]))+")
 _SPACED = re.compile(r" ?([!-/:-@\[-`{-~]) ?")  # "1 + 1", "1+1"

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from zflora_jax.evaluation.contamination import CHANGED
 from zflora_jax.evaluation.scores import Score
 from zflora_jax.reporting.provenance import origin_line
 from zflora_jax.reporting.tables import markdown_table
@@ -85,8 +84,7 @@ def _remarks(results: Sequence[Mapping[str, Any]]) -> list[str]:
         "Rows that fit data.bucket_lengths, which the loss is over": of("loss_rows", among=fewer),
         "Documents cut to fit the prompt": of("documents_cut", among=cut),
     }
-    unchecked = [f"Note: {CHANGED}."] if any("training_data_changed" in r for r in results) else []
-    unchecked += [] if marked else ["No training data was named: contamination was not checked."]
+    unchecked = [] if marked else ["No training data was named: contamination was not checked."]
     lines = [
         f"{text}: {', '.join(f'{task} {value}' for task, value in found.items())}."
         for text, found in texts.items()

@@ -24,7 +24,7 @@ from zflora_jax.data.dates import dated
 from zflora_jax.data.encoding import tokenize_examples
 from zflora_jax.data.mixture import TrainedOn, has_own_rows, load_mixture, source_splits
 from zflora_jax.data.tasks import GROUPS, Example, get_task
-from zflora_jax.evaluation.contamination import CHANGED, contaminated, questions
+from zflora_jax.evaluation.contamination import contaminated, questions
 from zflora_jax.evaluation.loss import held_out_loss
 from zflora_jax.evaluation.records import Record, generation_records, likelihood_records
 from zflora_jax.evaluation.scores import (
@@ -304,9 +304,6 @@ def evaluate_tasks(
     seen = _seen_by_task(run, tasks, trained_on)
     files = {task: out / f"{task}-{run.eval.split}-{label}" for task in tasks}
     results, records = _score_all(run, model, files, seen, console, donate)
-    if any(given.changed for given in trained_on or ()):
-        log.warning(CHANGED)
-        results = [result | {"training_data_changed": True} for result in results]
     summary = {"label": label, "tasks": results, "groups": _groups(run.eval, records)}
     summary |= {"origin": origin, "config": to_dict(run), "environment": env}
     if distributed.is_main():

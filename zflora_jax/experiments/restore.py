@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import logging
 from pathlib import Path
@@ -13,13 +12,12 @@ from zflora_jax.adapters.fuse import fuse
 from zflora_jax.adapters.init import split_base
 from zflora_jax.adapters.packing import split_layers
 from zflora_jax.core.adapter_config import METHODS, AdapterConfig
-from zflora_jax.core.fields import ConfigError, require
+from zflora_jax.core.fields import require
 from zflora_jax.core.model import Model, fingerprint
 from zflora_jax.core.run_config import RunConfig
 from zflora_jax.core.trees import Tree
-from zflora_jax.data.mixture import has_own_rows, load_mixture, parse_mixture
 from zflora_jax.experiments.base import load_base
-from zflora_jax.experiments.setup import sequences, state_like
+from zflora_jax.experiments.setup import state_like
 from zflora_jax.nn.quantize_model import dequantize_model, is_quantized
 from zflora_jax.parallel.distributed import from_process_0, require_equal
 from zflora_jax.parallel.mesh import mesh_if_there, mesh_of
@@ -64,24 +62,6 @@ def load_run(
     files = hashlib.sha256(repr(sorted(saved["files"].items())).encode()).hexdigest()
     require_equal({f"checkpoint of step {number}": files})  # they may have read other directories
     return run, base, state.adapters, int(state.step)
-
-
-def own_rows_changed(workdir: str | Path, run: RunConfig, model: Model) -> bool:
-    """Returns whether the training rows are no longer those of a run. Where the user's own are not
-    among them, they count as unchanged, and nothing is read.
-    """
-    if not has_own_rows(parse_mixture(run.data.task)[0]):
-        return False
-    log.info("tokenising the training rows, to see whether they have changed")
-    try:
-        _, now = sequences(load_mixture(run.data, "train"), run, model)
-    except ConfigError:  # not one of them can be trained on now
-        return True
-    with Checkpoints(workdir, create=False) as checkpoints:
-        for step in reversed(saved_steps(workdir)):
-            with contextlib.suppress(FileNotFoundError):  # removed meanwhile, as the run goes on
-                return now.fingerprint() != checkpoints.meta_of(step)["data_fingerprint"]
-    return False
 
 
 def _number(workdir: str | Path, checkpoints: Checkpoints, step: int | str | None) -> int | None:
