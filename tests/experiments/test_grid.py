@@ -5,7 +5,7 @@ import json
 import logging
 import os
 import signal
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack
 from types import SimpleNamespace
 
 import numpy as np
@@ -89,22 +89,6 @@ def test_every_combination_is_a_row_and_is_not_run_again(base, tmp_path, fake, c
     longer = run_grid(override(base, {"train.steps": 20}), GRID, tmp_path / "s", console=False)
     message = "2 steps, of which 2 are done, and this one has train.steps=20"
     assert len(fake.runs) == 12 and all(message in row["status"] for row in longer)
-
-
-@pytest.mark.parametrize("part", ["base", "data", "eval"])
-@pytest.mark.parametrize(("day", "text"), [(26, "strftime_now"), (27, ""), (27, "strftime_now")])
-def test_runs_on_changed_files_are_named(part, day, text, base, tmp_path, fake, monkeypatch):
-    """At the end, unless a chat template tells another date."""
-    tokenizer, runs = SimpleNamespace(chat_template=text), [{"adapter.rank": x} for x in (2, 3, 4)]
-    monkeypatch.setattr(grid, "model_tokenizer", lambda _: tokenizer)
-    run_grid(base, runs[:2], tmp_path)
-    fake.files[part], fake.date = "b", f"2026-11-{day}"
-    other = {"train.dtype": "bfloat16", "data.train_limit": 5, "eval.limit": 3}
-    told = day == 27 and text and part != "base"
-    message = rf"{part}_\w+ differs: adapter.rank=2, adapter.rank=3 \| adapter.rank=4. Files"
-    with nullcontext() if told else pytest.raises(ConfigError, match=message):
-        run_grid(base, [*runs, other], tmp_path)
-    assert len(json.loads((tmp_path / "rows.json").read_text())["rows"]) == len(fake.runs) == 4
 
 
 def test_failures_are_rows(base, tmp_path, fake, caplog):

@@ -22,7 +22,7 @@ from zflora_jax.core.run_config import RunConfig
 from zflora_jax.data.dates import dated
 from zflora_jax.experiments.run_report import read_report
 from zflora_jax.experiments.train import train
-from zflora_jax.hf.load import load_model, model_tokenizer
+from zflora_jax.hf.load import load_model
 from zflora_jax.parallel.compile_cache import compile_cache
 from zflora_jax.reporting.files import local_path, plain, write_result
 from zflora_jax.reporting.metrics import METRICS_FILE
@@ -46,9 +46,6 @@ POLL = 5.0  # seconds between looks at runs that other processes are training
 _FAILURES = (ConfigError, CheckpointError, NonFiniteError, JaxRuntimeError, MemoryError)
 _REPORTED = ("params_trainable", "steps", "seconds", "first_step_seconds")
 _ORIGIN = ("commit", "dirty", "date", "device", "cpu", "jax")
-# Fingerprints in a report, and the settings that change them. The model's path changes each.
-_READ = {"base": ("quantize.", "train.dtype"), "data": ("data.",), "eval": ("data.", "eval.")}
-_UNREAD = ("data.batch_size", "data.grad_accum_steps", "data.seed")
 
 
 def sweep(
@@ -76,8 +73,7 @@ def sweep(
       settings, whose loss is not a number, and that need too much memory.
 
     Raises:
-      ConfigError: pandas is not installed, the grid is wrong, JAX has joined several processes, or
-        files of the model or the data changed between runs (told at the end).
+      ConfigError: pandas is not installed, the grid is wrong, or JAX has joined several processes.
       Preempted: A signal came; the run that was training is saved after its step.
     """
     try:
@@ -162,28 +158,7 @@ def run_grid(
     curves = {n: path for n, _ in named if (path := workdir / n / METRICS_FILE).is_file()}
     with contextlib.suppress(ValueError):  # no run came to its first number
         training_curves(curves, workdir / "curves", f"{workdir.resolve().name}: {len(curves)} runs")
-    _require_same_files(workdir, base.model, rows)
     return rows
-
-
-def _require_same_files(workdir: Path, model: str, rows: Sequence[Row]) -> None:
-    """ConfigError if finished runs with equal settings of model and data read other contents."""
-    found = dict[tuple[str, ...], dict[tuple[str, str], list[str]]]()
-    for row, (part, keys) in itertools.product(rows, _READ.items()):
-        if row["status"] == FINISHED and (report := read_report(workdir / row["run"])):
-            same = {k: v for k, v in row.items() if k.startswith(keys) and k not in _UNREAD}
-            date = "" if part == "base" else report["config"]["data"]["date"]
-            group = found.setdefault((part, row.get("model", model), str(same)), {})
-            group.setdefault((report[f"{part}_fingerprint"], date), []).append(row["run"])
-    for (part, of, _), group in found.items():
-        if len({digest for digest, _ in group}) > 1:
-            template = str(model_tokenizer(of).chat_template)  # may tell each run another date
-            require(
-                "strftime_now" in template and len({date for _, date in group}) == len(group),
-                f"{part}_fingerprint differs: {' | '.join(map(', '.join, group.values()))}. Files"
-                " of the model or the data have changed at the same path. Give another workdir, or"
-                " remove the directories of the older runs.",
-            )
 
 
 def _finished(run: RunConfig, folder: Path) -> Row | None:
