@@ -19,7 +19,6 @@ from zflora_jax.core.fields import override
 from zflora_jax.evaluation.loss import held_out_loss
 from zflora_jax.experiments.restore import load_fused, load_run
 from zflora_jax.experiments.setup import held_out
-from zflora_jax.hf.load import load_model
 from zflora_jax.hf.save import save_hf
 from zflora_jax.parallel.mesh import mesh_in_use, mesh_of
 
@@ -68,46 +67,24 @@ def test_a_run_is_loaded_and_used_on_its_mesh(trained, tmp_path):
     assert_trees_equal(fused.params, load_fused(trained, mesh=one_device())[0].params)
 
 
-@pytest.mark.soak  # test_hosts_commands runs them on a mesh
-def test_commands_use_the_mesh_of_the_run_or_the_one_given(trained, tmp_path, capsys, monkeypatch):
-    """eval, generate and export: the same answers, losses and files from four devices (the run's)
-    and from the mesh that --set names.
-    """
-    used, asks = [], ["--prompt", "2+3=", "--max-new-tokens", "5"]
-    for module in ("inference.decode", "evaluation.loss", "adapters.fuse"):
-        monkeypatch.setattr(
-            f"zflora_jax.{module}.mesh_in_use",
-            lambda tree: used.append(mesh_of(tree)) or mesh_in_use(tree),
-        )
+@pytest.mark.soak  # test_hosts_commands runs commands on a mesh
+def test_a_command_uses_the_mesh_of_the_run_or_the_one_given(trained, capsys, monkeypatch):
+    """The answer is the same on four devices (the run's) and on one."""
+    used: list[int] = []
 
-    def said(*argv: object) -> str:
-        assert main([str(word) for word in argv]) == 0
-        return capsys.readouterr().out
+    def noted(tree):
+        mesh = mesh_of(tree)
+        used.append(1 if mesh is None else mesh.size)
+        return mesh_in_use(tree)
 
-    found = {}
-    for name, parts in (("run", 4), ("one", 1)):
+    monkeypatch.setattr("zflora_jax.inference.decode.mesh_in_use", noted)
+    asks, said = ["--workdir", str(trained), "--prompt", "2+3=", "--max-new-tokens", "5"], []
+    for mesh, parts in (([], 4), (["--set", "mesh.fsdp=1", "mesh.tensor=1"], 1)):
         used.clear()
-        mesh = [] if name == "run" else ["--set", "mesh.fsdp=1", "mesh.tensor=1"]
-        run, out = ("--workdir", trained, *mesh), tmp_path / name
-        said("eval", *run, "--out", out / "eval")
-        answer = said("generate", *run, *asks)
-        assert {1 if mesh is None else mesh.size for mesh in used} == {parts}
-        assert "top1_agreement" in said("export", *run, "--out", out / "out")
-        [summary] = (out / "eval").glob("summary-*.json")
-        [rows] = (out / "eval").glob("arithmetic*.jsonl")
-        answers = [json.loads(line)["output"] for line in rows.read_text().splitlines()]
-        files = ("model.safetensors", "zflora/restore.safetensors")
-        written = [(out / "out" / file).read_bytes() for file in files]
-        base = json.loads((out / "out" / "zflora.json").read_text())["base"]["fingerprint"]
-        loss = json.loads(summary.read_text())["tasks"][0]["loss"]
-        found[name] = loss, answer.splitlines()[-1], answers, written, base
-    np.testing.assert_allclose(found["run"][0], found["one"][0], rtol=2e-5)
-    assert found["run"][1:] == found["one"][1:]
-    # The export is itself used on a mesh.
-    export = tmp_path / "run" / "out"
-    assert_divided(load_model(str(export), mesh=make_mesh(MESH)).params)
-    given = ("generate", "--model", export, *asks)
-    assert said(*given) == said(*given, "--set", "mesh.fsdp=2", "mesh.tensor=2")
+        assert main(["generate", *asks, *mesh]) == 0
+        assert set(used) == {parts}
+        said.append(capsys.readouterr().out)
+    assert said[0] == said[1]
 
 
 def test_an_export_does_not_gather_the_model(trained, tmp_path):

@@ -129,34 +129,6 @@ def test_an_answer_that_did_not_stop_by_itself_is_cut(model, reply):
 # --- stopping and going on ------------------------------------------------------------------------
 
 
-def test_a_stopped_evaluation_goes_on_where_it_was(model, arc, tmp_path, monkeypatch):
-    examples, path = load_examples("arc_easy", "test", arc), tmp_path / "a" / "x.partial.jsonl"
-    whole = generation_records(model, "arc_easy", examples, arc, EVAL)
-    calls, kill = [], [True]
-    real = records_module.generate_tokens
-
-    def failing(model, prompts, **settings):
-        calls.append(len(prompts))
-        if kill and len(calls) == 3:
-            kill.clear()
-            raise KeyboardInterrupt
-        return real(model, prompts, **settings)
-
-    def run(evaluation=EVAL):
-        return generation_records(model, "arc_easy", examples, arc, evaluation, partial=path)
-
-    monkeypatch.setattr(records_module, "generate_tokens", failing)
-    with pytest.raises(KeyboardInterrupt):
-        run()
-    with path.open("a") as file:
-        file.write('{"index": 11, "output": "to')  # torn by a kill
-    assert run() == whole and calls == [4, 4, 4, 4]  # the third batch again, nothing else
-    calls.clear()
-    assert run() == whole and calls == []
-    run(dataclasses.replace(EVAL, max_new_tokens=5))
-    assert len(calls) == 3  # other settings: nothing of it counts
-
-
 def test_processes_go_on_from_what_process_0_has_read(model, tmp_path, monkeypatch):
     there = [[i, {"output": i}] for i in range(2)]
     distributed = records_module.distributed

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -129,6 +130,7 @@ def test_a_stopped_evaluation_of_several_tasks_goes_on_in_the_task_it_was_in(
     model, arc, two_tasks, tmp_path, monkeypatch
 ):
     run = run_of(arc, likelihood=False, loss=False, batch_size=1)
+    score(run, model, two_tasks, tmp_path / "whole")
     asked: list[int] = []
     original = records_module.generate_tokens
 
@@ -141,9 +143,19 @@ def test_a_stopped_evaluation_of_several_tasks_goes_on_in_the_task_it_was_in(
     monkeypatch.setattr(records_module, "generate_tokens", generate)
     with pytest.raises(KeyboardInterrupt):
         score(run, model, two_tasks, tmp_path / "out")
-    asked[:] = [0]
+    [partial] = (tmp_path / "out").glob("arc_challenge*.partial.jsonl")
+    with partial.open("a") as file:
+        file.write('{"index": 4, "output": "to')  # torn by a kill
+    shutil.copytree(tmp_path / "out", tmp_path / "other")
+    asked[:] = [-99]
     summary = score(run, model, two_tasks, tmp_path / "out")
-    assert sum(asked) == 3 and [task["rows"] for task in summary["tasks"]] == [12, 5]
+    assert sum(asked) == 3 - 99 and [task["rows"] for task in summary["tasks"]] == [12, 5]
+    for rows in (tmp_path / "whole").glob("*.jsonl"):
+        assert (tmp_path / "out" / rows.name).read_bytes() == rows.read_bytes()
+    asked[:] = [-99]  # other settings: nothing of it counts
+    longer = run_of(arc, likelihood=False, loss=False, batch_size=1, max_new_tokens=5)
+    score(longer, model, two_tasks, tmp_path / "other")
+    assert sum(asked) == 17 - 99
     assert not list((tmp_path / "out").glob("*.partial.jsonl"))
     page = (tmp_path / "out" / "summary-test-tiny.md").read_text()
     limit = "Answers that reached the limit of new tokens: arc_easy"
