@@ -18,7 +18,7 @@ EVERYTHING = RunConfig(
     adapter=AdapterConfig("lora", 18, 1.5, "q|v", init="normal", rank_pattern=(("q", 8),)),
     data=DataConfig("rows", "some/dir", "alpaca", 12, 3, (7, 9), True, 5, 4),
     optim=OptimConfig(1e-4, "linear", 0, 0.1, 0.01, 0.8, 0.9, 1e-6, None),
-    train=TrainConfig(7, 2.5, 1, "bfloat16", "block", 3, 2, None, 4, 1),
+    train=TrainConfig(7, 2.5, 1, "bfloat16", "block", "cross_entropy", 0.3, 3, 2, None, 4, 1),
     eval=EvalConfig("validation", limit=None),
 )
 SCALING = {"factor": 8, "low_freq_factor": 1, "high_freq_factor": 4}

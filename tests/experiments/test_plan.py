@@ -158,6 +158,9 @@ def test_the_roofline_by_hand() -> None:
     more = 2 * (layers + head) + 2 * lora + config.num_layers * 4 * keys * 64
     again = roofline(block, TINY, V5E, 0)["flops"]
     assert again - found["flops"] == pytest.approx(8 * 128 * more / 4)
+    dpo = roofline(replace(run, train=replace(run.train, loss="dpo")), TINY, V5E, 0)["flops"]
+    more -= 2 * lora  # a forward pass of the base alone
+    assert dpo - found["flops"] == pytest.approx(8 * 128 * more / 4)
     codes = replace(run, quantize=QuantizeConfig("int8"))
     less = roofline(codes, TINY, V5E, 0)["hbm_bytes"]
     assert 0.5 < less / found["hbm_bytes"] < 1

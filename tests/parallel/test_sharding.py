@@ -17,7 +17,7 @@ from support.checks import assert_trees_equal, compiled
 from support.grids import always
 from support.meshes import MESH, PROMPTS, adapter_of, assert_divided, model_for_meshes
 from support.models import perturb, tiny_model
-from support.sharded import sharded_model, sharded_step, three_steps
+from support.sharded import pairs, sharded_model, sharded_step, three_steps
 
 from zflora_jax import ConfigError, fuse, option_log_likelihoods, train, unfuse
 from zflora_jax.adapters.init import init_adapters
@@ -28,6 +28,7 @@ from zflora_jax.core.architecture import KERNELS, group, param_shapes
 from zflora_jax.inference.decode import generate_tokens
 from zflora_jax.parallel import mesh as mesh_module, sharding
 from zflora_jax.parallel.sharding import arrange, make_mesh, shard
+from zflora_jax.training.objective import DirectPreference
 
 
 def rank_6(method):
@@ -44,6 +45,17 @@ def test_a_mesh_of_every_axis_gives_the_numbers_of_one_device(adapter):
     np.testing.assert_allclose(metrics, wanted, rtol=2e-5)
     for leaf, value in trees.flatten(found).items():
         np.testing.assert_allclose(value, trees.flatten(adapters)[leaf], atol=2e-5, err_msg=leaf)
+
+
+def test_pairs_on_a_mesh_give_the_numbers_of_one_device():
+    objective, adapter = DirectPreference(beta=1.0, chunk=10), rank_6("zflora-minimal")
+    settings = {"rows": pairs(), "objective": objective}
+    wanted, _ = three_steps(sharded_model(), adapter, MeshConfig(), **settings)
+    assert wanted[2, 0] < wanted[0, 0] and wanted[0, 2] == 8
+    found, _ = three_steps(
+        sharded_model(), adapter, MeshConfig(2, 2, 2), grad_accum_steps=2, **settings
+    )
+    np.testing.assert_allclose(found, wanted, rtol=5e-5)
 
 
 def shapes_in(pattern, text):

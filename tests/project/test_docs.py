@@ -69,6 +69,10 @@ def place(tmp_path, base_dir, monkeypatch):
         tmp_path / "CHATS" / "train.jsonl",
         *({"messages": [turn("user", f"{i}"), SHORT[1]]} for i in range(30)),
     )
+    pair = {"chosen": [SHORT[1]], "rejected": [turn("assistant", "What?")]}
+    write(
+        tmp_path / "PAIRS.jsonl", *({"prompt": [turn("user", f"{i}")], **pair} for i in range(30))
+    )
     for folder, count in (("DATA/ARC-Easy", 30), ("MY_DATA", 12)):
         (tmp_path / folder).mkdir(parents=True)
         for split, first in (("train", 100), ("test", 0)):
@@ -122,11 +126,11 @@ def test_examples_run(page, place):
 
 @pytest.mark.parametrize("page", PAGES)
 def test_every_fence_says_what_it_is(page):
-    """bash and python are run; text is what cannot be run here: installations, several hosts, other
-    software.
+    """bash and python are run; json is a row; text is what cannot be run here: installations,
+    several hosts, other software.
     """
     opened = re.findall(r"^```(.*)$", PAGES[page], flags=re.MULTILINE)[::2]
-    assert set(opened) <= {"bash", "python", "text"}
+    assert set(opened) <= {"bash", "json", "python", "text"}
     for block in fences(page, "text"):
         assert not re.search(r"^(zflora |python eval)", block, flags=re.MULTILINE), (
             f"can be run: {block}"

@@ -11,7 +11,8 @@ from zflora_jax import ConfigError, RunConfig, override
 from zflora_jax.reporting.metrics import MetricWriter, read_metrics
 from zflora_jax.reporting.progress import announced
 from zflora_jax.reporting.trackers import require_trackers
-from zflora_jax.training.hooks import LogMetrics
+from zflora_jax.training.hooks import Clock, LogMetrics
+from zflora_jax.training.objective import CROSS_ENTROPY
 
 
 def _events(workdir):
@@ -48,11 +49,13 @@ def test_speed_is_told_of_all_tokens_and_of_target_tokens(tmp_path):
     segments = np.asarray([[1, 1, 1, 0, 0], [1, 2, 2, 2, 0]])
     measured = {"loss": 1.0, "tokens": 3.0, "learning_rate": 0.1, "grad_norm": 2.0}
     with MetricWriter(tmp_path, total_steps=100, console=False) as writer:
-        hook = LogMetrics(writer, run, rows=8, unit="tokens", started=0.0)
+        flops = lambda batch: 6.0  # noqa: E731
+        hook = LogMetrics(writer, run, 8, CROSS_ENTROPY, flops, Clock(0.0))
         hook.on_batch(1, {"tokens": segments, "segments": segments})
         hook.on_metrics(1, measured, seconds=2.0)
     [record] = read_metrics(tmp_path / "metrics.jsonl")
     assert [record[x] for x in ("tokens_per_s", "target_tokens_per_s", "epoch")] == [7, 1.5, 0.5]
+    assert record["device_flops_per_s"] == 3
 
 
 def _run(workdir, start, stop):

@@ -37,6 +37,14 @@ def batch(rows: int = 8, length: int = 24) -> dict[str, np.ndarray]:
     }
 
 
+def pairs(rows: int = 8, length: int = 24) -> dict[str, np.ndarray]:
+    """Pairs of two halves of a row."""
+    found = batch(rows, length)
+    segments = np.broadcast_to(1 + 2 * np.arange(length, dtype=np.int32) // length, (rows, length))
+    learned = np.broadcast_to(np.arange(length) % (length // 2) > 3, (rows, length))
+    return found | {"segments": segments, "loss_mask": learned}
+
+
 def sharded_step(
     model: Model,
     adapter: AdapterConfig,
@@ -61,15 +69,16 @@ def sharded_step(
 
 
 def three_steps(*args: Any, **settings: Any) -> tuple[np.ndarray, Tree]:
-    """Loss, gradient norm and tokens of three steps [3, 3], and the trained adapters. The arguments
-    are those of `sharded_step`.
+    """Loss, gradient norm and tokens (or pairs) of three steps [3, 3], and the trained adapters.
+    The arguments are those of `sharded_step`.
     """
     mesh, step, (params, state, rows) = sharded_step(*args, **settings)
     where, found = jax.tree.map(lambda x: x.sharding, state), []
+    names = "loss", "grad_norm", settings.get("objective", CrossEntropy).unit
     with jax.set_mesh(mesh):
         for _ in range(3):
             state, metrics = step(params, state, rows)
-            found.append([float(metrics[name]) for name in ("loss", "grad_norm", "tokens")])
+            found.append([float(metrics[name]) for name in names])
     # The state stays where it was put.
     assert jax.tree.map(lambda x: x.sharding, state) == where
     return np.asarray(found), jax.device_get(state.adapters)

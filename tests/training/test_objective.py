@@ -1,5 +1,5 @@
 """Another objective needs a class: the train step, the held-out loss and the plan of a run's memory
-take it as it is. Here a direct preference loss that compares with the base, as DPO does.
+take it as it is.
 """
 
 from __future__ import annotations
@@ -8,54 +8,21 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from support.models import perturb, tiny_model
 from support.runs import quiet_train
+from support.sharded import pairs
 
-from zflora_jax import AdapterConfig, Llama, OptimConfig, init_adapters, override
+from zflora_jax import AdapterConfig, OptimConfig, init_adapters, override
 from zflora_jax.evaluation import loss as loss_module
-from zflora_jax.experiments import plan, step_shapes
 from zflora_jax.reporting.metrics import read_metrics
 from zflora_jax.training import trainer
-from zflora_jax.training.objective import CrossEntropy, Sums
+from zflora_jax.training.objective import CrossEntropy, DirectPreference, Sums
 from zflora_jax.training.trainer import init_state, make_train_step
 
+DPO = DirectPreference(beta=1.0)
 ADAPTER = AdapterConfig("zflora-minimal", rank=4)
-
-
-@dataclass(frozen=True)
-class Preference:
-    """-log sigmoid of how much more the adapters favour tokens over rejected than the base does."""
-
-    unit: ClassVar[str] = "pairs"
-    metrics: ClassVar[tuple[str, ...]] = ("accuracy",)
-
-    def arrays(self, rows, length, packed):
-        one = jax.ShapeDtypeStruct((rows, length), jnp.int32)
-        return {"tokens": one, "rejected": one}
-
-    def __call__(self, config, adapter, variables, batch, rngs=None):
-        def log_p(tokens, adapter, variables):
-            logits = Llama(config, adapter).apply(variables, tokens, rngs=rngs)
-            found = jax.nn.log_softmax(logits[:, :-1])
-            return jnp.take_along_axis(found, tokens[:, 1:, None], -1).sum((1, 2))
-
-        base = {"params": variables["params"]}
-        gain, loss = (
-            log_p(batch[name], adapter, variables) - log_p(batch[name], None, base)
-            for name in ("tokens", "rejected")
-        )
-        margin = gain - loss
-        right = jnp.sum(margin > 0).astype(jnp.float32)
-        count = jnp.float32(margin.shape[0])
-        return Sums(-jnp.sum(jax.nn.log_sigmoid(margin)), count, {"accuracy": right})
-
-
-def pairs(rows: int = 4) -> dict[str, np.ndarray]:
-    draw = np.random.default_rng(0)
-    return {n: draw.integers(0, 250, (rows, 12)).astype(np.int32) for n in ("tokens", "rejected")}
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
@@ -64,14 +31,14 @@ def test_the_step_trains_any_objective(accumulate):
     model, optim = tiny_model(), OptimConfig(1e-2, "constant", warmup_steps=0)
     state = init_state(init_adapters(jax.random.key(0), model, ADAPTER), optim, 9)
     step = make_train_step(
-        model.config, ADAPTER, optim, 9, objective=Preference(), grad_accum_steps=accumulate
+        model.config, ADAPTER, optim, 9, objective=DPO, grad_accum_steps=accumulate
     )
-    state, first = step(model.params, state, pairs())
+    state, first = step(model.params, state, pairs(4))
     np.testing.assert_allclose(first["loss"], np.log(2), rtol=1e-6)  # the base itself, a mean
-    assert first["pairs"] == 4 and first["accuracy"] == 0
+    assert first["pairs"] == 4 and first["reward_accuracy"] == 0
     for _ in range(5):
-        state, metrics = step(model.params, state, pairs())
-    assert metrics["loss"] < 0.5 and metrics["accuracy"] == 1
+        state, metrics = step(model.params, state, pairs(4))
+    assert metrics["loss"] < 0.5 and metrics["reward_accuracy"] == 1
 
 
 def test_the_gradient_is_that_of_the_mean():
@@ -79,14 +46,14 @@ def test_the_gradient_is_that_of_the_mean():
     model = tiny_model()
     optim = OptimConfig(1.0, "constant", 0, clip_norm=None, optimizer="sgd", b1=0.0)
     adapters = perturb(init_adapters(jax.random.key(0), model, ADAPTER))
-    step = make_train_step(model.config, ADAPTER, optim, 9, objective=Preference())
+    step = make_train_step(model.config, ADAPTER, optim, 9, objective=DPO)
 
     def mean(a):
         variables = {"params": model.params, "adapters": a}
-        return Preference()(model.config, ADAPTER, variables, pairs()).loss / 4
+        return DPO(model.config, ADAPTER, variables, pairs(4)).loss / 4
 
     grads, start = jax.jit(jax.grad(mean))(adapters), jax.tree.map(np.array, adapters)
-    state, _ = step(model.params, init_state(adapters, optim, 9), pairs())
+    state, _ = step(model.params, init_state(adapters, optim, 9), pairs(4))
     for new, old, grad in zip(*map(jax.tree.leaves, (state.adapters, start, grads)), strict=True):
         np.testing.assert_allclose(old - new, grad, rtol=1e-4, atol=2e-5 * np.abs(grad).max())
 
@@ -106,7 +73,6 @@ class Weighted(CrossEntropy):
 def test_a_run_logs_evaluates_and_plans_what_its_objective_says(run, tmp_path, monkeypatch):
     run = override(run, {"train.steps": 3})
     plain = quiet_train(run, tmp_path / "plain").report
-    config = tiny_model(num_layers=2, max_position_embeddings=512).config
     weighted = lambda run: Weighted(run.train.loss_chunk, weight=3.0)  # noqa: E731
     for module in (trainer, loss_module):
         monkeypatch.setattr(module, "objective_of", weighted)
@@ -117,7 +83,3 @@ def test_a_run_logs_evaluates_and_plans_what_its_objective_says(run, tmp_path, m
     for record in read_metrics(tmp_path / "weighted" / "metrics.jsonl"):
         np.testing.assert_allclose(record["loss"], 3 * record["plain"], rtol=1e-6)
         assert record["tokens"] > 0
-    for module in (trainer, step_shapes):
-        monkeypatch.setattr(module, "objective_of", lambda run: Preference())
-    found, _ = plan.compile_step(run, config)
-    assert found["bytes"]["temporaries"] > 0

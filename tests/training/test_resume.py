@@ -156,7 +156,8 @@ def test_a_lost_report_is_made_again(run, workdir, monkeypatch, damage):
     monkeypatch.setattr("zflora_jax.experiments.train.environment", lambda: {"commit": "another"})
     after = quiet_train(run, workdir).report
     assert plain(after) == json.loads(path.read_text())
-    lost = {"resumed_from", "seconds"} | {f"{x}_seconds" for x in ("load", "data", "first_step")}
+    lost = {"resumed_from", "seconds", "spent_seconds", "goodput"}
+    lost |= {f"{x}_seconds" for x in ("load", "data", "first_step")}
     assert {key for key in before if before[key] != after.get(key)} <= lost
     assert after["environment"] == before["environment"]
     assert 0 < after["seconds"] <= before["seconds"]

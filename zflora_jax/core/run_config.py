@@ -6,10 +6,11 @@ from __future__ import annotations
 
 import datetime
 import math
+import re
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Literal
 
-from zflora_jax.core.adapter_config import METHODS, AdapterConfig
+from zflora_jax.core.adapter_config import METHODS, OF_BASE, AdapterConfig
 from zflora_jax.core.fields import (
     Bounds,
     Count,
@@ -34,6 +35,10 @@ def _is_date(text: str) -> bool:
         return False
 
 
+def _is_span(text: str) -> bool:
+    return re.fullmatch(r"[1-9]\d*:[1-9]\d*", text) is not None
+
+
 def _increase(lengths: tuple[int, ...]) -> bool:
     return lengths != () and [*lengths] == sorted({*lengths}) and lengths[0] >= 1
 
@@ -43,7 +48,13 @@ Lengths = Annotated[tuple[int, ...], Bounds("increasing lengths, e.g. [128, 256]
 Fraction = Annotated[float, Bounds("from 0 to 1", lambda x: 0 <= x <= 1)]
 PromptStyle = Literal["chat", "alpaca", "alpaca-eval", "plain"]
 RowFormat = Literal[
-    "messages", "conversations", "prompt-completion", "instruction", "question", "text"
+    "preference",
+    "messages",
+    "conversations",
+    "prompt-completion",
+    "instruction",
+    "question",
+    "text",
 ]
 
 
@@ -148,6 +159,11 @@ class TrainConfig:
     """Gradient checkpointing: what the backward pass keeps of a layer. none recomputes nothing,
     dots keeps the products and recomputes what is cheap, block keeps the layer's input alone and
     computes the layer twice. none needs most memory, block least."""
+    loss: Literal["cross_entropy", "dpo"] = "cross_entropy"
+    """What is minimised. cross_entropy: of the next token; dpo: direct preference optimization
+    (arXiv 2305.18290) on pairs of a chosen and a rejected answer, with the base as reference."""
+    dpo_beta: Positive = 0.1
+    """DPO's beta: a larger one keeps the answers closer to the base's."""
     loss_chunk: Count = 256
     """Positions whose logits exist at one time."""
     log_every: Count = 10
@@ -161,6 +177,9 @@ class TrainConfig:
     keep_best: bool = False
     """Also keep the checkpoint with the lowest validation loss. Needs eval.split=validation and
     train.eval_every a divisor of train.save_every."""
+    profile: Annotated[str, Bounds("STEP:COUNT, e.g. 10:3", _is_span)] | None = None
+    """Steps of which a trace is written to WORKDIR/profile, STEP:COUNT: the first one and how many.
+    TensorBoard (XProf) and ui.perfetto.dev show it."""
     report_to: tuple[str, ...] = ("tensorboard",)
     """Trackers that get the metrics besides metrics.jsonl: tensorboard, wandb, the rows of
     reporting.trackers.TRACKERS."""
@@ -297,6 +316,8 @@ class RunConfig:
             "method 'full' trains the base's numbers, and quantize.* stores them as codes, which"
             " have no gradient: leave quantize.* at none, or train an adapter.",
         )
+        if self.train.loss == "dpo":
+            self._check_dpo()
         parts, micro = self.mesh.row_parts, self.data.micro_batch_size
         require(
             micro % parts == 0,
@@ -305,6 +326,21 @@ class RunConfig:
             f" data.grad_accum_steps={self.data.grad_accum_steps}); make the batch a multiple of"
             f" {parts}.",
         )
+
+    def _check_dpo(self) -> None:
+        found = {
+            "data.packing=True": (self.data.packing, "a row is one pair already"),
+            "data.train_on_prompt=True": (
+                self.data.train_on_prompt,
+                "both answers have one prompt",
+            ),
+            f"adapter.init={self.adapter.init}": (
+                self.adapter.init in OF_BASE,
+                "it changes the base, which is the reference",
+            ),
+        }
+        for setting, (given, why) in found.items():
+            require(not given, f"{setting} does not go with train.loss=dpo: {why}. Leave it out.")
 
     @property
     def steps(self) -> int:

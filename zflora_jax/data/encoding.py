@@ -399,21 +399,28 @@ class Encoded:
 
 
 def tokenize_examples(
-    examples: Sequence[Example], tokenizer: Any, data: DataConfig, vocab_size: int | None = None
+    examples: Sequence[Example],
+    tokenizer: Any,
+    data: DataConfig,
+    vocab_size: int | None = None,
+    pairs: bool = False,
 ) -> Encoded:
     """Tokenises examples of one task or a Mixture, prompt and target.
 
-    A sequence longer than the longest of `data.bucket_lengths` is cut by `cut_to_fit` or dropped:
-    a target that is cut would teach the model to stop in the middle. Both numbers are logged.
+    A sequence longer than the longest of `data.bucket_lengths` is cut by `cut_to_fit` (a pair by
+    `_pair`) or dropped: a target that is cut would teach the model to stop in the middle. Both
+    numbers are logged.
 
     Args:
       examples: The examples.
       tokenizer: A Hugging Face tokenizer.
       data: bucket_lengths, prompt_style, train_on_prompt and date are read.
       vocab_size: Rows of the model's embedding; None: token ids are not checked.
+      pairs: Whether a row is an example and its rejected one, for train.loss=dpo.
 
     Raises:
-      ConfigError: There are no examples, all are too long, or a token id has no embedding.
+      ConfigError: There are no examples, all are too long, a token id has no embedding, or not all
+        are pairs, or none, as `pairs` says.
     """
     require(
         len(examples) > 0,
@@ -422,13 +429,11 @@ def tokenize_examples(
     rows, truncated = list[TokenizedSequence](), 0
     for start in range(0, len(examples), _CHUNK):
         chunk = list(examples[start : start + _CHUNK])
-        for example, whole in zip(chunk, encode_examples(chunk, tokenizer, data), strict=True):
-            tokens, mask = cut_to_fit(example, whole, tokenizer, data)
-            segments = np.ones(len(tokens), np.int32)
-            rows.append(TokenizedSequence(tokens, mask | data.train_on_prompt, segments))
-            truncated += len(tokens) < len(whole[0])
+        for row, size in _sequences(chunk, tokenizer, data, pairs):
+            rows.append(row)
+            truncated += len(row.tokens) < size
     kept = [i for i, row in enumerate(rows) if len(row.tokens) <= data.bucket_lengths[-1]]
-    _report_lengths([len(row.tokens) for row in rows], len(kept), truncated, data)
+    _report_lengths([len(row.tokens) for row in rows], len(kept), truncated, data, pairs)
     pad_id, eos_id = tokenizer.pad_token_id, tokenizer.eos_token_id
     pad_id = int((eos_id if pad_id is None else pad_id) or 0)
     if vocab_size is not None:
@@ -448,7 +453,9 @@ def tokenize_examples(
     return Encoded(fitting, len(rows) - len(kept), pad_id, truncated, parts, weights)
 
 
-def _report_lengths(lengths: Sequence[int], kept: int, truncated: int, data: DataConfig) -> None:
+def _report_lengths(
+    lengths: Sequence[int], kept: int, truncated: int, data: DataConfig, pairs: bool
+) -> None:
     """Logs how many examples were dropped and cut; ConfigError if none is left."""
     limit, longest, count = data.bucket_lengths[-1], max(lengths), len(lengths)
     more = [*data.bucket_lengths, -(-longest // 64) * 64]
@@ -463,7 +470,60 @@ def _report_lengths(lengths: Sequence[int], kept: int, truncated: int, data: Dat
             f" has {longest}); see data.bucket_lengths"
         )
     if truncated:
-        log.warning(
-            f"cut {truncated} of {count} documents or conversations to {limit} tokens, answers"
-            " whole; see data.bucket_lengths"
-        )
+        what = "pairs to {} tokens in all, at the end of the longer answer"
+        what = what if pairs else "documents or conversations to {} tokens, answers whole"
+        log.warning(f"cut {truncated} of {count} {what.format(limit)}; see data.bucket_lengths")
+
+
+def _sequences(
+    examples: Sequence[Example], tokenizer: Any, data: DataConfig, pairs: bool
+) -> Iterator[tuple[TokenizedSequence, int]]:
+    """Yields the sequence of each example, cut to fit, and the number of its tokens before that."""
+    _require_pairs(examples, pairs)
+    worse = [replace(e.rejected, where=e.where) for e in examples if pairs and e.rejected]
+    encoded = encode_examples([*examples, *worse], tokenizer, data)
+    for chosen, rejected in zip(encoded, encoded[len(examples) :], strict=False):
+        row = _pair(chosen, rejected, data.bucket_lengths[-1])
+        yield row, len(chosen[0]) + len(rejected[0])
+    for example, whole in zip([] if pairs else examples, encoded, strict=False):
+        tokens, mask = cut_to_fit(example, whole, tokenizer, data)
+        segments = np.ones(len(tokens), np.int32)
+        yield TokenizedSequence(tokens, mask | data.train_on_prompt, segments), len(whole[0])
+
+
+def _require_pairs(examples: Sequence[Example], pairs: bool) -> None:
+    """Refuses examples that are no pairs where `pairs` are wanted, and pairs where not."""
+    wrong = next((e for e in examples if pairs != (e.rejected is not None)), None)
+    if wrong is not None:
+        with _row_named(wrong):
+            require(
+                not pairs,
+                "train.loss=dpo takes pairs, and this row has no 'rejected' answer. Take rows of"
+                " 'prompt', 'chosen' and 'rejected' (data.task=rows), or train.loss=cross_entropy.",
+            )
+            raise ConfigError(
+                "it is a pair of answers, which train.loss=dpo learns from. To learn the chosen"
+                " one alone, give 'prompt' and 'completion'; to score answers without a loss, set"
+                " eval.loss=False."
+            )
+
+
+def _pair(chosen: Pair, rejected: Pair, limit: int) -> TokenizedSequence:
+    """Joins two answers to one prompt: segment 1 is the chosen one, 2 the rejected one.
+
+    As in TRL, both are learned from the first token in which one differs from the prompt. The end
+    of the longer one, or of both, is cut to `limit` tokens in all; a pair that would lose all that
+    is learned of one is returned whole.
+    """
+    pair = chosen, rejected
+    shorter, longer = sorted(len(tokens) for tokens, _ in pair)
+    room = max(limit // 2, limit - shorter) if shorter + longer > limit else longer
+    start = min(int(np.argmax(mask)) for _, mask in pair)
+    parts: list[tuple[np.ndarray, ...]] = []
+    for number, (tokens, mask) in enumerate(pair, 1):
+        at = np.arange(len(tokens))
+        learned = mask | ((start <= at) & (at < np.argmax(mask)))
+        parts.append((tokens, learned & (at > 0), np.full(len(tokens), number, np.int32)))
+    if start < room:
+        parts = [tuple(x[:room] for x in part) for part in parts]
+    return TokenizedSequence(*map(np.concatenate, zip(*parts, strict=True)))

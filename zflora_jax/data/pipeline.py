@@ -6,7 +6,7 @@ Shapes below: B rows of a batch, T tokens of a row.
 from __future__ import annotations
 
 import bisect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import accumulate
 from typing import Any
@@ -96,13 +96,6 @@ def train_batches(
     # One thread is plenty for a few copies; its buffer hides them behind the step.
     options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)
     return iter(batches.slice(slice(start_step, None)).to_iter_dataset(options))
-
-
-def one_sequence_a_row(batch: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns a batch of rows that were not packed without its segments: causal attention, which
-    flash kernels do fastest, is then enough.
-    """
-    return {name: x for name, x in batch.items() if name != "segments"}
 
 
 def eval_batches(encoded: Encoded, batch_size: int, lengths: Sequence[int]) -> Iterator[Batch]:

@@ -41,6 +41,7 @@ class Example:
       plain: Whether prompt and target are texts as they are, in no template.
       form: The form of a row of the user's own, a key of `builders.own.FORMS`.
       asked: The text that identifies the question, where `prompt` is another form of it.
+      rejected: The example with the worse answer to the same prompt, of a pair for train.loss=dpo.
       unit: Text that rows of one dialogue share; "" for others.
       where: The row's position, for messages.
     """
@@ -59,6 +60,7 @@ class Example:
     plain: bool = False
     form: str = ""
     asked: str = ""
+    rejected: Example | None = None
     unit: str = field(default="", compare=False)
     where: str = field(default="", compare=False)
 
@@ -118,6 +120,8 @@ class Task:
         """Returns the example of a row, some of its fields; ConfigError where it does not fit."""
         fields: Any = {name: tuple(x) if isinstance(x, list) else x for name, x in row.items()}
         example = Example(**fields, document=self.document, where=where)
+        if isinstance(worse := fields.get("rejected"), Mapping):
+            example = replace(example, rejected=self.example(worse))
         require(
             bool(example.answer or example.references) or self.answers is ANY,
             f"the answer is empty, and {self.name!r} is scored by it. Rows without an answer can be"

@@ -12,7 +12,7 @@ from zflora_jax.core.model import Model
 from zflora_jax.core.run_config import RunConfig
 from zflora_jax.core.trees import Tree
 from zflora_jax.data.encoding import Encoded
-from zflora_jax.data.pipeline import eval_batches, one_sequence_a_row
+from zflora_jax.data.pipeline import eval_batches
 from zflora_jax.parallel.mesh import fill_rows, mesh_in_use
 from zflora_jax.parallel.sharding import BATCH
 from zflora_jax.reporting.progress import announced
@@ -52,7 +52,7 @@ def held_out_loss(
     sums: list[Sums] = []
     with mesh_in_use(model.params):
         for start, batch in zip(range(0, len(encoded), rows), batches, strict=True):
-            part, length = one_sequence_a_row(batch), batch["tokens"].shape[1]
+            part, length = objective.take(batch), batch["tokens"].shape[1]
             text = f"compiling the held-out loss for {rows} x {length} tokens"
             with announced(text, on_batch is not None):
                 sums.append(eval_step(model.config, adapter, variables, part, objective))

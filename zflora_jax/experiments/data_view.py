@@ -52,12 +52,13 @@ def data_view(
     if config is not None:
         require_fit(run, Model(config, {}, tokenizer))
     examples, data = load_mixture(run.data, "train"), run.data
-    encoded = tokenize_examples(examples, tokenizer, data, config.vocab_size if config else None)
+    pairs, size = run.train.loss == "dpo", config.vocab_size if config else None
+    encoded = tokenize_examples(examples, tokenizer, data, size, pairs)
     packed = pack_sequences(encoded, data.bucket_lengths[-1]) if data.packing else encoded
     uncut, context = encoded, config.max_position_embeddings if config else 2**30
     if encoded.dropped or encoded.truncated:
         whole = replace(data, bucket_lengths=(context,))
-        uncut = tokenize_examples(examples, tokenizer, whole)
+        uncut = tokenize_examples(examples, tokenizer, whole, pairs=pairs)
     settings = _settings(data, encoded, uncut, context)
     lengths = np.asarray([len(row.tokens) for row in encoded.rows])
     trained = sum(int(row.loss_mask.sum()) for row in encoded.rows)
@@ -96,8 +97,10 @@ def _settings(
     tries = [(encoded, data.packing, "now"), (encoded, data.packing, "")]
     beyond = uncut.dropped + uncut.truncated
     fits = f"{beyond} rows exceed the context" if beyond else "drops and cuts no row"
-    tries += [(encoded, not data.packing, ""), (uncut, data.packing, fits)]
-    for rows, packing, note in tries[: 3 + (uncut is not encoded)]:
+    if max(encoded.rows[0].segments) == 1:  # no pair
+        tries.append((encoded, not data.packing, ""))
+    tries += [(uncut, data.packing, fits)] * (uncut is not encoded)
+    for rows, packing, note in tries:
         longest = max(len(row.tokens) for row in rows.rows)
         top = own[-1] if note == "now" else min(_up(longest), context)
         if packing:

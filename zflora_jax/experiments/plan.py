@@ -28,6 +28,7 @@ from zflora_jax.ops.attention_mask import AttentionMask
 from zflora_jax.parallel.compile_cache import no_compile_cache
 from zflora_jax.parallel.sharding import make_mesh, slice_groups, state_shardings
 from zflora_jax.parallel.targets import GIB, Target
+from zflora_jax.training.objective import objective_of
 from zflora_jax.training.trainer import step_of
 
 
@@ -148,7 +149,7 @@ def step_attention(run: RunConfig, config: LlamaConfig, mesh: Mesh) -> tuple[str
     """
     config = run.train.applied_to(config)
     rows, length = run.data.micro_batch_size, run.data.bucket_lengths[-1]
-    ids: Any = jax.ShapeDtypeStruct((rows, length), jnp.int32) if run.data.packing else None
+    ids: Any = objective_of(run).arrays(rows, length, run.data.packing).get("segments")
     head_dim = config.head_dim + resolve_adapter(config, run.adapter).heads
     shape = (rows, length, config.num_heads, head_dim)
     dtype = jnp.dtype(config.execution.dtype)

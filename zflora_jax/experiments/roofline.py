@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import AbstractMesh
 
 from zflora_jax.adapters.widths import count_params
@@ -22,16 +23,55 @@ from zflora_jax.parallel.sharding import AXES
 from zflora_jax.parallel.targets import Chip, Target
 
 
+def step_flops(
+    run: RunConfig,
+    config: LlamaConfig,
+    tokens: float,
+    keys: float,
+    learned: float,
+    recomputed: bool = False,
+) -> float:
+    """Operations of a train step, all devices together: 2 per parameter and token in the forward
+    pass, as many for the gradients of the inputs, and as many for those of trained parameters: 4N
+    for a frozen base of N parameters, where full fine-tuning takes 6N. Attention takes 4 d_heads
+    per key, token and layer forward, and 2.5 times that backward. train.loss=dpo adds a forward
+    pass of the base.
+
+    Args:
+      run: The run's settings.
+      config: The base model's config.
+      tokens: Tokens of the step, without padding.
+      keys: The keys that they attend to, summed over the tokens.
+      learned: The tokens that go through the head.
+      recomputed: Whether a recomputed forward pass counts (train.remat=block).
+    """
+    full = METHODS[run.adapter.method].in_place == "full"
+    again = recomputed and run.train.remat == "block"
+    passes = 2 + again + (run.train.loss == "dpo")
+    trained = 0 if full else count_params(config, run.adapter)
+    base = tokens * _kernels(config) + learned * config.vocab_size * config.base_width
+    width = config.num_heads * config.head_dim
+    attention = keys * config.num_layers * 4 * width * (passes - 1 + 2.5)
+    return 2 * base * (passes + full) + 2 * trained * tokens * (3 + again) + attention
+
+
+def batch_flops(run: RunConfig, config: LlamaConfig, batch: Mapping[str, Any]) -> float:
+    """`step_flops` of a batch on the host, whose rows stand for those of all processes."""
+    segments = batch["segments"]
+    number = segments + (segments.max() + 1) * np.arange(len(segments))[:, None]
+    lengths = [n for n in np.bincount(number[segments > 0]).tolist() if n]
+    keys = sum(n * mean_keys(config, n) for n in lengths)
+    found = step_flops(run, config, sum(lengths), keys, int(batch["loss_mask"].sum()))
+    return found * run.data.batch_size / len(segments)
+
+
 def roofline(
     run: RunConfig, config: LlamaConfig, chip: Chip, link_bytes: float | None = None
 ) -> dict[str, Any]:
     """Estimates the least time of a train step at the longest of data.bucket_lengths.
 
-    Operations: 2 per parameter and token in the forward pass, as many for the gradients of the
-    inputs and for a recomputed forward pass, and as many for the gradients of trained parameters;
-    attention 4 S d_heads per token and layer forward, with S the mean number of keys of a token,
-    and 2.5 times that backward. HBM: kernels once per pass, adapters, gradients and moments read
-    and written.
+    Operations as in `step_flops`, those of a recomputed forward pass among them. HBM: kernels once
+    per pass, adapters, gradients and moments read and written.
 
     Args:
       run: The run's settings.
@@ -45,15 +85,9 @@ def roofline(
       published rates; "bound", the name of the largest; "step_s", the largest.
     """
     mesh, length = run.mesh, run.data.bucket_lengths[-1]
-    tokens, passes = run.data.batch_size * length, 2 + int(run.train.remat == "block")
-    base = _kernels(config) + config.vocab_size * config.base_width
-    trained = count_params(config, run.adapter)
-    full = METHODS[run.adapter.method].in_place == "full"
-    parameters = 2 * base * (passes + full) + (0 if full else 2 * trained * (passes + 1))
-    window = min(config.sliding_window or length, length)
-    keys = window - window * (window - 1) / (2 * length)
-    width = config.num_heads * config.head_dim
-    attention = config.num_layers * 4 * keys * width * (passes - 1 + 2.5)
+    tokens = run.data.batch_size * length
+    passes = 2 + (run.train.remat == "block") + (run.train.loss == "dpo")
+    flops = step_flops(run, config, tokens, tokens * mean_keys(config, length), tokens, True)
     stored = stored_bytes(run, config)
     abstract = AbstractMesh((mesh.data, mesh.fsdp, mesh.tensor), AXES)
     read = trees.flatten(step_arguments(run, config, abstract)[0])
@@ -61,7 +95,7 @@ def roofline(
         del read["embed/embedding"]  # only one row per token is read
     kernels = sum(map(bytes_of, jax.tree.leaves(read))) / mesh.tensor
     amounts = {
-        "compute": (tokens * (parameters + attention) / mesh.devices, chip.flops),
+        "compute": (flops / mesh.devices, chip.flops),
         "hbm": (
             passes * run.data.grad_accum_steps * kernels
             + 2 * (stored["adapters"] + stored["gradients"] + stored["optimizer"]),
@@ -74,6 +108,12 @@ def roofline(
     found: dict[str, Any] = {f"{name}_s": seconds for name, seconds in times.items()}
     found |= {"flops": amounts["compute"][0], "hbm_bytes": amounts["hbm"][0]}
     return found | {"link_bytes": amounts["link"][0], "bound": bound, "step_s": times[bound]}
+
+
+def mean_keys(config: LlamaConfig, length: int) -> float:
+    """The mean number of keys that a token of a sequence of `length` tokens attends to."""
+    window = min(config.sliding_window or length, length)
+    return window - window * (window - 1) / (2 * length)
 
 
 def _kernels(config: LlamaConfig) -> int:

@@ -19,6 +19,7 @@ from zflora_jax.core.trees import Tree
 from zflora_jax.experiments.setup import Setup
 from zflora_jax.parallel import distributed
 from zflora_jax.reporting.files import write_json
+from zflora_jax.training.objective import objective_of
 from zflora_jax.training.workdir import REPORT_FILE, read_starts
 
 Report = dict[str, Any]
@@ -40,7 +41,7 @@ def new_report(
     first: int,
     loss: Mapping[str, float],
     env: Report,
-    more: Mapping[str, float | None],
+    more: Mapping[str, Any],
 ) -> Report:
     """Writes the report of a run that was trained to its end.
 
@@ -49,7 +50,7 @@ def new_report(
       first: The step that the last start went on from.
       loss: The held-out loss after the last step, see `loss.held_out_loss`.
       env: The environment of the training, see `provenance.environment`.
-      more: Further entries: seconds, and the number of processes where they were others.
+      more: Further entries, such as seconds.
     """
     run, config = setup.run, setup.model.config
     report = {
@@ -111,10 +112,12 @@ _OF_START = ("step", "changed", "processes", "plain_texts")  # see `workdir.reco
 
 
 def _loss_fields(setup: Setup, loss: Mapping[str, float]) -> Report:
-    """The held-out loss under its names in the report, and which rows it is of."""
-    split = setup.run.eval.split
+    """The held-out loss under its names in the report, the objective's other means, and which rows
+    they are of.
+    """
+    split, names = setup.run.eval.split, ("loss", *objective_of(setup.run).metrics)
     rows = {f"{split}_rows": int(loss["rows"]), _EVAL_ROWS: setup.eval_set.fingerprint()}
-    return {f"{split}_loss": loss["loss"], **rows}
+    return {f"{split}_{name}": loss[name] for name in names} | rows
 
 
 def _write(workdir: Path, report: Report) -> Report:

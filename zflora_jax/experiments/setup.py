@@ -90,9 +90,14 @@ def prepare(run: RunConfig, mesh: Mesh, model: Model | None) -> Setup:
 
 def sequences(rows: Mixture, run: RunConfig, model: Model) -> tuple[int, Encoded]:
     """Returns how many training rows fit, and the sequences that a run trains on."""
-    found = tokenize_examples(rows, model.tokenizer, run.data, model.config.vocab_size)
+    found = _tokenized(rows, run, model)
     top = run.data.bucket_lengths[-1]
     return len(found), pack_sequences(found, top) if run.data.packing else found
+
+
+def _tokenized(examples: Mixture, run: RunConfig, model: Model) -> Encoded:
+    tokenizer, pairs = model.tokenizer, run.train.loss == "dpo"
+    return tokenize_examples(examples, tokenizer, run.data, model.config.vocab_size, pairs)
 
 
 def state_like(run: RunConfig, model: Model, start: Tree | None, mesh: Mesh | None) -> TrainState:
@@ -120,7 +125,7 @@ def held_out(run: RunConfig, model: Model, split: str | None = None) -> Encoded:
     require_fit(run, model)
     split = split or run.eval.split
     examples = load_mixture(run.data, split, run.eval.limit)
-    rows = tokenize_examples(examples, model.tokenizer, run.data, model.config.vocab_size)
+    rows = _tokenized(examples, run, model)
     require_equal({f"{split}_rows": len(rows), f"{split}_fingerprint": rows.fingerprint()})
     return rows
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,21 +19,24 @@ from zflora_jax.core.model import Model
 from zflora_jax.core.run_config import RunConfig
 from zflora_jax.core.storage import as_path
 from zflora_jax.core.trees import Tree
-from zflora_jax.data.pipeline import one_sequence_a_row, train_batches
+from zflora_jax.data.pipeline import train_batches
 from zflora_jax.evaluation.task import one_day
+from zflora_jax.experiments.roofline import batch_flops
 from zflora_jax.experiments.run_report import Report, finished_report, new_report
 from zflora_jax.experiments.setup import Setup, prepare
 from zflora_jax.parallel import distributed
 from zflora_jax.parallel.compile_cache import compile_cache
 from zflora_jax.parallel.sharding import make_mesh, own_rows, put_rows
-from zflora_jax.reporting.metrics import MetricWriter
+from zflora_jax.reporting.metrics import METRICS_FILE, MetricWriter, read_metrics
 from zflora_jax.reporting.progress import announced
 from zflora_jax.reporting.provenance import environment
 from zflora_jax.reporting.trackers import require_trackers
 from zflora_jax.training.checkpoint import Checkpoints, require_same
 from zflora_jax.training.hooks import (
+    Clock,
     HeldOutLoss,
     LogMetrics,
+    Profile,
     RequireFinite,
     SaveCheckpoints,
     StopOnSignal,
@@ -99,31 +103,31 @@ def train(
     run = setup.run
     with ExitStack() as stack:
         signals, checkpoints, held = _open(stack, setup, workdir, changed)
-        state, spent = _first_state(setup, checkpoints, workdir, held)
+        state, clock = _first_state(setup, checkpoints, workdir, held, started)
         if (first := int(state.step)) >= run.steps:
             log.info("%s is finished (%d steps): nothing to train", workdir, run.steps)
-            report = finished_report(setup, workdir, spent, env, state.adapters)
+            report = finished_report(setup, workdir, clock.before, env, state.adapters)
             return Trained(setup.model, state.adapters, report, run, signals.asked)
         start = {"processes": jax.process_count(), "changed": changed, "plain_texts": setup.plain}
         writer = _open_logs(stack, run, workdir, console, first, env, held)
         distributed.on_main(lambda: record_start(workdir, first, env, **start))
-        metrics = LogMetrics(writer, run, len(setup.train_set), objective_of(run).unit, started)
-        loss = HeldOutLoss(setup.held_out_loss, len(setup.eval_set), writer, run)
+        rows, flops = len(setup.train_set), partial(batch_flops, run, setup.model.config)
+        metrics = LogMetrics(writer, run, rows, objective_of(run), flops, clock)
+        loss = HeldOutLoss(setup.held_out_loss, len(setup.eval_set), writer, run, clock)
         own = {"data_seed": run.data.seed, "eval_fingerprint": setup.eval_set.fingerprint()}
-        save = SaveCheckpoints(checkpoints, run, setup.fingerprints | own, started - spent, writer)
+        save = SaveCheckpoints(checkpoints, run, setup.fingerprints | own, clock, writer)
         # Evaluation cannot be interrupted: save first, unless the loss is saved with the state.
         measured = [loss, save] if run.train.keep_best else [save, loss]
         _evaluate_if_missed(loss, writer, state, checkpoints)
-        hooks = metrics, *measured, StopOnSignal(signals)
-        state = _train_steps(setup, state, hooks, console and writer is not None)
+        trace = stack.enter_context(closing(Profile.of(run.train.profile, workdir)))
+        hooks = trace, metrics, *measured, StopOnSignal(signals)
+        state = _train_steps(setup, state, hooks, clock, console and writer is not None)
     if int(state.step) < run.steps:  # the last checkpoint is written by now
         raise Preempted(
             f"stopped by a signal after step {state.step} of {run.steps}, which is saved in"
             f" {workdir}; the same command goes on from there."
         )
-    seconds = spent + time.perf_counter() - started
-    timings = {"seconds": seconds, "first_step_seconds": metrics.first_step_seconds}
-    report = new_report(setup, workdir, first, loss.last, env, timings)
+    report = new_report(setup, workdir, first, loss.last, env, clock.report())
     return Trained(setup.model, state.adapters, report, run, signals.asked)
 
 
@@ -136,6 +140,11 @@ def _admit(
     require_same_settings(run)
     workdir = default if workdir is None else as_path(workdir, "workdir")
     require_trackers(run.train.report_to)
+    require(
+        run.train.profile is None or "://" not in str(workdir),
+        f"train.profile={run.train.profile} writes a trace to WORKDIR/profile, and {workdir} is in"
+        " a bucket: trace a few steps in a local --workdir.",
+    )
     require_optimizer(run.optim.optimizer)
     distributed.require_shared(workdir)
     run, changed = adopt(workdir, run)
@@ -193,15 +202,15 @@ def _open_logs(
 
 
 def _first_state(
-    setup: Setup, checkpoints: Checkpoints, workdir: Path, held: Callable[[], None]
-) -> tuple[TrainState, float]:
-    """The newest saved state, or a fresh one, and the seconds that earlier processes trained. With
-    a state that fits, the run's settings become those of `workdir`.
+    setup: Setup, checkpoints: Checkpoints, workdir: Path, held: Callable[[], None], started: float
+) -> tuple[TrainState, Clock]:
+    """The newest saved state, or a fresh one, and the run's clock. With a state that fits, the
+    run's settings become those of `workdir`.
     """
     # Of process 0: a network file system can show another host an older list of them.
     newest = distributed.from_process_0(checkpoints.latest)
     if newest is None:
-        return setup.fresh_state(), 0.0
+        return setup.fresh_state(), Clock(started)
     state, saved = checkpoints.restore(setup.state_like, newest)
     for name in ("base", "data"):
         require_same(saved, name, setup.fingerprints[f"{name}_fingerprint"], workdir)
@@ -213,7 +222,9 @@ def _first_state(
     distributed.on_main(lambda: keep_settings(workdir, setup.run, held))
     if left:
         log.info("%s resumes from step %d of %d", workdir, step, setup.run.steps)
-    return state, saved["seconds"]
+    clock = Clock(started, saved["seconds"], saved["spent"])
+    clock.add("repeated", _repeated(workdir, step, clock.before))
+    return state, clock
 
 
 def _evaluate_if_missed(
@@ -228,16 +239,17 @@ def _evaluate_if_missed(
 
 
 def _train_steps(
-    setup: Setup, state: TrainState, hooks: Sequence[Hook], console: bool
+    setup: Setup, state: TrainState, hooks: Sequence[Hook], clock: Clock, console: bool
 ) -> TrainState:
     """The loop over the steps that `state` lacks, each required to be finite first of all."""
     data, rows, mesh = setup.run.data, setup.run.data.batch_size, setup.mesh
+    objective = objective_of(setup.run)
     kernel, reason = setup.attention
     if kernel == "blocks" and mesh.devices.flat[0].platform in ("gpu", "tpu"):
         log.warning("attention runs as plain products, not as a flash kernel: %s", reason)
 
     def place(batch: Mapping[str, Any]) -> dict[str, jax.Array]:
-        return put_rows(batch if data.packing else one_sequence_a_row(batch), rows, mesh)
+        return put_rows(objective.take(batch, data.packing), rows, mesh)
 
     batches = train_batches(setup.train_set, data, int(state.step), own_rows(rows, mesh))
     compiled, seen = step_of(setup.run, setup.model.config, setup.shardings), set[Any]()
@@ -245,9 +257,28 @@ def _train_steps(
     def step_fn(params: Tree, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         shape = batch["tokens"].shape
         text = f"compiling the train step for {shape[0]} x {shape[1]} tokens, once for each length"
-        with announced(text, console and shape not in seen):
-            seen.add(shape)
+        if shape in seen:
+            return compiled(params, state, batch)
+        seen.add(shape)
+        with clock.on("compile"), announced(text, console):
             return compiled(params, state, batch)
 
+    def timed() -> Iterator[Mapping[str, Any]]:
+        while True:
+            with clock.on("data"):
+                batch = next(batches)
+            yield batch
+
+    clock.add("start", time.perf_counter() - clock.started)
     params, steps, hooks = setup.model.params, setup.run.steps, (RequireFinite(), *hooks)
-    return fit(step_fn, params, state, batches, steps, hooks, place)
+    return fit(step_fn, params, state, timed(), steps, hooks, place)
+
+
+def _repeated(workdir: Path, first: int, before: float) -> float:
+    """Seconds that a killed start worked after the checkpoint of step `first`, which came `before`
+    seconds into the run, as far as metrics.jsonl shows.
+    """
+    path = workdir / METRICS_FILE
+    records = read_metrics(path) if first and path.is_file() else []
+    after = [record.get("seconds", 0.0) for record in records if record["step"] > first]
+    return max(0.0, max(after, default=0.0) - before)

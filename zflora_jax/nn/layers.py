@@ -93,7 +93,8 @@ class Dense(AdaptedModule):
         }
         dropped = self._dropped(x_adapter, self.adapter.dropout)
         base = Base(self.get_variable("params", "kernel"), bias, dropped is not x_adapter)
-        return self.adapter(blocks, dropped, z, y, base)
+        with jax.named_scope("adapter"):
+            return self.adapter(blocks, dropped, z, y, base)
 
     def _product(self, x: Array) -> Array:
         """x W: [B, T, *in_axes] -> [B, T, *out_axes]."""

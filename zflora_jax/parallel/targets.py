@@ -58,6 +58,23 @@ CHIPS = {
     ),
 }
 
+# The beginning of a device's kind as jax names it -> its row of CHIPS. H200 computes as H100 does.
+_KINDS = {
+    "TPU v5 lite": "tpu:v5e",
+    "TPU v5": "tpu:v5p",
+    "TPU v6 lite": "tpu:v6e",
+    "NVIDIA H100 80GB HBM3": "cuda:h100",
+    "NVIDIA H200": "cuda:h100",
+}
+
+
+def peak_flops(device_kind: str) -> float | None:
+    """Published dense bfloat16 operations per second of a device of that kind; None if unknown."""
+    rows = (row for begin, row in _KINDS.items() if device_kind.startswith(begin))
+    row = next(rows, None)
+    return CHIPS[row].flops if row else None
+
+
 # Platform -> the compiler's module, and this package's extra that installs it.
 _COMPILERS = {"tpu": ("libtpu", "target-tpu"), "cuda": ("jax_cuda13_plugin", "target-cuda")}
 

@@ -1,28 +1,36 @@
-"""The hooks of a run: stop at NaN, log metrics, measure the held-out loss, save, stop on a signal.
+"""The hooks of a run: stop at NaN, log metrics, trace, measure the held-out loss, save, stop on a
+signal.
 
 `loop.Hook` says when each method is called.
 """
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 import zlib
-from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from zflora_jax.core.errors import NonFiniteError
 from zflora_jax.core.run_config import RunConfig
 from zflora_jax.core.trees import Tree
 from zflora_jax.parallel.distributed import StopSignals
+from zflora_jax.parallel.targets import peak_flops
 from zflora_jax.reporting.metrics import MetricWriter
 from zflora_jax.training.checkpoint import Checkpoints
 from zflora_jax.training.loop import Hook
+from zflora_jax.training.objective import Objective
 from zflora_jax.training.trainer import TrainState
+
+log = logging.getLogger(__name__)
 
 
 class RequireFinite(Hook):
@@ -43,42 +51,129 @@ class RequireFinite(Hook):
 
 
 @dataclass
+class Clock:
+    """Seconds of a run, over all its starts."""
+
+    started: float  # time.perf_counter() at this start
+    before: float = 0.0  # seconds of earlier starts, until the checkpoint that this one continues
+    # Seconds that no step took, by what took them: "start" (until the first step), "compile",
+    # "data" (waiting for a batch), "evaluation", "checkpoints", and "repeated", the work of a
+    # killed start after its last checkpoint.
+    spent: dict[str, float] = field(default_factory=dict)
+    first_step_seconds: float | None = None  # from this start until a step's metrics were there
+
+    def total(self) -> float:
+        """Seconds of the run, without those that were "repeated"."""
+        return self.before + time.perf_counter() - self.started
+
+    def goodput(self) -> float:
+        """The share of steps in the seconds of the run and of those that were "repeated"."""
+        total = self.total() + self.spent.get("repeated", 0.0)
+        return max(0.0, 1 - sum(self.spent.values()) / total)
+
+    def report(self) -> dict[str, Any]:
+        """All of it, under its names in the report."""
+        share, total = self.goodput(), self.total()
+        found = {"seconds": total, "spent_seconds": dict(self.spent), "goodput": share}
+        return found | {"first_step_seconds": self.first_step_seconds}
+
+    def add(self, name: str, seconds: float) -> None:
+        """Counts seconds that no step took."""
+        self.spent[name] = self.spent.get(name, 0.0) + seconds
+
+    @contextmanager
+    def on(self, name: str) -> Iterator[None]:
+        """Counts the time of a block."""
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.add(name, time.perf_counter() - began)
+
+
+@dataclass
 class LogMetrics(Hook):
     """Logs every train.log_every-th step, and shows progress."""
 
     writer: MetricWriter | None  # None in processes that write nothing
     run: RunConfig
     rows: int  # of an epoch
-    unit: str  # what the loss is a mean over, see `Objective.unit`
-    started: float  # time.perf_counter() at the start of the run
-    first_step_seconds: float | None = None  # from `started` until its metrics were there
-    _batches: dict[int, tuple[int, float]] = field(default_factory=dict)  # see `on_batch`
+    objective: Objective
+    flops: Callable[[Mapping[str, Any]], float]  # operations of the step of a batch
+    clock: Clock
+    _batches: dict[int, tuple[int, float, float]] = field(default_factory=dict)  # see `on_batch`
 
     def on_batch(self, step: int, batch: Mapping[str, Any]) -> None:
         # The checksum shows whether two runs have seen the same data. Of several processes, the
         # rows of this one stand for all in the number of tokens.
         rows = batch["tokens"]
         tokens = np.count_nonzero(batch["segments"]) * self.run.data.batch_size / len(rows)
-        self._batches[step] = zlib.crc32(rows.tobytes()), tokens
+        self._batches[step] = zlib.crc32(rows.tobytes()), tokens, self.flops(batch)
 
     def on_metrics(self, step: int, metrics: Mapping[str, float], seconds: float) -> None:
-        if self.first_step_seconds is None:
-            self.first_step_seconds = time.perf_counter() - self.started
-        checksum, tokens = self._batches.pop(step)
+        if self.clock.first_step_seconds is None:
+            self.clock.first_step_seconds = self.clock.total() - self.clock.before
+        checksum, tokens, flops = self._batches.pop(step)
         if self.writer is None:
             return
         epoch = step * self.run.data.batch_size / self.rows
-        speed, learned = tokens / seconds, metrics[self.unit] / seconds
+        unit = self.objective.unit
+        speed, learned = tokens / seconds, metrics[unit] / seconds
+        means = "".join(f"  {x} {metrics[x]:.3f}" for x in self.objective.metrics)
         self.writer.progress(
             step,
-            f"loss {metrics['loss']:.4f}  lr {metrics['learning_rate']:.1e}"
+            f"loss {metrics['loss']:.4f}{means}  lr {metrics['learning_rate']:.1e}"
             f"  grad norm {metrics['grad_norm']:.2f}  epoch {epoch:.2f}"
-            f"  {speed:,.0f} tokens/s ({learned:,.0f} target {self.unit})",
+            f"  {speed:,.0f} tokens/s ({learned:,.0f} target {unit})",
         )
         if step % self.run.train.log_every == 0 or step in (1, self.run.steps):
             record = {name: value for name, value in metrics.items() if name != "finite"}
-            record |= {"epoch": epoch, "tokens_per_s": speed, f"target_{self.unit}_per_s": learned}
+            record |= {"epoch": epoch, "tokens_per_s": speed, f"target_{unit}_per_s": learned}
+            record |= self._of_devices(speed, flops / seconds)
+            record |= {"seconds": self.clock.total(), "goodput": self.clock.goodput()}
             self.writer.write(step, "train", record | {"batch_crc32": checksum})
+
+    def _of_devices(self, tokens: float, flops: float) -> dict[str, float]:
+        """Rates of one device, its share of the published peak (MFU), and its peak memory."""
+        device, count = jax.local_devices()[0], self.run.mesh.devices
+        found = {"device_tokens_per_s": tokens / count, "device_flops_per_s": flops / count}
+        if peak := peak_flops(device.device_kind):
+            found["mfu"] = flops / count / peak
+        memory = device.memory_stats() or {}
+        if "peak_bytes_in_use" in memory:
+            found["peak_memory_bytes"] = memory["peak_bytes_in_use"]
+        return found
+
+
+@dataclass
+class Profile(Hook):
+    """Writes a trace of the steps that train.profile names, for TensorBoard and Perfetto."""
+
+    steps: range
+    folder: Path
+    _running: bool = False
+
+    @classmethod
+    def of(cls, steps: str | None, workdir: Path) -> Profile:
+        """The hook of train.profile; of None, no step is traced."""
+        start, count = map(int, (steps or "0:0").split(":"))
+        return cls(range(start, start + count), workdir / "profile")
+
+    def on_batch(self, step: int, batch: Mapping[str, Any]) -> None:
+        if step == self.steps.start:
+            jax.profiler.start_trace(str(self.folder))
+            self._running = True
+
+    def on_metrics(self, step: int, metrics: Mapping[str, float], seconds: float) -> None:
+        if step == self.steps.stop - 1:
+            self.close()
+
+    def close(self) -> None:
+        """Ends the trace, if one is running."""
+        if self._running:
+            self._running = False
+            jax.profiler.stop_trace()
+            log.info("a trace of %d steps is in %s", len(self.steps), self.folder)
 
 
 @dataclass
@@ -90,6 +185,7 @@ class HeldOutLoss(Hook):
     rows: int  # that are evaluated
     writer: MetricWriter | None  # None in processes that write nothing
     run: RunConfig
+    clock: Clock
     last: dict[str, float] = field(default_factory=dict)  # the result of the last evaluation
 
     def is_due(self, step: int, stopping: bool) -> bool:
@@ -99,7 +195,7 @@ class HeldOutLoss(Hook):
     def on_state(self, step: int, state: TrainState, results: dict[str, Any]) -> None:
         try:
             part = self.writer and self.writer.part(self.rows, "held-out loss")
-            with part or nullcontext() as advance:
+            with self.clock.on("evaluation"), part or nullcontext() as advance:
                 self.last = self.evaluate(state.adapters, advance)
         except NonFiniteError as error:
             saved, text = results.get("checkpoint"), f"after step {step} {error}"
@@ -120,8 +216,7 @@ class SaveCheckpoints(Hook):
     checkpoints: Checkpoints
     run: RunConfig
     meta: Mapping[str, Any]  # saved with each state
-    # time.perf_counter() at the start, minus the seconds that earlier processes of the run trained.
-    began: float
+    clock: Clock
     writer: MetricWriter | None = None  # its records must be there before the checkpoint is
 
     def is_due(self, step: int, stopping: bool) -> bool:
@@ -129,10 +224,12 @@ class SaveCheckpoints(Hook):
         return stopping or step == last or (every is not None and step % every == 0)
 
     def on_state(self, step: int, state: TrainState, results: dict[str, Any]) -> None:
-        if self.writer is not None:
-            self.writer.sync()
-        position = {"next_step": step, "seconds": time.perf_counter() - self.began}
-        self.checkpoints.save(step, state, {**self.meta, **position}, results.get("loss"))
+        with self.clock.on("checkpoints"):
+            if self.writer is not None:
+                self.writer.sync()
+            position = {"next_step": step, "seconds": self.clock.total()}
+            meta = {**self.meta, **position, "spent": dict(self.clock.spent)}
+            self.checkpoints.save(step, state, meta, results.get("loss"))
         results["checkpoint"] = self.checkpoints.folder / str(step)
 
 

@@ -1,15 +1,15 @@
-"""Next-token cross-entropy on chosen positions, in chunks, so that the logits of a whole batch
-never exist at one time.
+"""Next-token losses on chosen positions, in chunks, so that the logits of a whole batch never exist
+at one time.
 
 Legend of shapes: B batch, T positions, d residual width, V vocabulary, g groups, c positions of a
-chunk, n chunks.
+chunk, n chunks, S sequences of a group.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -40,8 +40,69 @@ def masked_cross_entropy(
       groups: Equal parts of the rows, one for each device that holds rows, so that no device needs
         the rows of another.
     """
-    x = hidden[:, :-1].reshape(groups, -1, hidden.shape[-1])
-    targets, mask = tokens[:, 1:].reshape(groups, -1), loss_mask[:, 1:].reshape(groups, -1)
+    parts = _chunks((hidden[:, :-1], tokens[:, 1:]), loss_mask[:, 1:], chunk, groups)
+    shape = 1, parts[0].shape[2], hidden.shape[-1]
+    # The head's weights become an argument, so that they can have a gradient; of one group, so that
+    # each can have its own.
+    convertible, head = jax.closure_convert(logits_fn, jax.ShapeDtypeStruct(shape, hidden.dtype))
+    return _summed(convertible, head, *parts), jnp.sum(loss_mask[:, 1:]).astype(jnp.float32)
+
+
+class PairSums(NamedTuple):
+    """Sums over the learned tokens of the chosen and the rejected sequence of each row, [B, 2]."""
+
+    log_p: Array  # log-probability, nats
+    reference: Array  # the same by the reference
+    kl: Array  # Kullback-Leibler divergence from the reference at each token, nats; no gradient
+    tokens: Array  # how many there are
+
+
+def pair_sums(
+    logits_fn: Callable[[Array], Array],
+    reference_fn: Callable[[Array], Array],
+    hidden: Array,
+    reference_hidden: Array,
+    batch: Mapping[str, Array],
+    chunk: int,
+    groups: int = 1,
+) -> PairSums:
+    """Compares two models on pairs of sequences; the first has a gradient.
+
+    Args:
+      logits_fn: The head, [g, c, d] -> [g, c, V] float32.
+      reference_fn: The head of the reference.
+      hidden: Inputs of the head, [B, T, d].
+      reference_hidden: Those of the reference's, [B, T, d].
+      batch: "tokens" [B, T] int32, "loss_mask" [B, T] bool and "segments" [B, T] int32, 1 for the
+        tokens of the chosen sequence and 2 for those of the rejected one.
+      chunk, groups: As for `masked_cross_entropy`.
+    """
+    rows = len(hidden)
+    # The number of each token's sequence in its group.
+    of = 2 * (jnp.arange(rows) % (rows // groups))[:, None] + batch["segments"][:, 1:] - 1
+    arrays = hidden[:, :-1], reference_hidden[:, :-1], batch["tokens"][:, 1:], of
+    parts = _chunks(arrays, batch["loss_mask"][:, 1:], chunk, groups)
+    sequences = jnp.arange(2 * rows // groups)[None, None]
+
+    def compare(x: Array, other: Array, wanted: Array, of: Array, live: Array) -> tuple[Array, Any]:
+        ours = jax.nn.log_softmax(logits_fn(x))
+        theirs = jax.lax.stop_gradient(jax.nn.log_softmax(reference_fn(other)))
+        kl = jax.lax.stop_gradient(jnp.sum(jnp.exp(ours) * (ours - theirs), axis=-1))
+        found = _pick(ours, wanted), _pick(theirs, wanted), kl, jnp.ones_like(kl)
+        mine = (of[..., None] == sequences) & live[..., None]  # [g, c, S]
+        return jnp.stack(
+            [jnp.sum(jnp.where(mine, x[..., None], 0.0), axis=1) for x in found], -1
+        ), ()
+
+    sums, _ = _over_chunks(compare, *parts)
+    return PairSums(*jnp.moveaxis(sums.reshape(rows, 2, 4), -1, 0))
+
+
+def _chunks(arrays: Sequence[Array], mask: Array, chunk: int, groups: int) -> list[Array]:
+    """`arrays` [B, T, ...] as [n, g, c, ...], the positions of `mask` [B, T] in front, and which of
+    them those are, [n, g, c].
+    """
+    mask = mask.reshape(groups, -1)
     positions = mask.shape[1]
     chunk = max(1, min(chunk, positions))
     chunks = -(-positions // chunk)
@@ -49,20 +110,20 @@ def masked_cross_entropy(
         jnp.argsort(~mask, axis=1, stable=True), ((0, 0), (0, chunks * chunk - positions))
     )
     live = jnp.arange(chunks * chunk)[None] < jnp.sum(mask, axis=1, keepdims=True)
-    chosen = (
-        jnp.take_along_axis(x, order[..., None], axis=1),
-        jnp.take_along_axis(targets, order, axis=1),
-        live,
-    )
-    parts = jax.tree.map(
-        lambda a: a.reshape(groups, chunks, chunk, *a.shape[2:]).swapaxes(0, 1), chosen
-    )
-    # The head's weights become an argument, so that they can have a gradient; of one group, so that
-    # each can have its own.
-    convertible, head = jax.closure_convert(
-        logits_fn, jax.ShapeDtypeStruct((1, chunk, x.shape[-1]), x.dtype)
-    )
-    return _summed(convertible, head, *parts), jnp.sum(mask).astype(jnp.float32)
+    flat = [a.reshape(groups, positions, *a.shape[2:]) for a in arrays]
+    chosen = [
+        jnp.take_along_axis(a, order.reshape(*order.shape, *[1] * (a.ndim - 2)), axis=1)
+        for a in flat
+    ]
+    return [a.reshape(groups, chunks, chunk, *a.shape[2:]).swapaxes(0, 1) for a in (*chosen, live)]
+
+
+def _pick(values: Array, wanted: Array) -> Array:
+    """Values [g, c, V] at the tokens `wanted` [g, c]: a sum over the vocabulary, not a gather, so
+    that each device sums its part where the vocabulary is divided.
+    """
+    is_wanted = jnp.arange(values.shape[-1])[None, None] == wanted[..., None]
+    return jnp.sum(jnp.where(is_wanted, values, 0.0), axis=-1)
 
 
 def _chunk_loss(
@@ -73,15 +134,14 @@ def _chunk_loss(
         logits = logits_fn(rows, *head)
     else:
         logits = jax.vmap(lambda group: logits_fn(group[None], *head)[0])(rows)
-    # A sum over the vocabulary instead of a gather: where the vocabulary is divided over devices,
-    # each sums its part.
-    is_wanted = jnp.arange(logits.shape[-1])[None, None] == wanted[..., None]
-    chosen = jnp.sum(jnp.where(is_wanted, logits, 0.0), axis=-1)
-    return jnp.sum(jnp.where(keep, jax.nn.logsumexp(logits, axis=-1) - chosen, 0.0))
+    losses = jax.nn.logsumexp(logits, axis=-1) - _pick(logits, wanted)
+    return jnp.sum(jnp.where(keep, losses, 0.0))
 
 
 def _over_chunks(compute: Callable[..., Any], *parts: Array) -> tuple[Any, Any]:
-    """(Sum, stack) over the chunks of `compute(rows, wanted, live)`, zero where no token counts."""
+    """(Sum, stack) over the chunks of `compute(*parts)`, zero where no token counts: parts[-1] says
+    which do. A gradient through it computes each chunk again.
+    """
     shapes = jax.eval_shape(
         compute, *(jax.ShapeDtypeStruct(part.shape[1:], part.dtype) for part in parts)
     )
@@ -89,8 +149,9 @@ def _over_chunks(compute: Callable[..., Any], *parts: Array) -> tuple[Any, Any]:
     def zeros(*_: Array) -> Any:
         return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
 
+    @jax.checkpoint
     def body(total: Any, part: Sequence[Array]) -> tuple[Any, Any]:
-        summed, stacked = jax.lax.cond(jnp.any(part[2]), compute, zeros, *part)
+        summed, stacked = jax.lax.cond(jnp.any(part[-1]), compute, zeros, *part)
         return jax.tree.map(jnp.add, total, summed), stacked
 
     return jax.lax.scan(body, zeros()[0], parts)

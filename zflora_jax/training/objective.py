@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
@@ -12,12 +12,13 @@ import jax.numpy as jnp
 
 from zflora_jax.core import trees
 from zflora_jax.core.adapter_config import AdapterConfig
+from zflora_jax.core.fields import ConfigError
 from zflora_jax.core.model_config import LlamaConfig
 from zflora_jax.core.run_config import RunConfig
 from zflora_jax.core.trees import Tree
 from zflora_jax.nn.llama import Llama
 from zflora_jax.parallel.sharding import batch_shards, gather_fsdp
-from zflora_jax.training.loss import masked_cross_entropy
+from zflora_jax.training.loss import masked_cross_entropy, pair_sums
 
 Array = jax.Array
 Batch = Mapping[str, Any]  # arrays by name; the first axis of each is the rows of the batch
@@ -46,6 +47,13 @@ class Objective(ABC):
         """Shapes and dtypes of the arrays of a batch of `rows` rows of `length` tokens, "tokens"
         among them. packed: Whether a row holds several sequences.
         """
+
+    def take(self, batch: Batch, packed: bool = False) -> dict[str, Any]:
+        """The arrays of `batch` that `arrays` names. Without segments causal attention is enough,
+        which flash kernels do fastest.
+        """
+        rows, length = batch["tokens"].shape
+        return {name: batch[name] for name in self.arrays(rows, length, packed)}
 
     @abstractmethod
     def __call__(
@@ -92,29 +100,99 @@ class CrossEntropy(Objective):
         batch: Batch,
         rngs: dict[str, Array] | None = None,
     ) -> Sums:
-        llama, tokens, segments = Llama(config, adapter), batch["tokens"], batch.get("segments")
-        hidden, _ = llama.apply(  # type: ignore[misc]
-            variables, tokens, segment_ids=segments, method="hidden", rngs=rngs
-        )
-        name = "embed/embedding" if config.tie_word_embeddings else "lm_head/kernel"
-        # Gathered once, ahead of the loop over chunks; the lookup has the divided table.
-        head = {
-            collection: trees.map_with_names(
-                lambda n, x: gather_fsdp(n, x) if n == name else x, tree
-            )
-            for collection, tree in variables.items()
-        }
-
-        def logits(x: Array) -> Array:
-            return llama.apply(head, x, method="logits")  # type: ignore[return-value,arg-type]
-
-        mask, shards = batch["loss_mask"], batch_shards()
-        return Sums(*masked_cross_entropy(logits, hidden, tokens, mask, self.chunk, shards), {})
+        hidden, logits = _hidden_and_head(config, adapter, variables, batch, rngs)
+        tokens, mask, shards = batch["tokens"], batch["loss_mask"], batch_shards()
+        with jax.named_scope("loss"):
+            return Sums(*masked_cross_entropy(logits, hidden, tokens, mask, self.chunk, shards), {})
 
 
 CROSS_ENTROPY = CrossEntropy()
 
 
+@dataclass(frozen=True)
+class DirectPreference(Objective):
+    """DPO (Rafailov et al. 2023, arXiv 2305.18290, equation 7): -log sigmoid of the reward margin,
+    `beta` times how much more the adapters favour the chosen sequence of a pair over the rejected
+    one than their base does. The base is the reference, also a quantised one.
+
+    A row holds a pair: segment 1 is the chosen sequence, segment 2 the rejected one. Metrics are
+    means over pairs: reward_margin, reward_accuracy (the share of margins above 0) and kl, the
+    divergence from the base in nats per learned token.
+    """
+
+    beta: float = 0.1
+    chunk: int = 256
+    unit: ClassVar[str] = "pairs"
+    metrics: ClassVar[tuple[str, ...]] = ("reward_margin", "reward_accuracy", "kl")
+
+    def arrays(self, rows: int, length: int, packed: bool) -> dict[str, jax.ShapeDtypeStruct]:
+        return CROSS_ENTROPY.arrays(rows, length, packed=True)
+
+    def __call__(
+        self,
+        config: LlamaConfig,
+        adapter: AdapterConfig | None,
+        variables: Tree,
+        batch: Batch,
+        rngs: dict[str, Array] | None = None,
+    ) -> Sums:
+        if adapter is None:
+            raise ConfigError(
+                "train.loss=dpo compares adapters with their base, and this model has none beside"
+                " it: its loss would be ln 2, whatever it learned. Take the run's held-out loss"
+                " from its report.json, or give the adapters unmerged (`zf.unfuse`)."
+            )
+        hidden, logits = _hidden_and_head(config, adapter, variables, batch, rngs)
+        base = {"params": variables["params"]}
+        with jax.named_scope("reference"):
+            reference, head = _hidden_and_head(config, None, base, batch, None)
+        with jax.named_scope("loss"):
+            shards = batch_shards()
+            sums = pair_sums(logits, head, hidden, reference, batch, self.chunk, shards)
+        gains = sums.log_p - sums.reference
+        margins = self.beta * (gains[:, 0] - gains[:, 1])
+        tokens = jnp.sum(sums.tokens, axis=1)
+        counts = tokens > 0  # rows that fill a batch up have none
+
+        def total(values: Array) -> Array:
+            return jnp.sum(jnp.where(counts, values, 0.0))
+
+        metrics = {
+            "reward_margin": total(margins),
+            "reward_accuracy": total((margins > 0).astype(jnp.float32)),
+            "kl": total(jnp.sum(sums.kl, axis=1) / jnp.maximum(tokens, 1.0)),
+        }
+        pairs = jnp.sum(counts).astype(jnp.float32)
+        return Sums(total(-jax.nn.log_sigmoid(margins)), pairs, metrics)
+
+
+def _hidden_and_head(
+    config: LlamaConfig,
+    adapter: AdapterConfig | None,
+    variables: Tree,
+    batch: Batch,
+    rngs: dict[str, Array] | None,
+) -> tuple[Array, Callable[[Array], Array]]:
+    """The inputs of a model's head for a batch, and the head."""
+    llama = Llama(config, adapter)
+    hidden, _ = llama.apply(  # type: ignore[misc]
+        variables, batch["tokens"], segment_ids=batch.get("segments"), method="hidden", rngs=rngs
+    )
+    name = "embed/embedding" if config.tie_word_embeddings else "lm_head/kernel"
+    # Gathered once, ahead of the loop over chunks; the lookup has the divided table.
+    head = {
+        collection: trees.map_with_names(lambda n, x: gather_fsdp(n, x) if n == name else x, tree)
+        for collection, tree in variables.items()
+    }
+
+    def logits(x: Array) -> Array:
+        return llama.apply(head, x, method="logits")  # type: ignore[return-value,arg-type]
+
+    return hidden, logits
+
+
 def objective_of(run: RunConfig) -> Objective:
     """The objective that the settings of `run` choose."""
+    if run.train.loss == "dpo":
+        return DirectPreference(run.train.dpo_beta, run.train.loss_chunk)
     return CrossEntropy(run.train.loss_chunk)

@@ -89,7 +89,7 @@ class TrainStep:
         grads = jax.tree.map(mean, grads)
         optimizer = make_optimizer(self.optim, self.steps)
         # optax mixes Python floats with int32 counters; our own code also runs under "strict".
-        with jax.numpy_dtype_promotion("standard"):
+        with jax.numpy_dtype_promotion("standard"), jax.named_scope("optimizer"):
             updates, opt_state = optimizer.update(grads, state.opt_state, state.adapters)
             adapters = optax.apply_updates(state.adapters, updates)
             norm = optax.tree.norm(grads)

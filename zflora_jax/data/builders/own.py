@@ -1,4 +1,5 @@
-"""The user's own rows: instructions, questions, conversations, prompts with completions, or texts.
+"""The user's own rows: instructions, questions, conversations, prompts with completions, texts, or
+pairs of answers.
 
 The columns of its first row tell the form of a file, if it is not given (data.row_format). A new
 form is a reader and a line of FORMS.
@@ -9,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -69,13 +70,56 @@ def _text(row: Raw) -> list[Row]:
 def _completion(row: Raw) -> list[Row]:
     prompt, completion = row["prompt"], row["completion"]
     turns = [_from_json(prompt), _from_json(completion)]
-    if all(isinstance(x, list) and x and _is_object(x[0]) and "role" in x[0] for x in turns):
+    if all(map(_is_turns, turns)):
         prompt, completion = turns
     if isinstance(prompt, str):
         _require_all_read(row)
         return _as_they_are(prompt, field(row, "completion"))
     context = _turns(prompt, "prompt") if prompt else []
     return _conversation([*context, *_turns(completion, "completion")], row, len(context))
+
+
+def _preference(row: Raw) -> list[Row]:
+    """Reads a pair of answers, in TRL's forms: the prompt may also be what both begin with."""
+    prompt = row.get("prompt") or ""
+    pair = [_from_json(row[name]) for name in ("chosen", "rejected")]
+    require(pair[0] != pair[1], "the chosen and the rejected answer are the same. Remove the row.")
+    if all(map(_is_turns, pair)):
+        pair = [
+            _turns(turns, name) for turns, name in zip(pair, ("chosen", "rejected"), strict=True)
+        ]
+        given = _from_json(prompt)
+        context = _turns(given, "prompt") if _is_turns(given) else []
+        if not context:
+            shared = _shared(*pair)
+            context, pair = pair[0][:shared], [turns[shared:] for turns in pair]
+            require(
+                not prompt or any(turn["content"] == prompt for turn in context),
+                "'prompt' is another text than the turns before the answers. Make it a list of"
+                " turns, or remove it.",
+            )
+        rows = [_conversation([*context, *turns], row, len(context))[0] for turns in pair]
+    else:
+        _require_all_read(row)
+        pair = [field(row, "chosen"), field(row, "rejected")]
+        if not prompt:  # as TRL: a space before the difference belongs to the answers
+            shared = _shared(*pair)
+            shared -= shared > 0 and pair[0][shared - 1] == " "
+            prompt, pair = pair[0][:shared], [text[shared:] for text in pair]
+        rows = [_as_they_are(field({"prompt": prompt}, "prompt"), text)[0] for text in pair]
+    single = isinstance(pair[0], str) or {len(turns) for turns in pair} == {1}
+    options = [answer["target"] for answer in rows] if single else []  # scored by likelihood
+    return [{**rows[0], "rejected": rows[1], "options": options}]
+
+
+def _shared(a: Sequence[Any], b: Sequence[Any]) -> int:
+    """Returns the length of the common prefix, which leaves something of both."""
+    shorter = min(len(a), len(b))
+    return next((i for i in range(shorter) if a[i] != b[i]), shorter - 1)
+
+
+def _is_turns(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and _is_object(value[0]) and "role" in value[0]
 
 
 def _as_they_are(prompt: str, target: str) -> list[Row]:
@@ -222,6 +266,12 @@ def _from_json(value: Any) -> Any:
 
 _TURNS = 'a list of turns, such as {"role": "user", "content": "Hello"} (in CSV as JSON)'
 FORMS = {
+    "preference": Format(
+        _preference,
+        "chosen and rejected: two texts, or two lists of turns, and their prompt, if it is not what"
+        " both begin with",
+        ("chosen", "rejected"),
+    ),
     "messages": Format(partial(_messages, "messages"), f"messages: {_TURNS}", ("messages",)),
     "conversations": Format(
         partial(_messages, "conversations"), "conversations (ShareGPT)", ("conversations",)
