@@ -25,6 +25,7 @@ from zflora_jax import (
     AdapterConfig,
     ConfigError,
     Llama,
+    OptimConfig,
     fuse,
     init_adapters,
     load_model,
@@ -40,7 +41,7 @@ from zflora_jax.evaluation.loss import held_out_loss
 from zflora_jax.evaluation.task import evaluate
 from zflora_jax.reporting.metrics import read_metrics
 from zflora_jax.training.objective import DirectPreference
-from zflora_jax.training.trainer import eval_step
+from zflora_jax.training.trainer import eval_step, init_state, make_train_step
 
 DPO = DirectPreference(beta=0.3, chunk=50)  # chunks do not divide what is learned
 GOOD, BAD = [turn("assistant", "It is 4.")], [turn("assistant", "It is 22, I think.")]
@@ -148,7 +149,7 @@ def test_trl_learns_the_same(rows, lora, tmp_path):
     assert theirs.keys() == grads.keys()
     scale = max(np.abs(x).max() for x in theirs.values())
     for name, grad in grads.items():
-        np.testing.assert_allclose(grad, theirs[name], rtol=1e-4, atol=1e-5 * scale)
+        np.testing.assert_allclose(grad, theirs[name], rtol=1e-5, atol=1e-5 * scale)
 
 
 def test_the_sums_are_those_of_plain_log_probabilities(lora, tmp_path):
@@ -204,6 +205,18 @@ def test_the_base_is_the_reference(method, kernels, tmp_path):
     assert max(float(np.abs(x).max()) for x in jax.tree.leaves(grads)) > 1e-4
 
 
+@pytest.mark.parametrize("method", ["lora", "zflora-uniform"])
+def test_a_step_in_bfloat16_begins_at_ln_2(method, tmp_path):
+    """XLA rounds both forward passes alike, though it joins other operations in each."""
+    model = tiny_model(vocab_size=512, num_layers=3, dtype="bfloat16")
+    adapter = AdapterConfig(method, rank=4)
+    state = init_state(init_adapters(jax.random.key(0), model, adapter), OptimConfig(), 20)
+    step = make_train_step(model.config, adapter, OptimConfig(), 20, objective=DPO)
+    _, metrics = step(model.params, state, batch_of(encoded(tmp_path, *TEXTS)))
+    np.testing.assert_allclose(metrics["loss"], math.log(2), rtol=1e-6)
+    assert metrics["reward_accuracy"] == metrics["reward_margin"] == 0
+
+
 @pytest.fixture
 def pairs_run(run, tmp_path):
     rows = [
@@ -246,12 +259,13 @@ def test_long_pairs_are_cut_and_counted(tmp_path, caplog):
     long = {"prompt": "12345", "chosen": "a" * 90, "rejected": "b" * 20}
     both = {"prompt": "12345", "chosen": "a" * 90, "rejected": "b" * 80}
     prompt = {"prompt": "1" * 70, "chosen": "a", "rejected": "b"}
-    found = encoded(tmp_path, long, both, prompt, TEXTS[0], bucket_lengths=(100,))
+    alike = {"prompt": "1", "chosen": "a" * 60 + "b", "rejected": "a" * 60 + "c"}
+    found = encoded(tmp_path, long, both, prompt, alike, TEXTS[0], bucket_lengths=(100,))
     sizes = [np.bincount(row.segments, minlength=3)[1:].tolist() for row in found.rows]
     assert sizes[:2] == [[100 - 26, 26], [50, 50]]  # the shorter answer and its end stay whole
-    assert found.dropped == 1 and found.truncated == 2 and len(found) == 3
-    assert "cut 2 of 4 pairs to 100 tokens in all" in caplog.text
-    assert "dropped 1 of 4" in caplog.text
+    assert found.dropped == 2 and found.truncated == 2 and len(found) == 3
+    assert "cut 2 of 5 pairs to 100 tokens in all" in caplog.text
+    assert "dropped 2 of 5" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -263,7 +277,8 @@ def test_long_pairs_are_cut_and_counted(tmp_path, caplog):
         ({"prompt": "Why?", **SHARED[0]}, "'prompt' is another text than the turns"),
         ({"prompt": "a", "chosen": "b"}, "no field 'rejected'"),
         ({"prompt": "a", "completion": "b"}, "has no 'rejected' answer"),
-        ({"chosen": LONG[:1], "rejected": LONG[:2]}, "no turn of the assistant"),
+        ({"chosen": LONG[:1] + GOOD, "rejected": SHORT}, "have different prompts"),
+        ({"prompt": LONG[:1], "chosen": LONG[:1] + GOOD, "rejected": BAD}, "different prompts"),
     ],
 )
 def test_what_is_no_pair_is_refused(row, message, tmp_path):

@@ -30,7 +30,7 @@ save_steps: `train.save_every` | save_total_limit: `train.max_to_keep`
 load_best_model_at_end: `train.keep_best` | output_dir: `--workdir`
 resume_from_checkpoint: the same command again, or `--resume`
 get_peft_model: `zf.init_adapters` | SFTTrainer: `zf.train`
-DPOTrainer: `train.loss=dpo` | beta: `train.dpo_beta`
+DPOTrainer: `train.loss=dpo`, its beta `train.dpo_beta`
 merge_and_unload: `zf.fuse`, which `zf.unfuse` undoes | PeftModel.from_pretrained: `zf.load_peft`
 save_pretrained: `zf.save_peft`, `zf.save_hf`, `zf.export_run`
 v5e-4, v5litepod-4: `tpu:v5e:2x2` | v5e-8, v5litepod-8: `tpu:v5e:2x4`

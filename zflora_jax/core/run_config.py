@@ -199,6 +199,11 @@ class TrainConfig:
             f" divisor of train.save_every (they are {each} and {saved}).",
         )
 
+    @property
+    def pairs(self) -> bool:
+        """Whether rows are pairs of answers, which the loss compares with the base's."""
+        return self.loss == "dpo"
+
     def applied_to(self, config: LlamaConfig) -> LlamaConfig:
         """`config` as a run computes with it: with its dtype, remat and matmul_precision."""
         return config.replace(
@@ -316,7 +321,7 @@ class RunConfig:
             "method 'full' trains the base's numbers, and quantize.* stores them as codes, which"
             " have no gradient: leave quantize.* at none, or train an adapter.",
         )
-        if self.train.loss == "dpo":
+        if self.train.pairs:
             self._check_dpo()
         parts, micro = self.mesh.row_parts, self.data.micro_batch_size
         require(

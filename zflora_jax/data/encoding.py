@@ -470,7 +470,7 @@ def _report_lengths(
             f" has {longest}); see data.bucket_lengths"
         )
     if truncated:
-        what = "pairs to {} tokens in all, at the end of the longer answer"
+        what = "pairs to {} tokens in all, at the ends of long answers"
         what = what if pairs else "documents or conversations to {} tokens, answers whole"
         log.warning(f"cut {truncated} of {count} {what.format(limit)}; see data.bucket_lengths")
 
@@ -513,7 +513,7 @@ def _pair(chosen: Pair, rejected: Pair, limit: int) -> TokenizedSequence:
 
     As in TRL, both are learned from the first token in which one differs from the prompt. The end
     of the longer one, or of both, is cut to `limit` tokens in all; a pair that would lose all that
-    is learned of one is returned whole.
+    is learned of one, or in which they differ, is returned whole.
     """
     pair = chosen, rejected
     shorter, longer = sorted(len(tokens) for tokens, _ in pair)
@@ -524,6 +524,7 @@ def _pair(chosen: Pair, rejected: Pair, limit: int) -> TokenizedSequence:
         at = np.arange(len(tokens))
         learned = mask | ((start <= at) & (at < np.argmax(mask)))
         parts.append((tokens, learned & (at > 0), np.full(len(tokens), number, np.int32)))
-    if start < room:
-        parts = [tuple(x[:room] for x in part) for part in parts]
+    cut = [tuple(x[:room] for x in part) for part in parts]
+    if start < room and not np.array_equal(cut[0][0], cut[1][0]):
+        parts = cut
     return TokenizedSequence(*map(np.concatenate, zip(*parts, strict=True)))

@@ -112,7 +112,7 @@ def _begun(run: RunConfig, model: Model, seen: frozenset[str] | None, console: b
     distributed.require_equal({f"rows of {name}": len(examples), f"content of {name}": digest})
     result |= {key: getattr(model.config.execution, key) for key in ("dtype", "matmul_precision")}
     shown = console and distributed.is_main()
-    if run.train.loss == "dpo" and run.eval.loss:
+    if run.train.pairs and run.eval.loss:
         log.warning(
             "%s: train.loss=dpo has no loss without unmerged adapters; see report.json", name
         )

@@ -52,14 +52,14 @@ def data_view(
     if config is not None:
         require_fit(run, Model(config, {}, tokenizer))
     examples, data = load_mixture(run.data, "train"), run.data
-    pairs, size = run.train.loss == "dpo", config.vocab_size if config else None
+    pairs, size = run.train.pairs, config.vocab_size if config else None
     encoded = tokenize_examples(examples, tokenizer, data, size, pairs)
     packed = pack_sequences(encoded, data.bucket_lengths[-1]) if data.packing else encoded
     uncut, context = encoded, config.max_position_embeddings if config else 2**30
     if encoded.dropped or encoded.truncated:
         whole = replace(data, bucket_lengths=(context,))
         uncut = tokenize_examples(examples, tokenizer, whole, pairs=pairs)
-    settings = _settings(data, encoded, uncut, context)
+    settings = _settings(data, encoded, uncut, context, pairs)
     lengths = np.asarray([len(row.tokens) for row in encoded.rows])
     trained = sum(int(row.loss_mask.sum()) for row in encoded.rows)
     facts: dict[str, Any] = {
@@ -90,14 +90,14 @@ def data_view(
 
 
 def _settings(
-    data: DataConfig, encoded: Encoded, uncut: Encoded, context: int
+    data: DataConfig, encoded: Encoded, uncut: Encoded, context: int, pairs: bool
 ) -> dict[str, tuple[float, str]]:
     """Returns the padding with the run's lengths, then with lengths that fit its rows."""
     found, own = dict[str, tuple[float, str]](), data.bucket_lengths
     tries = [(encoded, data.packing, "now"), (encoded, data.packing, "")]
     beyond = uncut.dropped + uncut.truncated
     fits = f"{beyond} rows exceed the context" if beyond else "drops and cuts no row"
-    if max(encoded.rows[0].segments) == 1:  # no pair
+    if not pairs:
         tries.append((encoded, not data.packing, ""))
     tries += [(uncut, data.packing, fits)] * (uncut is not encoded)
     for rows, packing, note in tries:

@@ -115,7 +115,8 @@ def _require_figures(run: RunConfig, found: Mapping[str, Any]) -> None:
         not missing,
         "quickstart reports accuracy and loss, and with these settings an evaluation of task"
         f" {run.data.task!r} gives no {' and no '.join(missing)}. Set eval.generate and eval.loss,"
-        " and choose a task with answers; or use train, eval and export.",
+        " and choose a task with answers and train.loss=cross_entropy; or use train, eval and"
+        " export.",
     )
 
 

@@ -47,7 +47,7 @@ def step_flops(
     """
     full = METHODS[run.adapter.method].in_place == "full"
     again = recomputed and run.train.remat == "block"
-    passes = 2 + again + (run.train.loss == "dpo")
+    passes = 2 + again + run.train.pairs
     trained = 0 if full else count_params(config, run.adapter)
     base = tokens * _kernels(config) + learned * config.vocab_size * config.base_width
     width = config.num_heads * config.head_dim
@@ -86,8 +86,9 @@ def roofline(
     """
     mesh, length = run.mesh, run.data.bucket_lengths[-1]
     tokens = run.data.batch_size * length
-    passes = 2 + (run.train.remat == "block") + (run.train.loss == "dpo")
-    flops = step_flops(run, config, tokens, tokens * mean_keys(config, length), tokens, True)
+    passes = 2 + (run.train.remat == "block") + run.train.pairs
+    keys = tokens * mean_keys(config, length // (1 + run.train.pairs))
+    flops = step_flops(run, config, tokens, keys, tokens, True)
     stored = stored_bytes(run, config)
     abstract = AbstractMesh((mesh.data, mesh.fsdp, mesh.tensor), AXES)
     read = trees.flatten(step_arguments(run, config, abstract)[0])

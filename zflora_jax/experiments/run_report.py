@@ -108,7 +108,8 @@ def finished_report(
     return _write(workdir, stored | loss | {"config": config})
 
 
-_OF_START = ("step", "changed", "processes", "plain_texts")  # see `workdir.record_start`
+# See `workdir.record_start`.
+_OF_START = ("step", "changed", "processes", "plain_texts", "repeated")
 
 
 def _loss_fields(setup: Setup, loss: Mapping[str, float]) -> Report:

@@ -96,8 +96,8 @@ def sequences(rows: Mixture, run: RunConfig, model: Model) -> tuple[int, Encoded
 
 
 def _tokenized(examples: Mixture, run: RunConfig, model: Model) -> Encoded:
-    tokenizer, pairs = model.tokenizer, run.train.loss == "dpo"
-    return tokenize_examples(examples, tokenizer, run.data, model.config.vocab_size, pairs)
+    size, pairs = model.config.vocab_size, run.train.pairs
+    return tokenize_examples(examples, model.tokenizer, run.data, size, pairs)
 
 
 def state_like(run: RunConfig, model: Model, start: Tree | None, mesh: Mesh | None) -> TrainState:
@@ -142,6 +142,6 @@ def split_loss(
       adapters: The run's trained adapters; None: the model without adapters.
 
     Returns:
-      {"loss": nats per target token, "tokens": target tokens, "rows": rows}.
+      As for `held_out_loss`.
     """
     return held_out_loss(run, model, held_out(run, model, split), adapters)

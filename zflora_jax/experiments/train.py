@@ -51,6 +51,7 @@ from zflora_jax.training.workdir import (
     adopt,
     claimed,
     keep_settings,
+    read_starts,
     record_start,
     saved_steps,
 )
@@ -109,19 +110,16 @@ def train(
             report = finished_report(setup, workdir, clock.before, env, state.adapters)
             return Trained(setup.model, state.adapters, report, run, signals.asked)
         start = {"processes": jax.process_count(), "changed": changed, "plain_texts": setup.plain}
+        start |= _repeated(workdir, first, clock)  # of records that are dropped now
         writer = _open_logs(stack, run, workdir, console, first, env, held)
         distributed.on_main(lambda: record_start(workdir, first, env, **start))
-        rows, flops = len(setup.train_set), partial(batch_flops, run, setup.model.config)
-        metrics = LogMetrics(writer, run, rows, objective_of(run), flops, clock)
         loss = HeldOutLoss(setup.held_out_loss, len(setup.eval_set), writer, run, clock)
-        own = {"data_seed": run.data.seed, "eval_fingerprint": setup.eval_set.fingerprint()}
-        save = SaveCheckpoints(checkpoints, run, setup.fingerprints | own, clock, writer)
-        # Evaluation cannot be interrupted: save first, unless the loss is saved with the state.
-        measured = [loss, save] if run.train.keep_best else [save, loss]
+        hooks = [*_traces(stack, run, workdir), *_hooks(setup, loss, checkpoints, signals)]
+        clock.add("start", time.perf_counter() - started)
         _evaluate_if_missed(loss, writer, state, checkpoints)
-        trace = stack.enter_context(closing(Profile.of(run.train.profile, workdir)))
-        hooks = trace, metrics, *measured, StopOnSignal(signals)
         state = _train_steps(setup, state, hooks, clock, console and writer is not None)
+        with clock.on("checkpoints"):
+            checkpoints.finish()
     if int(state.step) < run.steps:  # the last checkpoint is written by now
         raise Preempted(
             f"stopped by a signal after step {state.step} of {run.steps}, which is saved in"
@@ -222,9 +220,7 @@ def _first_state(
     distributed.on_main(lambda: keep_settings(workdir, setup.run, held))
     if left:
         log.info("%s resumes from step %d of %d", workdir, step, setup.run.steps)
-    clock = Clock(started, saved["seconds"], saved["spent"])
-    clock.add("repeated", _repeated(workdir, step, clock.before))
-    return state, clock
+    return state, Clock(started, saved["seconds"], saved.get("spent", {}))
 
 
 def _evaluate_if_missed(
@@ -269,16 +265,43 @@ def _train_steps(
                 batch = next(batches)
             yield batch
 
-    clock.add("start", time.perf_counter() - clock.started)
     params, steps, hooks = setup.model.params, setup.run.steps, (RequireFinite(), *hooks)
     return fit(step_fn, params, state, timed(), steps, hooks, place)
 
 
-def _repeated(workdir: Path, first: int, before: float) -> float:
-    """Seconds that a killed start worked after the checkpoint of step `first`, which came `before`
-    seconds into the run, as far as metrics.jsonl shows.
+def _hooks(
+    setup: Setup,
+    loss: HeldOutLoss,
+    checkpoints: Checkpoints,
+    signals: distributed.StopSignals,
+) -> list[Hook]:
+    """The hooks that log, measure the held-out loss, save and stop."""
+    run, writer, clock = setup.run, loss.writer, loss.clock
+    rows, flops = len(setup.train_set), partial(batch_flops, run, setup.model.config)
+    metrics = LogMetrics(writer, run, rows, objective_of(run), flops, clock)
+    own = {"data_seed": run.data.seed, "eval_fingerprint": setup.eval_set.fingerprint()}
+    save = SaveCheckpoints(checkpoints, run, setup.fingerprints | own, clock, writer)
+    # Evaluation cannot be interrupted: save first, unless the loss is saved with the state.
+    measured = [loss, save] if run.train.keep_best else [save, loss]
+    return [metrics, *measured, StopOnSignal(signals)]
+
+
+def _traces(stack: ExitStack, run: RunConfig, workdir: Path) -> list[Hook]:
+    """The hook of train.profile, if it is set, in the process that writes the run's files."""
+    if run.train.profile is None or not distributed.is_main():
+        return []
+    return [stack.enter_context(closing(Profile.of(run.train.profile, workdir)))]
+
+
+def _repeated(workdir: Path, first: int, clock: Clock) -> dict[str, float]:
+    """Counts the seconds that killed starts worked after their last checkpoint, as far as
+    metrics.jsonl shows; this one goes on from step `first`. Returns them for starts.jsonl.
     """
     path = workdir / METRICS_FILE
-    records = read_metrics(path) if first and path.is_file() else []
+    records = read_metrics(path) if path.is_file() else []
     after = [record.get("seconds", 0.0) for record in records if record["step"] > first]
-    return max(0.0, max(after, default=0.0) - before)
+    earlier = [start.get("repeated", 0.0) for start in read_starts(workdir)]
+    lost = max(earlier, default=0.0) + max(0.0, max(after, default=0.0) - clock.before)
+    if lost:
+        clock.spent["repeated"] = lost
+    return {"repeated": lost}

@@ -58,21 +58,18 @@ CHIPS = {
     ),
 }
 
-# The beginning of a device's kind as jax names it -> its row of CHIPS. H200 computes as H100 does.
+# A device's kind as jax names it -> its row of CHIPS. H200 computes as H100 does.
 _KINDS = {
-    "TPU v5 lite": "tpu:v5e",
-    "TPU v5": "tpu:v5p",
-    "TPU v6 lite": "tpu:v6e",
-    "NVIDIA H100 80GB HBM3": "cuda:h100",
-    "NVIDIA H200": "cuda:h100",
+    **dict.fromkeys(("TPU v5 lite", "TPU v5e"), "tpu:v5e"),
+    **dict.fromkeys(("TPU v5", "TPU v5p"), "tpu:v5p"),
+    **dict.fromkeys(("TPU v6 lite", "TPU v6e"), "tpu:v6e"),
+    **dict.fromkeys(("NVIDIA H100 80GB HBM3", "NVIDIA H200"), "cuda:h100"),
 }
 
 
 def peak_flops(device_kind: str) -> float | None:
     """Published dense bfloat16 operations per second of a device of that kind; None if unknown."""
-    rows = (row for begin, row in _KINDS.items() if device_kind.startswith(begin))
-    row = next(rows, None)
-    return CHIPS[row].flops if row else None
+    return CHIPS[_KINDS[device_kind]].flops if device_kind in _KINDS else None
 
 
 # Platform -> the compiler's module, and this package's extra that installs it.

@@ -125,7 +125,7 @@ class Checkpoints:
             return
         import orbax.checkpoint as ocp
 
-        self._finish()
+        self.finish()
         meta = {"loss": loss, **meta, "state": _shapes(state)}
         with self._save_errors(), contextlib.ExitStack() as opened:
             # Closed also where another process fails.
@@ -220,7 +220,7 @@ class Checkpoints:
             except Exception as error:  # stores raise many types
                 log.warning("the old checkpoint %s could not be removed: %s", folder, error)
 
-    def _finish(self) -> None:
+    def finish(self) -> None:
         """Waits for the write that goes on."""
         writing, self._writing = self._writing, None
         if writing is not None:
@@ -252,7 +252,7 @@ class Checkpoints:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         try:
-            self._finish()
+            self.finish()
         except SaveError as error:
             if kind is None:
                 raise

@@ -56,9 +56,9 @@ class Clock:
 
     started: float  # time.perf_counter() at this start
     before: float = 0.0  # seconds of earlier starts, until the checkpoint that this one continues
-    # Seconds that no step took, by what took them: "start" (until the first step), "compile",
-    # "data" (waiting for a batch), "evaluation", "checkpoints", and "repeated", the work of a
-    # killed start after its last checkpoint.
+    # Seconds by what took them: "start" (until the first step), "compile", "evaluation",
+    # "checkpoints", and "repeated", the work of killed starts after their last checkpoint.
+    # "data" is the wait for batches, in which a device may still be at the step before.
     spent: dict[str, float] = field(default_factory=dict)
     first_step_seconds: float | None = None  # from this start until a step's metrics were there
 
@@ -69,7 +69,7 @@ class Clock:
     def goodput(self) -> float:
         """The share of steps in the seconds of the run and of those that were "repeated"."""
         total = self.total() + self.spent.get("repeated", 0.0)
-        return max(0.0, 1 - sum(self.spent.values()) / total)
+        return 1 - (sum(self.spent.values()) - self.spent.get("data", 0.0)) / total
 
     def report(self) -> dict[str, Any]:
         """All of it, under its names in the report."""
@@ -147,33 +147,45 @@ class LogMetrics(Hook):
 
 @dataclass
 class Profile(Hook):
-    """Writes a trace of the steps that train.profile names, for TensorBoard and Perfetto."""
+    """Writes a trace of the steps that train.profile names, for XProf and Perfetto; parts of the
+    steps around them are in it. In the process that writes the run's files.
+    """
 
     steps: range
     folder: Path
-    _running: bool = False
+    _traced: int = -1  # steps in the trace; -1 before it begins
 
     @classmethod
-    def of(cls, steps: str | None, workdir: Path) -> Profile:
-        """The hook of train.profile; of None, no step is traced."""
-        start, count = map(int, (steps or "0:0").split(":"))
+    def of(cls, steps: str, workdir: Path) -> Profile:
+        """The hook of train.profile."""
+        start, count = map(int, steps.split(":"))
         return cls(range(start, start + count), workdir / "profile")
 
     def on_batch(self, step: int, batch: Mapping[str, Any]) -> None:
-        if step == self.steps.start:
-            jax.profiler.start_trace(str(self.folder))
-            self._running = True
+        if step in self.steps and self._traced < 0:
+            self._traced = 0
+            self._try(lambda: jax.profiler.start_trace(str(self.folder)))
 
     def on_metrics(self, step: int, metrics: Mapping[str, float], seconds: float) -> None:
+        self._traced += self._traced >= 0 and step in self.steps
         if step == self.steps.stop - 1:
             self.close()
 
     def close(self) -> None:
-        """Ends the trace, if one is running."""
-        if self._running:
-            self._running = False
-            jax.profiler.stop_trace()
-            log.info("a trace of %d steps is in %s", len(self.steps), self.folder)
+        """Ends the trace, if one is running; says so if none of its steps has come."""
+        if self._traced < 0:
+            log.warning("train.profile: none of its steps was trained here, so nothing was traced")
+        elif self._traced < 2**30:
+            self._try(jax.profiler.stop_trace)
+            log.info("a trace of %d steps is in %s", self._traced, self.folder)
+        self._traced = 2**30  # closed
+
+    def _try(self, action: Callable[[], None]) -> None:
+        """A full disk must not end the training."""
+        try:
+            action()
+        except Exception as error:
+            log.warning("train.profile failed: %s", error)
 
 
 @dataclass

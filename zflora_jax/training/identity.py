@@ -19,7 +19,7 @@ from zflora_jax.parallel.distributed import require_equal
 # train.epochs, the steps that it comes to are compared.
 FREE = (
     *("eval", "mesh", "train/log_every", "train/eval_every", "train/save_every"),
-    *("train/max_to_keep", "train/keep_best", "train/report_to", "train/epochs"),
+    *("train/max_to_keep", "train/keep_best", "train/report_to", "train/profile", "train/epochs"),
 )
 
 # Settings that change only rounding, memory or speed. A finished run counts with any of them.

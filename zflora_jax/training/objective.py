@@ -41,6 +41,8 @@ class Objective(ABC):
 
     unit: ClassVar[str]  # what the divisor counts, its name among the metrics, e.g. "tokens"
     metrics: ClassVar[tuple[str, ...]] = ()  # further sums, whose means are reported
+    # Whether XLA may keep more precision than a dtype has where it joins operations.
+    excess_precision: ClassVar[bool] = True
 
     @abstractmethod
     def arrays(self, rows: int, length: int, packed: bool) -> dict[str, jax.ShapeDtypeStruct]:
@@ -124,6 +126,8 @@ class DirectPreference(Objective):
     chunk: int = 256
     unit: ClassVar[str] = "pairs"
     metrics: ClassVar[tuple[str, ...]] = ("reward_margin", "reward_accuracy", "kl")
+    # It joins other operations in a forward pass that is differentiated than in the reference's.
+    excess_precision: ClassVar[bool] = False
 
     def arrays(self, rows: int, length: int, packed: bool) -> dict[str, jax.ShapeDtypeStruct]:
         return CROSS_ENTROPY.arrays(rows, length, packed=True)

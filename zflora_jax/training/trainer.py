@@ -155,7 +155,10 @@ def _jitted(step: TrainStep, form: Any, leaves: tuple[Any, ...]) -> StepFn:
         return step(params, state, batch)
 
     where = jax.tree.unflatten(form, leaves)
-    return jax.jit(train_step, donate_argnums=1, out_shardings=(where, None))
+    exact = {"xla_allow_excess_precision": step.objective.excess_precision}
+    return jax.jit(
+        train_step, donate_argnums=1, out_shardings=(where, None), compiler_options=exact
+    )
 
 
 def step_of(run: RunConfig, config: LlamaConfig, state_sharding: Any = None) -> StepFn:

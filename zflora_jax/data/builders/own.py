@@ -98,13 +98,19 @@ def _preference(row: Raw) -> list[Row]:
                 "'prompt' is another text than the turns before the answers. Make it a list of"
                 " turns, or remove it.",
             )
+        require(
+            bool(context) and all(turns[0]["role"] == "assistant" for turns in pair),
+            "the chosen and the rejected answer have different prompts, or none: both must go on"
+            " from the same turns with one of the assistant.",
+        )
         rows = [_conversation([*context, *turns], row, len(context))[0] for turns in pair]
     else:
         _require_all_read(row)
         pair = [field(row, "chosen"), field(row, "rejected")]
         if not prompt:  # as TRL: a space before the difference belongs to the answers
             shared = _shared(*pair)
-            shared -= shared > 0 and pair[0][shared - 1] == " "
+            differ = pair[0][shared] != pair[1][shared]
+            shared -= shared > 0 and differ and pair[0][shared - 1] == " "
             prompt, pair = pair[0][:shared], [text[shared:] for text in pair]
         rows = [_as_they_are(field({"prompt": prompt}, "prompt"), text)[0] for text in pair]
     single = isinstance(pair[0], str) or {len(turns) for turns in pair} == {1}
