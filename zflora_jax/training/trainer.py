@@ -155,10 +155,9 @@ def _jitted(step: TrainStep, form: Any, leaves: tuple[Any, ...]) -> StepFn:
         return step(params, state, batch)
 
     where = jax.tree.unflatten(form, leaves)
-    exact = {"xla_allow_excess_precision": step.objective.excess_precision}
-    return jax.jit(
-        train_step, donate_argnums=1, out_shardings=(where, None), compiler_options=exact
-    )
+    options = None if step.objective.excess_precision else {"xla_allow_excess_precision": False}
+    settings: Any = {"donate_argnums": 1, "compiler_options": options}
+    return jax.jit(train_step, out_shardings=(where, None), **settings)
 
 
 def step_of(run: RunConfig, config: LlamaConfig, state_sharding: Any = None) -> StepFn:
