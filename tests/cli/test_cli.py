@@ -80,7 +80,7 @@ def test_missing_config_file_names_the_nearest(no_run, config_file, tmp_path):
     near = Path(config_file).with_name("confg.py")
     message = f"config file {near} does not exist. did you mean {config_file!r}?"
     assert message in no_run(config=near)
-    message = "does not exist. Allowed: chat, quickstart."  # those that come with the package
+    message = "does not exist. Allowed: chat, dpo, quickstart."  # those that come with the package
     assert message in no_run(config=tmp_path / "none" / "c.py")
     assert f"config file {tmp_path} is a directory. " in no_run(config=tmp_path)
 

@@ -296,7 +296,7 @@ FUNCTION_CALL = [{"from": "function_call", "value": "f()"}]
         ({"conversations": FUNCTION_CALL}, r"unknown role 'function_call'.*'tool_calls' of the"),
         ({"instruction": "x", "output": " "}, r"'output' is empty and there is no 'answer'"),
         ({"question": "x", "answer": " "}, r"'answer' is empty, so there is nothing to learn"),
-        ({"chosen": "a", "rejected": "b"}, r"'chosen', 'rejected' are of no form that is known"),
+        ({"better": "a", "worse": "b"}, r"'better', 'worse' are of no form that is known"),
     ],
 )
 def test_malformed_rows(row, message):
