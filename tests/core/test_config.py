@@ -145,6 +145,7 @@ def test_impossible_adapters(method, changes, message):
 
 OPTIM = {"optim.loraplus_ratio": 4.0}
 BEST = {"train.keep_best": True}
+DPO = {"train.loss": "dpo"}
 
 
 @pytest.mark.parametrize(
@@ -191,6 +192,9 @@ BEST = {"train.keep_best": True}
             {"adapter.method": "full", "quantize.kernels": "int8"},
             r"leave quantize\.\* at none, or train an adapter",
         ),
+        (DPO | {"data.packing": True}, r"data\.packing=True does not go with train\.loss=dpo"),
+        (DPO | {"data.train_on_prompt": True}, r"on_prompt=True does not go with train\.loss=dpo"),
+        (DPO | {"adapter.method": "lora", "adapter.init": "pissa"}, r"init=pissa does not go with"),
         ({"trian.steps": "5"}, r"unknown key 'trian\.steps' of RunConfig: did you mean 'train'\?"),
         ({"learning_rate": 1e-4}, r"did you mean 'optim\.learning_rate'\? Allowed: adapter, data"),
         ({"train.batch_size": 4}, r"did you mean 'data\.batch_size' or 'eval\.batch_size'\?"),

@@ -11,7 +11,8 @@ from zflora_jax import ConfigError, RunConfig, override
 from zflora_jax.reporting.metrics import MetricWriter, read_metrics
 from zflora_jax.reporting.progress import announced
 from zflora_jax.reporting.trackers import require_trackers
-from zflora_jax.training.hooks import Clock, LogMetrics
+from zflora_jax.training.clock import Clock
+from zflora_jax.training.hooks import LogMetrics
 from zflora_jax.training.objective import CROSS_ENTROPY
 
 

@@ -34,8 +34,8 @@ from zflora_jax import (
     save_peft,
 )
 from zflora_jax.core.quantize_config import QuantizeConfig
-from zflora_jax.core.run_config import DataConfig, RunConfig
-from zflora_jax.data.encoding import tokenize_examples
+from zflora_jax.core.run_config import DataConfig
+from zflora_jax.data.encoding import _pair, tokenize_examples
 from zflora_jax.data.pipeline import eval_batches
 from zflora_jax.evaluation.loss import held_out_loss
 from zflora_jax.evaluation.task import evaluate
@@ -55,7 +55,11 @@ TEXTS = [
     {"prompt": "The sky is", "chosen": " blue, mostly.", "rejected": " black."},
 ]
 SHARED = [{"chosen": LONG[:1] + GOOD, "rejected": LONG[:1] + BAD}]
-IMPLICIT = [{"chosen": "Q: 1 + 1\n\nA: 2", "rejected": "Q: 1 + 1\n\nA: I do not know"}]
+IMPLICIT = [
+    {"chosen": "Q: 1 + 1\n\nA: 2", "rejected": "Q: 1 + 1\n\nA: I do not know"},
+    {"chosen": "Two.", "rejected": "I do not know."},  # no prompt: nothing predicts a first token
+    {"chosen": "Q: 2, A: 4", "rejected": "Q: 2, A: 4, or so"},  # one is the beginning of the other
+]
 
 
 def encoded(folder, *rows, template=CHATML, **data):
@@ -221,7 +225,7 @@ def test_a_step_in_bfloat16_begins_at_ln_2(method, tmp_path):
 def pairs_run(run, tmp_path):
     rows = [
         {"prompt": f"{i} + 1 =", "chosen": f" {i + 1}", "rejected": " I do not know."}
-        for i in range(10)
+        for i in range(11)  # the last batch is filled up
     ]
     for name in ("train", "test"):
         write(tmp_path / "rows" / f"{name}.jsonl", *rows)
@@ -243,16 +247,25 @@ def test_a_run_of_pairs(pairs_run, tmp_path):
     assert first["pairs"] == pairs_run.data.batch_size and first["reward_accuracy"] == 0
     report = found.report
     assert report["test_loss"] < 0.6 and report["test_reward_accuracy"] == 1
-    assert report["test_kl"] > 0 and report["test_rows"] == 10
+    assert report["test_kl"] > 0 and report["test_rows"] == 11
 
     # Fused or merged there is no reference: no loss instead of ln 2.
     fused = fuse(found.model, pairs_run.adapter, found.adapters)
     result = evaluate(pairs_run, fused, console=False)
-    assert "loss" not in result and result["rows"] == 10
+    assert "loss" not in result and result["rows"] == 11
     assert result["likelihood_sum"] == 1 and result["chance"] == 0.5  # the likelier answer
     rows = encoded(tmp_path / "rows", *TEXTS)
     with pytest.raises(ConfigError, match="ln 2"):
         held_out_loss(pairs_run, fused, rows)
+
+
+def test_answers_are_learned_from_where_one_differs_from_the_prompt():
+    """A tokenizer may join the end of the prompt with the beginning of one answer, as TRL does."""
+    mask = np.arange(6)
+    row = _pair((mask, mask >= 4), (mask + 10, mask >= 3), 64)
+    assert row.tokens.tolist() == [*range(6), *range(10, 16)]
+    assert row.loss_mask.tolist() == [False] * 3 + [True] * 3 + [False] * 3 + [True] * 3
+    assert row.segments.tolist() == [1] * 6 + [2] * 6
 
 
 def test_long_pairs_are_cut_and_counted(tmp_path, caplog):
@@ -294,14 +307,3 @@ def test_a_prompt_may_stand_beside_whole_conversations(tmp_path):
     examples = load("rows", "test", tmp_path)
     with pytest.raises(ConfigError, match=r"train\.loss=dpo learns from"):
         tokenize_examples(examples, byte_tokenizer(), DataConfig(bucket_lengths=(256,)))
-
-
-@pytest.mark.parametrize(
-    "settings",
-    [{"data.packing": True}, {"data.train_on_prompt": True}, {"adapter.init": "pissa"}],
-    ids=str,
-)
-def test_settings_that_do_not_go_with_it(settings):
-    lora = override(RunConfig(), {"adapter.method": "lora", **settings})
-    with pytest.raises(ConfigError, match=next(iter(settings)).replace(".", r"\.")):
-        override(lora, {"train.loss": "dpo"})

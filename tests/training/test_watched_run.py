@@ -12,6 +12,7 @@ from support.sharded import batch
 
 from zflora_jax import ConfigError, count_params, override
 from zflora_jax.core.architecture import kernel_shapes
+from zflora_jax.core.bucket_path import BucketPath
 from zflora_jax.core.run_config import RunConfig
 from zflora_jax.experiments.roofline import batch_flops
 from zflora_jax.experiments.train import train
@@ -19,6 +20,7 @@ from zflora_jax.parallel.targets import peak_flops
 from zflora_jax.reporting.metrics import read_metrics
 from zflora_jax.training import hooks
 from zflora_jax.training.checkpoint import Checkpoints
+from zflora_jax.training.clock import Clock
 
 
 @pytest.mark.parametrize("method", ["zflora-minimal", "full"])
@@ -110,6 +112,33 @@ def test_the_last_checkpoint_is_waited_for_on_the_clock(run, tmp_path, monkeypat
     monkeypatch.setattr(Checkpoints, "_commit", lambda *a: (time.sleep(1.5), commit(*a)))
     spent = quiet_train(run, tmp_path).report["spent_seconds"]
     assert spent["checkpoints"] + spent["evaluation"] > 1.5  # written while that runs
+
+
+def test_goodput_leaves_the_wait_for_batches_in():
+    clock = Clock(time.perf_counter() - 8, 2.0, {"data": 3.0, "start": 1.0, "repeated": 2.0})
+    np.testing.assert_allclose(clock.goodput(), 1 - 3 / 12, rtol=1e-3)
+
+
+def test_a_trace_is_of_its_steps(tmp_path, monkeypatch):
+    """The metrics of a step come while the next one runs."""
+    said = []
+    monkeypatch.setattr(jax.profiler, "start_trace", lambda _: said.append("start"))
+    monkeypatch.setattr(jax.profiler, "stop_trace", lambda: said.append("stop"))
+    hook = hooks.Profile.of("2:2", tmp_path)
+    for step in range(1, 6):
+        hook.on_batch(step, {})
+        said.append(step)
+        if step > 1:
+            hook.on_metrics(step - 1, {}, 1.0)
+    hook.close()
+    assert said == [1, "start", 2, 3, 4, "stop", 5]
+
+
+def test_a_trace_is_not_written_to_a_bucket(run, monkeypatch):
+    bucket = BucketPath("s3://bucket/run")
+    monkeypatch.setattr("zflora_jax.experiments.train.as_path", lambda *_: bucket)
+    with pytest.raises(ConfigError, match="is in a bucket: trace a few steps in a local"):
+        train(override(run, {"train.profile": "1:1"}), "s3://bucket/run", console=False)
 
 
 def test_a_trace_ends_with_the_run(run, tmp_path, caplog):

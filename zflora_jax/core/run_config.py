@@ -160,8 +160,8 @@ class TrainConfig:
     dots keeps the products and recomputes what is cheap, block keeps the layer's input alone and
     computes the layer twice. none needs most memory, block least."""
     loss: Literal["cross_entropy", "dpo"] = "cross_entropy"
-    """What is minimised. cross_entropy: of the next token; dpo: direct preference optimization
-    (arXiv 2305.18290) on pairs of a chosen and a rejected answer, with the base as reference."""
+    """The loss to minimise: cross_entropy of the next token, or dpo, direct preference optimization
+    (arXiv 2305.18290), on pairs of a chosen and a rejected answer, with the base as reference."""
     dpo_beta: Positive = 0.1
     """DPO's beta: a larger one keeps the answers closer to the base's."""
     loss_chunk: Count = 256

@@ -25,7 +25,7 @@ from zflora_jax.core.run_config import DataConfig
 from zflora_jax.core.token_ids import check_ids
 from zflora_jax.data import prompts
 from zflora_jax.data.mixture import Mixture
-from zflora_jax.data.prompts import encode_prompt_texts
+from zflora_jax.data.prompts import common_length, encode_prompt_texts
 from zflora_jax.data.task import Example
 
 log = logging.getLogger(__name__)
@@ -80,17 +80,11 @@ def _prompts_and_targets(
     else:
         ids = tokenizer([e.target for e in examples], add_special_tokens=False)["input_ids"]
         rows = [prompt + target for prompt, target in zip(given, ids, strict=True)]
-    starts = [_common(prompt, row) for prompt, row in zip(given, rows, strict=True)]
+    starts = [common_length(prompt, row) for prompt, row in zip(given, rows, strict=True)]
     return [
         (np.asarray([*row, end], np.int32), np.arange(len(row) + 1) >= start)
         for row, start in zip(rows, starts, strict=True)
     ]
-
-
-def _common(a: Sequence[int], b: Sequence[int]) -> int:
-    """Returns the length of the common prefix of two lists of token ids."""
-    shorter = min(len(a), len(b))
-    return next((i for i in range(shorter) if a[i] != b[i]), shorter)
 
 
 # --- conversations --------------------------------------------------------------------------------
@@ -203,13 +197,13 @@ def _by_marks(tokenizer: Any, example: Example, data: DataConfig) -> Pair:
     texts = [_written(tokenizer, example, data, i, False) for i in (example.context or last, last)]
     given, prompt = encode_prompt_texts(tokenizer, texts)
     if example.context:
-        mask[: _common(given, tokens)] = False
+        mask[: common_length(given, tokens)] = False
     require(
         bool(mask.any()),
         "the chat template marks nothing of it as the assistant's: its generation marks are not"
         " around the answers.",
     )
-    if _common(prompt, tokens) < len(prompt):
+    if common_length(prompt, tokens) < len(prompt):
         _warn("is marked behind other tokens than generation starts from")
     return np.asarray(tokens, np.int32), mask
 
@@ -228,7 +222,7 @@ def _by_prefixes(tokenizer: Any, example: Example, data: DataConfig) -> Pair:
     ids, *prefixes = encode_prompt_texts(tokenizer, texts)
     mask = np.zeros(len(ids), bool)
     for i, before, after in zip(answers, prefixes[::2], prefixes[1::2], strict=True):
-        start = _common(before, ids)
+        start = common_length(before, ids)
         if start < len(before):
             there, here = (tokenizer.decode(x[start : start + 12]) for x in (before, ids))
             raise ConfigError(
@@ -237,7 +231,7 @@ def _by_prefixes(tokenizer: Any, example: Example, data: DataConfig) -> Pair:
                 " start of the answer, or use a template with {% generation %} marks."
             )
         # Some templates leave out parts of an earlier answer that they write of the last one.
-        goes_on = _common(after, ids) == len(after)
+        goes_on = common_length(after, ids) == len(after)
         end = len(after) if goes_on else _end(tokenizer, example, i, ids, start)
         require(end > start, f"turn {i + 1} has no tokens of its own.")
         mask[start:end] = True
@@ -306,7 +300,7 @@ def encode_options(
     if not example.plain:
         return prompt, tokenizer(list(example.options), add_special_tokens=False)["input_ids"]
     rows = encode_prompt_texts(tokenizer, [example.prompt + text for text in example.options])
-    start = min(_common(prompt, row) for row in rows)
+    start = min(common_length(prompt, row) for row in rows)
     return prompt[:start], [row[start:] for row in rows]
 
 
@@ -480,12 +474,15 @@ def _sequences(
 ) -> Iterator[tuple[TokenizedSequence, int]]:
     """Yields the sequence of each example, cut to fit, and the number of its tokens before that."""
     _require_pairs(examples, pairs)
-    worse = [replace(e.rejected, where=e.where) for e in examples if pairs and e.rejected]
-    encoded = encode_examples([*examples, *worse], tokenizer, data)
-    for chosen, rejected in zip(encoded, encoded[len(examples) :], strict=False):
-        row = _pair(chosen, rejected, data.bucket_lengths[-1])
-        yield row, len(chosen[0]) + len(rejected[0])
-    for example, whole in zip([] if pairs else examples, encoded, strict=False):
+    if pairs:
+        worse = [replace(e.rejected, where=e.where) for e in examples if e.rejected]
+        encoded = encode_examples([*examples, *worse], tokenizer, data)
+        half = len(examples)
+        for chosen, rejected in zip(encoded[:half], encoded[half:], strict=True):
+            row = _pair(chosen, rejected, data.bucket_lengths[-1])
+            yield row, len(chosen[0]) + len(rejected[0])
+        return
+    for example, whole in zip(examples, encode_examples(examples, tokenizer, data), strict=True):
         tokens, mask = cut_to_fit(example, whole, tokenizer, data)
         segments = np.ones(len(tokens), np.int32)
         yield TokenizedSequence(tokens, mask | data.train_on_prompt, segments), len(whole[0])
@@ -502,9 +499,8 @@ def _require_pairs(examples: Sequence[Example], pairs: bool) -> None:
                 " 'prompt', 'chosen' and 'rejected' (data.task=rows), or train.loss=cross_entropy.",
             )
             raise ConfigError(
-                "it is a pair of answers, which train.loss=dpo learns from. To learn the chosen"
-                " one alone, give 'prompt' and 'completion'; to score answers without a loss, set"
-                " eval.loss=False."
+                "it is a pair of answers: train.loss=dpo learns from those. To learn the chosen"
+                " one alone, give 'prompt' and 'completion'; to score answers, set eval.loss=False."
             )
 
 

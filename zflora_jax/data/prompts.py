@@ -27,6 +27,12 @@ _WHITESPACE = {"alpaca": ("  ", " ", _INDENT), "alpaca-eval": (" ", "", "")}
 STYLES = ("chat", *_WHITESPACE, "plain")
 
 
+def common_length(a: Sequence[Any], b: Sequence[Any]) -> int:
+    """Returns the length of the common prefix of two texts, or lists of token ids or turns."""
+    shorter = min(len(a), len(b))
+    return next((i for i in range(shorter) if a[i] != b[i]), shorter)
+
+
 def render(
     tokenizer: Any, prompt_style: str, instruction: str, input: str = "", date: str | None = None
 ) -> str:

@@ -56,6 +56,8 @@ def summary_page(summary: Mapping[str, Any]) -> str:
         " interval (bootstrap over rows; those of one dialogue are drawn together)."
         f" {score_legend({score for line in lines for score in line})}"
     )
+    if summary["config"].get("train", {}).get("loss") == "dpo":
+        head += " No loss: train.loss=dpo compares unmerged adapters with their base (report.json)."
     table = markdown_table(lines, list(dict.fromkeys(key for line in lines for key in line)))
     last = f"{origin_line(summary['environment'])} Seed {evaluation['seed']}."
     title = f"# {summary['label']}"

@@ -67,7 +67,7 @@ def data_view(
         "form of the rows": ", ".join(dict.fromkeys(x.form or "the task's own" for x in examples)),
         "examples": len(examples),
         "dropped, too long": encoded.dropped,
-        "documents and conversations cut": encoded.truncated,
+        "cut to fit": encoded.truncated,
         "sequences": len(encoded),
         "tokens": int(lengths.sum()),
         "trained tokens": trained,

@@ -46,13 +46,18 @@ def step_flops(
       recomputed: Whether a recomputed forward pass counts (train.remat=block).
     """
     full = METHODS[run.adapter.method].in_place == "full"
-    again = recomputed and run.train.remat == "block"
-    passes = 2 + again + run.train.pairs
+    passes = _passes(run, recomputed)
     trained = 0 if full else count_params(config, run.adapter)
     base = tokens * _kernels(config) + learned * config.vocab_size * config.base_width
     width = config.num_heads * config.head_dim
     attention = keys * config.num_layers * 4 * width * (passes - 1 + 2.5)
-    return 2 * base * (passes + full) + 2 * trained * tokens * (3 + again) + attention
+    own = passes + 1 - run.train.pairs  # the reference's pass is without adapters
+    return 2 * base * (passes + full) + 2 * trained * tokens * own + attention
+
+
+def _passes(run: RunConfig, recomputed: bool) -> int:
+    """Forward passes, that of train.remat=block if `recomputed`, and the one backward."""
+    return 2 + (recomputed and run.train.remat == "block") + run.train.pairs
 
 
 def batch_flops(run: RunConfig, config: LlamaConfig, batch: Mapping[str, Any]) -> float:
@@ -86,7 +91,6 @@ def roofline(
     """
     mesh, length = run.mesh, run.data.bucket_lengths[-1]
     tokens = run.data.batch_size * length
-    passes = 2 + (run.train.remat == "block") + run.train.pairs
     keys = tokens * mean_keys(config, length // (1 + run.train.pairs))
     flops = step_flops(run, config, tokens, keys, tokens, True)
     stored = stored_bytes(run, config)
@@ -98,7 +102,7 @@ def roofline(
     amounts = {
         "compute": (flops / mesh.devices, chip.flops),
         "hbm": (
-            passes * run.data.grad_accum_steps * kernels
+            _passes(run, recomputed=True) * run.data.grad_accum_steps * kernels
             + 2 * (stored["adapters"] + stored["gradients"] + stored["optimizer"]),
             chip.bandwidth,
         ),

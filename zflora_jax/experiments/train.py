@@ -32,8 +32,8 @@ from zflora_jax.reporting.progress import announced
 from zflora_jax.reporting.provenance import environment
 from zflora_jax.reporting.trackers import require_trackers
 from zflora_jax.training.checkpoint import Checkpoints, require_same
+from zflora_jax.training.clock import Clock
 from zflora_jax.training.hooks import (
-    Clock,
     HeldOutLoss,
     LogMetrics,
     Profile,

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import logging
 import math
-import time
 import zlib
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ from zflora_jax.parallel.distributed import StopSignals
 from zflora_jax.parallel.targets import peak_flops
 from zflora_jax.reporting.metrics import MetricWriter
 from zflora_jax.training.checkpoint import Checkpoints
+from zflora_jax.training.clock import Clock
 from zflora_jax.training.loop import Hook
 from zflora_jax.training.objective import Objective
 from zflora_jax.training.trainer import TrainState
@@ -48,47 +48,6 @@ class RequireFinite(Hook):
                 f"{what} at step {step}; training stopped, and nothing of this step is saved. Try a"
                 " lower learning rate, or float32 instead of bfloat16."
             )
-
-
-@dataclass
-class Clock:
-    """Seconds of a run, over all its starts."""
-
-    started: float  # time.perf_counter() at this start
-    before: float = 0.0  # seconds of earlier starts, until the checkpoint that this one continues
-    # Seconds by what took them: "start" (until the first step), "compile", "evaluation",
-    # "checkpoints", and "repeated", the work of killed starts after their last checkpoint.
-    # "data" is the wait for batches, in which a device may still be at the step before.
-    spent: dict[str, float] = field(default_factory=dict)
-    first_step_seconds: float | None = None  # from this start until a step's metrics were there
-
-    def total(self) -> float:
-        """Seconds of the run, without those that were "repeated"."""
-        return self.before + time.perf_counter() - self.started
-
-    def goodput(self) -> float:
-        """The share of steps in the seconds of the run and of those that were "repeated"."""
-        total = self.total() + self.spent.get("repeated", 0.0)
-        return 1 - (sum(self.spent.values()) - self.spent.get("data", 0.0)) / total
-
-    def report(self) -> dict[str, Any]:
-        """All of it, under its names in the report."""
-        share, total = self.goodput(), self.total()
-        found = {"seconds": total, "spent_seconds": dict(self.spent), "goodput": share}
-        return found | {"first_step_seconds": self.first_step_seconds}
-
-    def add(self, name: str, seconds: float) -> None:
-        """Counts seconds that no step took."""
-        self.spent[name] = self.spent.get(name, 0.0) + seconds
-
-    @contextmanager
-    def on(self, name: str) -> Iterator[None]:
-        """Counts the time of a block."""
-        began = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.add(name, time.perf_counter() - began)
 
 
 @dataclass
@@ -148,12 +107,13 @@ class LogMetrics(Hook):
 @dataclass
 class Profile(Hook):
     """Writes a trace of the steps that train.profile names, for XProf and Perfetto; parts of the
-    steps around them are in it. In the process that writes the run's files.
+    steps around them are in it.
     """
 
     steps: range
     folder: Path
-    _traced: int = -1  # steps in the trace; -1 before it begins
+    _traced: int = 0  # steps in the trace
+    _running: bool = False
 
     @classmethod
     def of(cls, steps: str, workdir: Path) -> Profile:
@@ -162,23 +122,26 @@ class Profile(Hook):
         return cls(range(start, start + count), workdir / "profile")
 
     def on_batch(self, step: int, batch: Mapping[str, Any]) -> None:
-        if step in self.steps and self._traced < 0:
-            self._traced = 0
+        if step in self.steps and not self._running:
+            self._running = True
             self._try(lambda: jax.profiler.start_trace(str(self.folder)))
 
     def on_metrics(self, step: int, metrics: Mapping[str, float], seconds: float) -> None:
-        self._traced += self._traced >= 0 and step in self.steps
+        self._traced += step in self.steps
         if step == self.steps.stop - 1:
-            self.close()
+            self._stop()
 
     def close(self) -> None:
-        """Ends the trace, if one is running; says so if none of its steps has come."""
-        if self._traced < 0:
+        """Ends the trace, if one is running; says so if none of its steps was trained."""
+        self._stop()
+        if not self._traced:
             log.warning("train.profile: none of its steps was trained here, so nothing was traced")
-        elif self._traced < 2**30:
+
+    def _stop(self) -> None:
+        if self._running:
+            self._running = False
             self._try(jax.profiler.stop_trace)
             log.info("a trace of %d steps is in %s", self._traced, self.folder)
-        self._traced = 2**30  # closed
 
     def _try(self, action: Callable[[], None]) -> None:
         """A full disk must not end the training."""

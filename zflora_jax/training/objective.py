@@ -126,7 +126,7 @@ class DirectPreference(Objective):
     chunk: int = 256
     unit: ClassVar[str] = "pairs"
     metrics: ClassVar[tuple[str, ...]] = ("reward_margin", "reward_accuracy", "kl")
-    # It joins other operations in a forward pass that is differentiated than in the reference's.
+    # Else XLA rounds the reference's pass otherwise than the one that is differentiated.
     excess_precision: ClassVar[bool] = False
 
     def arrays(self, rows: int, length: int, packed: bool) -> dict[str, jax.ShapeDtypeStruct]:
@@ -197,6 +197,6 @@ def _hidden_and_head(
 
 def objective_of(run: RunConfig) -> Objective:
     """The objective that the settings of `run` choose."""
-    if run.train.loss == "dpo":
+    if run.train.pairs:
         return DirectPreference(run.train.dpo_beta, run.train.loss_chunk)
     return CrossEntropy(run.train.loss_chunk)

@@ -17,6 +17,7 @@ from typing import Any
 from zflora_jax.core.fields import require, require_in
 from zflora_jax.data.builders.files import Raw
 from zflora_jax.data.builders.published import FORMATS, Format, Row, field, gsm8k, instruction
+from zflora_jax.data.prompts import common_length
 
 Turn = dict[str, Any]
 
@@ -81,47 +82,51 @@ def _completion(row: Raw) -> list[Row]:
 
 def _preference(row: Raw) -> list[Row]:
     """Reads a pair of answers, in TRL's forms: the prompt may also be what both begin with."""
-    prompt = row.get("prompt") or ""
     pair = [_from_json(row[name]) for name in ("chosen", "rejected")]
     require(pair[0] != pair[1], "the chosen and the rejected answer are the same. Remove the row.")
-    if all(map(_is_turns, pair)):
-        pair = [
-            _turns(turns, name) for turns, name in zip(pair, ("chosen", "rejected"), strict=True)
-        ]
-        given = _from_json(prompt)
-        context = _turns(given, "prompt") if _is_turns(given) else []
-        if not context:
-            shared = _shared(*pair)
-            context, pair = pair[0][:shared], [turns[shared:] for turns in pair]
-            require(
-                not prompt or any(turn["content"] == prompt for turn in context),
-                "'prompt' is another text than the turns before the answers. Make it a list of"
-                " turns, or remove it.",
-            )
-        require(
-            bool(context) and all(turns[0]["role"] == "assistant" for turns in pair),
-            "the chosen and the rejected answer have different prompts, or none: both must go on"
-            " from the same turns with one of the assistant.",
-        )
-        rows = [_conversation([*context, *turns], row, len(context))[0] for turns in pair]
-    else:
-        _require_all_read(row)
-        pair = [field(row, "chosen"), field(row, "rejected")]
-        if not prompt:  # as TRL: a space before the difference belongs to the answers
-            shared = _shared(*pair)
-            differ = pair[0][shared] != pair[1][shared]
-            shared -= shared > 0 and differ and pair[0][shared - 1] == " "
-            prompt, pair = pair[0][:shared], [text[shared:] for text in pair]
-        rows = [_as_they_are(field({"prompt": prompt}, "prompt"), text)[0] for text in pair]
-    single = isinstance(pair[0], str) or {len(turns) for turns in pair} == {1}
+    rows, single = (_pair_of_turns if all(map(_is_turns, pair)) else _pair_of_texts)(row)
     options = [answer["target"] for answer in rows] if single else []  # scored by likelihood
     return [{**rows[0], "rejected": rows[1], "options": options}]
 
 
+def _pair_of_turns(row: Raw) -> tuple[list[Row], bool]:
+    """Returns both answers with their prompt, and whether each is a single turn."""
+    pair = [_turns(_from_json(row[name]), name) for name in ("chosen", "rejected")]
+    prompt = _from_json(row.get("prompt") or "")
+    context = _turns(prompt, "prompt") if _is_turns(prompt) else []
+    if not context:
+        shared = _shared(*pair)
+        context, pair = pair[0][:shared], [turns[shared:] for turns in pair]
+        require(
+            prompt == "" or any(turn["content"] == row["prompt"] for turn in context),
+            "'prompt' is another text than the turns before the answers. Make it a list of turns,"
+            " or remove it.",
+        )
+    require(
+        bool(context) and all(turns[0]["role"] == "assistant" for turns in pair),
+        "the chosen and the rejected answer have different prompts, or none: both must go on from"
+        " the same turns with one of the assistant.",
+    )
+    rows = [_conversation([*context, *turns], row, len(context))[0] for turns in pair]
+    return rows, {len(turns) for turns in pair} == {1}
+
+
+def _pair_of_texts(row: Raw) -> tuple[list[Row], bool]:
+    """As `_pair_of_turns`."""
+    _require_all_read(row)
+    pair = [field(row, "chosen"), field(row, "rejected")]
+    prompt = field(row, "prompt") if row.get("prompt") else ""
+    if not prompt:  # as TRL: a space before the difference belongs to the answers
+        shared = _shared(*pair)
+        differ = pair[0][shared] != pair[1][shared]
+        shared -= shared > 0 and differ and pair[0][shared - 1] == " "
+        prompt, pair = pair[0][:shared], [text[shared:] for text in pair]
+    return [_as_they_are(prompt, text)[0] for text in pair], True
+
+
 def _shared(a: Sequence[Any], b: Sequence[Any]) -> int:
     """Returns the length of the common prefix, which leaves something of both."""
-    shorter = min(len(a), len(b))
-    return next((i for i in range(shorter) if a[i] != b[i]), shorter - 1)
+    return min(common_length(a, b), len(a) - 1, len(b) - 1)
 
 
 def _is_turns(value: Any) -> bool:
