@@ -53,12 +53,12 @@ def our_step(case: Case, model: Any, method: str) -> Callable[[], float]:
     import jax
 
     from zflora_jax.adapters.init import init_adapters
-    from zflora_jax.training.trainer import init_state, make_train_step
+    from zflora_jax.training.trainer import TrainStep, init_state
 
     adapter = AdapterConfig(method, rank=case.rank)
     state = init_state(init_adapters(jax.random.key(0), model, adapter), OPTIM, 1000)
     batch = jax.device_put(case.batch_arrays(model.config.vocab_size))
-    step = make_train_step(model.config, adapter, OPTIM, 1000)
+    step = TrainStep(model.config, adapter, OPTIM, 1000).jitted()
 
     def run() -> float:
         nonlocal state

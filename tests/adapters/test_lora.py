@@ -103,6 +103,8 @@ def test_peft_computes_what_we_do(name: str, base: Model, tmp_path: Path) -> Non
         np.testing.assert_allclose(own[layer], gradient.T, atol=2e-5 * scale, rtol=0)
 
     again, back = load_peft(tmp_path / "out", base)
+    separate = load_peft(tmp_path / "out", load_model(str(base.source), scan_layers=False))[1]
+    assert trees.fingerprint(separate) == trees.fingerprint(back)
     assert_logits_close(np.asarray(forward(base, tokens, again, back)), ours)
     assert count_params(base.config, again) == count_params(base.config, adapter)
     for kernel in ("q", "v", "down"):

@@ -176,7 +176,7 @@ DPO = {"train.loss": "dpo"}
                 ("train", ", or None", ("steps", "eval_every", "save_every")),
                 ("eval", "", ("batch_size", "max_new_tokens")),
                 ("eval", ", or None", ("limit", "max_prompt_tokens")),
-                ("mesh", "", ("data", "fsdp", "tensor", "slices")),
+                ("mesh", "", ("data", "fsdp", "tensor")),
             )
             for name in names
         ),
@@ -186,7 +186,6 @@ DPO = {"train.loss": "dpo"}
         (BEST, r"needs the loss of every checkpoint: set train\.eval"),
         (BEST | {"train.eval_every": 25}, r"set eval\.split=validation, so that the test split"),
         ({"mesh.data": 3, "mesh.fsdp": 2}, r"does not divide the 8 rows of a micro.*multiple of 6"),
-        ({"mesh.data": 4, "mesh.slices": 3}, r"mesh\.data=4 is not a multiple of mesh\.slices=3"),
         ({"adapter.method": "ffa"} | OPTIM, "ratio=4.0: method 'ffa' has no blocks of two kinds"),
         (
             {"adapter.method": "full", "quantize.kernels": "int8"},

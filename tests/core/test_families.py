@@ -18,10 +18,10 @@ from support.grids import always
 from support.huggingface import TOKENS, hf_logits, hf_model, open_stock, write_gguf
 from support.models import tiny_model
 
-from zflora_jax import ConfigError, Llama, forward, generate_tokens, load_model, make_mesh, save_hf
+from zflora_jax import ConfigError, Llama, forward, generate_tokens, load_model, save_hf
 from zflora_jax.adapters.fuse import fuse, swap, unfuse
 from zflora_jax.adapters.packing import pack_for_decode
-from zflora_jax.config import METHODS, PRESETS, AdapterConfig, LlamaConfig, MeshConfig, preset
+from zflora_jax.config import METHODS, PRESETS, AdapterConfig, LlamaConfig, preset
 from zflora_jax.core import trees
 from zflora_jax.core.families import FAMILIES
 from zflora_jax.hf.config import from_hf_config, to_hf_config
@@ -151,17 +151,6 @@ def test_the_reported_cost_of_normed_heads_is_the_real_one(eps_z, tokens, tmp_pa
     assert_logits_close(ours, theirs, share=2e-5)  # all but rms_norm_eps
     far = np.abs(theirs - np.asarray(forward(fused, tokens))).max() / np.abs(theirs).max()
     assert far > 0.01 if eps_z else far < 1e-4
-
-
-@pytest.mark.parametrize("family", always(NEW[1:], lambda name: name == "phi3"))
-def test_biases_head_norms_and_joined_kernels_on_a_mesh(family, tokens, tmp_path) -> None:
-    model, adapter = tiny_family(family), AdapterConfig("zflora-uniform", rank=4)
-    save_hf(tmp_path / "base", model)
-    divided = load_model(tmp_path / "base", mesh=make_mesh(MeshConfig(fsdp=2, tensor=2)))
-    adapters = perturbed_adapters(model, adapter, std=0.1)
-    wanted = forward(model, tokens, adapter, adapters)
-    assert_logits_close(forward(divided, tokens, adapter, adapters), wanted)
-    assert_logits_close(forward(fuse(divided, adapter, adapters), tokens), wanted)
 
 
 # --- config.json ----------------------------------------------------------------------------------

@@ -3,13 +3,10 @@
 import dataclasses
 import json
 import logging
-import os
-import signal
 from contextlib import ExitStack
 from types import SimpleNamespace
 
 import numpy as np
-import pandas
 import pytest
 from support.fake_train import FakeTrain, loss_of
 from support.runs import mark_saved
@@ -20,7 +17,6 @@ from zflora_jax.core.fields import ConfigError, override, to_dict
 from zflora_jax.experiments import grid
 from zflora_jax.experiments.grid import combinations, run_grid, sweep
 from zflora_jax.nn.quantize_model import is_quantized
-from zflora_jax.parallel import distributed
 
 GRID = {"adapter.method": ["lora", "zflora-minimal"], "adapter.rank": [2, 4]}
 
@@ -38,30 +34,6 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> FakeTrain:
     monkeypatch.setattr(grid, "train", fake)
     monkeypatch.setattr(grid, "load_model", lambda *_, **__: None)
     return fake
-
-
-def test_a_signal_saves_the_run_and_the_sweep_goes_on(base, tmp_path, monkeypatch):
-    """Real training: a frame, a page and curves at the end, and nothing is run again."""
-    original = distributed.StopSignals.requested
-
-    def signalled(self, step):
-        if step == 1:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return original(self, step)
-
-    base, two = override(base, {"train.log_every": 1}), {"train.seed": [0, 1]}
-    with monkeypatch.context() as patch:
-        patch.setattr(distributed.StopSignals, "requested", signalled)
-        with pytest.raises(Preempted, match="saved"):
-            run_grid(base, two, tmp_path, console=False)
-    assert len(list(tmp_path.glob("*/checkpoints/1"))) == 1
-    frame = sweep(base, two, tmp_path)
-    assert isinstance(frame, pandas.DataFrame) and list(frame["train.seed"]) == [0, 1]
-    assert set(frame["status"]) == {"finished"} and frame["test_loss"].nunique() == 2
-    assert (tmp_path / "curves.png").is_file() and (tmp_path / "curves.svg").is_file()
-    monkeypatch.setattr(grid, "training_curves", lambda *_: None)
-    monkeypatch.setattr(grid, "train", lambda *_, **__: pytest.fail("trained again"))
-    assert run_grid(base, two, tmp_path, console=False) == frame.to_dict("records")
 
 
 def test_every_combination_is_a_row_and_is_not_run_again(base, tmp_path, fake, capsys):
@@ -193,9 +165,11 @@ def test_runs_share_a_base_that_is_stored_alike(base, tmp_path, monkeypatch):
     run_grid(base, settings, tmp_path, console=False)
     assert models[0] is models[1] and models[2] is models[3]
     assert not is_quantized(models[0]) and is_quantized(models[2])
-    mesh = override(base, {"mesh.fsdp": 2, "data.batch_size": 8})  # each run loads its slices
-    run_grid(mesh, [{"train.seed": 0}], tmp_path / "mesh", console=False)
-    assert models[-1] is None
+    mesh = override(base, {"mesh.fsdp": 2, "data.batch_size": 8})
+    run_grid(mesh, {"train.seed": [0, 1]}, tmp_path / "mesh", console=False)
+    assert models[-1] is models[-2]
+    kernel = models[-1].params["layers"]["mlp"]["up"]["kernel"]
+    assert len(kernel.sharding.device_set) == 2 and not kernel.is_fully_replicated
 
 
 # --- the command ----------------------------------------------------------------------------------
@@ -215,7 +189,8 @@ def test_the_command_runs_a_grid_with_changed_settings(base, tmp_path, capsys, f
     command = ["sweep", "--config", str(tmp_path / "s.py"), "--workdir", str(tmp_path / "w")]
     assert main([*command, "--set", "optim.warmup_steps=99"]) == 2 and not fake.runs
     assert "optim.warmup_steps=99" in capsys.readouterr().err  # no run has finished
-    assert main([*command, "--set", "train.steps=3"]) == 0
+    assert main([*command, "--together", "2", "--set", "train.steps=3"]) == 0
+    assert main([*command, "--together", "0"]) == 2
     rows = json.loads((tmp_path / "w" / "rows.json").read_text())["rows"]
     assert [(row["adapter.rank"], row["steps"]) for row in rows] == [(2, 3), (3, 3)]
     assert "adapter.rank=3" in capsys.readouterr().out

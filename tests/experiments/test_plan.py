@@ -15,12 +15,13 @@ from typing import Any
 
 import jax
 import pytest
+from jax.experimental import topologies
 from program_text import Program, kernels
 from support.grids import always
 from support.hosts import config_file
 from support.needs import needs_libtpu
 
-from zflora_jax import ConfigError, count_params, make_mesh, override, preset, random_model, save_hf
+from zflora_jax import ConfigError, make_mesh, override, preset, random_model, save_hf
 from zflora_jax.adapters.init import init_adapters
 from zflora_jax.adapters.methods import adapter_shapes
 from zflora_jax.cli.main import main
@@ -35,8 +36,9 @@ from zflora_jax.experiments.plan import (
     plan_table,
     step_attention,
 )
-from zflora_jax.experiments.roofline import roofline, traffic
+from zflora_jax.experiments.roofline import roofline
 from zflora_jax.experiments.step_shapes import stored_bytes
+from zflora_jax.parallel.compile_cache import no_compile_cache
 from zflora_jax.parallel.targets import CHIPS, GIB, Target, target
 from zflora_jax.training.trainer import init_state
 
@@ -169,19 +171,6 @@ def test_the_roofline_by_hand() -> None:
     assert 0.5 < less / found["hbm_bytes"] < 1
 
 
-def test_traffic_by_hand() -> None:
-    """Of the three axes, for bfloat16: docs/hosts.md."""
-    layers = TINY.num_layers * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 96)
-    lora, head = count_params(TINY, RUN.adapter), 259 * 64
-    sums = 4 * TINY.num_layers * 8 * 128 * 64 * 2
-    for axis, sent in {
-        "data": 2 * 3 / 4 * 4 * lora,
-        "fsdp": 3 / 4 * 2 * (2 * layers + head) + 2 * 3 / 4 * 4 * lora,
-        "tensor": 2 * 3 / 4 * sums,
-    }.items():
-        assert traffic(replace(RUN, mesh=MeshConfig(**{axis: 4})), TINY) == pytest.approx(sent)
-
-
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -225,15 +214,7 @@ def test_the_command_compiles_for_a_target(
     plan = json.loads((tmp_path / "plan.json").read_text())
     assert plan["fits"] and plan["memory_bytes"] == 15.75 * GIB
     assert plan["compiled"]["attention"] == {"kernel": "splash", "reason": ""}
-    own, data, two = plan["meshes"]
-    assert (own["mesh"], data["mesh"]) == ({"mesh.fsdp": 4}, {"mesh.data": 4})
-    assert (
-        two["mesh"] == {"mesh.data": 2, "mesh.fsdp": 2}
-        and own["stored_bytes"] < data["stored_bytes"]
-    )
-    [best] = [row for row in plan["meshes"] if row["best"]]
-    assert best["step_s"] == min(row["step_s"] for row in plan["meshes"])
-    assert own["run_s"] == pytest.approx(40 * own["step_s"]) and "the fastest that fits" in shown
+    assert plan["roofline"]["bound"] == "hbm" and "ms a step at least" in shown
 
 
 @pytest.mark.parametrize("kind", ["RESOURCE_EXHAUSTED", "INTERNAL"])
@@ -244,7 +225,7 @@ def test_a_refused_program(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
         def compile(self) -> None:
             raise jax.errors.JaxRuntimeError(f"{kind}: Used 20.50G of 15.75G hbm.\nmore")
 
-    monkeypatch.setattr(Target, "devices", lambda self, slices=1: [SimpleNamespace()] * 8)
+    monkeypatch.setattr(Target, "devices", lambda self: [SimpleNamespace()] * 8)
     monkeypatch.setattr(module, "make_mesh", lambda *_: None)
     monkeypatch.setattr(module, "step_attention", lambda *_: ("splash", ""))
     monkeypatch.setattr(module, "lowered_step", lambda *_: Lowered())
@@ -284,11 +265,14 @@ def test_only_sums_of_gradients_cross_slices_and_kernels_are_gathered_one_at_a_t
     """A mesh of two slices that uses two of the four devices of each. A ring of two sends each
     gradient twice, in float32.
     """
-    run = replace(RUN, mesh=MeshConfig(data=2, fsdp=2, slices=2))
-    found, step = compile_step(run, TINY, target("tpu:v5e:2x2"))
-    assert found["devices"] == 8
-    program = Program(step.as_text())
-    assert set(re.findall(r'transfer_type="(\w+)"', step.as_text())) == {"ALL_REDUCE"}
+    target("tpu:v5e:2x2").devices()  # how libtpu starts
+    every = topologies.get_topology_desc("v5e:2x2", "tpu", num_slices=2).devices
+    run = replace(RUN, mesh=MeshConfig(data=2, fsdp=2))
+    with no_compile_cache():
+        mesh = make_mesh(run.mesh, [*every[:2], *every[4:6]])
+        text = lowered_step(run, TINY, mesh).compile().as_text()
+    program = Program(text)
+    assert set(re.findall(r'transfer_type="(\w+)"', text)) == {"ALL_REDUCE"}
     adapters = sum(map(math.prod, adapter_shapes(TINY, run.adapter).values()))
     assert 0 < program.collectives()["between slices"] <= 8 * adapters
     sizes = [math.prod(a + b) for a, b in kernel_shapes(TINY).values()]

@@ -43,7 +43,7 @@ def before_step(monkeypatch):
 
             return run_step
 
-        monkeypatch.setattr("zflora_jax.experiments.train.step_of", wrapped)
+        monkeypatch.setattr("zflora_jax.training.group.step_of", wrapped)
 
     return set_action
 

@@ -23,7 +23,6 @@ from zflora_jax.config import MeshConfig, RopeScaling
 from zflora_jax.core import trees
 from zflora_jax.core.architecture import param_shapes
 from zflora_jax.hf.config import from_hf_config, to_hf_config
-from zflora_jax.hf.keys import hf_shapes, hf_table
 from zflora_jax.hf.load import load_model, model_config, model_tokenizer
 from zflora_jax.hf.restore import load_stock
 from zflora_jax.parallel.sharding import make_mesh, spec
@@ -237,23 +236,6 @@ def test_pickled_weights_and_absurd_configs_are_refused(copy: Path) -> None:
 
 
 # --- names and meshes ---------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(("family", "stacked"), [("llama", True), ("qwen2", False), ("phi3", True)])
-def test_the_table_covers_the_native_tree(family: str, stacked: bool) -> None:
-    config = tiny_family(family, tie_word_embeddings=False, head_dim=6).config
-    table = hf_table(config := config.replace(num_layers=3, scan_layers=stacked))
-    assert {place.leaf for place in table.values()} == set(param_shapes(config))
-    rng, stored = np.random.default_rng(0), {}
-    native = {name: rng.normal(size=place.shape) for name, place in table.items()}
-    for name, place in table.items():
-        rows = place.to_hf(native[name])
-        assert rows.shape == place.hf_shape
-        np.testing.assert_array_equal(place.to_native(rows), native[name])
-        before = stored.get(place.tensor, rows[:0])
-        assert len(before) == place.row
-        stored[place.tensor] = np.concatenate([before, rows])
-    assert {name: x.shape for name, x in stored.items()} == hf_shapes(table)
 
 
 @pytest.mark.parametrize("scan_layers", [True, False])

@@ -49,25 +49,6 @@ def edit(folder: Path, **changes: Any) -> None:
     (folder / CONFIG).write_text(json.dumps(settings | changes))
 
 
-@pytest.mark.parametrize("settings", [{}, {"targets": "q|v"}, {"use_rslora": True}])
-def test_peft_computes_what_we_do(settings: Any, base: Model, tmp_path: Path) -> None:
-    adapter = AdapterConfig("lora", rank=4, alpha=6.0, **settings)
-    adapters = perturbed_adapters(base, adapter)
-    report = save_peft(tmp_path / "out", base, adapter, adapters)
-    assert report["parameters"] == trees.size(adapters)
-    expected, plain = adapted(base, adapter, adapters), hf_model(head_dim=16)
-    assert np.abs(expected - hf_logits(plain)).max() > 0.05 * np.abs(expected).max()
-    assert_logits_close(
-        hf_logits(peft.PeftModel.from_pretrained(plain, tmp_path / "out")), expected
-    )
-    again, back = load_peft(tmp_path / "out", base)
-    assert again == adapter
-    assert_trees_equal(back, adapters)
-    separate = load_model(str(base.source), scan_layers=False)
-    back = load_peft(tmp_path / "out", separate)[1]
-    assert trees.fingerprint(back) == trees.fingerprint(adapters)
-
-
 def test_adapters_of_layers_that_are_left_out_are_refused(base: Model, tmp_path: Path) -> None:
     every = AdapterConfig("lora", rank=4)
     with pytest.raises(ConfigError, match=r"layers_0/attn/\w/lora_b.*: not zero, in layers that"):

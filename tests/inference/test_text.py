@@ -2,13 +2,11 @@
 
 from typing import Any
 
-import jax
 import pytest
 from support.byte_tokenizer import byte_tokenizer
-from support.models import perturb, untied
+from support.models import untied
 
-from zflora_jax import AdapterConfig, ConfigError, Model, generate, init_adapters
-from zflora_jax.adapters.fuse import fuse
+from zflora_jax import ConfigError, Model, generate
 
 PROMPT = "Once upon"
 
@@ -26,15 +24,6 @@ def test_a_stop_token_that_the_model_cannot_give_stops_nothing(talker):
     more = Model(config, talker.params, talker.tokenizer)
     want = generate(talker, [PROMPT], max_new_tokens=8)
     assert generate(more, [PROMPT], max_new_tokens=8) == want
-
-
-def test_an_adapter_beside_the_base_answers_as_fused(talker):
-    adapter = AdapterConfig("zflora-minimal", rank=4)
-    adapters = perturb(init_adapters(jax.random.key(0), talker, adapter), std=0.5)
-    beside = {"adapter": adapter, "adapters": adapters}
-    found = generate(talker, [PROMPT, "hi"], max_new_tokens=8, **beside)
-    assert found == generate(fuse(talker, adapter, adapters), [PROMPT, "hi"], max_new_tokens=8)
-    assert found != generate(talker, [PROMPT, "hi"], max_new_tokens=8)
 
 
 def test_what_cannot_be_said_is_refused(talker):

@@ -19,7 +19,7 @@ from zflora_jax.evaluation import task
 from zflora_jax.inference.likelihood import feed_pieces, token_log_p
 from zflora_jax.inference.program import DecodeProgram
 from zflora_jax.nn.llama import _forward, forward
-from zflora_jax.training.trainer import eval_step, init_state, make_train_step
+from zflora_jax.training.trainer import TrainStep, eval_step, init_state
 
 ADAPTER = AdapterConfig("zflora-uniform", rank=4)
 
@@ -37,7 +37,7 @@ def programs(precision: str) -> dict[str, Any]:
     adapters, tokens = init_adapters(jax.random.key(0), model, ADAPTER), jnp.ones((2, 8), jnp.int32)
     batch = {"tokens": tokens, "loss_mask": tokens > 0, "segments": tokens}
     state, both = init_state(adapters, OptimConfig(), 20), {"params": model.params}
-    step = make_train_step(model.config, ADAPTER, OptimConfig(), 20, grad_accum_steps=2)
+    step = TrainStep(model.config, ADAPTER, OptimConfig(), 20, grad_accum_steps=2).jitted()
     ready = pack_for_decode(fuse(model, ADAPTER, adapters))
     c, variables = ready.config, {"params": ready.params}
     assert c.execution.matmul_precision == precision

@@ -37,9 +37,7 @@ class FakeTrain:
         self.loss = loss
         self.runs: list[RunConfig] = []
 
-    def __call__(
-        self, run: RunConfig, workdir: Path, *, model: Any = None, console: bool = True
-    ) -> Trained:
+    def __call__(self, run: RunConfig, workdir: Path, *, model: Any = None, **_: Any) -> Trained:
         self.runs.append(run)
         report = {
             "params_trainable": 7,

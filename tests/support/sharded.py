@@ -13,7 +13,7 @@ from zflora_jax.core.run_config import MeshConfig, OptimConfig
 from zflora_jax.core.trees import Tree
 from zflora_jax.parallel import sharding
 from zflora_jax.training.objective import CrossEntropy
-from zflora_jax.training.trainer import TrainState, init_state, make_train_step
+from zflora_jax.training.trainer import TrainState, TrainStep, init_state
 
 # With Adam's usual eps the first updates are the signs of the gradients, and those of gradients
 # near zero are rounding.
@@ -62,8 +62,8 @@ def sharded_step(
         adapters = perturb(init_adapters(jax.random.key(0), model, adapter), 1, std)
         state = init_state(adapters, optim, 10)
     where = sharding.state_shardings(state, mesh)
-    settings = {"objective": CrossEntropy(32), "state_sharding": where} | settings
-    step = make_train_step(model.config, adapter, optim, 10, **settings)
+    settings = {"objective": CrossEntropy(32)} | settings
+    step = TrainStep(model.config, adapter, optim, 10, **settings).jitted(where)
     placed = jax.device_put(rows or batch(), sharding.batch_sharding(mesh))
     return mesh, step, (sharding.shard(model.params, mesh), jax.device_put(state, where), placed)
 

@@ -14,7 +14,7 @@ from zflora_jax.adapters.methods import adapter_shapes
 from zflora_jax.config import METHODS, AdapterConfig, OptimConfig
 from zflora_jax.core import trees
 from zflora_jax.training.objective import CrossEntropy
-from zflora_jax.training.trainer import init_state, make_train_step
+from zflora_jax.training.trainer import TrainStep, init_state
 
 
 # twin of the others: test_init_adapters, where every block of theirs has a gradient
@@ -26,7 +26,7 @@ def test_only_adapters_move_and_no_base_gradient_is_formed(adapter, tokens):
     state = init_state(perturb(init_adapters(jax.random.key(1), model, adapter)), optim, 3)
     start = jax.tree.map(np.array, state.adapters)
     batch = {"tokens": tokens, "loss_mask": tokens >= 0, "segments": jnp.ones_like(tokens)}
-    step = make_train_step(model.config, adapter, optim, 3)
+    step = TrainStep(model.config, adapter, optim, 3).jitted()
     state, metrics = step(model.params, state, batch)
     assert np.isfinite(metrics["loss"]) and metrics["grad_norm"] > 0
     assert_trees_equal(model.params, before)
@@ -50,7 +50,7 @@ def test_no_product_forms_a_base_gradient(adapter):
         lambda: init_state(init_adapters(jax.random.key(1), model, adapter), OptimConfig(), 100)
     )
     batch = CrossEntropy().arrays(2, 24, packed=True)
-    step = make_train_step(model.config, adapter, OptimConfig(), 100)
+    step = TrainStep(model.config, adapter, OptimConfig(), 100).jitted()
     shapes = {
         tuple(sorted(equation.outvars[0].aval.shape))
         for equation in equations(jax.make_jaxpr(step)(model.params, state, batch).jaxpr)
@@ -66,7 +66,8 @@ def test_the_same_arguments_give_the_same_step():
 
     def step(dropout, seed, steps=9):
         adapter = AdapterConfig("lora", rank=2, dropout=dropout)
-        return make_train_step(tiny_model().config, adapter, OptimConfig(), steps, seed=seed)
+        one = TrainStep(tiny_model().config, adapter, OptimConfig(), steps, seed=seed)
+        return one.jitted()
 
     assert step(0.0, 1) is step(0.0, 2) is not step(0.0, 1, steps=8)
     assert step(0.5, 1) is step(0.5, 1) is not step(0.5, 2)

@@ -41,7 +41,7 @@ from zflora_jax.evaluation.loss import held_out_loss
 from zflora_jax.evaluation.task import evaluate
 from zflora_jax.reporting.metrics import read_metrics
 from zflora_jax.training.objective import DirectPreference
-from zflora_jax.training.trainer import eval_step, init_state, make_train_step
+from zflora_jax.training.trainer import TrainStep, eval_step, init_state
 
 DPO = DirectPreference(beta=0.3, chunk=50)  # chunks do not divide what is learned
 GOOD, BAD = [turn("assistant", "It is 4.")], [turn("assistant", "It is 22, I think.")]
@@ -204,7 +204,8 @@ def test_the_base_is_the_reference(method, kernels, tmp_path):
         return sums.loss / sums.divisor, sums.metrics
 
     (value, metrics), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(adapters)
-    np.testing.assert_allclose(value, math.log(2), rtol=1e-6)
+    # Of sums of 200 nats in float32, which XLA may add up in another order in each pass.
+    np.testing.assert_allclose(value, math.log(2), atol=1e-5, rtol=0)
     np.testing.assert_allclose(metrics["kl"], 0, atol=1e-5)
     assert max(float(np.abs(x).max()) for x in jax.tree.leaves(grads)) > 1e-4
 
@@ -215,7 +216,7 @@ def test_a_step_in_bfloat16_begins_at_ln_2(method, tmp_path):
     model = tiny_model(vocab_size=512, num_layers=3, dtype="bfloat16")
     adapter = AdapterConfig(method, rank=4)
     state = init_state(init_adapters(jax.random.key(0), model, adapter), OptimConfig(), 20)
-    step = make_train_step(model.config, adapter, OptimConfig(), 20, objective=DPO)
+    step = TrainStep(model.config, adapter, OptimConfig(), 20, DPO).jitted()
     _, metrics = step(model.params, state, batch_of(encoded(tmp_path, *TEXTS)))
     np.testing.assert_allclose(metrics["loss"], math.log(2), rtol=1e-6)
     assert metrics["reward_accuracy"] == metrics["reward_margin"] == 0

@@ -22,11 +22,10 @@ from support.runs import quiet_train, saved_state, small_run
 from zflora_jax.cli.main import main
 from zflora_jax.core.run_config import RunConfig
 from zflora_jax.core.storage import as_path
-from zflora_jax.experiments import train as whole_run
 from zflora_jax.experiments.run_report import read_report
 from zflora_jax.parallel.distributed import StopSignals
 from zflora_jax.reporting.metrics import read_metrics
-from zflora_jax.training import lock
+from zflora_jax.training import group, lock
 from zflora_jax.training.trainer import step_of
 from zflora_jax.training.workdir import read_starts, saved_steps
 
@@ -139,7 +138,7 @@ def not_finite(patch: pytest.MonkeyPatch) -> None:
 
         return one
 
-    patch.setattr(whole_run, "step_of", made)
+    patch.setattr(group, "step_of", made)
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from zflora_jax.evaluation import loss as loss_module
 from zflora_jax.reporting.metrics import read_metrics
 from zflora_jax.training import trainer
 from zflora_jax.training.objective import CrossEntropy, DirectPreference, Sums
-from zflora_jax.training.trainer import init_state, make_train_step
+from zflora_jax.training.trainer import TrainStep, init_state
 
 DPO = DirectPreference(beta=1.0)
 ADAPTER = AdapterConfig("zflora-minimal", rank=4)
@@ -27,7 +27,7 @@ def test_the_gradient_is_that_of_the_mean():
     model = tiny_model()
     optim = OptimConfig(1.0, "constant", 0, clip_norm=None, optimizer="sgd", b1=0.0)
     adapters = perturb(init_adapters(jax.random.key(0), model, ADAPTER))
-    step = make_train_step(model.config, ADAPTER, optim, 9, objective=DPO)
+    step = TrainStep(model.config, ADAPTER, optim, 9, DPO).jitted()
 
     def mean(a):
         variables = {"params": model.params, "adapters": a}

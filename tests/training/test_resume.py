@@ -16,7 +16,7 @@ from zflora_jax.parallel.distributed import StopSignals
 from zflora_jax.reporting.files import plain
 from zflora_jax.reporting.metrics import read_metrics
 from zflora_jax.training import workdir as workdirs
-from zflora_jax.training.workdir import adopt, claimed, read_config, read_starts, require_no_jump
+from zflora_jax.training.workdir import adopt, claimed, read_config, read_starts
 
 
 def records(workdir: Path, name: str) -> dict[int, float]:
@@ -241,18 +241,6 @@ def test_a_workdir_that_is_taken_meanwhile_is_refused(run, tmp_path, monkeypatch
     monkeypatch.setattr("zflora_jax.experiments.train.claimed", late)
     with pytest.raises(ConfigError, match=r"adapter\.rank: 2 there, 4 now"):
         quiet_train(run, tmp_path / "run")
-
-
-def test_a_longer_run_is_not_made_of_one_whose_rate_came_down(run, tmp_path):
-    """As a sweep asks for it; at a constant rate it is the same run."""
-    longer = override(run, {"train.steps": 12})
-    claim(tmp_path, run)
-    require_no_jump(tmp_path, longer)  # no step is saved
-    mark_saved(tmp_path, 2)
-    for same in ({"train.steps": 8}, {"optim.schedule": "constant"}):
-        require_no_jump(tmp_path, override(longer, same))
-    with pytest.raises(ConfigError, match=r"a run of 8 steps, of which 2 .* at step 2\."):
-        require_no_jump(tmp_path, longer)
 
 
 def test_a_finished_run_is_there_on_a_mesh_that_does_not_divide_its_micro_batches(run, tmp_path):

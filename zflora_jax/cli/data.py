@@ -34,9 +34,6 @@ def run(args: argparse.Namespace) -> None:
     bars = {k: f"{'█' * round(30 * n / most):30} {n:,}" for k, n in view.histogram.items()}
     print_table(bars, "sequences by length in tokens")
     console = Console(soft_wrap=True, highlight=False, markup=False)
-    console.print("padding with these settings, to paste after --set:", style="cyan")
-    for name, (padding, note) in view.settings.items():
-        console.print(f"{padding:6.1f}%  {name}{note and f'  ({note})'}")
     for number, row in enumerate(view.rows, 1):
         console.print(f"\nrow {number}, trained tokens in [[ ]]:", style="bold cyan")
         for i in range(1, row[-1][0] + 1):

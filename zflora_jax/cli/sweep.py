@@ -16,6 +16,8 @@ def add_options(parser: CommandParser) -> None:
     add_config(parser, "get_sweep() -> (RunConfig, settings), as for zf.sweep")
     text = "where the runs live, one directory each, and their table, rows.md"
     parser.option("--workdir", "DIR", text, required=True)
+    text = "how many runs of one program to train at a time over one base, see zf.sweep"
+    parser.option("--together", "N", text, type=int, default=1)
     add_settings(parser)
 
 
@@ -35,7 +37,7 @@ def run(args: argparse.Namespace) -> None:
             f"--set {key}: the grid gives it to each of its runs, so this would change nothing."
             f" Change get_sweep() in {args.config}.",
         )
-    rows = run_grid(override(base, settings), grid, args.workdir)
+    rows = run_grid(override(base, settings), grid, args.workdir, together=args.together)
     for row in rows:
         print_table(row, row["run"])
     finished = any(row["status"] == FINISHED for row in rows)

@@ -257,18 +257,9 @@ class MeshConfig:
     """Devices that the rows of the batch and the weights are divided over."""
     tensor: Count = 1
     """Devices that heads, MLP units and the vocabulary are divided over."""
-    slices: Count = 1
-    """Slices of devices that the copies of the model are spread over, equally many on each: TPU
-    slices, or else groups of hosts. Between slices, over the data centre's network (DCN), training
-    sends the sums of the adapter's gradients alone."""
 
     def __post_init__(self) -> None:
         check_types(self, "mesh")
-        require(
-            self.data % self.slices == 0,
-            f"mesh.data={self.data} is not a multiple of mesh.slices={self.slices}: every slice"
-            f" holds as many copies of the model. Raise mesh.data, or lower mesh.slices.",
-        )
 
     @property
     def devices(self) -> int:

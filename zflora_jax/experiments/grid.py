@@ -8,7 +8,8 @@ import itertools
 import logging
 import re
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,11 +25,13 @@ from zflora_jax.experiments.run_report import read_report
 from zflora_jax.experiments.train import train
 from zflora_jax.hf.load import load_model
 from zflora_jax.parallel.compile_cache import compile_cache
+from zflora_jax.parallel.sharding import make_mesh
 from zflora_jax.reporting.files import local_path, plain, write_result
 from zflora_jax.reporting.metrics import METRICS_FILE
 from zflora_jax.reporting.plots import training_curves
 from zflora_jax.reporting.provenance import environment, origin_line
 from zflora_jax.reporting.tables import markdown_table
+from zflora_jax.training.group import Group
 from zflora_jax.training.identity import counted_as, same_numbers, settings as settings_of
 from zflora_jax.training.lock import BusyError, locked
 from zflora_jax.training.workdir import read_config, require_no_jump
@@ -39,17 +42,22 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 Row = dict[str, Any]
+Named = tuple[str, dict[str, Any]]  # a run's name, and the settings that the grid changes
 Settings = Mapping[str, Sequence[Any]] | Sequence[Mapping[str, Any]]
 FINISHED = "finished"
 POLL = 5.0  # seconds between looks at runs that other processes are training
 # Errors of one run that leave the others alone. XLA's, of memory too, are JaxRuntimeErrors.
 _FAILURES = (ConfigError, CheckpointError, NonFiniteError, JaxRuntimeError, MemoryError)
-_REPORTED = ("params_trainable", "steps", "seconds", "first_step_seconds")
+_REPORTED = ("params_trainable", "steps", "seconds", "first_step_seconds", "together")
 _ORIGIN = ("commit", "dirty", "date", "device", "cpu", "jax")
 
 
+# Runs that differ in these alone can be one program.
+_OWN = ("train/seed", "data/seed", "data/task", "optim/learning_rate")
+
+
 def sweep(
-    base: RunConfig, grid: Settings, workdir: str | Path, *, console: bool = True
+    base: RunConfig, grid: Settings, workdir: str | Path, *, console: bool = True, together: int = 1
 ) -> DataFrame:
     """Trains every combination of settings, each in <workdir>/<its name>.
 
@@ -64,6 +72,10 @@ def sweep(
         Settings are dotted: "adapter.rank".
       workdir: Directory of the runs.
       console: Whether the runs and their progress are shown.
+      together: How many runs to train at a time, in one program over one base. It takes memory for
+        the activations of all. Runs that share it have one bucket length and the same settings but
+        for seeds, learning rate and task; each is a run of its own, and equal to one that trains
+        by itself up to the order of sums.
 
     Returns:
       A row per run, in the order of the grid: run (its name), the settings that the grid changes,
@@ -82,7 +94,8 @@ def sweep(
         raise ConfigError(
             "sweep returns a DataFrame: pip install pandas, or use `zflora sweep` (rows.json)."
         ) from None
-    return pandas.DataFrame(run_grid(base, grid, workdir, console=console))
+    rows = run_grid(base, grid, workdir, console=console, together=together)
+    return pandas.DataFrame(rows)
 
 
 def combinations(base: RunConfig, grid: Settings) -> list[tuple[str, dict[str, Any]]]:
@@ -127,9 +140,10 @@ def _name(changes: Mapping[str, Any]) -> str:
 
 
 def run_grid(
-    base: RunConfig, grid: Settings, workdir: str | Path, *, console: bool = True
+    base: RunConfig, grid: Settings, workdir: str | Path, *, console: bool = True, together: int = 1
 ) -> list[Row]:
     """`sweep` as plain rows, without pandas."""
+    require(together >= 1, f"together={together}: give the number of runs that train at a time.")
     require(
         process_count() == 1,
         f"a sweep runs in one process, and JAX has joined {process_count()} here: train its runs"
@@ -137,28 +151,76 @@ def run_grid(
     )
     workdir, named, env = local_path(workdir, "workdir"), combinations(base, grid), environment()
     say: Callable[[str], None] = print if console else log.info
+    names = [name for name, _ in named]
     done, bases = dict[str, Row](), dict[Any, Model]()  # the last run's, by what it depends on
     with compile_cache(workdir / "compile_cache"):
         while left := [(name, changes) for name, changes in named if name not in done]:
-            for name, changes in left:
-                say(f"run {len(done) + 1} of {len(named)}: {name}")
-                try:
-                    run, folder = override(base, changes), workdir / name
-                    found = _finished(run, folder) or _train(run, folder, bases, console)
-                except BusyError:
-                    continue
-                except _FAILURES as error:
-                    found = {"status": f"failed: {str(error) or type(error).__name__}"}
-                done[name] = {"run": name, **changes, **found}
-                say(f"{name}: {found['status']}")
-                rows = [done[name] for name, _ in named if name in done]
-                _write(workdir, base, rows, len(named), env)
+            parts = _parts(base, left, workdir, together)
+            if together > 1 and 1 < len(parts) == len(left):
+                log.warning("together=%d, but no two runs here can be one program", together)
+            for part in parts:
+                for name, _ in part:
+                    say(f"run {names.index(name) + 1} of {len(named)}: {name}")
+                for name, changes, found in _outcomes(base, part, workdir, bases, console):
+                    done[name] = {"run": name, **changes, **found}
+                    say(f"{name}: {found['status']}")
+                    rows = [done[name] for name in names if name in done]
+                    _write(workdir, base, rows, len(named), env)
             if len(done) < len(named):
                 time.sleep(POLL)
-    curves = {n: path for n, _ in named if (path := workdir / n / METRICS_FILE).is_file()}
+    curves = {n: path for n in names if (path := workdir / n / METRICS_FILE).is_file()}
     with contextlib.suppress(ValueError):  # no run came to its first number
         training_curves(curves, workdir / "curves", f"{workdir.resolve().name}: {len(curves)} runs")
     return rows
+
+
+def _parts(
+    base: RunConfig, left: Sequence[Named], workdir: Path, together: int
+) -> list[list[Named]]:
+    """The runs that train at a time, as many as `together`, which are then of one program."""
+    programs: dict[str, list[Named]] = {}
+    for name, changes in left:
+        program = _program(base, changes, workdir / name) if together > 1 else None
+        programs.setdefault(program or name, []).append((name, changes))
+    found = programs.values()
+    return [x[start : start + together] for x in found for start in range(0, len(x), together)]
+
+
+def _program(base: RunConfig, changes: Mapping[str, Any], folder: Path) -> str | None:
+    """What runs that can be one program have in common; None for a run that cannot be in one, or
+    has nothing left to train.
+    """
+    try:
+        run = override(base, changes)
+        if len(run.data.bucket_lengths) > 1 or _finished(run, folder):
+            return None
+    except ConfigError:  # it will be the run's row
+        return None
+    return repr({key: value for key, value in settings_of(run).items() if key not in _OWN})
+
+
+def _outcomes(
+    base: RunConfig, part: Sequence[Named], workdir: Path, bases: dict[Any, Model], console: bool
+) -> Iterator[tuple[str, dict[str, Any], Row]]:
+    """Trains the runs of a part; yields (name, changes, the rest of its row) of each, but for those
+    that another process trains.
+    """
+    group = Group(len(part))
+
+    def make(number: int) -> Row:
+        name, changes = part[number]
+        run, folder, shown = override(base, changes), workdir / name, console and number == 0
+        return _finished(run, folder) or _train(run, folder, bases, shown, group)
+
+    found = group.each([partial(make, number) for number in range(len(part))])
+    for (name, changes), outcome in zip(part, found, strict=True):
+        if isinstance(outcome, BusyError):
+            continue
+        if isinstance(outcome, _FAILURES):
+            outcome = {"status": f"failed: {str(outcome) or type(outcome).__name__}"}
+        if isinstance(outcome, Exception):
+            raise outcome
+        yield name, changes, outcome
 
 
 def _finished(run: RunConfig, folder: Path) -> Row | None:
@@ -170,19 +232,19 @@ def _finished(run: RunConfig, folder: Path) -> Row | None:
     return _row(run, report) if same else None
 
 
-def _train(run: RunConfig, folder: Path, bases: dict[Any, Model], console: bool) -> Row:
+def _train(
+    run: RunConfig, folder: Path, bases: dict[Any, Model], console: bool, group: Group
+) -> Row:
     """Trains a run, or goes on with it, and returns its row."""
     if folder.is_dir():
         with locked(folder):  # raises BusyError before anything slow
             require_no_jump(folder, run)
-    model = None  # on several devices each run loads its slices
-    if run.mesh.devices == 1:
-        key = run.model, run.train.dtype, run.quantize
-        if key not in bases:
-            bases.clear()  # before the next one needs its memory
-            bases[key] = load_model(run.model, run.train.dtype, quantize=run.quantize)
-        model = bases[key]
-    trained = train(run, folder, model=model, console=console)
+    key = run.model, run.train.dtype, run.quantize, run.mesh
+    if key not in bases:
+        bases.clear()  # before the next one needs its memory
+        mesh = make_mesh(run.mesh)
+        bases[key] = load_model(run.model, run.train.dtype, mesh=mesh, quantize=run.quantize)
+    trained = train(run, folder, model=bases[key], console=console, group=group)
     if trained.signalled:
         raise Preempted(f"stopped by a signal; {folder} is saved, the same command goes on there.")
     return _row(run, trained.report)

@@ -21,12 +21,12 @@ from zflora_jax.core.architecture import count_base
 from zflora_jax.core.fields import first_line, require
 from zflora_jax.core.model_config import LlamaConfig
 from zflora_jax.core.run_config import RunConfig
-from zflora_jax.experiments.roofline import compare_meshes
+from zflora_jax.experiments.roofline import roofline
 from zflora_jax.experiments.step_shapes import step_arguments, stored_bytes
 from zflora_jax.ops.attention import attention_choice
 from zflora_jax.ops.attention_mask import AttentionMask
 from zflora_jax.parallel.compile_cache import no_compile_cache
-from zflora_jax.parallel.sharding import make_mesh, slice_groups, state_shardings
+from zflora_jax.parallel.sharding import make_mesh, state_shardings
 from zflora_jax.parallel.targets import GIB, Target
 from zflora_jax.training.objective import objective_of
 from zflora_jax.training.trainer import step_of
@@ -48,9 +48,9 @@ def memory_plan(
 
     Returns:
       Counts; "stored", see `stored_bytes`; "compiled", see `compile_step`; "widths", see
-      `adapters.widths.width_advice`. For a target "meshes", see `compare_meshes`. If the memory of
-      a device is known also "memory_bytes", "fits" and, if it does not fit, "changes": text and
-      settings of changes that reduce the memory.
+      `adapters.widths.width_advice`. For a target "roofline", see `roofline.roofline`. If the
+      memory of a device is known also "memory_bytes", "fits" and, if it does not fit, "changes":
+      text and settings of changes that reduce the memory.
 
     Raises:
       ConfigError: The mesh does not divide the model, there are too few devices, or the target's
@@ -85,7 +85,7 @@ def memory_plan(
     if advice := {name: text for name, text in advice.items() if kind in (None, name)}:
         result["widths"] = advice
     if where:
-        result["meshes"] = compare_meshes(run, config, where, compiled)
+        result["roofline"] = roofline(run, config, where.chip)
     if limit is not None:
         fits = "bytes" in compiled and compiled["bytes"]["total"] <= limit
         result |= {"memory_bytes": limit, "fits": fits}
@@ -108,15 +108,12 @@ def compile_step(
       "refused", what a TPU's compiler says of a program that does not fit}, the compiled step, None
       if it is refused).
     """
-    slices, groups = run.mesh.slices, [jax.devices()]
-    if where:
-        groups = slice_groups(where.devices(slices), slices)
-    used = run.mesh.devices // len(groups)
-    mesh = make_mesh(run.mesh, [device for group in groups for device in group[:used]])
+    devices = where.devices() if where else jax.devices()
+    mesh = make_mesh(run.mesh, devices[: run.mesh.devices])
     kernel, reason = step_attention(run, config, mesh)
     found = {
         "target": where.name if where else jax.default_backend(),
-        "devices": sum(map(len, groups)),
+        "devices": len(devices),
         "attention": {"kernel": kernel, "reason": reason},
     }
     try:
@@ -197,20 +194,13 @@ def plan_table(plan: Mapping[str, Any]) -> dict[str, Any]:
     for text, settings in plan.get("changes", {}).items():
         [(key, value)] = settings.items()
         table[f"or --set {key}={value}"] = text
-    for row in plan.get("meshes", ()):
-        axes = " ".join(f"{key}={value}" for key, value in row["mesh"].items()) or "one device"
-        table[f"at published rates: {axes}"] = (
-            f"{1e3 * row['step_s']:.3g} ms a step at least, bound by {_BOUNDS[row['bound']]};"
-            f" {row['tokens_per_s']:,.0f} tokens/s at most, all steps"
-            f" {timedelta(seconds=round(row['run_s']))} h at least;"
-            f" {_in_words(row['stored_bytes'])} stored per device"
-            + " (the fastest that fits)"
-            * row["best"]
+    if "roofline" in plan:
+        seconds, hbm = plan["roofline"]["step_s"], plan["roofline"]["bound"] == "hbm"
+        table["at published rates"] = (
+            f"{1e3 * seconds:.3g} ms a step at least, bound by {'memory' if hbm else 'compute'};"
+            f" all steps {timedelta(seconds=round(seconds * plan['steps']))} h at least"
         )
     return table | {f"on a {kind}": text for kind, text in plan.get("widths", {}).items()}
-
-
-_BOUNDS = {"compute": "compute", "hbm": "memory bandwidth", "link": "links between devices"}
 
 
 def _in_words(size: int) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -14,13 +14,12 @@ from zflora_jax.adapters.widths import count_params
 from zflora_jax.core import trees
 from zflora_jax.core.adapter_config import METHODS
 from zflora_jax.core.architecture import kernel_shapes
-from zflora_jax.core.fields import ConfigError, override
 from zflora_jax.core.model_config import LlamaConfig
 from zflora_jax.core.run_config import RunConfig
 from zflora_jax.experiments.step_shapes import step_arguments, stored_bytes
 from zflora_jax.ops.quantized import bytes_of
 from zflora_jax.parallel.sharding import AXES
-from zflora_jax.parallel.targets import Chip, Target
+from zflora_jax.parallel.targets import Chip
 
 
 def step_flops(
@@ -71,7 +70,7 @@ def batch_flops(run: RunConfig, config: LlamaConfig, batch: Mapping[str, Any]) -
 
 
 def roofline(
-    run: RunConfig, config: LlamaConfig, chip: Chip, link_bytes: float | None = None
+    run: RunConfig, config: LlamaConfig, chip: Chip, link_bytes: float = 0.0
 ) -> dict[str, Any]:
     """Estimates the least time of a train step at the longest of data.bucket_lengths.
 
@@ -82,8 +81,7 @@ def roofline(
       run: The run's settings.
       config: The base model's config.
       chip: The device.
-      link_bytes: Bytes that a device sends in a step within its slice; None: as `traffic`
-        estimates.
+      link_bytes: Bytes that a device sends in a step within its slice, as its program says.
 
     Returns:
       "flops", "hbm_bytes", "link_bytes" per device; "compute_s", "hbm_s", "link_s" at the
@@ -106,7 +104,7 @@ def roofline(
             + 2 * (stored["adapters"] + stored["gradients"] + stored["optimizer"]),
             chip.bandwidth,
         ),
-        "link": (traffic(run, config) if link_bytes is None else float(link_bytes), chip.link),
+        "link": (link_bytes, chip.link),
     }
     times = {name: amount / rate for name, (amount, rate) in amounts.items()}
     bound = max(times, key=lambda name: times[name])
@@ -124,70 +122,3 @@ def mean_keys(config: LlamaConfig, length: int) -> float:
 def _kernels(config: LlamaConfig) -> int:
     """Parameters of all kernels of the layers."""
     return config.num_layers * sum(math.prod(a + b) for a, b in kernel_shapes(config).values())
-
-
-def traffic(run: RunConfig, config: LlamaConfig) -> float:
-    """Estimates the bytes that a device sends in a train step; the terms are explained in
-    docs/hosts.md, "Traffic between devices".
-    """
-    mesh, size = run.mesh, 2 if run.train.dtype == "bfloat16" else 4
-    parts, micros = mesh.row_parts, run.data.grad_accum_steps
-    gathered = 2 * _kernels(config) + config.vocab_size * config.base_width
-    tokens = run.data.batch_size / parts * run.data.bucket_lengths[-1]
-    trained = count_params(config, run.adapter)
-    fsdp = (mesh.fsdp - 1) / mesh.fsdp * size * micros * gathered / mesh.tensor
-    gradients = 2 * (parts - 1) / parts * 4 * trained
-    summed = 4 * config.num_layers * tokens * config.base_width * size
-    return fsdp + gradients + 2 * (mesh.tensor - 1) / mesh.tensor * summed
-
-
-def _meshes(run: RunConfig, devices: int) -> Iterator[RunConfig]:
-    """Yields the run on each mesh worth a comparison on so many devices, its own first: all of
-    them along data, along fsdp, and two copies of the base. Meshes that the batch cannot be divided
-    over are left out.
-    """
-    yield run
-    for data in (devices, 1, 2):
-        axes = {"mesh.data": data, "mesh.fsdp": devices // data, "mesh.tensor": 1}
-        if run.mesh.slices > 1 or devices % data:
-            continue
-        try:
-            other = override(run, axes)
-        except ConfigError:
-            continue
-        if other.mesh != run.mesh and not (data == 2 and devices <= 2):
-            yield other
-
-
-def compare_meshes(
-    run: RunConfig, config: LlamaConfig, where: Target, compiled: Mapping[str, Any]
-) -> list[dict[str, Any]]:
-    """Compares meshes over all devices of a target by `roofline`, without compiling them.
-
-    Args:
-      run: The run's settings.
-      config: The base model's config.
-      where: The target.
-      compiled: Result of `compile_step` for the run's mesh, whose temporaries count for all.
-
-    Returns:
-      The run's mesh first: {"mesh": settings, "step_s", "bound", "tokens_per_s" and "run_s", the
-      least time of all steps, "stored_bytes" per device, "best": whether it is the fastest of those
-      that fit}.
-    """
-    room = where.chip.memory - compiled.get("bytes", {}).get("temporaries", 0)
-    found = []
-    for other in _meshes(run, compiled["devices"]):
-        estimate, size = roofline(other, config, where.chip), stored_bytes(other, config)
-        seconds, mesh = estimate["step_s"], other.mesh
-        axes = {f"mesh.{axis}": getattr(mesh, axis) for axis in AXES if getattr(mesh, axis) > 1}
-        row = {"mesh": axes, "step_s": seconds, "bound": estimate["bound"]}
-        row |= {
-            "tokens_per_s": run.data.batch_size * run.data.bucket_lengths[-1] / seconds,
-            "run_s": seconds * run.steps,
-            "stored_bytes": sum(size.values()) - size["gradients"],  # those are temporaries
-        }
-        found.append(row)
-    fit = [row for row in found if row["stored_bytes"] <= room] if "bytes" in compiled else []
-    best = min(fit, key=lambda row: row["step_s"], default=None)
-    return [row | {"best": row is best} for row in found]

@@ -9,8 +9,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
-
 from zflora_jax.adapters.widths import count_params
 from zflora_jax.core.architecture import count_base
 from zflora_jax.core.fields import to_dict
@@ -68,7 +66,6 @@ def new_report(
         "epochs": run.steps * run.data.batch_size / len(setup.train_set),
         "resumed_from": first,
         **_loss_fields(setup, loss),
-        "processes": jax.process_count(),
         "environment": env,
         **more,
     }
@@ -97,7 +94,7 @@ def finished_report(
         starts = [start for start in read_starts(workdir) if start["step"] < run.steps]
         start = starts[-1] if starts else env
         env = {key: value for key, value in start.items() if key not in _OF_START}
-        more = {"seconds": seconds, "processes": start.get("processes", 1)}
+        more = {"seconds": seconds} | {x: start.get(x, 1) for x in ("processes", "together")}
         loss = setup.held_out_loss(adapters)
         return new_report(setup, workdir, run.steps, loss, env, more)
     same_rows = stored.get(_EVAL_ROWS) == setup.eval_set.fingerprint()
@@ -109,7 +106,7 @@ def finished_report(
 
 
 # See `workdir.record_start`.
-_OF_START = ("step", "changed", "processes", "plain_texts", "repeated")
+_OF_START = ("step", "changed", "processes", "plain_texts", "repeated", "together")
 
 
 def _loss_fields(setup: Setup, loss: Mapping[str, float]) -> Report:

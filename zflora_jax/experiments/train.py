@@ -33,6 +33,7 @@ from zflora_jax.reporting.provenance import environment
 from zflora_jax.reporting.trackers import require_trackers
 from zflora_jax.training.checkpoint import Checkpoints, require_same
 from zflora_jax.training.clock import Clock
+from zflora_jax.training.group import Group
 from zflora_jax.training.hooks import (
     HeldOutLoss,
     LogMetrics,
@@ -45,7 +46,7 @@ from zflora_jax.training.identity import require_same_settings
 from zflora_jax.training.loop import Hook, fit
 from zflora_jax.training.objective import Batch, objective_of
 from zflora_jax.training.optim import require_optimizer
-from zflora_jax.training.trainer import Metrics, TrainState, step_of
+from zflora_jax.training.trainer import Metrics, TrainState
 from zflora_jax.training.workdir import (
     Changes,
     adopt,
@@ -77,6 +78,7 @@ def train(
     model: Model | None = None,
     resume: bool = False,
     console: bool = True,
+    group: Group | None = None,
 ) -> Trained:
     """Trains a run in `workdir`, or goes on with the run that is there.
 
@@ -90,6 +92,7 @@ def train(
       model: The run's base if it is loaded already, see `base.given_base`.
       resume: Refuse a `workdir` without a run.
       console: Show progress.
+      group: Take the steps in one program with the other runs of a `sweep`.
 
     Raises:
       ConfigError: Settings that cannot be used, or a `workdir` of another config or in use.
@@ -98,7 +101,7 @@ def train(
       SaveError: A checkpoint could not be written; the ones before it are intact.
     """
     # Before all else: the commit that runs, not the one checked out when it ends.
-    started, env = time.perf_counter(), environment()
+    started, env, group = time.perf_counter(), environment(), group or Group(1)
     workdir, run, changed = _admit(run, workdir, resume, env)
     setup, changed = _load(run, workdir, model, changed)
     run = setup.run
@@ -109,7 +112,8 @@ def train(
             log.info("%s is finished (%d steps): nothing to train", workdir, run.steps)
             report = finished_report(setup, workdir, clock.before, env, state.adapters)
             return Trained(setup.model, state.adapters, report, run, signals.asked)
-        start = {"processes": jax.process_count(), "changed": changed, "plain_texts": setup.plain}
+        shared = {"processes": jax.process_count(), "together": group.size}
+        start = shared | {"changed": changed, "plain_texts": setup.plain}
         start |= _repeated(workdir, first, clock)  # of records that are dropped now
         writer = _open_logs(stack, run, workdir, console, first, env, held)
         distributed.on_main(lambda: record_start(workdir, first, env, **start))
@@ -117,7 +121,7 @@ def train(
         hooks = [*_traces(stack, run, workdir), *_hooks(setup, loss, checkpoints, signals)]
         clock.add("start", time.perf_counter() - started)
         _evaluate_if_missed(loss, writer, state, checkpoints)
-        state = _train_steps(setup, state, hooks, clock, console and writer is not None)
+        state = _train_steps(setup, state, hooks, clock, console and writer is not None, group)
         with clock.on("checkpoints"):
             checkpoints.finish()
     if int(state.step) < run.steps:  # the last checkpoint is written by now
@@ -125,7 +129,7 @@ def train(
             f"stopped by a signal after step {state.step} of {run.steps}, which is saved in"
             f" {workdir}; the same command goes on from there."
         )
-    report = new_report(setup, workdir, first, loss.last, env, clock.report())
+    report = new_report(setup, workdir, first, loss.last, env, clock.report() | shared)
     return Trained(setup.model, state.adapters, report, run, signals.asked)
 
 
@@ -235,7 +239,12 @@ def _evaluate_if_missed(
 
 
 def _train_steps(
-    setup: Setup, state: TrainState, hooks: Sequence[Hook], clock: Clock, console: bool
+    setup: Setup,
+    state: TrainState,
+    hooks: Sequence[Hook],
+    clock: Clock,
+    console: bool,
+    group: Group,
 ) -> TrainState:
     """The loop over the steps that `state` lacks, each required to be finite first of all."""
     data, rows, mesh = setup.run.data, setup.run.data.batch_size, setup.mesh
@@ -248,7 +257,7 @@ def _train_steps(
         return put_rows(objective.take(batch, data.packing), rows, mesh)
 
     batches = train_batches(setup.train_set, data, int(state.step), own_rows(rows, mesh))
-    compiled, seen = step_of(setup.run, setup.model.config, setup.shardings), set[Any]()
+    compiled, seen = group.step_of(setup.run, setup.model.config, setup.shardings), set[Any]()
 
     def step_fn(params: Tree, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         shape = batch["tokens"].shape

@@ -14,13 +14,8 @@ NON_FINITE = -2  # the logits of the row are no finite numbers
 
 def greedy(logits: Array) -> Array:
     """The first of the largest logits [B, V] of each row, int32 [B]; NON_FINITE for NaN or +inf."""
-    # XLA's CPU compiler makes a slow loop of argmax (0.28 ms against 0.15 ms for one row of 49152).
-    # Columns, because `linear.head_logits` computes float32 logits in them on a CPU.
-    columns = logits.T
-    token = jnp.arange(columns.shape[0], dtype=jnp.int32)[:, None]
-    top = jnp.max(columns, axis=0, keepdims=True)
-    first = jnp.min(jnp.where(columns == top, token, len(columns)), axis=0)
-    return jnp.where(top[0] < jnp.inf, first, NON_FINITE)  # the maximum with NaN is NaN
+    first = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    return jnp.where(jnp.max(logits, axis=-1) < jnp.inf, first, NON_FINITE)  # not of NaN
 
 
 def nucleus_of_sorted(logits: Array, top_p: float) -> Array:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
 from typing import Any
 
 import jax
@@ -14,28 +13,19 @@ from jax.sharding import Mesh, NamedSharding
 from zflora_jax.core.model import require_there
 from zflora_jax.core.run_config import MeshConfig
 from zflora_jax.core.trees import Tree
-from zflora_jax.parallel.sharding import (
-    AXES,
-    BATCH,
-    active_mesh,
-    make_mesh,
-    parts,
-    shard,
-    slice_groups,
-)
+from zflora_jax.parallel.sharding import AXES, BATCH, active_mesh, make_mesh, parts, shard
 
 log = logging.getLogger(__name__)
 
 
 def mesh_if_there(config: MeshConfig) -> Mesh | None:
-    """The mesh that a run was trained on, whose devices may be in other slices here; None for one
-    device and, with a warning, if there are fewer devices. ConfigError if there are several
-    processes, and the mesh does not use all of their devices.
+    """The mesh that a run was trained on; None for one device and, with a warning, if there are
+    fewer devices. ConfigError if there are several processes, and the mesh does not use all of
+    their devices.
     """
     need, have = config.devices, jax.device_count()
     if 1 < need <= have or jax.process_count() > 1:
-        there = len(slice_groups(jax.devices()[:need], config.slices)) == config.slices
-        return make_mesh(config if there else replace(config, slices=1))
+        return make_mesh(config)
     if need > 1:
         log.warning(
             "a run of %d devices (mesh.data=%d x mesh.fsdp=%d x mesh.tensor=%d) is loaded onto one:"

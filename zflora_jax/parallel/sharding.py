@@ -19,7 +19,6 @@ import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
-from itertools import chain
 from typing import Any
 
 import jax
@@ -72,11 +71,11 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     """Makes the mesh of a run.
 
     Args:
-      config: Number of devices along data, fsdp and tensor, and of slices.
+      config: Number of devices along data, fsdp and tensor.
       devices: Devices, of which the first are used; None for all devices, and idle ones are logged.
 
     Raises:
-      ConfigError: There are fewer devices, or they are in other slices.
+      ConfigError: There are fewer devices.
     """
     need, have = config.devices, jax.devices() if devices is None else list(devices)
     axes = f"mesh.data={config.data} x mesh.fsdp={config.fsdp} x mesh.tensor={config.tensor}"
@@ -93,49 +92,24 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     return Mesh(arrange(config, have[:need]), AXES, axis_types=(AxisType.Auto,) * 3)
 
 
-def slice_groups(devices: Sequence[Any], slices: int) -> list[list[Any]]:
-    """The devices of each slice, by `slice_index` of TPUs, otherwise by neighbouring processes;
-    fewer or more groups than `slices` if the devices are not in that many.
-    """
-
-    def grouped(attribute: str) -> list[list[Any]]:
-        found: dict[int, list[Any]] = {}
-        for device in devices:
-            found.setdefault(getattr(device, attribute, None) or 0, []).append(device)
-        return [found[index] for index in sorted(found)]
-
-    groups = grouped("slice_index")
-    if len(groups) == 1:
-        groups = grouped("process_index")
-        each, rest = divmod(len(groups), slices)
-        if not rest:
-            groups = [list(chain(*groups[i : i + each])) for i in range(0, len(groups), each)]
-    return groups
-
-
 def arrange(config: MeshConfig, devices: Sequence[Any]) -> np.ndarray:
-    """The devices of a mesh as [data, fsdp, tensor]; slices follow each other along data.
-    ConfigError if the devices are not in `config.slices` slices of equal size.
+    """The devices of a mesh as [data, fsdp, tensor]. TPU slices follow each other along data, so
+    that weights are gathered within a slice; a warning says where mesh.data does not allow that.
     """
-    shape = (config.data // config.slices, config.fsdp, config.tensor)
-    if config.slices == 1:
-        count = len({getattr(device, "slice_index", None) for device in devices})
-        if count == 1:
-            return _neighbours(shape, devices)
+    slices: dict[Any, list[Any]] = {}
+    for device in devices:
+        slices.setdefault(getattr(device, "slice_index", None), []).append(device)
+    groups, shape = [*slices.values()], (config.data, config.fsdp, config.tensor)
+    copies, rest = divmod(config.data, len(groups))
+    if rest or len({len(group) for group in groups}) > 1:
         log.warning(
-            "the devices are in %d slices, and mesh.slices is 1: weights may be gathered over the"
-            " network between them. Set mesh.slices=%d, and mesh.data to a multiple of it",
-            *(count, count),
+            "the devices are in %d TPU slices of %s, and mesh.data=%d puts no whole copies of the"
+            " model in each: weights are gathered over the network between them. Use as many"
+            " devices of each, and a multiple of their number for mesh.data",
+            *(len(groups), ", ".join(str(len(group)) for group in groups), config.data),
         )
         return np.asarray(devices).reshape(shape)
-    groups = slice_groups(devices, config.slices)
-    require(
-        len(groups) == config.slices and len({len(group) for group in groups}) == 1,
-        f"mesh.slices={config.slices}: the {len(devices)} devices of the mesh are in groups of"
-        f" {', '.join(str(len(group)) for group in groups)} (TPU slices, or else processes). Set"
-        " mesh.slices to their number, or to 1 where all links are equally fast.",
-    )
-    return np.concatenate([_neighbours(shape, group) for group in groups])
+    return np.concatenate([_neighbours((copies, *shape[1:]), group) for group in groups])
 
 
 def _neighbours(shape: tuple[int, ...], devices: Sequence[Any]) -> np.ndarray:

@@ -98,11 +98,9 @@ class Target:
     def chip(self) -> Chip:
         return CHIPS[self.kind]
 
-    def devices(self, slices: int = 1) -> list[Any]:
-        """Returns the devices of `slices` slices, for the Mesh of programs to compile.
-
-        Raises:
-          ConfigError: The compiler is not installed, or several slices of GPUs.
+    def devices(self) -> list[Any]:
+        """Returns the devices, for the Mesh of programs to compile; ConfigError if the compiler is
+        not installed.
         """
         module, extra = _COMPILERS[self.platform]
         require(
@@ -110,9 +108,7 @@ class Target:
             f"target {self.name!r} needs the compiler of package {module!r}, which is not"
             f" installed: pip install '.[{extra}]' in a clone. No device is needed.",
         )
-        several = f"target {self.name!r}: slices={slices}, but only TPUs come in several slices."
-        require(slices == 1 or self.platform == "tpu", several)
-        return _devices(self, slices)
+        return _devices(self)
 
 
 def target(name: str) -> Target:
@@ -134,7 +130,7 @@ def target(name: str) -> Target:
 
 
 @functools.cache
-def _devices(where: Target, slices: int) -> list[Any]:
+def _devices(where: Target) -> list[Any]:
     from jax.experimental import topologies
 
     _, _, name = where.kind.partition(":")
@@ -147,8 +143,6 @@ def _devices(where: Target, slices: int) -> list[Any]:
     else:
         os.environ.update(_LIBTPU | os.environ)
         name = f"{name}:{where.topology}"
-        if slices > 1:
-            given["num_slices"] = slices
         if where.topology == "1x1":  # a host has four by default
             given["chips_per_host_bounds"] = (1, 1, 1)
     try:

@@ -63,7 +63,7 @@ def fit(
     not wait for the host.
 
     Args:
-      step_fn: (params, state, batch) -> (state, metrics), see `trainer.make_train_step`.
+      step_fn: (params, state, batch) -> (state, metrics), see `trainer.TrainStep.jitted`.
       params: The frozen base.
       state: The first state; its buffers are given away.
       batches: The batches of the steps after state.step, on the host.

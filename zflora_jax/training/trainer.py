@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import functools
 import zlib
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import flax.struct
@@ -44,6 +44,7 @@ class TrainState:
 
 
 StepFn = Callable[[Tree, TrainState, Batch], tuple[TrainState, Metrics]]
+Own = tuple[Any, Any]  # a run's peak learning rate, float32, and seed of dropout, uint32
 
 
 def init_state(adapters: Tree, optim: OptimConfig, steps: int) -> TrainState:
@@ -67,7 +68,6 @@ class TrainStep:
     once: the result does not depend on `grad_accum_steps`, except for the draws of dropout.
     Metrics: loss (mean), the divisor under `objective.unit`, the means of `objective.metrics`,
     grad_norm (before clipping), learning_rate, and finite (1.0 if all new adapter weights are).
-
     """
 
     config: LlamaConfig  # of the base
@@ -78,9 +78,34 @@ class TrainStep:
     grad_accum_steps: int = 1  # micro-batches of a batch
     seed: int = 0  # of dropout, which draws by seed, step and number of the micro-batch only
 
-    def __call__(self, params: Tree, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+    @classmethod
+    def of(cls, run: RunConfig, config: LlamaConfig) -> TrainStep:
+        """The step that the settings of `run` choose, on a base of `config`."""
+        how = objective_of(run), run.data.grad_accum_steps, run.train.seed
+        return cls(config, run.adapter, run.optim, run.steps, *how)
+
+    def jitted(self, state_sharding: Any = None) -> StepFn:
+        """The step compiled; it donates `state`. Equal steps give the same function, so that runs
+        of one process compile it once. state_sharding: Where the new state lies
+        (`sharding.state_shardings`); None on one device.
+        """
+        step = self if self.adapter.dropout else replace(self, seed=0)
+        return _jitted(step, *_flat(state_sharding))
+
+    def divided(self) -> tuple[TrainStep, Own]:
+        """The step with the learning rate 1 and the seed 0, and its own ones. Every optimizer's
+        update is in proportion to the learning rate.
+        """
+        own = np.float32(self.optim.learning_rate), np.uint32(self.seed)
+        return replace(self, optim=replace(self.optim, learning_rate=1.0), seed=0), own
+
+    def __call__(
+        self, params: Tree, state: TrainState, batch: Batch, own: Own | None = None
+    ) -> tuple[TrainState, Metrics]:
+        """own: For a step that is `divided`."""
+        factor, seed = (1.0, self.seed) if own is None else own
         with at_precision(self.config.execution.matmul_precision):
-            sums, grads = self._accumulated(params, state, batch)
+            sums, grads = self._accumulated(params, state, batch, seed)
 
         def mean(x: Array) -> Array:
             # A maximum for each: XLA divides by a shared one with other rounding.
@@ -91,9 +116,10 @@ class TrainStep:
         # optax mixes Python floats with int32 counters; our own code also runs under "strict".
         with jax.numpy_dtype_promotion("standard"), jax.named_scope("optimizer"):
             updates, opt_state = optimizer.update(grads, state.opt_state, state.adapters)
+            updates = jax.tree.map(lambda x: factor * x, updates)
             adapters = optax.apply_updates(state.adapters, updates)
             norm = optax.tree.norm(grads)
-            rate = learning_rate_schedule(self.optim, self.steps)(state.step)
+            rate = factor * learning_rate_schedule(self.optim, self.steps)(state.step)
         finite = jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(adapters)])
         metrics = {
             "loss": mean(sums.loss),
@@ -105,12 +131,14 @@ class TrainStep:
         }
         return TrainState(state.step + 1, adapters, opt_state), metrics
 
-    def _accumulated(self, params: Tree, state: TrainState, batch: Batch) -> tuple[Sums, Tree]:
+    def _accumulated(
+        self, params: Tree, state: TrainState, batch: Batch, seed: Any
+    ) -> tuple[Sums, Tree]:
         """Sums over the micro-batches: the objective's, and of gradients of the adapters."""
         count = self.grad_accum_steps
         # Every count-th row, so that each device's rows are spread over the micro-batches evenly.
         micros = {k: x.reshape(-1, count, *x.shape[1:]).swapaxes(0, 1) for k, x in batch.items()}
-        rngs = _dropout_keys(self.seed, state.step, count) if self.adapter.dropout else None
+        rngs = _dropout_keys(seed, state.step, count) if self.adapter.dropout else None
 
         def sums_of(adapters: Tree, micro: Batch, rngs: Any) -> tuple[Array, Sums]:
             variables = {"params": params, "adapters": adapters}
@@ -127,54 +155,63 @@ class TrainStep:
         return jax.lax.scan(add, start, (micros, rngs))[0]
 
 
-def make_train_step(
-    config: LlamaConfig,
-    adapter: AdapterConfig,
-    optim: OptimConfig,
-    steps: int,
-    *,
-    state_sharding: Any = None,
-    **settings: Any,
-) -> StepFn:
-    """A `TrainStep` of these attributes as a jitted function that donates `state`; runs get theirs
-    from `step_of`. The same arguments give the same function, so that runs of one process compile
-    it once. state_sharding: Where the new state lies (`sharding.state_shardings`); None on one
-    device.
+def step_of(run: RunConfig, config: LlamaConfig, state_sharding: Any = None) -> StepFn:
+    """The compiled step of the settings of `run`, on a base of `config`."""
+    return TrainStep.of(run, config).jitted(state_sharding)
+
+
+def make_steps(
+    steps: Sequence[TrainStep],
+    state_sharding: Any,
+    params: Tree,
+    states: Sequence[TrainState],
+    batches: Sequence[Batch],
+) -> list[tuple[TrainState, Metrics]]:
+    """A step of each of several runs over one base, in one call: their adapters, optimizer states
+    and rows are stacked, so that a product with a base kernel is one for all. Donates `states`.
+
+    steps: Alike when `TrainStep.divided`. A single one is the program of a run by itself.
     """
-    if not adapter.dropout:
-        settings["seed"] = 0
-    leaves, form = jax.tree.flatten(state_sharding)
-    return _jitted(TrainStep(config, adapter, optim, steps, **settings), form, tuple(leaves))
+    if len(steps) == 1:
+        return [steps[0].jitted(state_sharding)(params, states[0], batches[0])]
+    parts = [step.divided() for step in steps]
+    together = _jitted(parts[0][0], *_flat(state_sharding), len(steps))
+    return together(params, states, batches, [own for _, own in parts])
+
+
+def _flat(tree: Any) -> tuple[Any, tuple[Any, ...]]:
+    """A tree as hashable values: its structure and its leaves."""
+    leaves, form = jax.tree.flatten(tree)
+    return form, tuple(leaves)
 
 
 @functools.lru_cache(maxsize=8)
-def _jitted(step: TrainStep, form: Any, leaves: tuple[Any, ...]) -> StepFn:
-    """`step` compiled; `form` and `leaves` are the state's sharding, hashable."""
+def _jitted(step: TrainStep, form: Any, leaves: tuple[Any, ...], runs: int | None = None) -> Any:
+    """`step` compiled for one run, or for a number of `runs`; `form` and `leaves`: `_flat` of a
+    state's sharding.
+    """
 
     def train_step(params: Tree, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         return step(params, state, batch)
 
-    where = jax.tree.unflatten(form, leaves)
+    def train_steps(params: Tree, states: Any, batches: Any, own: Any) -> Any:
+        def stack(*leaves: Array) -> Array:
+            return jnp.stack(leaves)
+
+        stacked = [jax.tree.map(stack, *trees) for trees in (states, batches, own)]
+        made = jax.vmap(step, in_axes=(None, 0, 0, 0))(params, *stacked)
+        leaves, form = jax.tree.flatten(made)
+        return [jax.tree.unflatten(form, own) for own in zip(*leaves, strict=True)]
+
+    where = jax.tree.unflatten(form, leaves), None
     options = None if step.objective.excess_precision else {"xla_allow_excess_precision": False}
     settings: Any = {"donate_argnums": 1, "compiler_options": options}
-    return jax.jit(train_step, out_shardings=(where, None), **settings)
+    if runs is None:
+        return jax.jit(train_step, out_shardings=where, **settings)
+    return jax.jit(train_steps, out_shardings=[where] * runs, **settings)
 
 
-def step_of(run: RunConfig, config: LlamaConfig, state_sharding: Any = None) -> StepFn:
-    """`make_train_step` with the settings of `run`, on a base of `config`."""
-    return make_train_step(
-        config,
-        run.adapter,
-        run.optim,
-        run.steps,
-        objective=objective_of(run),
-        grad_accum_steps=run.data.grad_accum_steps,
-        seed=run.train.seed,
-        state_sharding=state_sharding,
-    )
-
-
-def _dropout_keys(seed: int, step: Array, count: int) -> dict[str, Array]:
+def _dropout_keys(seed: Any, step: Array, count: int) -> dict[str, Array]:
     """A random key for each of `count` micro-batches of `step`: {"dropout": key [count]}."""
     stream = jax.random.fold_in(jax.random.key(seed), np.uint32(zlib.crc32(b"dropout")))
     own = jax.random.fold_in(stream, step)
