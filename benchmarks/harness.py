@@ -18,12 +18,7 @@ RESULTS = ROOT / "results"
 
 
 def arguments(doc: str | None, name: str) -> argparse.ArgumentParser:
-    """Makes the parser of a script with its option --out.
-
-    Args:
-      doc: The script's docstring.
-      name: Name of its result; results/<name>.json and .md are written by default.
-    """
+    """The parser of a script with its docstring and --out, by default results/<name>."""
     parser = argparse.ArgumentParser(
         description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -54,16 +49,9 @@ def read_result(out: Path) -> dict[str, Any]:
 def write_part(
     out: Path, part: str, found: Any, page: Callable[[Mapping[str, Any]], str]
 ) -> dict[str, Any]:
-    """Writes one part of a result with its environment, and the page; other parts stay.
-
-    Args:
-      out: Path without a suffix.
-      part: Name of the part.
-      found: Its values.
-      page: Makes the page of the whole result.
-
-    Returns:
-      The whole result: part -> values, and "environments": part -> environment.
+    """Writes the values `found` of one part of a result with its environment to <out>.json, and the
+    page; other parts stay. Returns the whole result: part -> values, and "environments": part ->
+    environment.
     """
     from zflora_jax.reporting.files import write_result
     from zflora_jax.reporting.provenance import environment
@@ -83,13 +71,7 @@ def origins(result: Mapping[str, Any], part: str) -> str:
 
 
 def perturbed(model: Any, adapter: Any, seed: int = 1) -> Any:
-    """Returns adapters that differ from zero everywhere.
-
-    Args:
-      model: The base.
-      adapter: The adapter's config.
-      seed: Seed of the noise.
-    """
+    """Adapters that differ from zero everywhere."""
     import jax
 
     import zflora_jax as zf
@@ -101,15 +83,8 @@ def perturbed(model: Any, adapter: Any, seed: int = 1) -> Any:
 
 
 def bandwidth_meter(size: int = 2**30, repeats: int = 4) -> Callable[[], float]:
-    """Makes a measurement of the default device's read bandwidth.
-
-    Args:
-      size: Bytes of float32 that are read; they stay allocated.
-      repeats: Number of measurements, of which the best counts.
-
-    Returns:
-      A function that returns bytes per second: the best of sums and matrix-vector products over
-      these bytes.
+    """A function that measures the default device's read bandwidth in bytes per second: the best of
+    `repeats` sums and matrix-vector products over `size` bytes of float32, which stay allocated.
     """
     import jax
     import jax.numpy as jnp

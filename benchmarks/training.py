@@ -43,13 +43,7 @@ def load(case: Case) -> Any:
 
 
 def our_step(case: Case, model: Any, method: str) -> Callable[[], float]:
-    """Returns a function that trains one step and returns its loss.
-
-    Args:
-      case: The set-up.
-      model: The base, quantised as the case asks.
-      method: A method of `METHODS`.
-    """
+    """A function that trains one step of a method on a base and returns its loss."""
     import jax
 
     from zflora_jax.adapters.init import init_adapters
@@ -113,20 +107,10 @@ def in_a_process(case: Case, label: str, directory: str) -> tuple[float, float]:
 
 
 def measure(case: Case, labels: list[str], repeats: int) -> list[Row]:
-    """Measures a case.
-
-    Args:
-      case: The set-up.
-      labels: Methods, and `PEFT`.
-      repeats: Number of turns.
-
-    Returns:
-      A row per label: step_ms (median over turns, with _min and _max); step_ratio to PEFT's within
-      a turn; tokens_per_s; compile_s (first step minus a later one); peak_bytes and first_step_s,
-      each of a separate process; loss of the first step; trainable parameters.
-
-    Raises:
-      ValueError: the first losses differ, so the labels do not do the same work.
+    """A row per label, a method or `PEFT`: step_ms (median over turns, with _min and _max);
+    step_ratio to PEFT's within a turn; tokens_per_s; compile_s (first step minus a later one);
+    peak_bytes and first_step_s, each of a separate process; loss of the first step; trainable
+    parameters. ValueError if the first losses differ: then labels do not do the same work.
     """
     import numpy as np
 

@@ -204,13 +204,13 @@ def deviation(std: float | None) -> str:
     return "" if std is None else f" ± {std:.1f}"
 
 
-def deployed_points(table: Table) -> dict[str, tuple[float, float, bool]]:
-    """Deployment -> megabytes, score in percent, and whether a token runs more kernels for it."""
+def deployed_points(table: Table) -> dict[str, tuple[float, float, float | None, bool]]:
+    """Deployment -> a point of `scores_and_bytes`."""
     points = {}
     for label in (BASE, *table.labels):
         size = table.results(label)["nbytes"].mean() / 1e6
         beside = label != BASE and table.study.deployments[label][1] in BESIDE
-        points[label] = size, table.headline(label)[0], beside
+        points[label] = size, *table.headline(label), beside
     return points
 
 

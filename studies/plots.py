@@ -49,27 +49,33 @@ def forest(
 
 
 def scores_and_bytes(
-    tables: Mapping[str, Mapping[str, tuple[float, float, bool]]], out: Path, measure: str
+    tables: Mapping[str, Mapping[str, tuple[float, float, float | None, bool]]],
+    out: Path,
+    measure: str,
 ) -> None:
-    """Draws what deployments score for their bytes, a panel per table.
+    """Draws what deployments score, and writes their bytes beside it, a panel per table.
 
     Args:
-      tables: Table -> deployment -> megabytes, score in percent, and whether a token runs more
-        kernels than the base's (hollow marks).
+      tables: Table -> deployment -> megabytes, score in percent, its standard deviation over seeds,
+        whether a token runs more kernels than the base's.
       out: The PNG file.
       measure: Name of the score.
     """
-    figure = Figure(figsize=(8.0, 4.5 * len(tables)))
-    figure.set_layout_engine("constrained")
+    figure = Figure(figsize=(8.0, 1.2 + 0.3 * sum(map(len, tables.values()))), layout="constrained")
     panels = figure.subplots(len(tables), 1, squeeze=False)[:, 0]
     for axes, (title, points) in zip(panels, tables.items(), strict=True):
-        for i, (label, (size, score, beside)) in enumerate(points.items()):
-            mark = {"color": f"C{i % 10}", "marker": "os^D"[i // 10 % 4], "ls": ""}
-            axes.plot(size, score, **mark, mfc="white" if beside else None, label=label)
-        axes.set(title=title, ylabel=f"{measure}, %", xlabel="megabytes")
-        axes.grid(alpha=0.3)
-        axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+        for place, (size, score, deviation, beside) in enumerate(points.values()):
+            style = {"color": "C0", "mfc": "white" if beside else "C0", "ms": 6, "capsize": 3}
+            axes.errorbar(score, place, xerr=deviation, fmt="o", **style)
+            where = {"transform": axes.get_yaxis_transform(), "va": "center", "fontsize": 9}
+            axes.text(1.02, place, f"{size:.1f} MB", **where)
+        axes.set_yticks(range(len(points)), list(points), fontsize=9)
+        axes.invert_yaxis()
+        axes.set(
+            xlabel=f"{measure}, %, with the standard deviation of seeds ({title})", xlim=(0, None)
+        )
+        axes.grid(axis="x", alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
-    figure.supxlabel("hollow: runs more kernels per token than the base", fontsize=8)
+    figure.supxlabel("hollow: runs more kernels per token than the base", fontsize=9)
     out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(out, dpi=150)

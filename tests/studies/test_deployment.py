@@ -158,7 +158,7 @@ def test_a_study_scores_deployments_of_each_seed(two_steps, tmp_path):
     assert float(beside[8]) == 100 and float(rounded[9]) == pytest.approx(kl["lora rounded"], 0.1)
     assert float(base[7]) > float(beside[7]) == float(beside[6]) and base[6].strip() == "-"
     assert "Learning rates" in page and (tmp_path / "tiny.png").exists()
-    assert [x[2] for x in pages.deployed_points(table).values()] == [False, True, False]
+    assert [x[-1] for x in pages.deployed_points(table).values()] == [False, True, False]
     with pytest.raises(zf.ConfigError, match="are no labels of its methods"):
         dataclasses.replace(study, reference="lora")
 
