@@ -1,6 +1,7 @@
 """Decode and training compiled for absent TPUs and GPUs: kernels, bytes, temporaries, a roofline.
 
-Command: python benchmarks/accelerators.py [--parts decode train] [--targets T ...] [--models M ...]
+Command: python benchmarks/accelerators.py [--parts decode train together] [--targets T ...]
+    [--models M ...]
 (seconds for a token loop, one to two minutes for a train step on 2 CPU cores; no weights, nothing
 runs; extras target-tpu and target-cuda)
 Writes results/accelerators.json and .md. A part that is not named keeps its rows.
@@ -11,6 +12,9 @@ from __future__ import annotations
 import argparse
 import re
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from functools import partial
+from itertools import product
 from typing import Any
 
 from harness import RESULTS, arguments, at_least, origins, write_part
@@ -28,6 +32,7 @@ SLICES = ("tpu:v5e:2x4", "cuda:h100:8")
 MODELS = ("llama-3.2-1b", "llama-3.2-3b", "llama-2-7b")
 LENGTH, RANK = 2048, 32  # of train steps
 STEPS = (("zflora-minimal", "dots"), ("zflora-minimal", "block"), ("lora", "dots"))
+TOGETHER = ("smollm2-135m", "llama-3.2-1b"), (128, 512), (1, 4, 16)  # models, tokens, runs
 Row = dict[str, Any]
 
 
@@ -103,6 +108,45 @@ def train_rows(args: argparse.Namespace) -> Iterator[Row]:
                 yield row
 
 
+def together_rows(args: argparse.Namespace) -> Iterator[Row]:
+    """Yields for each target and model the step of one row of each of several runs, which are one
+    program: "kernels" of a run; "cycles" of a run, the TPU compiler's estimate, and "gain", how
+    many times fewer than alone; "arguments" and "temporaries" of all, in bytes.
+    """
+    import jax
+    from program_text import Program, kernels
+
+    from zflora_jax.experiments.step_shapes import step_arguments
+    from zflora_jax.parallel.compile_cache import no_compile_cache
+    from zflora_jax.parallel.sharding import make_mesh
+    from zflora_jax.training.trainer import TrainStep, make_steps
+
+    for where, model, tokens in product(map(target, args.targets or CHIPS[::2]), *TOGETHER[:2]):
+        run = train_run(model, "zflora-minimal", "dots", where)
+        run = replace(run, data=replace(run.data, bucket_lengths=(tokens,)))
+        mesh, step = make_mesh(run.mesh, where.devices()), TrainStep.of(run, preset(model))
+        params, state, batch = step_arguments(run, preset(model), mesh)
+        step, alone = replace(step, config=run.train.applied_to(preset(model))), 0.0
+        for runs in TOGETHER[2]:
+            steps = jax.jit(partial(make_steps, [step] * runs, None), donate_argnums=1)
+            with jax.set_mesh(mesh), no_compile_cache():
+                made = steps.lower(params, [state] * runs, [batch] * runs).compile()
+            program, memory = [*Program(made.as_text()).runs()], made.memory_analysis()
+            cycles = sum(op.cycles * times for op, times in program) / runs
+            alone = alone or cycles
+            yield {
+                "target": where.name,
+                "model": model,
+                "tokens of a run": tokens,
+                "runs": runs,
+                "kernels of a run": sum(n for op, n in program if kernels([op])) // runs,
+                "cycles of a run, millions": cycles / 1e6 or None,
+                "gain": alone / cycles if cycles else None,
+                "arguments, GiB": memory.argument_size_in_bytes / GIB,
+                "temporaries, GiB": memory.temp_size_in_bytes / GIB,
+            }
+
+
 def needed(refused: str) -> int:
     """The bytes that a TPU's compiler names where a program does not fit: "Used 20.11G of 15.75G
     hbm", or "HLO temporaries (46.96G) exceeds available HBM".
@@ -162,6 +206,7 @@ def page(result: Mapping[str, Any]) -> str:
         cases.setdefault(case, []).append(row)
     decode = [_decode_line(case, rows) for case, rows in cases.items()]
     train = [_train_line(row) for row in result.get("train", [])]
+    together = result.get("together", [])
     return f"""# Decode and training on TPUs and GPUs, compiled and not run
 
 libtpu and XLA's CUDA plugin compile programs for devices that are not there. Nothing on this page
@@ -194,6 +239,16 @@ fsdp.
 {markdown_table(train, list(max(train, key=len))) if train else "Not compiled."}
 
 {origins(result, "train")}
+
+## Runs that train together
+
+A step of one row of each of several runs of zflora-minimal, rank {RANK}, bfloat16, which are one
+program over one base (`zf.sweep(..., together=N)`). cycles: the TPU compiler's estimate; gain: how
+many times fewer than of one run alone. arguments, temporaries: of all runs.
+
+{markdown_table(together, list(together[0])) if together else "Not compiled."}
+
+{origins(result, "together")}
 """
 
 
@@ -212,9 +267,8 @@ def picture(result: Mapping[str, Any]) -> None:
 
 def main() -> None:
     parser = arguments(__doc__, "accelerators")
-    parser.add_argument(
-        "--parts", nargs="+", choices=["decode", "train"], default=["decode", "train"]
-    )
+    made = {"decode": decode_rows, "train": train_rows, "together": together_rows}
+    parser.add_argument("--parts", nargs="+", choices=list(made), default=list(made))
     parser.add_argument(
         "--targets", nargs="+", help=f"(default: {' '.join(CHIPS)}; train: {' '.join(SLICES)})"
     )
@@ -227,7 +281,6 @@ def main() -> None:
     import jax
 
     jax.config.update("jax_platforms", "cpu")  # leaves the devices of this machine alone
-    made = {"decode": decode_rows, "train": train_rows}
     for part in args.parts:
         rows = []
         for row in made[part](args):

@@ -138,15 +138,9 @@ def quantization(case: Case) -> Any:
 
 
 def train_step(case: Case, directory: str | Path, device: str) -> Callable[[], float]:
-    """Returns a function that trains one step and returns its loss.
-
-    AdamW and the clip of the global norm are this project's; attention is torch's best; there is no
-    gradient checkpointing.
-
-    Args:
-      case: The set-up.
-      directory: The saved base.
-      device: torch's device.
+    """A function that trains one step of the base in `directory` and returns its loss. AdamW and
+    the clip of the global norm are this project's; attention is torch's best; there is no gradient
+    checkpointing.
     """
     torch, transformers, _ = imports()
     placed: dict[str, Any] = {}
@@ -184,12 +178,7 @@ def device() -> str:
 
 
 def random_stock(config: Any, dtype: str) -> Any:
-    """Returns the stock class of transformers with random weights.
-
-    Args:
-      config: The shape, a LlamaConfig.
-      dtype: Data type of the weights.
-    """
+    """The stock class of transformers of a LlamaConfig, with random weights of `dtype`."""
     from zflora_jax.hf.config import to_hf_config
 
     torch, transformers, _ = imports()
@@ -209,14 +198,7 @@ def decode_baselines(
     config: Any, dtype: str, rank: int, batch: int, prompt_length: int
 ) -> dict[str, Any]:
     """Returns contenders: transformers' greedy `generate`, the same with PEFT's LoRA, and with that
-    LoRA disabled; on a GPU also compiled with a static cache.
-
-    Args:
-      config: The shape, a LlamaConfig.
-      dtype: Data type of the weights.
-      rank: Rank of the LoRA.
-      batch: Number of prompts.
-      prompt_length: Tokens of a prompt.
+    LoRA disabled; on a GPU also compiled with a static cache. config: A LlamaConfig.
     """
     from zflora_jax.experiments.latency import Contender
 
