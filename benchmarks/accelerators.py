@@ -122,7 +122,7 @@ def together_rows(args: argparse.Namespace) -> Iterator[Row]:
     from zflora_jax.training.trainer import TrainStep, make_steps
 
     for where, model, tokens in product(map(target, args.targets or CHIPS[::2]), *TOGETHER[:2]):
-        run = train_run(model, "zflora-minimal", "dots", where)
+        run = train_run(model, "zflora-minimal", "block", where)
         run = replace(run, data=replace(run.data, bucket_lengths=(tokens,)))
         mesh, step = make_mesh(run.mesh, where.devices()), TrainStep.of(run, preset(model))
         params, state, batch = step_arguments(run, preset(model), mesh)
@@ -242,8 +242,8 @@ fsdp.
 
 ## Runs that train together
 
-A step of one row of each of several runs of zflora-minimal, rank {RANK}, bfloat16, which are one
-program over one base (`zf.sweep(..., together=N)`). cycles: the TPU compiler's estimate; gain: how
+A step of one row of each of several runs (zflora-minimal, rank {RANK}, bfloat16, remat block) in one
+program over one base: `zf.sweep(..., together=N)`. cycles: the TPU compiler's estimate; gain: how
 many times fewer than of one run alone. arguments, temporaries: of all runs.
 
 {markdown_table(together, list(together[0])) if together else "Not compiled."}
