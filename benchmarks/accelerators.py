@@ -242,9 +242,9 @@ fsdp.
 
 ## Runs that train together
 
-A step of one row of each of several runs (zflora-minimal, rank {RANK}, bfloat16, remat block) in one
-program over one base: `zf.sweep(..., together=N)`. cycles: the TPU compiler's estimate; gain: how
-many times fewer than of one run alone. arguments, temporaries: of all runs.
+A step of one row of each of several runs (zflora-minimal, rank {RANK}, bfloat16, remat block) in
+one program over one base: `zf.sweep(..., together=N)`. cycles: the TPU compiler's estimate; gain:
+how many times fewer than of one run alone. arguments, temporaries: of all runs.
 
 {markdown_table(together, list(together[0])) if together else "Not compiled."}
 
