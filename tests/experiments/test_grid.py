@@ -32,7 +32,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> FakeTrain:
     """Runs are not trained, and their base is not loaded."""
     fake = FakeTrain()
     monkeypatch.setattr(grid, "train", fake)
-    monkeypatch.setattr(grid, "load_model", lambda *_, **__: None)
+    monkeypatch.setattr(grid, "_base", lambda _: None)
     return fake
 
 

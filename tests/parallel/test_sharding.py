@@ -146,7 +146,7 @@ def test_large_kernels_are_divided_over_all_of_fsdp_and_tensor():
     mesh = sharding.make_mesh(MeshConfig(1, 4, 2))
     for name, shape in param_shapes(preset("llama-3.2-1b")).items():
         if not name.endswith("scale"):
-            local = sharding.placement(mesh, name, shape).shard_shape(shape)
+            local = jax.NamedSharding(mesh, sharding.spec(name, shape, mesh)).shard_shape(shape)
             assert np.prod(local) * 8 == np.prod(shape), name
 
 
@@ -280,5 +280,5 @@ def test_devices_that_fill_no_box_or_are_in_other_slices_stay_in_order(caplog):
         caplog.clear()
         wanted = np.arange(8).reshape(data, 8 // data, 1).tolist()
         assert ids(MeshConfig(data=data, fsdp=8 // data), devices(slices)) == wanted
-        counts = f"in 2 TPU slices of {slices.count(0)}, {slices.count(1)}, and mesh.data={data}"
+        counts = f"in 2 slices of {slices.count(0)}, {slices.count(1)}, and mesh.data={data}"
         assert counts in caplog.text

@@ -9,6 +9,7 @@ import logging
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from jax import process_count
 from jax.errors import JaxRuntimeError
 
+from zflora_jax.core.adapter_config import OF_BASE
 from zflora_jax.core.errors import CheckpointError, NonFiniteError, Preempted
 from zflora_jax.core.fields import ConfigError, override, require, to_dict
 from zflora_jax.core.model import Model
@@ -25,7 +27,7 @@ from zflora_jax.experiments.run_report import read_report
 from zflora_jax.experiments.train import train
 from zflora_jax.hf.load import load_model
 from zflora_jax.parallel.compile_cache import compile_cache
-from zflora_jax.parallel.sharding import make_mesh
+from zflora_jax.parallel.sharding import make_mesh, shard
 from zflora_jax.reporting.files import local_path, plain, write_result
 from zflora_jax.reporting.metrics import METRICS_FILE
 from zflora_jax.reporting.plots import training_curves
@@ -52,7 +54,7 @@ _REPORTED = ("params_trainable", "steps", "seconds", "first_step_seconds", "toge
 _ORIGIN = ("commit", "dirty", "date", "device", "cpu", "jax")
 
 
-# Runs that differ in these alone can be one program.
+# In one program runs can differ in these.
 _OWN = ("train/seed", "data/seed", "data/task", "optim/learning_rate")
 
 
@@ -72,10 +74,9 @@ def sweep(
         Settings are dotted: "adapter.rank".
       workdir: Directory of the runs.
       console: Whether the runs and their progress are shown.
-      together: How many runs to train at a time, in one program over one base. It takes memory for
-        the activations of all. Runs that share it have one bucket length and the same settings but
-        for seeds, learning rate and task; each is a run of its own, and equal to one that trains
-        by itself up to the order of sums.
+      together: How many runs to train at a time, in one program over one base: those of one bucket
+        length and the same settings but for seeds, learning rate and task. They train in threads,
+        which JAX's context managers around this call do not reach.
 
     Returns:
       A row per run, in the order of the grid: run (its name), the settings that the grid changes,
@@ -155,10 +156,7 @@ def run_grid(
     done, bases = dict[str, Row](), dict[Any, Model]()  # the last run's, by what it depends on
     with compile_cache(workdir / "compile_cache"):
         while left := [(name, changes) for name, changes in named if name not in done]:
-            parts = _parts(base, left, workdir, together)
-            if together > 1 and 1 < len(parts) == len(left):
-                log.warning("together=%d, but no two runs here can be one program", together)
-            for part in parts:
+            for part in _parts(base, left, workdir, together):
                 for name, _ in part:
                     say(f"run {names.index(name) + 1} of {len(named)}: {name}")
                 for name, changes, found in _outcomes(base, part, workdir, bases, console):
@@ -177,7 +175,7 @@ def run_grid(
 def _parts(
     base: RunConfig, left: Sequence[Named], workdir: Path, together: int
 ) -> list[list[Named]]:
-    """The runs that train at a time, as many as `together`, which are then of one program."""
+    """The runs that train at a time, as many as `together` of one program."""
     programs: dict[str, list[Named]] = {}
     for name, changes in left:
         program = _program(base, changes, workdir / name) if together > 1 else None
@@ -187,24 +185,23 @@ def _parts(
 
 
 def _program(base: RunConfig, changes: Mapping[str, Any], folder: Path) -> str | None:
-    """What runs that can be one program have in common; None for a run that cannot be in one, or
-    has nothing left to train.
-    """
+    """What runs of one program have in common; None for one that cannot share, or is finished."""
     try:
         run = override(base, changes)
-        if len(run.data.bucket_lengths) > 1 or _finished(run, folder):
+        own_base = run.adapter.init in OF_BASE  # without the adapter's first values
+        alone = own_base or run.train.profile or len(run.data.bucket_lengths) > 1
+        if alone or _finished(run, folder):
             return None
     except ConfigError:  # it will be the run's row
         return None
-    return repr({key: value for key, value in settings_of(run).items() if key not in _OWN})
+    shared = {key: value for key, value in settings_of(run).items() if key not in _OWN}
+    return repr((shared, run.data.task if run.train.steps is None else ""))  # steps of the epochs
 
 
 def _outcomes(
     base: RunConfig, part: Sequence[Named], workdir: Path, bases: dict[Any, Model], console: bool
 ) -> Iterator[tuple[str, dict[str, Any], Row]]:
-    """Trains the runs of a part; yields (name, changes, the rest of its row) of each, but for those
-    that another process trains.
-    """
+    """Yields (name, changes, the rest of its row) of the runs that no other process trains."""
     group = Group(len(part))
 
     def make(number: int) -> Row:
@@ -212,15 +209,18 @@ def _outcomes(
         run, folder, shown = override(base, changes), workdir / name, console and number == 0
         return _finished(run, folder) or _train(run, folder, bases, shown, group)
 
-    found = group.each([partial(make, number) for number in range(len(part))])
+    found, fault = group.each([partial(make, number) for number in range(len(part))]), None
     for (name, changes), outcome in zip(part, found, strict=True):
         if isinstance(outcome, BusyError):
             continue
         if isinstance(outcome, _FAILURES):
-            outcome = {"status": f"failed: {str(outcome) or type(outcome).__name__}"}
-        if isinstance(outcome, Exception):
-            raise outcome
-        yield name, changes, outcome
+            yield name, changes, {"status": f"failed: {str(outcome) or type(outcome).__name__}"}
+        elif isinstance(outcome, BaseException):
+            fault = fault or outcome
+        else:
+            yield name, changes, outcome
+    if fault is not None:
+        raise fault
 
 
 def _finished(run: RunConfig, folder: Path) -> Row | None:
@@ -232,9 +232,7 @@ def _finished(run: RunConfig, folder: Path) -> Row | None:
     return _row(run, report) if same else None
 
 
-def _train(
-    run: RunConfig, folder: Path, bases: dict[Any, Model], console: bool, group: Group
-) -> Row:
+def _train(run: RunConfig, folder: Path, bases: dict[Any, Model], console: bool, group: Any) -> Row:
     """Trains a run, or goes on with it, and returns its row."""
     if folder.is_dir():
         with locked(folder):  # raises BusyError before anything slow
@@ -242,12 +240,18 @@ def _train(
     key = run.model, run.train.dtype, run.quantize, run.mesh
     if key not in bases:
         bases.clear()  # before the next one needs its memory
-        mesh = make_mesh(run.mesh)
-        bases[key] = load_model(run.model, run.train.dtype, mesh=mesh, quantize=run.quantize)
+        bases[key] = _base(run)
     trained = train(run, folder, model=bases[key], console=console, group=group)
     if trained.signalled:
         raise Preempted(f"stopped by a signal; {folder} is saved, the same command goes on there.")
     return _row(run, trained.report)
+
+
+def _base(run: RunConfig) -> Model:
+    """The base of a run, placed as training places it, so that runs share its arrays."""
+    mesh = make_mesh(run.mesh)
+    model = load_model(run.model, run.train.dtype, mesh=mesh, quantize=run.quantize)
+    return replace(model, params=shard(model.params, mesh))
 
 
 def _row(run: RunConfig, report: Mapping[str, Any]) -> Row:

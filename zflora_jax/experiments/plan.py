@@ -199,6 +199,8 @@ def plan_table(plan: Mapping[str, Any]) -> dict[str, Any]:
         table["at published rates"] = (
             f"{1e3 * seconds:.3g} ms a step at least, bound by {'memory' if hbm else 'compute'};"
             f" all steps {timedelta(seconds=round(seconds * plan['steps']))} h at least"
+            + " (without links between devices)"
+            * (plan["devices"] > 1)
         )
     return table | {f"on a {kind}": text for kind, text in plan.get("widths", {}).items()}
 

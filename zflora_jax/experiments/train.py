@@ -92,7 +92,7 @@ def train(
       model: The run's base if it is loaded already, see `base.given_base`.
       resume: Refuse a `workdir` without a run.
       console: Show progress.
-      group: Take the steps in one program with the other runs of a `sweep`.
+      group: Of a `sweep` alone: the runs that take their steps in one program.
 
     Raises:
       ConfigError: Settings that cannot be used, or a `workdir` of another config or in use.

@@ -93,23 +93,25 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
 
 
 def arrange(config: MeshConfig, devices: Sequence[Any]) -> np.ndarray:
-    """The devices of a mesh as [data, fsdp, tensor]. TPU slices follow each other along data, so
-    that weights are gathered within a slice; a warning says where mesh.data does not allow that.
+    """The devices of a mesh as [data, fsdp, tensor]. Slices (of TPUs, say) follow each other along
+    data, so that weights are gathered within a slice; a warning says where mesh.data does not allow
+    that.
     """
     slices: dict[Any, list[Any]] = {}
     for device in devices:
         slices.setdefault(getattr(device, "slice_index", None), []).append(device)
     groups, shape = [*slices.values()], (config.data, config.fsdp, config.tensor)
     copies, rest = divmod(config.data, len(groups))
-    if rest or len({len(group) for group in groups}) > 1:
+    if not rest and len({len(group) for group in groups}) == 1:
+        return np.concatenate([_neighbours((copies, *shape[1:]), group) for group in groups])
+    if shape[1:] != (1, 1):
         log.warning(
-            "the devices are in %d TPU slices of %s, and mesh.data=%d puts no whole copies of the"
+            "the devices are in %d slices of %s, and mesh.data=%d puts no whole copies of the"
             " model in each: weights are gathered over the network between them. Use as many"
             " devices of each, and a multiple of their number for mesh.data",
             *(len(groups), ", ".join(str(len(group)) for group in groups), config.data),
         )
-        return np.asarray(devices).reshape(shape)
-    return np.concatenate([_neighbours((copies, *shape[1:]), group) for group in groups])
+    return np.asarray(devices).reshape(shape)
 
 
 def _neighbours(shape: tuple[int, ...], devices: Sequence[Any]) -> np.ndarray:
@@ -216,13 +218,6 @@ def specs(name: str, leaf: Any, mesh: Any, *, fused: bool = False) -> Any:
 def _warn(text: str) -> None:
     """Warns in the log, once per process."""
     log.warning("%s", text)
-
-
-def placement(
-    mesh: Mesh, name: str, shape: tuple[int, ...], *, fused: bool = False
-) -> NamedSharding:
-    """The sharding of a leaf of this name and shape on `mesh`; see `spec`."""
-    return NamedSharding(mesh, spec(name, shape, mesh, fused=fused))
 
 
 def _tree_specs(tree: Mapping[str, Any], mesh: Any, fused: bool) -> trees.Tree:

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 import jax
 
+from zflora_jax.core.errors import Preempted
 from zflora_jax.core.model_config import LlamaConfig
 from zflora_jax.core.run_config import RunConfig
 from zflora_jax.core.trees import Tree
@@ -35,40 +36,47 @@ class _Ask:
     batch: Batch
     made: Future[tuple[TrainState, Metrics]] = field(default_factory=Future)
 
+    @property
+    def program(self) -> Any:
+        """What steps have in common that one call makes."""
+        shapes = tuple((name, x.shape) for name, x in sorted(self.batch.items()))
+        return self.step.divided()[0], shapes, *map(id, jax.tree.leaves(self.params))
+
 
 class Group:
-    """Runs whose steps are made together, as long as they are of one program: settings may differ
-    in seeds, learning rate and rows. A run that ends, for whatever reason, leaves the others.
+    """Runs whose steps are made together, where they are of one program: seeds, learning rate and
+    rows may differ. A run that ends, for whatever reason, leaves the others.
     """
 
     def __init__(self, size: int):
-        self.size = size  # number of runs
-        self._left = size
+        self.size = self._left = size  # number of runs, and of those that have not ended
         self._asks: list[_Ask] = []
         self._turn = threading.Condition()  # held by the thread that works
 
-    def each(self, runs: Sequence[Callable[[], T]]) -> list[T | Exception]:
+    def each(self, runs: Sequence[Callable[[], T]]) -> list[T | BaseException]:
         """Calls `size` functions, which train with this group; returns their results or errors."""
-        found: list[Any] = [None] * len(runs)
+        found: list[Any] = [None] * self.size
 
         def call(number: int) -> None:
             with self._turn:
                 try:
                     found[number] = runs[number]()
-                except Exception as error:
+                except BaseException as error:
                     found[number] = error
                 self._left -= 1
-                self._make_if_all_ask()
+                self._turn.notify_all()
 
         if self.size == 1:
             call(0)
             return found
-        threads = [threading.Thread(target=call, args=(i,)) for i in range(len(runs))]
-        with StopSignals():  # the threads get none
+        threads = [threading.Thread(target=call, args=(i,)) for i in range(self.size)]
+        with StopSignals() as signals:  # the threads get none
             for thread in threads:
                 thread.start()
             for thread in threads:
                 thread.join()
+        if signals.asked and not any(isinstance(x, Preempted) for x in found):
+            raise Preempted("stopped by a signal; the same command goes on from there.")
         return found
 
     def step_of(self, run: RunConfig, config: LlamaConfig, state_sharding: Any = None) -> StepFn:
@@ -80,30 +88,30 @@ class Group:
         def step(params: Tree, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
             ask = _Ask(own, state_sharding, params, state, batch)
             self._asks.append(ask)
-            self._make_if_all_ask()
-            self._turn.wait_for(ask.made.done)
+            while not ask.made.done():
+                if len(self._asks) < self._left:
+                    self._turn.wait()
+                else:  # in a thread whose run trains: it has the runs' mesh
+                    self._make()
             return ask.made.result()
 
         return step
 
-    def _make_if_all_ask(self) -> None:
-        if len(self._asks) < self._left:
-            return
+    def _make(self) -> None:
+        """Makes the steps that all wait for."""
         asks, self._asks = self._asks, []
-        same: dict[Any, list[_Ask]] = {}
-        for ask in asks:
-            shapes = tuple((name, x.shape) for name, x in sorted(ask.batch.items()))
-            leaves = tuple(map(id, jax.tree.leaves(ask.params)))
-            same.setdefault((ask.step.divided()[0], shapes, leaves), []).append(ask)
-        for part in same.values():
-            steps, states, batches = zip(*((x.step, x.state, x.batch) for x in part), strict=True)
-            try:
-                where, base = part[0].state_sharding, part[0].params
-                made = make_steps(steps, where, base, states, batches)
-            except Exception as error:
-                for ask in part:
-                    ask.made.set_exception(error)
-            else:
+        try:
+            same: dict[Any, list[_Ask]] = {}
+            for ask in asks:
+                same.setdefault(ask.program, []).append(ask)
+            for part in same.values():
+                first, names = part[0], ("step", "state", "batch")
+                steps, states, batches = ([getattr(x, name) for x in part] for name in names)
+                made = make_steps(steps, first.state_sharding, first.params, states, batches)
                 for ask, one in zip(part, made, strict=True):
                     ask.made.set_result(one)
+        except BaseException as error:
+            for ask in asks:
+                if not ask.made.done():
+                    ask.made.set_exception(error)
         self._turn.notify_all()

@@ -85,9 +85,8 @@ class TrainStep:
         return cls(config, run.adapter, run.optim, run.steps, *how)
 
     def jitted(self, state_sharding: Any = None) -> StepFn:
-        """The step compiled; it donates `state`. Equal steps give the same function, so that runs
-        of one process compile it once. state_sharding: Where the new state lies
-        (`sharding.state_shardings`); None on one device.
+        """The step compiled; it donates `state`. Equal steps give one function, compiled once.
+        state_sharding: Where the new state lies (`state_shardings`); None on one device.
         """
         step = self if self.adapter.dropout else replace(self, seed=0)
         return _jitted(step, *_flat(state_sharding))
@@ -161,16 +160,11 @@ def step_of(run: RunConfig, config: LlamaConfig, state_sharding: Any = None) -> 
 
 
 def make_steps(
-    steps: Sequence[TrainStep],
-    state_sharding: Any,
-    params: Tree,
-    states: Sequence[TrainState],
-    batches: Sequence[Batch],
+    steps: Sequence[TrainStep], state_sharding: Any, params: Tree, states: Any, batches: Any
 ) -> list[tuple[TrainState, Metrics]]:
     """A step of each of several runs over one base, in one call: their adapters, optimizer states
-    and rows are stacked, so that a product with a base kernel is one for all. Donates `states`.
-
-    steps: Alike when `TrainStep.divided`. A single one is the program of a run by itself.
+    and rows are stacked, so that a product with a base kernel is one for all. Donates `states`, a
+    list as `batches` is. steps: Alike when `TrainStep.divided`; one is that of a run by itself.
     """
     if len(steps) == 1:
         return [steps[0].jitted(state_sharding)(params, states[0], batches[0])]
@@ -185,11 +179,9 @@ def _flat(tree: Any) -> tuple[Any, tuple[Any, ...]]:
     return form, tuple(leaves)
 
 
-@functools.lru_cache(maxsize=8)
+@functools.lru_cache(maxsize=16)
 def _jitted(step: TrainStep, form: Any, leaves: tuple[Any, ...], runs: int | None = None) -> Any:
-    """`step` compiled for one run, or for a number of `runs`; `form` and `leaves`: `_flat` of a
-    state's sharding.
-    """
+    """`step` for one run, or for `runs` of them. form, leaves: `_flat` of a state's sharding."""
 
     def train_step(params: Tree, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         return step(params, state, batch)
