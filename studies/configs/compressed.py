@@ -1,4 +1,4 @@
-"""What is left of a trained adapter when it is deployed on a compressed base.
+"""The loss and score that a trained adapter keeps when it is deployed on a compressed base.
 
   python -m studies.run compressed --workdir runs/compressed --set data.data_dir=DIR
 

@@ -117,10 +117,9 @@ def found_in(folder):
     """Run -> (adapters, losses, whether it is said to have trained with others), and its starts."""
     found = {}
     for path in sorted(folder.glob("*/report.json")):
-        lines = (path.parent / "metrics.jsonl").read_text().splitlines()
         together = {start["together"] for start in read_starts(path.parent)}
         assert together == {json.loads(path.read_text())["together"]}
-        losses = [json.loads(line)["loss"] for line in lines]
+        losses = [json.loads(x)["loss"] for x in open(path.parent / "metrics.jsonl")]
         found[path.parent.name] = zf.load_run(path.parent)[2], losses, together
     return found
 

@@ -1,4 +1,4 @@
-"""What a task is: how its rows become examples, and how answers are read and scored."""
+"""Tasks: how their rows become examples, and how answers are read and scored."""
 
 from __future__ import annotations
 

@@ -92,7 +92,7 @@ def train(
       model: The run's base if it is loaded already, see `base.given_base`.
       resume: Refuse a `workdir` without a run.
       console: Show progress.
-      group: Of a `sweep` alone: the runs that take their steps in one program.
+      group: The runs of a `sweep` that take their steps in one program; for `sweep` only.
 
     Raises:
       ConfigError: Settings that cannot be used, or a `workdir` of another config or in use.

@@ -1,4 +1,4 @@
-"""What the backward pass of a layer keeps, by name."""
+"""Names of the activations that the backward pass of a layer keeps."""
 
 from __future__ import annotations
 
