@@ -19,6 +19,7 @@ from zflora_jax.core import trees
 from zflora_jax.core.fields import override
 from zflora_jax.experiments.grid import run_grid, sweep
 from zflora_jax.parallel import distributed, sharding
+from zflora_jax.reporting.metrics import read_metrics
 from zflora_jax.training import group
 from zflora_jax.training.objective import CrossEntropy, DirectPreference
 from zflora_jax.training.trainer import TrainStep, init_state, make_steps
@@ -119,7 +120,7 @@ def found_in(folder):
     for path in sorted(folder.glob("*/report.json")):
         together = {start["together"] for start in read_starts(path.parent)}
         assert together == {json.loads(path.read_text())["together"]}
-        losses = [json.loads(x)["loss"] for x in open(path.parent / "metrics.jsonl")]
+        losses = [record["loss"] for record in read_metrics(path.parent / "metrics.jsonl")]
         found[path.parent.name] = zf.load_run(path.parent)[2], losses, together
     return found
 
