@@ -74,9 +74,8 @@ def sweep(
         Settings are dotted: "adapter.rank".
       workdir: Directory of the runs.
       console: Whether the runs and their progress are shown.
-      together: How many runs to train at a time, in one program over one base: those of one bucket
-        length and the same settings but for seeds, learning rate and task. They train in threads,
-        which JAX's context managers around this call do not reach.
+      together: How many runs of one bucket length, and of the same settings but for seeds, learning
+        rate and task, train at a time, in one program. JAX's context managers do not reach them.
 
     Returns:
       A row per run, in the order of the grid: run (its name), the settings that the grid changes,

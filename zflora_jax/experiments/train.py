@@ -275,7 +275,7 @@ def _train_steps(
             yield batch
 
     params, steps, hooks = setup.model.params, setup.run.steps, (RequireFinite(), *hooks)
-    return fit(step_fn, params, state, timed(), steps, hooks, place)
+    return fit(step_fn, params, state, timed(), steps, hooks, place, group.now)
 
 
 def _hooks(

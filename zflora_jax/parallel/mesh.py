@@ -20,8 +20,7 @@ log = logging.getLogger(__name__)
 
 def mesh_if_there(config: MeshConfig) -> Mesh | None:
     """The mesh that a run was trained on; None for one device and, with a warning, if there are
-    fewer devices. ConfigError if there are several processes, and the mesh does not use all of
-    their devices.
+    fewer devices. ConfigError if it does not use all devices of several processes.
     """
     need, have = config.devices, jax.device_count()
     if 1 < need <= have or jax.process_count() > 1:

@@ -93,9 +93,8 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
 
 
 def arrange(config: MeshConfig, devices: Sequence[Any]) -> np.ndarray:
-    """The devices of a mesh as [data, fsdp, tensor]. Slices (of TPUs, say) follow each other along
-    data, so that weights are gathered within a slice; a warning says where mesh.data does not allow
-    that.
+    """The devices of a mesh as [data, fsdp, tensor]. Slices follow each other along data, so that
+    weights are gathered within one; a warning says where mesh.data does not allow that.
     """
     slices: dict[Any, list[Any]] = {}
     for device in devices:

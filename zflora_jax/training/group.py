@@ -1,12 +1,11 @@
-"""Runs that train together: one program makes the steps of all over one frozen base.
-
-Each run keeps its loop, hooks and files, in a thread of its own. The threads take turns: one works
-until it asks for its next step, and when all have asked, one call makes the steps.
+"""Runs that train together: one program makes the steps of all over one frozen base. Each run has
+its loop, hooks and files in its own thread. One thread works at a time, until it asks for a step.
 """
 
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -44,13 +43,12 @@ class _Ask:
 
 
 class Group:
-    """Runs whose steps are made together, where they are of one program: seeds, learning rate and
-    rows may differ. A run that ends, for whatever reason, leaves the others.
-    """
+    """Runs of one program, but for seeds, learning rate and rows. Those that end leave the rest."""
 
     def __init__(self, size: int):
         self.size = self._left = size  # number of runs, and of those that have not ended
         self._asks: list[_Ask] = []
+        self._seen: dict[int, list[float]] = {}  # id of metrics -> when runs saw those of a call
         self._turn = threading.Condition()  # held by the thread that works
 
     def each(self, runs: Sequence[Callable[[], T]]) -> list[T | BaseException]:
@@ -97,9 +95,14 @@ class Group:
 
         return step
 
+    def now(self, metrics: Metrics) -> float:
+        """When a run first saw metrics of the same call: others have waited for their turn."""
+        (times := self._seen.pop(id(metrics), [])).append(time.perf_counter())
+        return times[0]
+
     def _make(self) -> None:
         """Makes the steps that all wait for."""
-        asks, self._asks = self._asks, []
+        asks, self._asks, times = self._asks, [], list[float]()
         try:
             same: dict[Any, list[_Ask]] = {}
             for ask in asks:
@@ -109,6 +112,7 @@ class Group:
                 steps, states, batches = ([getattr(x, name) for x in part] for name in names)
                 made = make_steps(steps, first.state_sharding, first.params, states, batches)
                 for ask, one in zip(part, made, strict=True):
+                    self._seen[id(one[1])] = times
                     ask.made.set_result(one)
         except BaseException as error:
             for ask in asks:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -56,6 +57,7 @@ def fit(
     steps: int,
     hooks: Sequence[Hook] = (),
     place: Callable[[Mapping[str, Any]], Batch] = lambda batch: batch,
+    now: Callable[[Metrics], float] = lambda metrics: time.perf_counter(),
 ) -> TrainState:
     """Trains from `state` until `steps` steps are finished, or a hook stops.
 
@@ -70,24 +72,25 @@ def fit(
       steps: Number of finished steps to reach, those before `state` included.
       hooks: Called in this order.
       place: Puts a batch on the devices.
+      now: The time at which metrics were there, called when they are.
 
     Returns:
       The state after the last step; state.step is below `steps` if a hook stopped.
     """
-    pending, clock = None, time.perf_counter()
+    pending, clock, report = None, time.perf_counter(), partial(_report, hooks, now)
     for step in range(int(state.step) + 1, steps + 1):
         batch = next(batches)
         for hook in hooks:
             hook.on_batch(step, batch)
         state, metrics = step_fn(params, state, place(batch))
         if pending is not None:
-            clock = _report(hooks, *pending, clock)
+            clock = report(*pending, clock)
         pending = step, metrics
         # Not any(generator): with several processes every hook asks the others at every step.
         stopping = any([hook.should_stop(step) for hook in hooks]) and step < steps
         due = [hook for hook in hooks if hook.is_due(step, stopping)]
         if due or stopping:
-            clock, pending = _report(hooks, *pending, clock), None
+            clock, pending = report(*pending, clock), None
         results: dict[str, Any] = {}
         for hook in due:
             hook.on_state(step, state, results)
@@ -95,14 +98,14 @@ def fit(
             return state
         clock = time.perf_counter() if due else clock
     if pending is not None:
-        _report(hooks, *pending, clock)
+        report(*pending, clock)
     return state
 
 
-def _report(hooks: Sequence[Hook], step: int, arrays: Metrics, clock: float) -> float:
+def _report(hooks: Any, now: Any, step: int, arrays: Metrics, clock: float) -> float:
     """Gives the metrics of `step` to the hooks. Returns when they were there: the next `clock`."""
     metrics = {name: float(value) for name, value in jax.device_get(arrays).items()}
-    now = time.perf_counter()
+    there = now(arrays)
     for hook in hooks:
-        hook.on_metrics(step, metrics, max(now - clock, 1e-9))
-    return now
+        hook.on_metrics(step, metrics, max(there - clock, 1e-9))
+    return there

@@ -85,16 +85,14 @@ class TrainStep:
         return cls(config, run.adapter, run.optim, run.steps, *how)
 
     def jitted(self, state_sharding: Any = None) -> StepFn:
-        """The step compiled; it donates `state`. Equal steps give one function, compiled once.
-        state_sharding: Where the new state lies (`state_shardings`); None on one device.
+        """The step compiled, once for equal ones; it donates `state`. state_sharding: Where the new
+        state lies (`sharding.state_shardings`); None on one device.
         """
         step = self if self.adapter.dropout else replace(self, seed=0)
         return _jitted(step, *_flat(state_sharding))
 
     def divided(self) -> tuple[TrainStep, Own]:
-        """The step with the learning rate 1 and the seed 0, and its own ones. Every optimizer's
-        update is in proportion to the learning rate.
-        """
+        """The step with rate 1 and seed 0, and its own ones. Updates are in proportion to rates."""
         own = np.float32(self.optim.learning_rate), np.uint32(self.seed)
         return replace(self, optim=replace(self.optim, learning_rate=1.0), seed=0), own
 
@@ -187,10 +185,8 @@ def _jitted(step: TrainStep, form: Any, leaves: tuple[Any, ...], runs: int | Non
         return step(params, state, batch)
 
     def train_steps(params: Tree, states: Any, batches: Any, own: Any) -> Any:
-        def stack(*leaves: Array) -> Array:
-            return jnp.stack(leaves)
-
-        stacked = [jax.tree.map(stack, *trees) for trees in (states, batches, own)]
+        every = (states, batches, own)
+        stacked = [jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees) for trees in every]
         made = jax.vmap(step, in_axes=(None, 0, 0, 0))(params, *stacked)
         leaves, form = jax.tree.flatten(made)
         return [jax.tree.unflatten(form, own) for own in zip(*leaves, strict=True)]
