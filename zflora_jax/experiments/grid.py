@@ -143,7 +143,7 @@ def run_grid(
     base: RunConfig, grid: Settings, workdir: str | Path, *, console: bool = True, together: int = 1
 ) -> list[Row]:
     """`sweep` as plain rows, without pandas."""
-    require(together >= 1, f"together={together}: give the number of runs that train at a time.")
+    require(together >= 1, f"together={together}: must be at least 1, runs that train at a time.")
     require(
         process_count() == 1,
         f"a sweep runs in one process, and JAX has joined {process_count()} here: train its runs"
@@ -184,7 +184,7 @@ def _parts(
 
 
 def _program(base: RunConfig, changes: Mapping[str, Any], folder: Path) -> str | None:
-    """What runs of one program have in common; None for one that cannot share, or is finished."""
+    """Returns a key, equal for runs that can share a program; None if a run cannot, or is done."""
     try:
         run = override(base, changes)
         own_base = run.adapter.init in OF_BASE  # without the adapter's first values

@@ -37,7 +37,7 @@ class _Ask:
 
     @property
     def program(self) -> Any:
-        """What steps have in common that one call makes."""
+        """Returns a key, equal for steps that one call can make."""
         shapes = tuple((name, x.shape) for name, x in sorted(self.batch.items()))
         return self.step.divided()[0], shapes, *map(id, jax.tree.leaves(self.params))
 

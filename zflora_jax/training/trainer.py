@@ -92,7 +92,7 @@ class TrainStep:
         return _jitted(step, *_flat(state_sharding))
 
     def divided(self) -> tuple[TrainStep, Own]:
-        """The step with rate 1 and seed 0, and its own ones. Updates are in proportion to rates."""
+        """Returns the step at rate 1 and seed 0, with its own ones. Updates scale with rates."""
         own = np.float32(self.optim.learning_rate), np.uint32(self.seed)
         return replace(self, optim=replace(self.optim, learning_rate=1.0), seed=0), own
 
