@@ -79,8 +79,8 @@ class Tasks:
             for part in held:
                 if part.tensor not in slices.rows:
                     raise SlicesError(
-                        f"the slices have no {part.tensor}: models that store kernels joined, as"
-                        " Phi-3 does, are not switched."
+                        f"the slices have no {part.tensor}: models that store kernels joined are"
+                        " not switched."
                     )
                 found += [(weight, write) for write in writes(slices, part)]
                 seen.add(part.tensor)

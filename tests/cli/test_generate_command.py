@@ -16,10 +16,9 @@ from support.tasks import write
 from zflora_jax import AdapterConfig, NonFiniteError, fuse, generate, load_model, save_hf, save_peft
 from zflora_jax.adapters.init import init_adapters
 from zflora_jax.cli.main import main
-from zflora_jax.data.prompts import render, render_turns
+from zflora_jax.data.prompts import render
 from zflora_jax.experiments.restore import load_fused
 from zflora_jax.inference import text
-from zflora_jax.training.workdir import read_config
 
 
 @pytest.fixture
@@ -35,7 +34,7 @@ def said(capsys: pytest.CaptureFixture[str]) -> Any:
     return run
 
 
-def test_one_prompt_and_a_file(trained_dir, said, tmp_path, monkeypatch):
+def test_one_prompt_and_a_file(trained_dir, said, tmp_path):
     run = ("--workdir", trained_dir)
     one = said(*run, "--prompt", "2 + 2?")
     (tmp_path / "prompts.txt").write_text("2 + 2?\n\n3 + 3?\n")
@@ -43,14 +42,6 @@ def test_one_prompt_and_a_file(trained_dir, said, tmp_path, monkeypatch):
     assert [json.loads(line)["prompt"] for line in lines] == ["2 + 2?", "3 + 3?"]
     assert json.loads(lines[0])["output"] + "\n" == one
     assert said(*run, "--prompt", "2 + 2?", "--plain") != one
-    given, encoded = [], text.encode_prompt_texts
-    monkeypatch.setattr(
-        text, "encode_prompt_texts", lambda *a: (given.append(a[1]), encoded(*a))[1]
-    )
-    turns = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "2 + 2?"}]
-    said(*run, "--prompt", turns[1]["content"], "--system", turns[0]["content"])
-    tokenizer, date = load_fused(trained_dir)[0].tokenizer, read_config(trained_dir).data.date
-    assert given == [[render_turns(tokenizer, turns, date)]]
 
 
 def test_every_line_of_a_file_is_one_prompt_whole_and_without_a_byte_order_mark(
@@ -98,8 +89,6 @@ def test_a_lora_is_fused_unless_the_model_is_widened_already(base_dir, said, ref
         (["--file", "nowhere.txt"], "--file nowhere.txt does not exist; give a text file"),
         (["--file", "."], "--file . is a directory; give a text file"),
         (["--prompt", "a", "--top-k", "5"], "need a temperature above 0"),
-        (["--prompt", "a", "--plain", "--system", "b"], "--system needs the style 'chat'"),
-        (["--file", "-", "--system", "b"], "--system goes with --prompt, not with --file"),
         (["--prompt", "a", "--checkpoint", "best"], "--checkpoint chooses a saved step of a run"),
         (["--prompt", "a", "--adapter", "nowhere"], "no PEFT directory"),
         (["--prompt", "a", "--max-new-tokens", "0"], "max_new_tokens=0"),
@@ -133,8 +122,6 @@ def test_a_run_is_asked_as_it_was_trained(style, config_file, trained_dir, said,
     (tmp_path / "lines.txt").write_text(f"{prompt}\n")
     lines = said(*run, "--file", tmp_path / "lines.txt")
     assert json.loads(lines) == {"prompt": prompt, "output": want}
-    wrong = ["--prompt", "a", "--system", "b"]
-    assert f"the style '{style}' (that of the run)" in refused("generate", *run, *wrong)
 
 
 # --- errors and signals ---------------------------------------------------------------------------

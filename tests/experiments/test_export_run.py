@@ -45,7 +45,7 @@ def test_a_run_is_exported_with_its_data_and_without(trained, tmp_path, caplog):
         report = export_run(workdir, tmp_path / "without")
     finally:
         data.with_name("moved").rename(data)
-    assert report["gap_prompts"] == "4 built-in texts"
+    assert report["gap_prompts"] == "3 built-in texts"
     assert report["max_abs_dlogit"] <= 1e-5 * report["logit_scale"]
     text = "the export is compared on built-in texts, as the run's held-out rows give no prompts"
     assert text in caplog.text

@@ -130,7 +130,7 @@ def test_a_run_that_does_not_fit_comes_with_changes_that_reduce_it() -> None:
     table = plan_table(plan)
     assert table["the run"].startswith("does not fit in 9.")
     assert "or --set data.grad_accum_steps=2" in table
-    for settings in ({"data.grad_accum_steps": 2}, {"train.remat": "block"}, {"mesh.fsdp": 2}):
+    for settings in ({"data.grad_accum_steps": 2}, {"train.remat": "block"}):
         assert settings in plan["changes"].values()
         found, _ = compile_step(override(run, settings), SMALL)
         assert found["bytes"]["total"] < total, settings

@@ -240,11 +240,11 @@ def test_pickled_weights_and_absurd_configs_are_refused(copy: Path) -> None:
 
 @pytest.mark.parametrize("scan_layers", [True, False])
 @pytest.mark.parametrize(
-    ("family", "method"), [("phi3", None), ("llama", None), ("llama", "zflora-uniform")]
+    ("family", "method"), [("qwen2", None), ("llama", None), ("llama", "zflora-uniform")]
 )
 def test_a_sharded_load(scan_layers: bool, family: str, method: str | None, tmp_path: Path) -> None:
     """Also of an export, whose stock form pads and reorders."""
-    settings = {"num_kv_heads": 4, "vocab_size": 264, "tie_word_embeddings": family == "phi3"}
+    settings = {"num_kv_heads": 4, "vocab_size": 264, "tie_word_embeddings": family == "qwen2"}
     base = tiny_family(family, **settings)
     model = base if method is None else fused_model(base, AdapterConfig(method, rank=8))
     save_hf(tmp_path / "model", model)
@@ -317,7 +317,7 @@ def test_config_round_trip_and_both_spellings() -> None:
 
 def test_stop_tokens_come_from_generation_config() -> None:
     config = hf_config(eos_token_id=7, bos_token_id=None)
-    # SmolLM3's pretraining was split in two; Phi-3 names a copy of the stock class
+    # SmolLM3's pretraining was split in two; some files name a copy of the stock class
     harmless = {"pretraining_tp": 2, "auto_map": {"AutoModelForCausalLM": "x.LlamaForCausalLM"}}
     harmless |= {"tie_word_embeddings": None}
     assert from_hf_config(config | harmless) == from_hf_config(config)

@@ -25,7 +25,9 @@ from zflora_jax.inference.program import DecodeProgram
 NEW = 64
 
 
+OF_LORA = [{"use_dora": True}, {"layers_to_transform": (1,)}]
 BESIDE = [a for a in CASES if a.method != "full"]
+BESIDE += [AdapterConfig("lora", rank=4, **more) for more in OF_LORA]
 
 
 @pytest.mark.parametrize("adapter", always(BESIDE, UNIFORM.__eq__), ids=case_id)

@@ -8,7 +8,7 @@ from support.byte_tokenizer import byte_tokenizer
 from support.checks import assert_trees_equal
 from support.runs import quiet_train, saved_base, small_run
 
-from zflora_jax import ConfigError, DataConfig, RunConfig, evaluate, generate, load_base, override
+from zflora_jax import ConfigError, DataConfig, RunConfig, evaluate, override
 from zflora_jax.cli.main import main
 from zflora_jax.core.errors import Preempted
 from zflora_jax.data import dates
@@ -175,12 +175,3 @@ def test_evaluation_and_generation_see_the_prompts_of_training(run, tmp_path, mo
     (tmp_path / "prompts.txt").write_text("Hi\n")
     assert main([*words, "--file", str(tmp_path / "prompts.txt")]) == 0
     assert given and all("31 Jan 2026" in text for text in given)
-
-
-def test_a_model_is_evaluated_today_and_that_is_recorded(run, tmp_path, clock):
-    day = clock(2026, 3, 4)
-    model, few = load_base(run), override(run, {"eval.generate": False, "eval.limit": 1})
-    evaluate(few, model, out=tmp_path / "out", console=False)
-    assert json.loads((tmp_path / "out.json").read_text())["config"]["data"]["date"] == day
-    asked = {"chat": True, "max_new_tokens": 2}
-    assert generate(model, ["Hi"], **asked) == generate(model, ["Hi"], **asked, date=day)

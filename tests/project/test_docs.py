@@ -27,7 +27,7 @@ PAGES = {
     for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 }
 # Only parsed here: they take too long even on a tiny model, or need a bucket or several processes.
-PARSED_ONLY = ("zflora bench", "zflora push", "zflora sweep", "s3://", "--distributed", "--target")
+PARSED_ONLY = ("zflora bench", "zflora sweep", "s3://", "--distributed", "--target", "--step")
 MORE_RUNS = ("runs/b ", "runs/accelerator ", "runs/q ")  # other settings alone: in `make soak`
 CONFIG = """
 import dataclasses

@@ -1,9 +1,7 @@
 """The routes and the gate of tasks, as ASGI, before an engine that is none."""
 
 import asyncio
-import http.server
 import json
-import threading
 import types
 from functools import partial
 
@@ -15,7 +13,6 @@ from support.models import tiny_model
 from support.serving import Rank, save_tasks, weights
 
 import zflora_jax as zf
-from zflora_jax.cli.main import main
 from zflora_vllm.server import Plugin
 
 
@@ -233,41 +230,3 @@ def test_tasks_are_loaded_and_unloaded_from_one_folder(engine, folder, monkeypat
     with pytest.raises(ZeroDivisionError):
         asyncio.run(engine.ask("PUT", "/v1/zflora/slices/c", path.read_bytes()))
     assert not [*folder.glob("c.*"), *folder.glob("*.part")]
-
-
-def test_push_sends_slices_to_a_server(engine, folder, tmp_path, capsys):
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def answer(self):
-            data = self.rfile.read(int(self.headers.get("content-length") or 0))
-            status, said = asyncio.run(engine.ask(self.command, self.path, data))
-            self.send_response(status)
-            self.end_headers()
-            self.wfile.write(json.dumps(said).encode())
-
-        do_GET = do_PUT = do_POST = answer
-
-        def log_message(self, *_):
-            pass
-
-    server = http.server.HTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    url = f"http://127.0.0.1:{server.server_port}"
-    try:
-        for task in "ab":  # the second replaces it
-            words = ["push", str(folder / f"{task}.safetensors"), "--server", url, "--task", "new"]
-            assert main(words) == 0 and "use model NAME:new" in capsys.readouterr().out
-            asyncio.run(engine.ask("POST", "/v1/zflora/use", {"task": "new"}))
-            assert engine.task == task
-        (tmp_path / "x.safetensors").write_bytes(b"x")
-        assert main(["push", str(tmp_path / "x.safetensors"), "--server", url]) == 2
-        assert "x.safetensors holds no slices" in capsys.readouterr().err
-        assert main([*words[:-1], "no name"]) == 2
-        assert "is no name of a task" in capsys.readouterr().err
-    finally:
-        server.shutdown()
-        server.server_close()
-    assert main(["push", str(folder / "a.safetensors"), "--server", url]) == 2
-    assert "cannot be asked" in capsys.readouterr().err
-    for words, said in ((["localhost:1"], "http://"), (["http://x", "--task", "../x"], "no '/'")):
-        assert main(["push", str(folder / "a.safetensors"), "--server", *words]) == 2
-        assert said in capsys.readouterr().err

@@ -59,7 +59,6 @@ def add_options(parser: CommandParser) -> None:
     prompts.add_argument("--file", metavar="FILE", help=text)
     text = "continue the text as it is, without the tokenizer's chat template"
     parser.add_argument("--plain", action="store_true", help=text)
-    parser.option("--system", "TEXT", "the system's turn before --prompt")
     for name, kind, default, metavar, text in _SAMPLING:
         parser.option(name, metavar, text, kind, default=default)
     add_mesh(parser)
@@ -68,6 +67,7 @@ def add_options(parser: CommandParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     from zflora_jax.data.dates import today
+    from zflora_jax.data.prompts import render
     from zflora_jax.inference.generation_config import GenerationConfig, Sampler
     from zflora_jax.inference.text import generate, stop_ids
     from zflora_jax.parallel.compile_cache import compile_cache
@@ -86,7 +86,7 @@ def run(args: argparse.Namespace) -> None:
             stack.enter_context(compile_cache(as_path(args.workdir) / "compile_cache"))
         model = _model_of(args, run)
         prompts = [args.prompt] if lines is None else [line for _, line in lines]
-        texts = [_written(model, style, prompt, date, args.system) for prompt in prompts]
+        texts = [render(model.tokenizer, style, prompt, date=date) for prompt in prompts]
         if style == "chat":
             config = config.stopping_at(stop_ids(model, style))
         if lines is not None:
@@ -109,29 +109,10 @@ def _style(args: argparse.Namespace) -> str:
     )
     of_run = "--checkpoint chooses a saved step of a run: give its --workdir."
     require(not args.checkpoint or bool(args.workdir), of_run)
-    require(
-        args.system is None or args.file is None,
-        "--system goes with --prompt, not with --file.",
-    )
     if args.workdir and not args.plain:
         texts = any(start.get("plain_texts") for start in read_starts(args.workdir)[-1:])
         style = "plain" if texts else read_config(args.workdir).data.prompt_style
-    require(
-        style == "chat" or args.system is None,
-        "--system needs the style 'chat', and prompts are written in the style"
-        f" {style!r} ({'--plain' if args.plain else 'that of the run'}): leave it out.",
-    )
     return style
-
-
-def _written(model: Model, style: str, prompt: str, date: str, system: str | None) -> str:
-    """The text that the model is given for a prompt."""
-    from zflora_jax.data.prompts import render, render_turns
-
-    if system is None:
-        return render(model.tokenizer, style, prompt, date=date)
-    turns = [{"role": "system", "content": system}, {"role": "user", "content": prompt}]
-    return str(render_turns(model.tokenizer, turns, date))
 
 
 def _lines(file: str | None) -> list[tuple[int, str]] | None:

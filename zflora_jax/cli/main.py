@@ -18,7 +18,6 @@ from zflora_jax.cli import (
     generate,
     init,
     plan,
-    push,
     quickstart,
     sweep,
     train,
@@ -31,7 +30,7 @@ from zflora_jax.core.storage import as_path, is_store_error
 from zflora_jax.reporting.files import local_path
 
 # Each is named after its module, which has SUMMARY, add_options(parser) and run(args).
-COMMANDS = (train, eval, generate, data, export, push, plan, sweep, bench, quickstart, init)
+COMMANDS = (train, eval, generate, data, export, plan, sweep, bench, quickstart, init)
 LOCAL_ONLY = (data, init, sweep, bench, quickstart)  # their outputs are local files
 EXIT_BAD_INPUT, EXIT_NON_FINITE, EXIT_STOPPED = 2, 3, 75  # 75: sysexits' EX_TEMPFAIL, "try again"
 EXIT_INTERRUPTED = 128 + signal.SIGINT

@@ -26,13 +26,16 @@ def add_options(parser: CommandParser) -> None:
         " (default: this machine's CPU, as many virtual devices as the mesh has)",
     )
     parser.option("--out", "FILE", "write the plan as JSON too")
+    text = "write the compiled train step, which `zflora train --step FILE` takes on that device"
+    parser.option("--save", "FILE", text)
     add_settings(parser)
 
 
 def run(args: argparse.Namespace) -> None:
     config = run_config(args)
-    if args.out:
-        output_path(args.out, "--out")
+    for name in ("out", "save"):
+        if getattr(args, name):
+            output_path(getattr(args, name), f"--{name}")
     require(
         args.target is None or args.memory is None,
         "--target has a memory of its own: leave out --memory.",
@@ -49,7 +52,9 @@ def run(args: argparse.Namespace) -> None:
     from zflora_jax.reporting.provenance import environment
 
     where = target(args.target) if args.target is not None else None
-    plan = memory_plan(config, model_config(config.model), where, args.memory)
+    plan = memory_plan(config, model_config(config.model), where, args.memory, args.save)
     print_table(plan_table(plan), f"{args.config}: {config.model}, {config.adapter.method}")
+    if args.save:
+        print(f"the compiled step is in {args.save}")
     if args.out:
         write_json(args.out, plan | {"config": to_dict(config), "environment": environment()})

@@ -25,6 +25,8 @@ def add_options(parser: CommandParser) -> None:
     parser.option("--workdir", "DIR", text, required=True)
     text = "go on with the run in the workdir, or fail if there is none; --config may be left out"
     parser.add_argument("--resume", action="store_true", help=text)
+    text = "file of `zflora plan --save`, so that nothing is compiled here; it is run, so trust it"
+    parser.option("--step", "FILE", text)
     add_processes(parser)
     add_settings(parser)
 
@@ -40,6 +42,7 @@ def run(args: argparse.Namespace) -> None:
     )
     there = None if args.config else read_config(args.workdir)
     config = run_config(args) if there is None else override(there, changes(args))
-    report = train(config, args.workdir, resume=args.resume, console=main).report
+    how = {"resume": args.resume, "console": main, "compiled": args.step}
+    report = train(config, args.workdir, **how).report
     if main:
         print_table(report, f"trained in {args.workdir}")

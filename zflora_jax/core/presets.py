@@ -84,16 +84,6 @@ _ROWS: dict[str, dict[str, Any]] = {
     | {"vocab_size": 32000, "rope_theta": 10000.0, "sliding_window": 4096}
     | _widths(4096, 14336, 32, 32, 8, 128),
     "mistral-7b-v0.3": _MISTRAL | _widths(4096, 14336, 32, 32, 8, 128),
-    "phi-3-mini-4k": {
-        "family": "phi3",
-        "vocab_size": 32064,
-        "max_position_embeddings": 4096,
-        "sliding_window": 2047,
-        "bos_token_id": 1,
-        "eos_token_ids": (32000, 32001, 32007),
-        "pad_token_id": 32000,
-    }
-    | _widths(3072, 8192, 32, 32, 32, 96),
     "qwen2.5-0.5b": _QWEN25 | _widths(896, 4864, 24, 14, 2, 64),
     "qwen2.5-1.5b": _QWEN25 | _widths(1536, 8960, 28, 12, 2, 128),
     "qwen2.5-3b": _QWEN25 | _widths(2048, 11008, 36, 16, 2, 128),

@@ -30,8 +30,6 @@ TEXTS = (
     "The capital of France is Paris, and the capital of Italy is Rome.",
     "A baker has 24 boxes with 13 cakes each and sells 57 of them. How many are left?",
     "def add(a, b):\n    return a + b\n",
-    "Question: which of these is a liquid at room temperature?"
-    "\nA. iron\nB. water\nC. salt\nAnswer: B",
 )
 ROWS = 8
 

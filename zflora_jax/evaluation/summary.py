@@ -13,11 +13,8 @@ from zflora_jax.reporting.tables import markdown_table
 _LEGENDS = {
     "accuracy": "accuracy: the generated answer by this project's parser.",
     "likelihood_sum": (
-        "likelihood_sum, likelihood_norm: the likeliest option by the sum of its tokens'"
-        " log-probabilities, or by that sum over its characters; in cloze form what"
-        " lm-evaluation-harness calls acc and acc_norm. In LLM-Adapters' form an option is a whole"
-        ' answer with its label ("the correct answer is answer2"): the options of a question are'
-        " equally long, and the two scores equal, but for boolq's true and false."
+        "likelihood_sum, likelihood_norm: the likeliest option by its log-probability, or by that"
+        " over its characters (acc and acc_norm of lm-evaluation-harness, in cloze form)."
     ),
     "rougeL": "rouge1, rouge2, rougeL, rougeLsum: the F-measure of the best reference.",
 }

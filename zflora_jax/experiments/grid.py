@@ -30,7 +30,7 @@ from zflora_jax.parallel.compile_cache import compile_cache
 from zflora_jax.parallel.sharding import make_mesh, shard
 from zflora_jax.reporting.files import local_path, plain, write_result
 from zflora_jax.reporting.metrics import METRICS_FILE
-from zflora_jax.reporting.plots import training_curves
+from zflora_jax.reporting.plots import loss_curves
 from zflora_jax.reporting.provenance import environment, origin_line
 from zflora_jax.reporting.tables import markdown_table
 from zflora_jax.training.group import Group
@@ -167,7 +167,7 @@ def run_grid(
                 time.sleep(POLL)
     curves = {n: path for n in names if (path := workdir / n / METRICS_FILE).is_file()}
     with contextlib.suppress(ValueError):  # no run came to its first number
-        training_curves(curves, workdir / "curves", f"{workdir.resolve().name}: {len(curves)} runs")
+        loss_curves(curves, workdir / "curves", f"{workdir.resolve().name}: {len(curves)} runs")
     return rows
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -22,7 +23,8 @@ from zflora_jax.core.fields import first_line, require
 from zflora_jax.core.model_config import LlamaConfig
 from zflora_jax.core.run_config import RunConfig
 from zflora_jax.experiments.roofline import roofline
-from zflora_jax.experiments.step_shapes import step_arguments, stored_bytes
+from zflora_jax.experiments.saved_step import each_length, save_steps
+from zflora_jax.experiments.step_shapes import program_bytes, step_arguments, stored_bytes
 from zflora_jax.ops.attention import attention_choice
 from zflora_jax.ops.attention_mask import AttentionMask
 from zflora_jax.parallel.compile_cache import no_compile_cache
@@ -37,6 +39,7 @@ def memory_plan(
     config: LlamaConfig,
     where: Target | None = None,
     memory_gib: float | None = None,
+    save: str | Path | None = None,
 ) -> dict[str, Any]:
     """Plans a run, for the longest of data.bucket_lengths.
 
@@ -45,16 +48,15 @@ def memory_plan(
       config: The base model's config.
       where: The devices to compile for, which may be absent; None: this process's.
       memory_gib: Memory of one device, in GiB; None: the target's.
+      save: File for the compiled steps, which `train` takes; None: no file.
 
     Returns:
-      Counts; "stored", see `stored_bytes`; "compiled", see `compile_step`; "widths", see
-      `adapters.widths.width_advice`. For a target "roofline", see `roofline.roofline`. If the
-      memory of a device is known also "memory_bytes", "fits" and, if it does not fit, "changes":
-      text and settings of changes that reduce the memory.
+      Counts; "stored" of `stored_bytes`; "compiled" of `compile_step`; "widths" of `width_advice`;
+      for a target "roofline". If the memory of a device is known also "memory_bytes", "fits" and,
+      if it does not fit, "changes" that reduce the memory: text -> settings.
 
     Raises:
-      ConfigError: The mesh does not divide the model, there are too few devices, or the target's
-        compiler is not installed.
+      ConfigError: The mesh does not fit the model or the devices, or a compiler is missing.
     """
     rows, length = run.data.batch_size, run.data.bucket_lengths[-1]
     require(
@@ -66,9 +68,10 @@ def memory_plan(
         memory_gib is None or 0 < memory_gib <= 8192,
         f"memory={memory_gib}: must be positive and at most 8192, in GiB per device.",
     )
-    limit = where.chip.memory if where else None
-    limit = limit if memory_gib is None else int(memory_gib * GIB)
-    compiled, _ = compile_step(run, config, where)
+    limit = int(memory_gib * GIB) if memory_gib else where.chip.memory if where else None
+    compiled, step = compile_step(run, config, where)
+    if save is not None:
+        _save(save, run, config, where, step)
     result: dict[str, Any] = {
         "devices": run.mesh.devices,
         "params_base": count_base(config),
@@ -80,16 +83,16 @@ def memory_plan(
         "stored": stored_bytes(run, config),
         "compiled": compiled,
     }
-    advice = width_advice(config, run.adapter)
     kind = {"cuda": "gpu", "tpu": "tpu"}[where.platform] if where else None
-    if advice := {name: text for name, text in advice.items() if kind in (None, name)}:
+    every = width_advice(config, run.adapter).items()
+    if advice := {name: text for name, text in every if kind in (None, name)}:
         result["widths"] = advice
     if where:
         result["roofline"] = roofline(run, config, where.chip)
     if limit is not None:
         fits = "bytes" in compiled and compiled["bytes"]["total"] <= limit
-        result |= {"memory_bytes": limit, "fits": fits}
-        result |= {} if fits else {"changes": dict(_changes(run))}
+        more = {} if fits else {"changes": dict(_changes(run))}
+        return result | {"memory_bytes": limit, "fits": fits} | more
     return result
 
 
@@ -103,17 +106,15 @@ def compile_step(
 
     Returns:
       ({"target"; "devices", how many there are; "attention", the kernel and why it is no flash
-      kernel; "bytes" per device as the compiler plans them: arguments (base, adapters, moments,
-      batch), outputs that do not share an argument's memory, temporaries, and their total; or
+      kernel; "bytes", see `program_bytes`, with base, adapters, moments and batch as arguments; or
       "refused", what a TPU's compiler says of a program that does not fit}, the compiled step, None
       if it is refused).
     """
-    devices = where.devices() if where else jax.devices()
-    mesh = make_mesh(run.mesh, devices[: run.mesh.devices])
+    mesh = _mesh(run, where)
     kernel, reason = step_attention(run, config, mesh)
     found = {
         "target": where.name if where else jax.default_backend(),
-        "devices": len(devices),
+        "devices": len(where.devices() if where else jax.devices()),
         "attention": {"kernel": kernel, "reason": reason},
     }
     try:
@@ -123,13 +124,28 @@ def compile_step(
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         return found | {"refused": first_line(error)}, None
-    memory = step.memory_analysis()
-    sizes = {
-        "arguments": int(memory.argument_size_in_bytes),
-        "outputs": int(memory.output_size_in_bytes - memory.alias_size_in_bytes),
-        "temporaries": int(memory.temp_size_in_bytes),
-    }
-    return found | {"bytes": sizes | {"total": sum(sizes.values())}}, step
+    return found | {"bytes": program_bytes(step)}, step
+
+
+def _mesh(run: RunConfig, where: Target | None) -> Mesh:
+    devices = where.devices() if where else jax.devices()
+    return make_mesh(run.mesh, devices[: run.mesh.devices])
+
+
+def _save(
+    path: str | Path, run: RunConfig, config: LlamaConfig, where: Target | None, longest: Any
+) -> None:
+    """Writes the compiled steps of all lengths, of which the longest is compiled already."""
+    steps: dict[int, tuple[Any, Any]] = {}
+    for length, one in each_length(run):
+        last = length == run.data.bucket_lengths[-1]
+        step = longest if last else compile_step(one, config, where)[1]
+        require(
+            step is not None,
+            f"{path} is not written: the compiler refuses the step for rows of {length} tokens.",
+        )
+        steps[length] = lowered_step(one, config, mesh := _mesh(run, where)), step
+    save_steps(path, run, mesh, steps)
 
 
 def lowered_step(run: RunConfig, config: LlamaConfig, mesh: Mesh) -> Any:
@@ -168,8 +184,6 @@ def _changes(run: RunConfig) -> Iterator[tuple[str, dict[str, Any]]]:
         yield "an adapter instead of all parameters", {"adapter.method": "zflora-minimal"}
     elif not run.quantize.active:
         yield "the base in 4 bits, rounded", {"quantize.kernels": "nf4"}
-    if halves:
-        yield "twice the devices along fsdp", {"mesh.fsdp": 2 * run.mesh.fsdp}
 
 
 def plan_table(plan: Mapping[str, Any]) -> dict[str, Any]:

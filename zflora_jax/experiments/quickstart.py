@@ -37,7 +37,7 @@ from zflora_jax.nn.llama import forward
 from zflora_jax.parallel.mesh import mesh_if_there
 from zflora_jax.reporting.files import local_path, write_json
 from zflora_jax.reporting.metrics import METRICS_FILE
-from zflora_jax.reporting.plots import training_curves
+from zflora_jax.reporting.plots import loss_curves
 from zflora_jax.reporting.provenance import environment
 from zflora_jax.training.workdir import adopt
 
@@ -77,7 +77,7 @@ def quickstart(run: RunConfig, workdir: str | Path, *, console: bool = True) -> 
     latency = decode_latency({"base": trained.model, "fused": fused})
     exported = export_run(workdir, workdir / "export")
     label = f"{run.adapter.method} on {run.data.task}"
-    training_curves({label: workdir / METRICS_FILE}, workdir / "curves", label)
+    loss_curves({label: workdir / METRICS_FILE}, workdir / "curves", label, before["loss"])
     report = {
         "method": run.adapter.method,
         **{name: trained.report[name] for name in ("params_base", "params_trainable")},

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
 
 import jax
 from jax.sharding import Mesh
@@ -19,9 +21,11 @@ from zflora_jax.data.pipeline import pack_sequences
 from zflora_jax.evaluation.loss import held_out_loss
 from zflora_jax.experiments.base import given_base, load_base
 from zflora_jax.experiments.plan import step_attention
+from zflora_jax.experiments.saved_step import each_length, load_steps
+from zflora_jax.experiments.step_shapes import step_arguments
 from zflora_jax.parallel.distributed import require_equal
 from zflora_jax.parallel.sharding import shard, state_shardings
-from zflora_jax.training.trainer import TrainState, fresh_state
+from zflora_jax.training.trainer import TrainState, fresh_state, step_of
 
 log = logging.getLogger(__name__)
 
@@ -41,6 +45,7 @@ class Setup:
     plain: bool  # whether they are texts as they stand, whatever data.prompt_style says
     eval_set: Encoded
     fingerprints: dict[str, str]  # of base and data, by their names in checkpoints and reports
+    steps: Mapping[int, Any] = field(default_factory=dict)  # compiled already, by length of rows
 
     @property
     def shardings(self) -> TrainState:
@@ -54,6 +59,16 @@ class Setup:
             out_shardings=self.shardings,
         )
         return fresh(self.model.params, self.start)
+
+    def with_steps(self, path: str | Path) -> Setup:
+        """Returns this with the compiled steps of a file; see `saved_step.load_steps`."""
+        step: Any = step_of(self.run, self.model.config, self.shardings)
+        lowered = {}
+        for length, one in each_length(self.run):
+            *_, batch = step_arguments(one, self.model.config, self.mesh)
+            with jax.set_mesh(self.mesh):
+                lowered[length] = step.lower(self.model.params, self.state_like, batch)
+        return replace(self, steps=load_steps(path, self.run, self.mesh, lowered))
 
     def held_out_loss(
         self, adapters: Tree, on_batch: Callable[[int], None] | None = None

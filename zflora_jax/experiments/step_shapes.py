@@ -47,6 +47,19 @@ def step_arguments(
     )
 
 
+def program_bytes(program: Any) -> dict[str, int]:
+    """Returns the bytes of one device that a compiled step needs, as the compiler plans them: of
+    arguments, of outputs that do not share an argument's memory, temporaries, and their total.
+    """
+    memory = program.memory_analysis()
+    sizes = {
+        "arguments": int(memory.argument_size_in_bytes),
+        "outputs": int(memory.output_size_in_bytes - memory.alias_size_in_bytes),
+        "temporaries": int(memory.temp_size_in_bytes),
+    }
+    return sizes | {"total": sum(sizes.values())}
+
+
 def stored_bytes(run: RunConfig, config: LlamaConfig) -> dict[str, int]:
     """Returns the bytes of one device's part of the base, the adapters, their gradients (twice with
     micro-batches: those of one, and their sum) and the optimizer's state without its counters.

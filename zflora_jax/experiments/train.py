@@ -23,6 +23,7 @@ from zflora_jax.data.pipeline import train_batches
 from zflora_jax.evaluation.task import one_day
 from zflora_jax.experiments.roofline import batch_flops
 from zflora_jax.experiments.run_report import Report, finished_report, new_report
+from zflora_jax.experiments.saved_step import with_memory
 from zflora_jax.experiments.setup import Setup, prepare
 from zflora_jax.parallel import distributed
 from zflora_jax.parallel.compile_cache import compile_cache
@@ -78,13 +79,14 @@ def train(
     model: Model | None = None,
     resume: bool = False,
     console: bool = True,
+    compiled: str | Path | None = None,
     group: Group | None = None,
 ) -> Trained:
     """Trains a run in `workdir`, or goes on with the run that is there.
 
-    A finished run is loaded, with its report. Every process of a run of several calls this, after
-    `distributed.start`. Files in `workdir`: config.json, checkpoints/, metrics.jsonl, starts.jsonl,
-    report.json, those of train.report_to, and compile_cache/ unless a cache is in use.
+    A finished run is loaded, with its report. Every process of a run calls this. `workdir` gets
+    config.json, checkpoints/, metrics.jsonl, starts.jsonl, report.json, trackers' files and
+    compile_cache/.
 
     Args:
       run: The settings.
@@ -92,6 +94,7 @@ def train(
       model: The run's base if it is loaded already, see `base.given_base`.
       resume: Refuse a `workdir` without a run.
       console: Show progress.
+      compiled: File of `zflora plan --save` with the compiled step; None: compile it here.
       group: The runs of a `sweep` that take their steps in one program; for `sweep` only.
 
     Raises:
@@ -100,10 +103,10 @@ def train(
       Preempted: SIGTERM or SIGINT came; the state after the step that ran then is saved.
       SaveError: A checkpoint could not be written; the ones before it are intact.
     """
-    # Before all else: the commit that runs, not the one checked out when it ends.
+    # First of all: the commit that runs, not the one checked out when it ends.
     started, env, group = time.perf_counter(), environment(), group or Group(1)
     workdir, run, changed = _admit(run, workdir, resume, env)
-    setup, changed = _load(run, workdir, model, changed)
+    setup, changed = _load(run, workdir, model, changed, compiled)
     run = setup.run
     with ExitStack() as stack:
         signals, checkpoints, held = _open(stack, setup, workdir, changed)
@@ -113,8 +116,8 @@ def train(
             report = finished_report(setup, workdir, clock.before, env, state.adapters)
             return Trained(setup.model, state.adapters, report, run, signals.asked)
         shared = {"processes": jax.process_count(), "together": group.size}
-        start = shared | {"changed": changed, "plain_texts": setup.plain}
-        start |= _repeated(workdir, first, clock)  # of records that are dropped now
+        start = {"changed": changed, "plain_texts": setup.plain}
+        start |= shared | _repeated(workdir, first, clock)  # of records that are dropped now
         writer = _open_logs(stack, run, workdir, console, first, env, held)
         distributed.on_main(lambda: record_start(workdir, first, env, **start))
         loss = HeldOutLoss(setup.held_out_loss, len(setup.eval_set), writer, run, clock)
@@ -125,10 +128,8 @@ def train(
         with clock.on("checkpoints"):
             checkpoints.finish()
     if int(state.step) < run.steps:  # the last checkpoint is written by now
-        raise Preempted(
-            f"stopped by a signal after step {state.step} of {run.steps}, which is saved in"
-            f" {workdir}; the same command goes on from there."
-        )
+        text = f"stopped by a signal after step {state.step} of {run.steps}, which is saved in"
+        raise Preempted(f"{text} {workdir}; the same command goes on from there.")
     report = new_report(setup, workdir, first, loss.last, env, clock.report() | shared)
     return Trained(setup.model, state.adapters, report, run, signals.asked)
 
@@ -158,14 +159,18 @@ def _admit(
 
 
 def _load(
-    run: RunConfig, workdir: Path, model: Model | None, changed: Changes
+    run: RunConfig,
+    workdir: Path,
+    model: Model | None,
+    changed: Changes,
+    compiled: str | Path | None,
 ) -> tuple[Setup, Changes]:
-    """Loads model and data; train.epochs become steps when the rows are counted."""
+    """Loads model, data and compiled steps; train.epochs become steps when rows are counted."""
     setup = prepare(run, make_mesh(run.mesh), model)
     if run.train.steps is None:
         run, changed = adopt(workdir, setup.run)
         setup = replace(setup, run=run)
-    return setup, changed
+    return setup if compiled is None else setup.with_steps(compiled), changed
 
 
 def _open(
@@ -257,16 +262,20 @@ def _train_steps(
         return put_rows(objective.take(batch, data.packing), rows, mesh)
 
     batches = train_batches(setup.train_set, data, int(state.step), own_rows(rows, mesh))
-    compiled, seen = group.step_of(setup.run, setup.model.config, setup.shardings), set[Any]()
+    step = group.step_of(setup.run, setup.model.config, setup.shardings)
+    programs = {length: with_memory(x, x) for length, x in setup.steps.items()}
 
     def step_fn(params: Tree, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        shape = batch["tokens"].shape
-        text = f"compiling the train step for {shape[0]} x {shape[1]} tokens, once for each length"
-        if shape in seen:
-            return compiled(params, state, batch)
-        seen.add(shape)
-        with clock.on("compile"), announced(text, console):
-            return compiled(params, state, batch)
+        rows, length = batch["tokens"].shape
+        if length not in programs:
+            text = f"compiling the train step for {rows} x {length} tokens, once for each length"
+            with clock.on("compile"), announced(text, console):
+                programs[length] = step
+                if hasattr(step, "lower"):  # else of a group, whose step waits for the others'
+                    compiled = step.lower(params, state, batch).compile()
+                    programs[length] = with_memory(step, compiled)  # step: not compiled again
+                return programs[length](params, state, batch)
+        return programs[length](params, state, batch)
 
     def timed() -> Iterator[Mapping[str, Any]]:
         while True:

@@ -24,12 +24,11 @@ from zflora_jax.core import trees
 from zflora_jax.core.adapter_config import METHODS
 from zflora_jax.core.architecture import KERNELS, kernel_shapes
 from zflora_jax.core.errors import CheckpointError
-from zflora_jax.core.families import require_format
 from zflora_jax.core.fields import require, require_in
 from zflora_jax.core.model import Model
 from zflora_jax.core.model_config import LlamaConfig
 from zflora_jax.core.quantize_config import QuantizeConfig
-from zflora_jax.hf.keys import as_finite, hf_table, members, quantized
+from zflora_jax.hf.keys import as_finite, hf_table, quantized
 from zflora_jax.hf.shards import FLOATS, Shards, Spec
 from zflora_jax.hf.stock import (
     CHOICES,
@@ -111,7 +110,6 @@ class CompressedForm:
 def compressed_form(model: Model, quant: str, dtype: str, eps_z: float | None) -> CompressedForm:
     """The form of a model; arguments and errors as for `compressed`."""
     row, config = check_quant(quant, dtype), model.config
-    require_format(config.family, "compressed", config.base_head_dim is not None)
     widened = model.adapter is not None and METHODS[model.adapter.method].widens
     base = base_config(config, model.adapter) if widened and model.adapter else config
     groups = _groups(model, quant, base)
@@ -284,14 +282,14 @@ def compressed(model: Model, quant: str, dtype: str, eps_z: float | None) -> HFC
     form = compressed_form(model, quant, dtype, eps_z)
     row, table = form.quant, hf_table(form.stock.config)
     floats = stored_form(model, form.stock, dtype)
-    names, specs = members(table), dict[str, Spec]()
-    kernels = {name for name, (first, *_) in names.items() if module_of(table[first]) in KERNELS}
+    specs = dict[str, Spec]()
+    kernels = {name for name, place in table.items() if module_of(place) in KERNELS}
     scale_dtype = "bfloat16" if row.kind == "int4" and dtype == "bfloat16" else "float32"
     for name, (shape, _) in floats.specs.items():
         if name not in kernels:
             specs[name] = shape, dtype
             continue
-        (rows, width), group = shape, form.groups[module_of(table[names[name][0]])]
+        (rows, width), group = shape, form.groups[module_of(table[name])]
         parts = {
             "weight": (shape, "int8"),
             "weight_packed": ((rows, -(-width * row.bits // 32)), "int32"),
@@ -300,11 +298,8 @@ def compressed(model: Model, quant: str, dtype: str, eps_z: float | None) -> HFC
         }
         specs |= {name.removesuffix("weight") + part: parts[part] for part in row.parts}
 
-    @functools.lru_cache(maxsize=1)  # the tensors of a kernel are asked for one after the other
-    def kernel_of(name: str) -> tuple[np.ndarray, np.ndarray]:
-        made = [_stock_kernel(form, model, part) for part in names[name]]
-        codes, scales = (np.concatenate(parts) for parts in zip(*made, strict=True))
-        return codes, scales
+    # The tensors of a kernel are asked for one after the other.
+    kernel_of = functools.lru_cache(maxsize=1)(functools.partial(_stock_kernel, form, model))
 
     def tensor(name: str) -> np.ndarray:
         stem, _, part = name.rpartition(".")
@@ -372,8 +367,7 @@ def unpack(words: np.ndarray, bits: int, width: int) -> np.ndarray:
 
 def _quantization_config(form: CompressedForm) -> dict[str, Any]:
     """The quantization_config of config.json, as llm-compressor writes it."""
-    row, joined = form.quant, form.native.traits.joined
-    module = {kernel: name for name, kernels in joined.items() for kernel in kernels}
+    row = form.quant
     sizes = sorted(set(form.groups.values()), reverse=True)
     common: dict[str, Any] = {"actorder": None, "block_structure": None, "observer_kwargs": {}}
     common |= {"symmetric": True, "type": "int"}
@@ -382,14 +376,14 @@ def _quantization_config(form: CompressedForm) -> dict[str, Any]:
     schemes = {}
     for i, size in enumerate(sizes):
         kernels = [kernel for kernel in KERNELS if form.groups[kernel] == size]
-        names = dict.fromkeys(f"re:.*{module.get(kernel, kernel)}_proj$" for kernel in kernels)
+        names = [f"re:.*{kernel}_proj$" for kernel in kernels]
         weights: dict[str, Any] = {"num_bits": row.bits, "strategy": "group" if size else "channel"}
         weights |= {"group_size": size or None, "dynamic": False, "observer": "minmax"}
         schemes[f"group_{i}"] = {
             "format": row.format,
             "input_activations": activations,
             "output_activations": None,
-            "targets": [*names] if len(sizes) > 1 else ["Linear"],
+            "targets": names if len(sizes) > 1 else ["Linear"],
             "weights": common | weights,
         }
     return {

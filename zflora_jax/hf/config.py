@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from zflora_jax.core.families import FAMILIES, require_format
+from zflora_jax.core.families import FAMILIES
 from zflora_jax.core.fields import ConfigError, from_dict, require, to_dict
 from zflora_jax.core.model_config import LlamaConfig, RopeScaling
 
@@ -119,7 +119,6 @@ def _refuse(hf: Mapping[str, Any]) -> None:
             value is None or isinstance(value, kind),
             f"config.json: {key}={value!r:.60}: expected {kind.__name__}, or null.",
         )
-    require_format(hf["model_type"], "hf")
     stock = FAMILIES[hf["model_type"]].architecture
     architectures = hf.get("architectures") or [stock]
     require(
@@ -128,7 +127,7 @@ def _refuse(hf: Mapping[str, Any]) -> None:
     )
     code = hf.get("auto_map")
     code = code.get("AutoModelForCausalLM", stock) if isinstance(code, Mapping) else code or stock
-    require(  # Phi-3's files name a copy of the stock class
+    require(  # some files name a copy of the stock class
         str(code).rpartition(".")[2] == stock,
         f"config.json: auto_map names modelling code, {code}; only the stock {stock} is supported.",
     )

@@ -27,7 +27,6 @@ HUB_IDS = {
     "smollm3-3b": "HuggingFaceTB/SmolLM3-3B",
     "mistral-7b-v0.1": "mistralai/Mistral-7B-Instruct-v0.1",
     "mistral-7b-v0.3": "mistralai/Mistral-7B-Instruct-v0.3",
-    "phi-3-mini-4k": "microsoft/Phi-3-mini-4k-instruct",
     **{f"qwen2.5-{n}b": f"Qwen/Qwen2.5-{n}B-Instruct" for n in ("0.5", "1.5", "3", "7")},
     **{f"qwen3-{n}b": f"Qwen/Qwen3-{n}B" for n in ("0.6", "1.7", "4", "8")},
 }

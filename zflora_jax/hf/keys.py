@@ -1,7 +1,7 @@
 """Tensors of Hugging Face's models and leaves of the native tree: names, layouts, strict checks.
 
 Hugging Face stores a linear layer as [out, in] over flattened axes; a native kernel is [*in, *out]
-with an axis for heads. In families with joined kernels, one tensor holds the rows of several.
+with an axis for heads.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import functools
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
@@ -50,7 +50,7 @@ _LAYER = re.compile(r"model\.layers\.(\d+)\.")  # the start of a layer's tensors
 
 @dataclass(frozen=True)
 class Place:
-    """Rows of a Hugging Face tensor, and their place in the native tree."""
+    """The place of a Hugging Face tensor in the native tree."""
 
     leaf: str  # name of the native leaf
     layer: int | None  # index in a stacked leaf ("layers/..."), else None
@@ -59,18 +59,17 @@ class Place:
     # embedding, which have the same layout in both.
     in_axes: int | None = None
     tensor: str = ""  # its name
-    row: int = 0  # first of its rows in the tensor; not 0 for joined kernels only
 
     @property
     def hf_shape(self) -> tuple[int, ...]:
-        """The shape of the rows."""
+        """The shape of the tensor."""
         if self.in_axes is None:
             return self.shape
         writes = math.prod(self.shape[self.in_axes :])
         return (writes, math.prod(self.shape[: self.in_axes])) if self.in_axes else (writes,)
 
     def to_native(self, array: np.ndarray) -> np.ndarray:
-        """A view of the rows in native layout."""
+        """A view of the tensor in native layout."""
         return array if self.in_axes is None else array.T.reshape(self.shape)
 
     def to_hf(self, array: np.ndarray) -> np.ndarray:
@@ -80,45 +79,25 @@ class Place:
 
 @functools.lru_cache(maxsize=16)
 def hf_table(config: LlamaConfig) -> Mapping[str, Place]:
-    """Hugging Face name -> Place, for every parameter of an unpacked model. Joined kernels have the
-    names that they would have separately, in the order of their rows.
-    """
+    """Hugging Face name -> Place, for every parameter of an unpacked model."""
     shapes = param_shapes(config)
     table = {
         name: Place(leaf, None, shapes[leaf], 1 if leaf == "lm_head/kernel" else None, name)
         for leaf, name in TOP_NAMES.items()
         if leaf in shapes
     }
-    joined = {kernel: name for name, of in config.traits.joined.items() for kernel in of}
     for layer in range(config.num_layers):
-        rows: dict[str, int] = {}
         for native, (shape, in_axes) in layer_shapes(config).items():
             stacked = config.execution.scan_layers
             leaf = f"layers/{native}" if stacked else f"layers_{layer}/{native}"
-            place = Place(leaf, layer if stacked else None, shape, in_axes)
             name = f"model.layers.{layer}.{LAYER_NAMES[native]}"
-            kernel = native.split("/")[-2]
-            tensor = name.replace(f".{kernel}_proj.", f".{joined.get(kernel, kernel)}_proj.")
-            table[name] = replace(place, tensor=tensor, row=rows.get(tensor, 0))
-            rows[tensor] = rows.get(tensor, 0) + place.hf_shape[0]
+            table[name] = Place(leaf, layer if stacked else None, shape, in_axes, name)
     return table
 
 
 def hf_shapes(table: Mapping[str, Place]) -> dict[str, tuple[int, ...]]:
-    """Tensor -> shape, of all tensors of a table."""
-    shapes: dict[str, tuple[int, ...]] = {}
-    for place in table.values():
-        rows, *columns = place.hf_shape
-        shapes[place.tensor] = place.row + rows, *columns
-    return shapes
-
-
-def members(table: Mapping[str, Place]) -> dict[str, list[str]]:
-    """Tensor -> the names of its places, in the order of their rows."""
-    names: dict[str, list[str]] = {}
-    for name, place in table.items():
-        names.setdefault(place.tensor, []).append(name)
-    return names
+    """Name -> shape, of all tensors of a table."""
+    return {name: place.hf_shape for name, place in table.items()}
 
 
 def check_layer_count(names: Iterable[str], num_layers: int, what: str) -> None:

@@ -22,7 +22,6 @@ from zflora_jax.core import trees
 from zflora_jax.core.adapter_config import OF_BASE, AdapterConfig
 from zflora_jax.core.architecture import ATTENTION, KERNELS, MLP, group, kernel_shapes
 from zflora_jax.core.errors import CheckpointError
-from zflora_jax.core.families import require_format
 from zflora_jax.core.fields import require
 from zflora_jax.core.model import Model
 from zflora_jax.core.model_config import LlamaConfig
@@ -133,7 +132,6 @@ def _check_writable(model: Model, adapter: AdapterConfig) -> None:
         f"method {adapter.method!r} has no PEFT form: PEFT's directories hold LoRA. Fuse the"
         " adapter into the model and use save_hf.",
     )
-    require_format(model.config.family, "peft")
     if (file := packaged(model.source or "")) is not None:
         warnings.warn(
             f"the adapter was trained with the weights of {file.name}, whose blocks have fewer"
@@ -222,7 +220,6 @@ def load_peft(path: str | os.PathLike[str], model: Model) -> tuple[AdapterConfig
         model or not finite.
     """
     config = model.config
-    require_format(config.family, "peft")
     directory = _find(os.fspath(path))
     settings, where = read_json(directory / CONFIG), str(directory / CONFIG)
     try:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -190,19 +190,14 @@ def load_export(directory: Path, dtype: str, scan_layers: bool, mesh: Any = None
     form = StockForm(native, export.eps_z)
     shards = Shards(directory)
     stock, table = checked_table(shards, form.config), hf_table(native)
-    kept = {
-        name: replace(place, tensor=name, row=0)
-        for name, place in table.items()
-        if form.restored(module_of(place))
-    }
+    kept = {name: x.hf_shape for name, x in table.items() if form.restored(module_of(x))}
     if kept:
         side = Shards(directory, [SIDE_FILE])
-        wanted = {name: place.hf_shape for name, place in kept.items()}
-        check_shapes(wanted, side.shapes, f"{directory}/{SIDE_FILE}", MANIFEST)
+        check_shapes(kept, side.shapes, f"{directory}/{SIDE_FILE}", MANIFEST)
 
     def read(name: str, place: Place) -> np.ndarray:
         if name in kept:
-            return read_place(side, name, kept[name], dtype)
+            return read_place(side, name, place, dtype)
         x = read_place(shards, name, stock[name])
         found = x[tuple(slice(n) for n in place.shape)]
         # The adapter's state starts at zero, and the head does not read it.

@@ -195,9 +195,9 @@ def checked_table(shards: Shards, config: LlamaConfig) -> Mapping[str, Place]:
 
 
 def read_place(shards: Shards, name: str, place: Place, dtype: Any = np.float32) -> np.ndarray:
-    """Reads a place in native layout; CheckpointError with its `name` unless it is finite."""
-    x = shards.read(place.tensor, slice(place.row, place.row + place.hf_shape[0]))
-    return place.to_native(as_finite(x, dtype, name, str(shards.directory)))
+    """Reads a tensor in native layout; CheckpointError with its `name` unless it is finite."""
+    x = as_finite(shards.read(name), dtype, name, str(shards.directory))
+    return place.to_native(x)
 
 
 def write_tensors(

@@ -23,7 +23,7 @@ from zflora_jax.core.architecture import KERNELS, kernel_shapes, param_shapes
 from zflora_jax.core.fields import ConfigError, require, require_in
 from zflora_jax.core.model import Model, require_there
 from zflora_jax.core.model_config import LlamaConfig
-from zflora_jax.hf.keys import hf_table, members
+from zflora_jax.hf.keys import hf_table
 from zflora_jax.hf.restore import WIDTHS
 from zflora_jax.hf.save import DTYPES, own_dtype
 from zflora_jax.hf.stock import HFContent, StockForm, choose_eps_z, module_of, to_stock
@@ -134,7 +134,7 @@ def slices_target(path: str | os.PathLike[str]) -> Any:
 def added_lines(form: StockForm, base: LlamaConfig) -> Mapping[str, tuple[np.ndarray, np.ndarray]]:
     """Tensor -> its rows and its columns that are not the base's, sorted, of every kernel."""
     native, table = kernel_shapes(form.native), hf_table(form.config)
-    of_base, found = kernel_shapes(base), dict[str, tuple[np.ndarray, np.ndarray]]()
+    of_base = kernel_shapes(base)
     by_kernel = dict[str, tuple[np.ndarray, np.ndarray]]()
     for kernel in KERNELS:
         inputs, outputs = native[kernel]
@@ -147,13 +147,8 @@ def added_lines(form: StockForm, base: LlamaConfig) -> Mapping[str, tuple[np.nda
         name = next(n for n, place in table.items() if module_of(place) == kernel)
         reads, writes = (form.stored(name, mark) != 0 for mark in marks)
         by_kernel[kernel] = np.flatnonzero(writes.any(1)), np.flatnonzero(reads.any(0))
-    for tensor, names in members(table).items():
-        places = [table[name] for name in names if module_of(table[name]) in KERNELS]
-        if places:
-            lines = [by_kernel[module_of(place)] for place in places]
-            rows = [place.row + own for place, (own, _) in zip(places, lines, strict=True)]
-            found[tensor] = np.concatenate(rows), lines[0][1]
-    return found
+    modules = {name: module_of(place) for name, place in table.items()}
+    return {name: by_kernel[kernel] for name, kernel in modules.items() if kernel in by_kernel}
 
 
 def ranges(lines: np.ndarray) -> list[list[int]]:

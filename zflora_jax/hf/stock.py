@@ -33,12 +33,11 @@ import numpy as np
 
 from zflora_jax.core import trees
 from zflora_jax.core.architecture import KERNELS, QK_NORMS, count_base
-from zflora_jax.core.families import require_format
 from zflora_jax.core.fields import Bounds, require
 from zflora_jax.core.model import Model
 from zflora_jax.core.model_config import LlamaConfig, RopeScaling
 from zflora_jax.hf.config import to_hf_config
-from zflora_jax.hf.keys import Place, as_finite, hf_shapes, hf_table, members
+from zflora_jax.hf.keys import Place, as_finite, hf_shapes, hf_table
 from zflora_jax.ops.rope import paired_order, rope_frequencies
 
 _READS = ("q", "k", "v", "gate", "up")
@@ -319,21 +318,16 @@ def to_stock(model: Model, dtype: str, eps_z: float | None = None) -> HFContent:
     Arithmetic is in float32 with one cast to `dtype`; values that stock form does not change are
     copied bit for bit. Tensors raise CheckpointError if not finite in `dtype`.
     """
-    require_format(model.config.family, "hf", model.config.base_head_dim is not None)
     return stored_form(model, stock_form(model, dtype, eps_z), dtype)
 
 
 def stored_form(model: Model, form: StockForm, dtype: str) -> HFContent:
     """A model in a given stock form; see `to_stock`."""
     table = hf_table(form.config)
-    names, specs = members(table), {n: (shape, dtype) for n, shape in hf_shapes(table).items()}
-
-    def rows(name: str) -> np.ndarray:
-        return as_finite(form.tensor(model, name), np.dtype(dtype), name, "the model")
+    specs = {name: (shape, dtype) for name, shape in hf_shapes(table).items()}
 
     def tensor(name: str) -> np.ndarray:
-        first, *others = map(rows, names[name])
-        return np.concatenate([first, *others]) if others else first
+        return as_finite(form.tensor(model, name), np.dtype(dtype), name, "the model")
 
     _warn_of_turning(form.native)
     config = to_hf_config(form.hf_config, dtype)

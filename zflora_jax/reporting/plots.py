@@ -1,4 +1,4 @@
-"""Figures, drawn without a display and without pyplot's global state, as <out>.png and <out>.svg.
+"""The style of all figures, and the loss curves of runs. Figures need no display.
 
 matplotlib is imported when a figure is drawn.
 """
@@ -15,67 +15,76 @@ from zflora_jax.core.storage import as_path
 from zflora_jax.reporting.files import atomic_write
 from zflora_jax.reporting.metrics import read_metrics
 
-# Panels of `training_curves`: the key of a record, its label, whether the axis is logarithmic.
-PANELS = (
-    ("loss", "loss (nats per token)", False),
-    ("learning_rate", "learning rate", False),
-    ("target_tokens_per_s", "speed (target tokens per second)", False),
-    ("grad_norm", "gradient norm before clipping", True),
-)
+# What a mark stands for -> its colour, in the order of every figure.
+COLOURS = {"base": "#7f7f7f", "LoRA": "#e6812b", "LoRA merged": "#f5c396", "zFLoRA": "#2767b1"}
+_STYLE: Any = {
+    "font.size": 10,
+    "axes.titlesize": 11,
+    "axes.titlelocation": "left",
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "grid.alpha": 0.3,
+    "legend.frameon": False,
+    "legend.fontsize": 9,
+}
 
 
-def training_curves(runs: Mapping[str, str | Path], out: str | Path, title: str) -> Any:
-    """Draws `PANELS` over steps, of one run or of several: training as a line, other splits as
-    points of the same colour. Returns the figure; ConfigError if there is nothing to draw.
+def styled() -> Any:
+    """Returns a context manager in which figures are drawn in the project's style."""
+    from matplotlib import rc_context
+
+    return rc_context(_STYLE)
+
+
+def loss_curves(
+    runs: Mapping[str, str | Path], out: str | Path, title: str, untrained: float | None = None
+) -> Any:
+    """Draws the loss of runs over their steps as <out>.png: training as lines, held-out as points.
 
     Args:
       runs: Label -> its metrics.jsonl.
       out: Path without a suffix.
       title: Title of the figure.
+      untrained: Held-out loss before training, drawn as a line; None: not drawn.
+
+    Returns:
+      The matplotlib figure.
+
+    Raises:
+      ConfigError: No run has a loss.
     """
-    from matplotlib import colormaps, rc_context
+    from matplotlib import colormaps
     from matplotlib.figure import Figure
 
-    # Up to ten colours are easy to tell from each other.
-    scale = colormaps["tab10" if len(runs) <= 10 else "turbo"]
-    colours = [scale(i if len(runs) <= 10 else i / (len(runs) - 1)) for i in range(len(runs))]
-    figure = Figure(figsize=(11.0, 7.4), layout="constrained")
-    figure.suptitle(title)
     records = {label: read_metrics(path) for label, path in runs.items()}
-    for axes, (key, label, logarithmic) in zip(figure.subplots(2, 2).flat, PANELS, strict=True):
-        for colour, (name, rows) in zip(colours, records.items(), strict=True):
-            for split, values in _by_split(rows, key):
-                style: dict[str, Any] = {"linewidth": 1.3}
-                if split != "train":
-                    style = {"linestyle": ":", "marker": "o", "markersize": 5}
-                steps, heights = zip(*sorted(values.items()), strict=True)
-                last = f" ({split}, last {heights[-1]:.4g})" if key == "loss" else ""
-                axes.plot(steps, heights, color=colour, label=f"{name}{last}", **style)
-        axes.set(xlabel="step", ylabel=label)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(alpha=0.3)
-        if logarithmic and axes.lines:
-            axes.set_yscale("log")
-    lines = figure.axes[0].lines
-    figure.set_figheight(7.4 + 0.2 * -(-len(lines) // 2))
-    style = {"frameon": False, "fontsize": 8}
-    figure.legend(handles=lines, loc="outside lower center", ncols=2, **style)
-    if not any(axes.lines for axes in figure.axes):
-        raise ConfigError(f"{', '.join(map(str, runs.values()))}: no numbers to draw.")
-    out = as_path(out, "figure")
-    # Text stays text, and the same figure the same bytes.
-    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "zflora_jax"}):
-        for kind, metadata in (("png", {}), ("svg", {"Date": None})):
-            buffer = io.BytesIO()
-            figure.savefig(buffer, format=kind, dpi=150, metadata=metadata)
-            atomic_write(f"{out}.{kind}", buffer.getvalue())
+    if not any(_losses(rows, "train") for rows in records.values()):
+        raise ConfigError(f"{', '.join(map(str, runs.values()))}: no losses to draw.")
+    shades = colormaps["turbo"]
+    with styled():
+        figure = Figure(figsize=(7.0, 4.0 + 0.2 * -(-len(runs) // 2)), layout="constrained")
+        axes = figure.subplots()
+        for i, (label, rows) in enumerate(records.items()):
+            colour = COLOURS["zFLoRA"] if len(runs) == 1 else shades((i + 0.5) / len(runs))
+            train, held_out = _losses(rows, "train"), _losses(rows, "eval")
+            axes.plot([*train], [*train.values()], color=colour, linewidth=1.4, label=label)
+            axes.plot([*held_out], [*held_out.values()], "o", color=colour, markersize=6)
+            for step in [*held_out][-1:] if len(runs) == 1 else ():
+                text = f"held-out {held_out[step]:.3g} "
+                axes.annotate(text, (step, held_out[step]), ha="right", va="bottom")
+        if untrained is not None:
+            axes.axhline(untrained, color=COLOURS["base"], linestyle="--")
+            axes.annotate(f"untrained {untrained:.3g}", (1, untrained), va="bottom")
+        axes.set(xlabel="step", ylabel="loss (nats per token)", yscale="log", title=title)
+        if len(runs) > 1:
+            figure.legend(loc="outside lower center", ncols=2)
+        figure.savefig(buffer := io.BytesIO(), dpi=150)
+    atomic_write(f"{as_path(out, 'figure')}.png", buffer.getvalue())
     return figure
 
 
-def _by_split(rows: Sequence[Mapping[str, Any]], key: str) -> list[tuple[str, dict[int, float]]]:
-    """(split, step -> value) of one metric, train first."""
-    splits: dict[str, dict[int, float]] = {}
-    for row in rows:
-        if row.get(key) is not None:  # null: a value that was not finite
-            splits.setdefault(row["split"], {})[row["step"]] = row[key]
-    return sorted(splits.items(), key=lambda item: (item[0] != "train", item[0]))
+def _losses(rows: Sequence[Mapping[str, Any]], split: str) -> dict[int, float]:
+    """Step -> loss of a split; null, which stands for a value that was not finite, is left out."""
+    found = {r["step"]: r["loss"] for r in rows if r["split"] == split and r.get("loss")}
+    return dict(sorted(found.items()))

@@ -40,7 +40,7 @@ def environment() -> dict[str, Any]:
         "device_count": len(devices),
         # Those that this process may use; containers see more.
         "cpu_count": len(os.sched_getaffinity(0)) if linux else os.cpu_count() or 1,
-        "cpu": _cpu_model(),
+        "cpu": cpu_model(),
         "xla_flags": relative_paths(os.environ.get("XLA_FLAGS", "")),
         "python": ".".join(map(str, sys.version_info[:3])),
         **{name: version(name) for name in ("jax", "jaxlib", "flax")},
@@ -96,7 +96,7 @@ def _git_state(root: Path) -> tuple[str | None, bool | None]:
         return None, None
 
 
-def _cpu_model() -> str | None:
+def cpu_model() -> str | None:
     """The CPU's name with family and model: "AMD EPYC" is the name of several generations."""
     info = Path("/proc/cpuinfo")
     if not info.is_file():

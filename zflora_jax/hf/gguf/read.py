@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from zflora_jax.core.errors import CheckpointError
-from zflora_jax.core.families import FAMILIES, require_format
+from zflora_jax.core.families import FAMILIES
 from zflora_jax.core.fields import ConfigError, from_dict, require
 from zflora_jax.core.model import Model
 from zflora_jax.core.model_config import LlamaConfig, RopeScaling
@@ -197,12 +197,10 @@ def _family(file: GGUFFile) -> str:
     )
     architecture = file.get("general.architecture")
     known = [name for name, family in FAMILIES.items() if family.gguf == architecture]
-    readable = [family.gguf for family in FAMILIES.values() if "gguf" not in family.refused]
-    names = ", ".join(map(repr, dict.fromkeys(readable)))
+    names = ", ".join(map(repr, dict.fromkeys(family.gguf for family in FAMILIES.values())))
     require(
         bool(known), f"{file.path}: architecture {architecture!r} is not supported; only {names}."
     )
-    require_format(known[0], "gguf")
     biases = {f"blk.0.attn_{kernel}.bias" for kernel in "qkv"}
     return "qwen2" if architecture == "llama" and biases <= file.tensors.keys() else known[0]
 

@@ -24,7 +24,7 @@ from zflora_jax import __version__
 from zflora_jax.core import trees
 from zflora_jax.core.architecture import KERNELS, count_base
 from zflora_jax.core.errors import CheckpointError
-from zflora_jax.core.families import FAMILIES, require_format
+from zflora_jax.core.families import FAMILIES
 from zflora_jax.core.fields import require, require_in
 from zflora_jax.core.model import Model, require_there
 from zflora_jax.core.model_config import LlamaConfig
@@ -177,7 +177,12 @@ def gguf_form(model: Model, dtype: str, eps_z: float | None = None) -> GGUFForm:
     """
     eps_z = stock_form(model, dtype, eps_z).eps_z
     config = model.config
-    require_format(config.family, "gguf", config.base_head_dim is not None)
+    require(
+        config.base_head_dim is None or config.traits.gguf_wide_heads,
+        f"heads wider than the base's need RoPE divisors, which llama.cpp does not read for family"
+        f" {config.family!r}. Fuse a method that leaves the heads alone (zflora-minimal, lora, ffa,"
+        " full), or export a Hugging Face directory (--format hf).",
+    )
     takes = [name for name, f in FAMILIES.items() if f.gguf == "llama" or f.gguf_as_llama]
     advice = "Export a Hugging Face directory (--format hf)."
     require(
