@@ -22,13 +22,8 @@ def arguments(doc: str | None, name: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--out",
-        type=Path,
-        default=RESULTS / name,
-        metavar="PATH",
-        help=f"PATH.json and PATH.md are written (default: results/{name})",
-    )
+    text = f"PATH.json and PATH.md are written (default: results/{name})"
+    parser.add_argument("--out", type=Path, default=RESULTS / name, metavar="PATH", help=text)
     return parser
 
 

@@ -125,21 +125,26 @@ def _line(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def draw(result: Mapping[str, Any], out: object) -> None:
-    """Draws TPOT over the base's in the first case."""
+    """Draws TPOT relative to the base's in the first case."""
     from plots import bars
 
     rows = result["rows"]
     first = [r for r in rows if all(r[k] == rows[0][k] for k in ("rank", "batch", "prompt"))]
+    first = [r for r in first if "idle" not in r["label"] and "transformers" not in r["label"]]
     spread = {
         r["label"]: abs((r["tpot_ms_max"] - r["tpot_ms_min"]) / 2 / r["tpot_ms"] * r["tpot_ratio"])
         for r in first
     }
+    ratios = {row["label"]: row["tpot_ratio"] for row in first}
     bars(
-        {row["label"]: row["tpot_ratio"] for row in first},
+        ratios,
         f"{out}-ratio",
-        f"Decode latency: {result['settings']['model']}, {result['settings']['dtype']}",
+        "Time per token relative to the base's: zflora-minimal {:.2f}, unmerged LoRA {:.2f}".format(
+            *(ratios[label] for label in ("zflora-minimal", "lora unmerged"))
+        ),
         spread=spread,
-        label=f"TPOT / base TPOT, rank {rows[0]['rank']}, batch {rows[0]['batch']}",
+        label=f"TPOT / base's TPOT: {result['settings']['model']}, {result['settings']['dtype']},"
+        f" rank {rows[0]['rank']}, batch {rows[0]['batch']}; whiskers: half the range",
     )
 
 

@@ -7,6 +7,8 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
+import zflora_jax as zf
+
 
 def bars(
     values: Mapping[str, float],
@@ -25,18 +27,19 @@ def bars(
       spread: Label -> half the length of its whiskers; None: there are none.
       label: Label of the axis.
     """
-    figure = Figure(figsize=(7.0, 1.4 + 0.4 * len(values)), layout="constrained")
-    axes = figure.subplots()
-    axes.set_title(title)
-    whiskers = None if spread is None else [spread[name] for name in values]
-    axes.barh(list(values), list(values.values()), xerr=whiskers, height=0.6, capsize=3)
-    axes.invert_yaxis()
-    for row, (name, value) in enumerate(values.items()):
-        more = 0.0 if spread is None else spread[name]
-        text, edge = f"{value:.4g}" + (f" ± {more:.2g}" if more else ""), max(value, 0.0) + more
-        axes.annotate(text, (edge, row), xytext=(4, 0), textcoords="offset points", va="center")
-    axes.margins(x=0.25)
-    axes.set_xlabel(label)
-    axes.grid(axis="x", alpha=0.3)
-    axes.set_axisbelow(True)
-    figure.savefig(f"{out}.png", dpi=150)
+    with zf.styled():
+        figure = Figure(figsize=(7.0, 1.2 + 0.36 * len(values)), layout="constrained")
+        axes = figure.subplots()
+        figure.suptitle(title, x=0.01, ha="left", fontsize=11)
+        whiskers = None if spread is None else [spread[name] for name in values]
+        style = {"color": [*map(zf.colour_of, values)], "height": 0.66, "capsize": 3}
+        axes.barh(list(values), list(values.values()), xerr=whiskers, **style)
+        axes.invert_yaxis()
+        for row, (name, value) in enumerate(values.items()):
+            end = max(value, 0.0) + (0.0 if spread is None else spread[name])
+            near = {"xytext": (4, 0), "textcoords": "offset points", "va": "center"}
+            axes.annotate(f"{value:.3g}", (end, row), **near)
+        axes.margins(x=0.12)
+        figure.supxlabel(label, x=0.01, ha="left", fontsize=9)
+        axes.grid(visible=False, axis="y")
+        figure.savefig(f"{out}.png", dpi=150)

@@ -31,6 +31,8 @@ NOTES = Path(__file__).parent / "notes"
 OVERVIEW = "accuracy"  # the page over all studies whose names begin so
 COMPARED = "zflora-minimal"  # its method
 SPLITS = ("validation", "test")
+# Deployments that are no row of the picture
+NOT_DRAWN = ("base's scales", "and minima", "8-bit", "minimal, unmerged", "through", "ffba")
 # Pages of plain rows, without a study: page -> its columns.
 ROWS = {
     "paired_intervals": ("seeds", "seed", "row", "answer", "rows", "width", "holds 0")
@@ -205,9 +207,9 @@ def deviation(std: float | None) -> str:
 
 
 def deployed_points(table: Table) -> dict[str, tuple[float, float, float | None, bool]]:
-    """Deployment -> a point of `scores_and_bytes`."""
+    """Deployment -> a point of `scores_and_bytes`, of those that are drawn."""
     points = {}
-    for label in (BASE, *table.labels):
+    for label in (x for x in (BASE, *table.labels) if not any(part in x for part in NOT_DRAWN)):
         size = table.results(label)["nbytes"].mean() / 1e6
         beside = label != BASE and table.study.deployments[label][1] in BESIDE
         points[label] = size, *table.headline(label), beside
@@ -350,8 +352,8 @@ def pages(chosen: Iterable[Study], records: Path, picture: Path | None) -> dict[
     found = {name: study_page(name, of) for name, of in by_page.items()}
     for name, of in by_page.items():
         if picture and (deployed := [t for t in of if t.study.deployments]):
-            points = {table.study.name: deployed_points(table) for table in deployed}
-            scores_and_bytes(points, picture / f"{name}.png", deployed[0].study.measure)
+            out, measure = picture / f"{name}.png", deployed[0].study.measure
+            scores_and_bytes(deployed_points(deployed[0]), out, measure)
     over = [table for table in tables if table.study.name.startswith(f"{OVERVIEW}_")]
     if text := overview(over, picture and picture / f"{OVERVIEW}.png"):
         found[OVERVIEW] = text

@@ -57,6 +57,7 @@ from .nn.quantize_model import (
 from .ops.linear import project as project
 from .parallel.sharding import make_mesh as make_mesh
 from .reporting.files import atomic_write as atomic_write
+from .reporting.plots import colour_of as colour_of, loss_curves as loss_curves, styled as styled
 from .reporting.provenance import environment as environment
 from .reporting.tables import markdown_table as markdown_table
 from .training.lock import BusyError as BusyError, locked as locked
