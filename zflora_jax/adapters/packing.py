@@ -237,7 +237,7 @@ def _outputs(config: LlamaConfig, module: str, leaf: Any) -> Any:
 def joined(leaves: Sequence[Any], reads: int, kind: str) -> Any:
     """Kernels of one layer that read the same inputs, below each other as [out, in]. They are
     float, or of one type of codes and group size and `filled`; on a TPU, codes in groups become
-    [groups, inputs of a group, out], as XLA reads them inside a product (docs/models.md).
+    [groups, inputs of a group, out], as XLA reads them inside a product.
     reads: number of input axes.
     """
 

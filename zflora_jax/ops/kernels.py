@@ -154,7 +154,7 @@ def int8_product(x: Array, w: QuantizedArray) -> Array:
     """
     # XLA's CPU compiler multiplies int8 with int8 as it lies only for two rows or more, and
     # converts whole kernels to multiply with float. So x becomes two rows of 8 bits; the second is
-    # the rounding error of the first (docs/models.md).
+    # the rounding error of the first.
     x, scales = x.astype(jnp.float32), w.scales.astype(jnp.float32).T[None]
     base = _parts(x, w)[:, 0]
     scale = jnp.maximum(jnp.max(jnp.abs(base), -1, keepdims=True), 1e-30) / 127
@@ -178,7 +178,7 @@ def int8_product(x: Array, w: QuantizedArray) -> Array:
 def multiply_and_sum(x: Array, w: QuantizedArray) -> Array:
     """x [n, i] against codes [j, i] -> [n, j] float32, one sum over the inputs of each output."""
     # XLA's GPU compiler makes one kernel of it that reads the codes; as a product it writes the
-    # dequantised kernel to memory first (docs/models.md).
+    # dequantised kernel to memory first.
     x = x.astype(jnp.float32)
     if not w.group:
         return jnp.sum(x[:, None] * dequantize(w)[None], axis=-1)
@@ -193,7 +193,7 @@ def multiply_and_sum(x: Array, w: QuantizedArray) -> Array:
 def eight_rows_product(x: Array, w: QuantizedArray) -> Array:
     """x [n, i] against codes, as a product of at least eight rows -> [n, j] float32."""
     # XLA's TPU compiler multiplies fewer rows on the vector unit; it reads codes [G, g, j] with
-    # scales [G, 1, j] inside the product (docs/models.md).
+    # scales [G, 1, j] inside the product.
     parts, f32 = _parts(x, w) if not w.group else x[:, None], jnp.float32
     rows = parts.reshape(-1, x.shape[-1])
     rows = jnp.pad(rows, ((0, max(0, 8 - len(rows))), (0, 0)))

@@ -204,7 +204,7 @@ def code_values(kind: str, codes: Array) -> Array:
         return values
 
     # XLA's TPU compiler fuses no lookup into the product that reads it, its GPU compiler no chain
-    # of choices (docs/models.md).
+    # of choices.
     return jax.lax.platform_dependent(codes.astype(jnp.int32), tpu=chosen, default=looked_up)
 
 
