@@ -52,7 +52,7 @@ def check(name: str, method: str, quant: str, args: argparse.Namespace) -> dict[
     from zflora_jax.hf.restore import load_stock
 
     base, ids, std = make(name)
-    how = QuantizeConfig(QUANTS[quant].kind, group=QUANTS[quant].group)  # type: ignore[arg-type]
+    how = QuantizeConfig(QUANTS[quant].kind)  # type: ignore[arg-type]
     model = fused(quantize_model(base, how), method, rank=16, std=std)
     export = (args.dir / f"{name}-{method}-{quant}").resolve()
     report = save_hf(export, model, quant=quant, dtype="float32")
