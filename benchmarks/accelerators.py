@@ -209,16 +209,15 @@ def page(result: Mapping[str, Any]) -> str:
     together = result.get("together", [])
     return f"""# Decode and training on TPUs and GPUs, compiled and not run
 
-libtpu and XLA's CUDA plugin compile programs for devices that are not there. Nothing on this page
-was timed.
+libtpu and XLA's CUDA plugin compile programs for absent devices. Nothing on this page was timed.
 
-## A token of decode
+## Decoding one token
 
-Prompts of 128 tokens, bfloat16. Fused models are ffba, zflora-minimal and zflora-uniform at each of
-the ranks; a column shows the highest value of any of them.
+Prompts of 128 tokens, bfloat16. Fused models are ffba, zflora-minimal and zflora-uniform at each
+rank; a column shows the highest value of any of them.
 
 - kernels: operations of the token loop that run a kernel.
-- copies: kernels, tables or caches that a fused token rewrites.
+- copies: kernels, tables or caches that decoding a fused token copies.
 - arguments, temporaries: bytes of the whole program, as the compiler plans them.
 - of floor: the TPU compiler's cycles plus the copies that it starts ahead, over the time to read
   weights and cache. For prefill, over the time to read or multiply the layers and to read the head.
@@ -242,9 +241,9 @@ fsdp.
 
 ## Runs that train together
 
-A step of one row of each of several runs (zflora-minimal, rank {RANK}, bfloat16, remat block) in
-one program over one base: `zf.sweep(..., together=N)`. cycles: the TPU compiler's estimate; gain:
-how many times fewer than of one run alone. arguments, temporaries: of all runs.
+One step of several runs over one base (zflora-minimal, rank {RANK}, bfloat16, remat block, one row
+each): `zf.sweep(..., together=N)`. cycles: the TPU compiler's estimate per run; gain: that of a
+single run over it. arguments, temporaries: of all runs.
 
 {markdown_table(together, list(together[0])) if together else "Not compiled."}
 
@@ -261,7 +260,14 @@ def picture(result: Mapping[str, Any]) -> None:
         if first and row["target"] in chips and row["label"] in names:
             shown[f"{chips[row['target']]}: {names[row['label']]}"] = row["kernels"]
     shown = dict(sorted(shown.items(), key=lambda item: (item[0].split(":")[0], item[1])))
-    title = "Unmerged LoRA adds 18 or 46 kernels to every token, fused zFLoRA at most one"
+    lora, fused = (
+        [shown[f"{chip}: {kind}"] - shown[f"{chip}: base"] for chip in chips.values()]
+        for kind in ("LoRA, unmerged", "zFLoRA, fused")
+    )
+    title = (
+        f"Unmerged LoRA adds {lora[0]} or {lora[1]} kernels to every token, fused zFLoRA at most"
+    )
+    title += f" {max(fused)}"
     label = "kernels per token: Llama-3.2-1B cut to 2 layers, batch 1; compiled, not run"
     bars(shown, RESULTS / "kernels", title, label=label)
 

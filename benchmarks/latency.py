@@ -84,23 +84,28 @@ def page(result: Mapping[str, Any]) -> str:
     shown = [_line(row) for row in result["rows"]]
     return f"""# Decode latency: {settings["model"]}, {settings["dtype"]}
 
-{settings["weights"]} weights, {settings["new_tokens"]} new tokens, greedy. Medians of
-{settings["repeats"]} turns [minimum, maximum]. All rows of a case take turns in one process;
-compile time is left out.
+**{_finding(result["rows"])}.**
 
-- "x base" is the median over turns of the ratio within a turn.
-- "bytes" are the weights and the half-filled cache that a token reads. "of floor" is the time to
-  read them over TPOT, at the read bandwidth measured in the same turn (medians of {min(rates):.1f}
-  to {max(rates):.1f} GB/s).
-- "lora unmerged" computes LoRA's products next to packed base kernels. "merged" has the base's
-  shapes again, so its difference from the base is noise.
-
-![TPOT over the base's](latency-ratio.png)
+![TPOT relative to the base's](latency-ratio.png)
 
 {markdown_table(shown, list(shown[0]))}
 
+- {settings["weights"]} weights, {settings["new_tokens"]} new tokens, greedy. Medians of
+  {settings["repeats"]} turns [minimum, maximum]; all rows of a case take turns in one process.
+- x base: median over turns of the ratio within a turn. bytes: weights and half-filled cache that a
+  token reads. of floor: time to read them over TPOT (at {min(rates):.1f} to {max(rates):.1f} GB/s,
+  measured in the same turns).
+- lora unmerged: LoRA's products next to packed base kernels. lora merged has the base's shapes, so
+  its difference from the base is noise.
+
 {origin_line(result["environment"])}
 """
+
+
+def _finding(rows: list[dict[str, Any]]) -> str:
+    ratios = {row["label"]: row["tpot_ratio"] for row in reversed(rows)}  # of the first case
+    found = [f"{name} {ratios[name]:.2f}" for name in ("zflora-minimal", "lora unmerged")]
+    return f"Time per token relative to the base's: {', '.join(found)}"
 
 
 def _line(row: Mapping[str, Any]) -> dict[str, Any]:
@@ -135,13 +140,10 @@ def draw(result: Mapping[str, Any], out: object) -> None:
         r["label"]: abs((r["tpot_ms_max"] - r["tpot_ms_min"]) / 2 / r["tpot_ms"] * r["tpot_ratio"])
         for r in first
     }
-    ratios = {row["label"]: row["tpot_ratio"] for row in first}
     bars(
-        ratios,
+        {row["label"]: row["tpot_ratio"] for row in first},
         f"{out}-ratio",
-        "Time per token relative to the base's: zflora-minimal {:.2f}, unmerged LoRA {:.2f}".format(
-            *(ratios[label] for label in ("zflora-minimal", "lora unmerged"))
-        ),
+        _finding(rows),
         spread=spread,
         label=f"TPOT / base's TPOT: {result['settings']['model']}, {result['settings']['dtype']},"
         f" rank {rows[0]['rank']}, batch {rows[0]['batch']}; whiskers: half the range",

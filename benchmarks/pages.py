@@ -16,17 +16,9 @@ from harness import RESULTS, ROOT
 
 from zflora_jax.reporting.files import atomic_write
 
-PAGES = {  # result -> module in benchmarks/ or tools/
-    "accelerators": "accelerators",
-    "consumers": "check_consumers",
-    "latency": "latency",
-    "quantised": "quantised",
-    "quickstart": "quickstart",
-    "task_switch": "task_switch",
-    "lm_eval": "check_lm_eval",
-    "train": "training",
-    "serving": "serving",
-}
+# Result -> module in benchmarks/ or tools/
+PAGES = {"consumers": "check_consumers", "lm_eval": "check_lm_eval", "train": "training"}
+PAGES |= {x: x for x in "accelerators latency quantised quickstart serving task_switch".split()}
 
 
 def main() -> None:

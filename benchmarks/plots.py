@@ -18,14 +18,8 @@ def bars(
     spread: Mapping[str, float] | None = None,
     label: str,
 ) -> None:
-    """Draws one horizontal bar per value, the first on top, with its number.
-
-    Args:
-      values: Label -> length.
-      out: Path without a suffix.
-      title: Title of the figure.
-      spread: Label -> half the length of its whiskers; None: there are none.
-      label: Label of the axis.
+    """Draws a horizontal bar for each value as <out>.png, the first on top. spread: Half the length
+    of each whisker; label: Text of the axis.
     """
     with zf.styled():
         figure = Figure(figsize=(7.0, 1.2 + 0.36 * len(values)), layout="constrained")

@@ -22,22 +22,24 @@ def page(result: Mapping[str, Any]) -> str:
     r = result
     lines = [
         "# Quickstart\n",
-        "|  | base | tuned and fused |",
-        "|---|---|---|",
+        "**{:.0f} seconds take accuracy from {:.2f} to {:.2f}.** ![loss](loss.png)\n".format(
+            *(r[key] for key in ("seconds", "accuracy_before", "accuracy_after"))
+        ),
+        "|  | base | trained and fused |",
+        "|---|---:|---:|",
         f"| accuracy | {r['accuracy_before']:.3f} | {r['accuracy_after']:.3f} |",
-        f"| held-out loss | {r['loss_before']:.4f} | {r['loss_after']:.4f} |",
-        f"| TPOT (ms) | {r['tpot_ms_base']:.1f} | {r['tpot_ms_fused']:.1f} |\n",
-        f"{r['method']}, {r['params_trainable']:,} trainable parameters beside"
+        f"| held-out loss, nats | {r['loss_before']:.4f} | {r['loss_after']:.4f} |",
+        f"| TPOT, ms | {r['tpot_ms_base']:.1f} | {r['tpot_ms_fused']:.1f} |\n",
+        f"{r['method']}, {r['params_trainable']:,} trainable parameters on a base of"
         f" {r['params_base']:,}; {r['accuracy_rows']} held-out problems.\n",
-        "- Fused against adapted, largest difference of the logits:"
-        f" {r['fused_max_abs_dlogit']:.3g} at a scale of {r['logit_scale']:.3g}. Exported directory"
-        f" against the fused model: {r['export_max_abs_dlogit']:.3g}, the same likeliest token"
-        f" at {100 * r['export_top1_agreement']:.4g}% of positions.",
-        f"- Another adapter in the live model: {r['switch_ms']:.3g} ms. The base after that, taken"
-        f" out: {'equal, bit for bit' if r['base_bit_for_bit'] else 'NOT equal'}.",
-        "- The same adapter beside the blocks of the base's own 4-bit file: accuracy"
+        "- Largest logit difference between fused and unmerged model:"
+        f" {r['fused_max_abs_dlogit']:.3g} at a logit scale of {r['logit_scale']:.3g}; between"
+        f" exported and fused model: {r['export_max_abs_dlogit']:.3g}, with the same likeliest"
+        f" token at {100 * r['export_top1_agreement']:.4g}% of positions.",
+        f"- Switching the live model to another adapter: {r['switch_ms']:.3g} ms. After it, the"
+        f" unfused base is {'equal, bit for bit' if r['base_bit_for_bit'] else 'NOT equal'}.",
+        "- Accuracy of the same adapter on the base's 4-bit blocks:"
         f" {r['accuracy_on_blocks']:.3f}.\n",
-        "![loss](loss.png)\n",
     ]
     for sample in r["samples"]:
         named = {name: " ".join(text.split()) for name, text in sample.items()}

@@ -292,7 +292,7 @@ def page(result: Mapping[str, Any]) -> str:
             for name in ("switch", "its write in the worker", "load_lora_adapter")
         ]
         stay = found["bytes of m and m:base stay"]
-        text = f"The export's and the base's bytes in the worker are the same after them: {stay}."
+        text = f"After all switches the worker holds the same bytes of export and base: {stay}."
         blocks += [markdown_table(shown, list(shown[0])), text, origins(result, "switch")]
     for part in [name for name in result if name.startswith("tokens ")]:
         same = "{equal} of {answers} answers of 32 greedy tokens".format(**result[part])
@@ -319,11 +319,11 @@ ALL_CLIENTS = {
 PICTURE = "Fused tasks that take turns serve more tokens than LoRA that mixes them in a batch"
 SINGLE = """SmolLM2-135M in vLLM 0.32's CPU build, float32, eager, no prefix cache, one process per
 server; all servers run and take turns. Prompts of 64 tokens, 32 new ones, streamed over HTTP.
-Medians of rounds; ratios within a round. packed: a stock server of one fused export, with the
-kernels that vLLM packs for CPUs. gate: the server that switches tasks, whose kernels are plain
-(`--quantization zflora`), as they are on GPUs. zflora-minimal: r=18, m=24."""
-FINDING = """A switch of tasks takes {:.0f} ms over HTTP. Fused tasks give {:.1f} times LoRA's
-tokens per second for one task, {:.1f} times for bursts, {:.1f} times for a random mix of three."""
+Medians of rounds; ratios within a round. packed: a stock server of one fused export; vLLM packs its
+kernels for the CPU. gate: the server that switches tasks; its kernels are not packed
+(`--quantization zflora`), as on GPUs. zflora-minimal: r=18, m=24."""
+FINDING = """**Switching the task takes {:.0f} ms over HTTP. Fused tasks serve {:.1f} times LoRA's
+tokens per second for one task, {:.1f} times for bursts, {:.1f} times for a random mix.**"""
 PATTERN = """Six requests of each client, one after the other, of three tasks. bursts: every client
 changes its task after two requests. random mix: each request draws its task. LoRA computes tasks of
 a batch together; fused tasks take turns."""

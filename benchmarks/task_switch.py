@@ -196,16 +196,15 @@ def page(result: dict[str, Any]) -> str:
     ]
     return f"""# Changing the task of a live model
 
-Swapping zflora-minimal's blocks leaves the base bit-identical. Unmerging one LoRA and merging
-another writes every kernel and changes last bits of the base.
-
-SmolLM2-135M, two sets of adapters of rank {RANK}, perturbed by noise, on all kernels. Medians of
-{result["settings"]["repeats"]} turns [minimum, maximum] in one process; "x swap of packed" is the
-median of the ratio within a turn. LoRA, two passes: W <- W - s A B, then W <- W + s A' B', as
-PEFT's unmerge and merge do. One pass: both products as one. Both are compiled, with donated
-buffers.
+**Swapping zflora-minimal's blocks leaves the base bit for bit. Unmerging one LoRA and merging
+another writes every kernel and changes last bits of the base.**
 
 {markdown_table(shown, list(shown[0]))}
+
+SmolLM2-135M, two sets of perturbed adapters of rank {RANK} on all kernels. Medians of
+{result["settings"]["repeats"]} turns [minimum, maximum] in one process; x swap of packed: median of
+the ratio within a turn. LoRA, two passes: W <- W - s A B, then W <- W + s A' B', as PEFT does. One
+pass: both products as one. Both are compiled, with donated buffers.
 
 {origin_line(result["environment"])}
 """

@@ -55,7 +55,7 @@ def table_of(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def note(name: str) -> str:
-    """The hand-written text of a page."""
+    """The hand-written text of a page; the first table goes where it has {table}."""
     path = NOTES / f"{name}.md"
     return path.read_text(encoding="utf-8").strip() if path.is_file() else ""
 
@@ -70,7 +70,7 @@ def joined(blocks: Iterable[str]) -> str:
 
 def study_page(name: str, tables: Sequence[Table]) -> str:
     """The page of one study or of several."""
-    blocks = [f"# {name}", note(name)]
+    (before, _, after), blocks = note(name).partition("{table}"), list[str]()
     for table in tables:
         blocks += [f"## {table.study.name}" if len(tables) > 1 else ""]
         if table.study.deployments:
@@ -82,7 +82,10 @@ def study_page(name: str, tables: Sequence[Table]) -> str:
     margins = {t.study.margin for t in tables if t.study.margin}
     if any(table.differences for table in tables):
         blocks.append(LEGEND.format("".join(f" Margin: {margin:g} points." for margin in margins)))
-    return joined([*blocks, places(tables), "Command: `python -m studies.pages`."])
+    first, *rest = filter(None, blocks)
+    middle = [after.strip(), "## Details"] if after else []
+    blocks = [before.strip() or f"# {name}", first, *middle, *rest, places(tables)]
+    return joined([*blocks, "Command: `python -m studies.pages`."])
 
 
 def loss_row(table: Table, label: str) -> dict[str, Any]:
@@ -376,7 +379,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     found = pages(studies(), args.records, None if args.check else args.out)
     for name, columns in ROWS.items():
         rows = read_lines(args.records / f"{name}.jsonl.gz")
-        found[name] = joined([f"# {name}", note(name), zf.markdown_table(rows, columns)])
+        found[name] = joined([note(name), zf.markdown_table(rows, columns)])
     if not args.check:
         write(found, args.out)
         return 0

@@ -115,7 +115,7 @@ def test_wrong_cases(settings: dict[str, Any], message: str) -> None:
         ("latency.py", ["--new-tokens", "1"], "--new-tokens 1: give at least 2"),
         ("training.py", ["--repeats", "0"], "--repeats 0: give at least 1"),
         ("serving.py", ["--vllm", "nowhere"], "--vllm nowhere: give vLLM's command"),
-        ("pages.py", ["nothing"], "no page nothing: choose from accelerators"),
+        ("pages.py", ["nothing"], "no page nothing: choose from"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )
