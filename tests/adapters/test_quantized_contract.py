@@ -92,7 +92,7 @@ def test_merging_by_addition_is_refused_and_says_what_else_there_is(method):
             init_adapters(jax.random.key(0), model, adapter)
         return
     adapters = moved(model, adapter)
-    with pytest.raises(ConfigError, match=r"beside the base .*dequantise the base first"):
+    with pytest.raises(ConfigError, match=r"adapters unmerged .*dequantise the base first"):
         fuse(model, adapter, adapters)
     numbers = dequantize_model(model)
     assert_logits_close(
