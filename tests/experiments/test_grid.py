@@ -100,7 +100,7 @@ def test_a_signal_after_the_last_step_and_a_fault_of_ours_end_a_sweep(
 ):
     late = lambda *a, **k: dataclasses.replace(fake(*a, **k), signalled=True)  # noqa: E731
     monkeypatch.setattr(grid, "train", late)
-    with pytest.raises(Preempted, match="is saved, the same command goes on there"):
+    with pytest.raises(Preempted, match="is saved, the same command resumes it"):
         run_grid(base, GRID, tmp_path / "s", console=False)
     assert len(fake.runs) == 1
     monkeypatch.setattr(grid, "train", lambda *_, **__: 1 // 0)

@@ -124,7 +124,7 @@ def _require_may_change(workdir: Path, there: RunConfig, run: RunConfig, finishe
 
 
 def require_no_jump(workdir: str | Path, run: RunConfig) -> None:
-    """Raises ConfigError if `run` would lengthen a run whose learning rate has decayed: its results
+    """Raises ConfigError if `run` would lengthen a run whose learning rate has decayed. Its results
     would not be those of a run of that length, which a sweep compares it with.
     """
     if run.optim.schedule == "constant" or not (saved := saved_steps(workdir)):
