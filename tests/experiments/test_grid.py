@@ -195,4 +195,4 @@ def test_the_command_runs_a_grid_with_changed_settings(base, tmp_path, capsys, f
     assert [(row["adapter.rank"], row["steps"]) for row in rows] == [(2, 3), (3, 3)]
     assert "adapter.rank=3" in capsys.readouterr().out
     assert main([*command, "--set", "adapter.rank=9"]) == 2
-    assert "--set adapter.rank: the grid gives it to each of its runs" in capsys.readouterr().err
+    assert "--set adapter.rank: the grid sets it for each of its runs" in capsys.readouterr().err
