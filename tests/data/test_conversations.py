@@ -204,8 +204,8 @@ DROPS_SYSTEM = "{% for m in messages if m.role != 'system' %}" + THINKING.split(
             for name in ("reasoning_content", "thinking", "function_call", "tool_call")
         ),
         (unmarked(CHATML), SHORT[1:], r"begins with the assistant"),
-        (CHANNELS, LONG, r"where turn 2 ends cannot be told"),
-        (THINKING, [SHORT[0], SEE, *LONG[2:]], r"where turn 2 ends cannot be told"),
+        (CHANNELS, LONG, r"the end of turn 2 cannot be found"),
+        (THINKING, [SHORT[0], SEE, *LONG[2:]], r"the end of turn 2 cannot be found"),
         (LLAMA, CALL, r"leaves out the tool calls of turn 2"),
         (None, SHORT, r"needs a tokenizer with a chat template"),
     ],
