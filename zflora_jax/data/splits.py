@@ -236,7 +236,7 @@ def _files(task: Task, folder: Path) -> dict[str, Found]:
     require(
         not (task.own and found and others),
         f"task {task.name!r}: {folder} has {', '.join(sorted(path.name for path in named))}, which"
-        f" are splits, and {', '.join(others)}, which belong to no split. Name these as"
+        f" are splits, and {', '.join(others)}, which belong to no readable split. Name these as"
         f" parts of a split (train-1.jsonl; {', '.join(TABLES)}), or move them elsewhere.",
     )
     return found
