@@ -39,7 +39,7 @@ def test_a_gap_of_nan_is_an_error(tmp_path, monkeypatch, value):
     monkeypatch.setattr(gap_module, "load_stock", lambda *_: spoilt(model, value))
     with pytest.raises(
         CheckpointError,
-        match=r"logits of the export at .*out are NaN or infinite, so the export is not to be used",
+        match=r"logits of the export at .*out are NaN or infinite, so do not use the export",
     ):
         export_gap(model, out, tokens)
 

@@ -15,7 +15,7 @@ from zflora_jax.core.storage import as_path
 from zflora_jax.reporting.files import atomic_write
 from zflora_jax.reporting.metrics import read_metrics
 
-# What a mark stands for -> its colour, in the order of every figure.
+# Method of a mark -> its colour, in the order of every figure.
 COLOURS = {"base": "#7f7f7f", "LoRA": "#e6812b", "LoRA merged": "#f5c396", "zFLoRA": "#2767b1"}
 _STYLE: Any = {
     "font.size": 10,
@@ -32,7 +32,7 @@ _STYLE: Any = {
 
 
 def styled() -> Any:
-    """Returns a context manager in which figures are drawn in the project's style."""
+    """Returns a context manager that draws figures in the project's style."""
     from matplotlib import rc_context
 
     return rc_context(_STYLE)
@@ -85,6 +85,6 @@ def loss_curves(
 
 
 def _losses(rows: Sequence[Mapping[str, Any]], split: str) -> dict[int, float]:
-    """Step -> loss of a split; null, which stands for a value that was not finite, is left out."""
+    """Step -> loss of a split, without null, which stands for a value that was not finite."""
     found = {r["step"]: r["loss"] for r in rows if r["split"] == split and r.get("loss")}
     return dict(sorted(found.items()))
