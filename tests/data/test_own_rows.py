@@ -141,7 +141,7 @@ def test_parts_of_splits_in_a_folder(tmp_path):
     assert test[0].where.endswith("test-1.jsonl, row 1")
     for name, message in (
         ("more.jsonl", r"which are splits, and more.jsonl, which belong to no readable"),
-        ("train-2024-eval.jsonl", r"splits, and train-2024-eval.jsonl, which belong to no readable"),
+        ("train-2024-eval.jsonl", r"splits, and train-2024-eval.jsonl, which belong to no"),
         ("validation.jsonl.gz", r"splits, and validation.jsonl.gz, which belong to no readable"),
         ("train.jsonl", r"00001-of-00002.jsonl and train.jsonl for one split"),
         ("train-00002-of-00003.jsonl", r"not all parts of one split, each once\. Add"),

@@ -174,7 +174,7 @@ def resolve_adapter(config: LlamaConfig, adapter: AdapterConfig | None) -> Resol
 
 
 def add_method(name: str, kernel: type[LowRank] | type[Widening]) -> None:
-    """Adds a method of your own, which every function and command of this process then knows.
+    """Adds a user-defined method, for all functions and commands of this process.
 
     Args:
       name: Its name, for `AdapterConfig.method`.

@@ -32,6 +32,4 @@ def run(args: argparse.Namespace) -> None:
         print(f"unfused after {SWITCHES} changes, the base is back, {same}")
     if "accuracy_on_blocks" in report:
         accuracy = f"{report['accuracy_on_blocks']:.2f} ({report['accuracy_after']:.2f} on floats)"
-        print(
-            f"the same adapter on the file's unchanged quantised blocks: accuracy {accuracy}"
-        )
+        print(f"the same adapter on the file's unchanged quantised blocks: accuracy {accuracy}")

@@ -347,7 +347,7 @@ class RunConfig:
         return self.train.steps  # type: ignore[return-value]
 
     def in_steps(self, rows: int) -> RunConfig:
-        """The run with the train.steps that train.epochs takes of `rows` training rows."""
+        """The run with the train.steps that train.epochs needs for `rows` training rows."""
         given, epochs, batch = self.train.steps, self.train.epochs, self.data.batch_size
         # 0.7 epochs of 10 rows, 7.000000000000001, are 7 rows.
         steps = given if epochs is None else max(1, math.ceil(epochs * rows / batch - 1e-9))

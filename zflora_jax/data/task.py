@@ -69,7 +69,7 @@ class Example:
 class Files:
     """Files of a task."""
 
-    format: str  # a key of `builders.published.FORMATS`, or "" for the user's own rows
+    format: str  # a key of `builders.published.FORMATS`, or "" for the user's rows
     names: Mapping[str, tuple[str, ...]]  # split -> stems
 
 

@@ -313,7 +313,7 @@ def _traces(stack: ExitStack, run: RunConfig, workdir: Path) -> list[Hook]:
 
 def _repeated(workdir: Path, first: int, clock: Clock) -> dict[str, float]:
     """Counts the seconds that killed starts worked after their last checkpoint, as far as
-    metrics.jsonl shows; this one goes on from step `first`. Returns them for starts.jsonl.
+    metrics.jsonl shows; this one resumes from step `first`. Returns them for starts.jsonl.
     """
     path = workdir / METRICS_FILE
     records = read_metrics(path) if path.is_file() else []

@@ -226,7 +226,7 @@ def widened_rope(native: LlamaConfig) -> tuple[float, RopeScaling | None]:
     if native.base_head_dim is None:
         return theta, scaling
     if scaling is None:
-        original = max(1, length // 2)  # a unit alone; transformers wants less than the length
+        original = max(1, length // 2)  # only a unit; transformers needs less than the length
         # Wavelengths: 2 pi theta^(1 - 2/k) of the base's last pair, 2 pi theta of the adapter's
         # first. The band of the interpolation lies between them.
         low, high = (original / (2 * math.pi * theta ** (1 - x / k)) for x in (0.5, 1.5))

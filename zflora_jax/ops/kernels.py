@@ -35,7 +35,7 @@ def kernel_product(x: Array, kernel: Any, axes: int, packed: bool = False) -> Ar
 
 
 def output_logits(x: Array, kernel: Any, tied: bool) -> Array:
-    """Logits [B, T, V] float32 of x [B, T, d]; kernel and tied as for `ops.linear.head_logits`."""
+    """Logits [B, T, V] float32 of x [B, T, d]; kernel and tied: see `ops.linear.head_logits`."""
     if isinstance(kernel, QuantizedArray):
         return quantized_linear(x, kernel, jnp.float32)
     return head_logits(x, kernel.astype(x.dtype), tied)

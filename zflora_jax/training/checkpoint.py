@@ -167,7 +167,7 @@ class Checkpoints:
 
     def _unreadable(self, step: int, steps: list[int], error: Exception) -> str:
         older = [s for s in steps if s != step]
-        remedy = f"remove that folder to go on from step {max(older, default=0)}."
+        remedy = f"remove that folder to resume from step {max(older, default=0)}."
         if not older:
             remedy = "start the run again in another --workdir: there is no other checkpoint."
         return (
@@ -236,7 +236,7 @@ class Checkpoints:
                 f"a checkpoint could not be written to {self.folder}"
                 f" ({type(error).__name__}: {str(error)[:300]}). The checkpoints before it are"
                 " whole: free some space or check the object store, then run the same command again"
-                " to go on from the newest."
+                " to resume from the newest."
             ) from error
 
     def _clean_up(self) -> None:

@@ -175,7 +175,7 @@ class HeldOutLoss(Hook):
         except NonFiniteError as error:
             saved, text = results.get("checkpoint"), f"after step {step} {error}"
             if saved:
-                text += f" The checkpoint of step {step} is saved: remove {saved} to go on earlier."
+                text += f" The checkpoint of step {step} is saved: remove {saved} to go back."
             raise NonFiniteError(text) from error
         results["loss"] = self.last["loss"]
         if self.writer is not None:

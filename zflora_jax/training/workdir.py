@@ -158,7 +158,7 @@ def claimed(workdir: str | Path, run: RunConfig) -> Iterator[Callable[[], None]]
 
     Raises:
       BusyError: Another process is training there.
-      ConfigError: The run there cannot go on with these settings, or `workdir` cannot be written.
+      ConfigError: The run there cannot resume with these settings, or `workdir` cannot be written.
     """
     workdir = as_path(workdir, "workdir")
     with contextlib.ExitStack() as stack:

@@ -1,4 +1,4 @@
-"""The user's own rows: instructions, questions, conversations, prompts with completions, texts, or
+"""The user's rows: instructions, questions, conversations, prompts with completions, texts, or
 pairs of answers.
 
 The columns of a file's first row decide its form, unless data.row_format gives it. A new form is a
@@ -104,7 +104,7 @@ def _pair_of_turns(row: Raw) -> tuple[list[Row], bool]:
         )
     require(
         bool(context) and all(turns[0]["role"] == "assistant" for turns in pair),
-        "the chosen and the rejected answer have different prompts, or none: both must go on from"
+        "the chosen and the rejected answer have different prompts, or none: both must continue"
         " the same turns with one of the assistant.",
     )
     rows = [_conversation([*context, *turns], row, len(context))[0] for turns in pair]
@@ -247,9 +247,7 @@ def _turn(value: Any, where: str) -> Turn:
     if isinstance(content, list):
         parts = [x.get("text") if _is_object(x) and x.get("type") == "text" else x for x in content]
         wrong = next((x for x in parts if not isinstance(x, str)), "")
-        require(
-            wrong == "", f"{where}: {wrong!r:.80} is no text, and models here read only text."
-        )
+        require(wrong == "", f"{where}: {wrong!r:.80} is no text, and models here read only text.")
         content = "".join(parts)
     calls = role == "assistant" and bool(given.get("tool_calls"))
     content = "" if content is None and calls else content

@@ -171,7 +171,7 @@ def gguf_config(file: GGUFFile) -> LlamaConfig:
         "eos_token_ids": [token for token in dict.fromkeys(ends) if token is not None],
         "pad_token_id": pad,
         "family": family,
-        # Not in the file: llama.cpp takes every fourth layer to be without RoPE.
+        # Not in the file: llama.cpp assumes no RoPE in every fourth layer.
         "nope_layers": tuple(range(3, layers, 4)) if FAMILIES[family].nope else (),
     }
     return _with_rope(file, from_dict(LlamaConfig, values, str(file.path)))

@@ -180,7 +180,7 @@ def gguf_form(model: Model, dtype: str, eps_z: float | None = None) -> GGUFForm:
     require(
         config.base_head_dim is None or config.traits.gguf_wide_heads,
         f"heads wider than the base's need RoPE divisors, which llama.cpp does not read for family"
-        f" {config.family!r}. Fuse a method that leaves the heads alone (zflora-minimal, lora, ffa,"
+        f" {config.family!r}. Fuse a method that does not widen them (zflora-minimal, lora, ffa,"
         " full), or export a Hugging Face directory (--format hf).",
     )
     takes = [name for name, f in FAMILIES.items() if f.gguf == "llama" or f.gguf_as_llama]
