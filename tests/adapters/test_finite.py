@@ -74,7 +74,7 @@ def test_a_held_out_loss_of_nan_ends_the_run(run, tmp_path, monkeypatch):
     )
     saved = (
         r"after step 3 the held-out loss is nan.*The checkpoint of step 3 is saved: remove"
-        r" .*checkpoints.3 to go on"
+        r" .*checkpoints.3 to go back"
     )
     with pytest.raises(NonFiniteError, match=saved):
         train(override(run, {"train.steps": 3}), tmp_path, console=False)

@@ -73,7 +73,7 @@ def test_what_a_killed_export_left_is_named(opened, tmp_path, caplog):
         pass
     [said] = caplog.messages
     assert said.startswith(f"{left}: left by an export to this place")
-    assert said.endswith(f"where {target} is missing, the one that ends in .old is it: rename it.")
+    assert said.endswith(f"if {target} is missing, rename the one that ends in .old to it.")
     assert left.is_dir()  # it may be of one that runs
 
 

@@ -104,7 +104,7 @@ def test_with_fewer_devices_a_run_is_loaded_onto_one(trained, tmp_path, caplog):
     with caplog.at_level(logging.WARNING, "zflora_jax"):
         _, model, adapters, _ = load_run(tmp_path / "run")
     assert (
-        "a run of 64 devices (mesh.data=1 x mesh.fsdp=2 x mesh.tensor=32) is loaded onto one: here"
+        "a run of 64 devices (mesh.data=1 x mesh.fsdp=2 x mesh.tensor=32) is loaded onto one: there"
         " are only 8" in caplog.text
     )
     assert all(

@@ -76,8 +76,7 @@ def export_run(
       float32 on held-out or built-in texts ("gap_prompts"): max and mean |dlogit|, top-1 agreement.
 
     Raises:
-      ConfigError: There is no such checkpoint, or the format cannot hold the run or has no such
-        setting.
+      ConfigError: The checkpoint is missing, or the format cannot hold the run or a setting.
     """
     from zflora_jax.experiments.restore import load_run
     from zflora_jax.parallel.distributed import require_equal, require_shared
