@@ -70,7 +70,7 @@ class Tensor:
         if isinstance(values, QuantizedArray):
             check_scales(values, self.name, "the model")
             return to_blocks(values)
-        # The scales of blocks are float16; a scale would not bring values beyond into its range.
+        # The scales of blocks are float16: values beyond its range would need scales near its end.
         range_of = {"F32": "float32", "BF16": "bfloat16"}.get(self.type.name, "float16")
         as_finite(values, np.dtype(range_of), self.name, "the model")
         data = np.ascontiguousarray(quantize(values, self.type))

@@ -356,8 +356,8 @@ def _plan(
     form: GGUFForm, model: Model, quant: str, before: Mapping[str, str]
 ) -> tuple[list[Tensor], str, dict[str, str]]:
     """(The tensors in the order of the file, F16 if no block divides the rows, as llama-quantize
-    does; the name of the file's `gguf.LlamaFileType`; fallback types, for the report). before:
-    Types in the file that the model came from, by name.
+    does; the name of the file's `gguf.LlamaFileType`; "types" and "fallback" of the report).
+    before: Types in the file that the model came from, by name.
     """
     from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
