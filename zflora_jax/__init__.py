@@ -1,5 +1,5 @@
-"""zFLoRA in JAX: adapters that widen a language model's streams, trained beside the frozen base and
-fused into an ordinary, slightly wider model.
+"""zFLoRA in JAX: adapters that widen a language model's streams, trained next to the frozen base
+and fused into an ordinary, slightly wider model.
 
 The papers' method sections (arXiv 2510.25784 and 2511.00050) could not be obtained; the methods
 here are this project's reconstruction. Names are loaded when they are first used, from the places

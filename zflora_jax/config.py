@@ -1,4 +1,4 @@
-"""All settings under one name: what a config file imports. `zflora_jax.core` holds them."""
+"""All settings in one module, which config files import. They are defined in `zflora_jax.core`."""
 
 from zflora_jax.core.adapter_config import METHODS, AdapterConfig, Method
 from zflora_jax.core.model_config import LlamaConfig, RopeScaling

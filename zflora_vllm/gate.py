@@ -10,20 +10,20 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
-log = logging.getLogger("vllm.zflora")  # vLLM shows its own loggers alone
+log = logging.getLogger("vllm.zflora")  # vLLM shows only its loggers
 
 
 class SwitchError(RuntimeError):
-    """A task could not be written; the one before it is in place."""
+    """A task could not be written; the one before it is still active."""
 
 
 class BrokenError(RuntimeError):
-    """It is not known which weights are in place: the engine must not be used."""
+    """The active weights are unknown: the engine must not be used."""
 
 
 @dataclass
 class Waiter:
-    """A request that waits."""
+    """A waiting request."""
 
     task: str
     since: float
@@ -31,14 +31,14 @@ class Waiter:
 
 
 class Gate:
-    """Requests of the current task pass. One of another task waits until those that run have
-    ended; from `patience` seconds of waiting on it is passed by none of the current task. So no
-    request waits for longer than its patience, and the requests and switches before it.
+    """Requests of the current task pass. A request of another task waits until running requests
+    have ended. Once it has waited `patience` seconds, no request of the current task overtakes it.
+    So it waits at most for its patience and for the requests and switches before it.
 
     Args:
-      switch: Writes a task; raises SwitchError where the old one is in place, and anything else
-        where the weights are not known. At first the task "" is in place.
-      patience: Seconds for which requests of the current task still pass one of another.
+      switch: Writes a task; raises SwitchError if the old one is still active, and any other error
+        if the weights are unknown. At first the task "" is active.
+      patience: Seconds for which requests of the current task may overtake one of another.
     """
 
     def __init__(self, switch: Callable[[str], Awaitable[None]], patience: float = 0.25) -> None:
@@ -49,7 +49,7 @@ class Gate:
 
     @asynccontextmanager
     async def using(self, task: str) -> AsyncIterator[None]:
-        """The time of a request of a task, see `enter`."""
+        """Context of a request of a task, see `enter`."""
         await self.enter(task)
         try:
             yield
@@ -57,17 +57,17 @@ class Gate:
             self.leave()
 
     def leave(self) -> None:
-        """Ends what `enter` began."""
+        """Ends a request that `enter` let in."""
         self.running -= 1
         self._advance()
 
     async def enter(self, task: str) -> None:
-        """Waits until a request of a task may run, which it may until `leave`. Cancelled, it leaves
-        the queue.
+        """Waits until a request of a task may run; it may run until `leave`. If this call is
+        cancelled, the request leaves the queue.
 
         Raises:
           SwitchError: The task could not be written.
-          BrokenError: The weights are not known.
+          BrokenError: The weights are unknown.
         """
         if self.broken:
             raise BrokenError(self.broken)
@@ -94,7 +94,7 @@ class Gate:
         return first is not None and time.monotonic() - first.since >= self.patience
 
     def _advance(self) -> None:
-        """Lets in whom the current task admits; with none running, begins the next change."""
+        """Lets in requests of the current task; if none runs, begins the next change."""
         if self._change is not None or self.broken:
             return
         if not self._oldest_is_impatient():
@@ -111,7 +111,7 @@ class Gate:
                 waiter.admitted.set_result(None)
 
     async def _changed(self, task: str) -> None:
-        """Writes a task and lets its requests in. No client can end it: it belongs to none."""
+        """Writes a task and lets its requests in. No client owns this call, so none can end it."""
         try:
             if task != self.task:
                 await self._switch(task)

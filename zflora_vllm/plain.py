@@ -1,5 +1,5 @@
-"""Linear layers that keep their weights as they are on a CPU, where vLLM packs them into kernels of
-its own that cannot be written to: `--quantization zflora`. GPUs need none of this.
+"""Linear layers with unpacked weights on CPUs (`--quantization zflora`), where vLLM otherwise packs
+weights into kernels that cannot be written to. GPUs do not need this.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def register() -> None:
 
     @register_quantization_config("zflora")
     class Plain(QuantizationConfig):
-        """Floats, which are not packed."""
+        """Unpacked floats."""
 
         def get_name(self) -> str:
             return "zflora"

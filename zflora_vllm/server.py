@@ -1,5 +1,5 @@
-"""Tasks in vLLM's API server: their routes, and a gate that each request passes with the weights of
-its own task (`VLLM_PLUGINS=zflora`). Model NAME:TASK is a task; NAME is the export that is served.
+"""Tasks in vLLM's API server: their routes, and a gate that lets each request run with its task's
+weights (`VLLM_PLUGINS=zflora`). Model NAME:TASK is a task; NAME is the served export.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ from zflora_vllm.worker import BASE, OWN, export_facts
 FOLDER = "ZFLORA_TASKS"  # environment: the only folder that slices are read from and written to
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 ROUTES = "/v1/zflora"
-LARGEST = 2**32  # bytes of a file that is put
-# POST routes that compute nothing with the model, or end what does.
+LARGEST = 2**32  # most bytes of an uploaded file
+# POST routes that compute nothing with the model, or end such computations.
 FREE = re.compile(
     r"/(de)?tokenize|/ping|.*/(cancel|abort_requests|count_tokens)|/\w+_profile|/is_\w+"
 )
-# Those that change the engine or its weights behind the gate, or lose the task's name.
+# Routes that change the engine or its weights behind the gate, or lose the task's name.
 REFUSED = re.compile(
     r"/(pause|resume|sleep|wake_up|(scale|release)_\w+)|.*/\w*weight\w*|.*/(de)?render"
 )
 ENDED = "the engine has ended: restart the server."
-log = logging.getLogger("vllm.zflora")  # vLLM shows its own loggers alone
+log = logging.getLogger("vllm.zflora")  # vLLM shows only its loggers
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
@@ -61,7 +61,7 @@ class Plugin:
         self.names: list[str] = []
         self.export, self.routes = Path(), list[BaseRoute]()
         self.engine: Any = None
-        self._changing = asyncio.Lock()  # of `known`
+        self._changing = asyncio.Lock()  # for `known`
 
     def attach_router(self, app: FastAPI) -> None:
         """Adds the routes and the gate."""
@@ -78,8 +78,8 @@ class Plugin:
         self.routes = app.router.routes
 
     async def init_state(self, engine_client: Any, state: Any, args: Any) -> None:
-        """Takes the engine, and loads the tasks that are there. Raises ValueError where requests
-        could pass the gate by.
+        """Stores the engine, and loads the existing tasks. Raises ValueError if requests could
+        bypass the gate.
         """
         for option in ("api_server_count", "data_parallel_size"):
             if (count := getattr(args, option, None) or 1) > 1:
@@ -128,13 +128,13 @@ class Plugin:
         return {"task": path.stem, "sha256": digest}
 
     def _checked(self, data: bytes, path: Path) -> str:
-        """Checks that slices go with the export, and returns their hash."""
+        """Checks that slices fit the export, and returns their hash."""
         slices = read_slices(data, path.name)
         require_same(slices.facts, export_facts(self.export), path.name, str(self.export))
         return str(slices.facts["sha256"])
 
     def _stored(self, data: bytes, path: Path) -> str:
-        """Puts slices that go with the export in the folder, and returns their hash."""
+        """Puts slices that fit the export into the folder, and returns their hash."""
         digest = self._checked(data, path)
         staged = path.with_suffix(f".{os.getpid()}.part")
         try:
@@ -219,7 +219,7 @@ class Plugin:
     # --- the engine -------------------------------------------------------------------------------
 
     async def _call(self, method: str, *args: str) -> list[str]:
-        """The errors of all ranks."""
+        """Calls a method in all ranks, and returns their errors."""
         found = await self.while_alive(self.engine.collective_rpc(method, args=args))
         return [error for error in found if error]
 
@@ -235,7 +235,7 @@ class Plugin:
             made.cancel()
 
     async def _switch(self, task: str) -> None:
-        """Writes a task into every rank, or none; else the engine stays paused."""
+        """Writes a task into every rank, or into none; otherwise the engine stays paused."""
         if task != OWN and task not in self.known:  # unloaded while its requests waited
             raise SwitchError(f"task {task!r} is not loaded any more.")
         try:
@@ -251,7 +251,7 @@ class Plugin:
             raise SwitchError(f"task {task!r} could not be written: {errors[0]}")
 
     def gated(self, scope: MutableMapping[str, Any]) -> bool:
-        """Whether a request is one that vLLM answers with a model."""
+        """True if vLLM answers a request with a model."""
         if scope["type"] != "http" or scope["method"] != "POST":
             return False
         there = any(route.matches(scope)[0] == Match.FULL for route in self.routes)
@@ -269,7 +269,7 @@ class Plugin:
         return self._known(model[len(name) + 1 :] or ":"), name
 
     def salted(self, body: Mapping[str, Any], task: str) -> str | None:
-        """The salt by which no cached prefix of another task is used."""
+        """The salt that prevents the use of another task's cached prefix."""
         given = body.get("cache_salt")
         if task == OWN and given is None:
             return None
@@ -281,7 +281,7 @@ def path_of(scope: MutableMapping[str, Any]) -> str:
 
 
 async def entered(gate: Gate, task: str, gone: asyncio.Future[Any]) -> bool:
-    """Whether a request of a task may run now: False if its client left while it waited."""
+    """True when a request of a task may run; False if its client left while it waited."""
     enter = asyncio.ensure_future(gate.enter(task))
     try:
         await asyncio.wait([enter, gone], return_when=asyncio.FIRST_COMPLETED)
@@ -298,7 +298,7 @@ async def entered(gate: Gate, task: str, gone: asyncio.Future[Any]) -> bool:
 
 
 class Gated:
-    """ASGI middleware: a request of the model runs while its task's weights are in place."""
+    """ASGI middleware: a request of the model runs while its task's weights are active."""
 
     def __init__(self, app: Any, plugin: Plugin) -> None:
         self.app, self.plugin = app, plugin
@@ -334,7 +334,7 @@ class Gated:
         plugin, task, path = self.plugin, OWN, path_of(scope)
         free, body = FREE.fullmatch(path), None
         if REFUSED.fullmatch(path):
-            raise RefusedError(400, f"{path} is not served beside tasks.")
+            raise RefusedError(400, f"{path} is not served together with tasks.")
         with contextlib.suppress(ValueError, RecursionError):
             body = json.loads(data)
         if isinstance(body, dict):
@@ -381,7 +381,7 @@ def failed(error: Exception) -> JSONResponse:
 
 
 def answered(handler: Callable[[Request], Awaitable[dict[str, Any]]]) -> Any:
-    """A route that answers with JSON, and says what is wrong."""
+    """A route that answers with JSON, or with an error."""
 
     async def route(request: Request) -> JSONResponse:
         try:

@@ -17,7 +17,7 @@ Lines = Mapping[str, tuple[torch.Tensor, torch.Tensor]]
 
 
 class SlicesError(ValueError):
-    """Slices that are damaged, or of another base, method, width, dtype or eps_z."""
+    """Slices are damaged, or have another base, method, width, dtype or eps_z."""
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Slices:
     """A task: the rows and columns that its adapter has in every kernel [out, in].
 
     Attributes:
-      facts: What the file says of itself, such as "eps_z" and "sha256".
+      facts: Metadata of the file, such as "eps_z" and "sha256".
       rows: Tensor -> the indices of its rows [R] and their values [R, in].
       columns: Tensor -> the indices of its columns [C] and their values [out, C].
     """
@@ -35,7 +35,7 @@ class Slices:
     columns: Lines
 
     def idle(self) -> Slices:
-        """The task that computes the base: zeros in the same places."""
+        """The task that computes the base: zeros at the same indices."""
         rows, columns = (
             {name: (at, torch.zeros_like(values)) for name, (at, values) in part.items()}
             for part in (self.rows, self.columns)
@@ -47,11 +47,11 @@ def read_slices(data: bytes, what: str) -> Slices:
     """Reads the content of a file of `zf.save_slices`.
 
     Args:
-      data: The content.
-      what: Its name, for messages.
+      data: The file's content.
+      what: The file's name, for messages.
 
     Raises:
-      SlicesError: It is another file, or damaged.
+      SlicesError: The file is damaged, or holds no slices.
     """
     try:
         header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
@@ -61,7 +61,7 @@ def read_slices(data: bytes, what: str) -> Slices:
             raise SlicesError(f"{what} is {found}, and {(FORMAT, VERSION)} is read here.")
         tensors = load(data)
         if _digest(tensors, facts) != facts["sha256"]:
-            raise SlicesError(f"{what} is damaged: its content has another hash than it says.")
+            raise SlicesError(f"{what} is damaged: its content does not have the recorded hash.")
         rows, columns = (
             {n: (_indices(at), tensors[f"{n}.{part}"]) for n, at in facts[part].items()}
             for part in ("rows", "columns")
@@ -81,7 +81,7 @@ def read_slices(data: bytes, what: str) -> Slices:
 
 
 def _digest(tensors: Mapping[str, torch.Tensor], facts: Mapping[str, Any]) -> str:
-    """The hash of `zf.save_slices`: of the facts but for itself, and the tensors."""
+    """The hash of `zf.save_slices`, over the facts (without the hash) and the tensors."""
     said = {key: value for key, value in facts.items() if key != "sha256"}
     digest = hashlib.sha256(json.dumps(said, sort_keys=True).encode())
     for name, x in sorted(tensors.items()):
@@ -92,7 +92,7 @@ def _digest(tensors: Mapping[str, torch.Tensor], facts: Mapping[str, Any]) -> st
 
 
 def require_same(one: Mapping[str, Any], other: Mapping[str, Any], what: str, of: str) -> None:
-    """SlicesError with both values if two tasks, or a task and an export, do not go together."""
+    """Raises SlicesError with both values if two tasks, or a task and an export, do not match."""
     for key in SAME:
         if one[key] != other[key]:
             advice = " Write all slices with the smallest eps_z of the tasks (zflora export --eps)."
@@ -111,8 +111,8 @@ def _indices(ranges: list[list[int]]) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Part:
-    """The part of a tensor that a layer of a rank holds: some of its rows and columns, the rows
-    from `start` of the layer's weight on.
+    """The part of a tensor that a layer of a rank holds: some of its rows and columns. The rows are
+    at `start` and after it in the layer's weight.
     """
 
     tensor: str
@@ -123,8 +123,8 @@ class Part:
 
 @dataclass(frozen=True)
 class Write:
-    """Values that replace some rows and columns of a weight [out, in]: slices where these follow on
-    each other, because copies of slices are several times as fast as those of indices.
+    """Values that replace some rows and columns of a weight [out, in]. Consecutive ones are slices,
+    because copies of slices are several times as fast as copies by index.
     """
 
     place: tuple[slice | torch.Tensor, slice | torch.Tensor]
@@ -158,7 +158,7 @@ def writes(slices: Slices, part: Part) -> list[Write]:
 
 
 def _place(lines: torch.Tensor) -> slice | torch.Tensor:
-    """Sorted indices, as a slice where they have no gap."""
+    """Sorted indices, as a slice if they have no gap."""
     first, last = (int(lines[0]), int(lines[-1])) if len(lines) else (0, -1)
     return slice(first, last + 1) if last + 1 - first == len(lines) else lines
 
@@ -170,7 +170,7 @@ def parts(layer: str, sizes: Mapping[str, int], rank: int, ranks: int) -> list[P
       layer: Name of the layer in vLLM, such as "model.layers.0.self_attn.qkv_proj".
       sizes: "hidden", "mlp", "heads", "kv_heads" and "head_dim" of the export.
       rank: The rank.
-      ranks: How many there are. Key heads fewer than ranks are held by several.
+      ranks: Number of ranks. If there are fewer key heads, several ranks hold the same one.
     """
     at, _, kind = layer.rpartition(".")
     hidden, k = sizes["hidden"], sizes["head_dim"]

@@ -14,18 +14,18 @@ import torch
 from zflora_vllm.slices import Slices, SlicesError, Write, parts, read_slices, require_same, writes
 
 OWN = ""  # the task of the export that is served
-BASE = "base"  # the idle one
+BASE = "base"  # the task that computes the base
 KERNELS = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
 
 
 class Tasks:
-    """Mixed into vLLM's worker. Names begin with zflora, as vLLM's own attributes must not be hit.
-    Methods return "" or what went wrong, because an exception of one rank would end the engine.
+    """Mixed into vLLM's worker. Names begin with zflora, to differ from vLLM's attributes. Methods
+    return "" or an error message, because an exception of one rank would end the engine.
     """
 
     def zflora_load(self, name: str, file: str, sha256: str) -> str:
-        """Reads a task of a file, and checks it against the export and every weight; nothing is
-        written.
+        """Reads a task from a file, and checks it against the export and every weight. It writes
+        nothing.
         """
         what = Path(file).name
         try:
@@ -36,7 +36,7 @@ class Tasks:
             require_same(slices.facts, export_facts(Path(config.model)), what, config.model)
             tasks = self.__dict__.setdefault("zflora_tasks", {})
             made = self._zflora_writes(slices)
-            if OWN not in tasks:  # the values that are there now
+            if OWN not in tasks:  # the current values
                 own = [(weight, write.kept(weight)) for weight, write in made]
                 tasks |= {OWN: own, BASE: self._zflora_writes(slices.idle())}
             tasks[name] = made
@@ -73,7 +73,7 @@ class Tasks:
             if tuple(weight.shape) != shape:
                 raise SlicesError(
                     f"{name} holds a weight {tuple(weight.shape)}, and {shape} was expected. On a"
-                    " CPU start vLLM with --quantization zflora, which leaves weights as they are;"
+                    " CPU start vLLM with --quantization zflora, which leaves weights unpacked;"
                     " quantised exports are not switched."
                 )
             for part in held:
@@ -112,7 +112,7 @@ def export_facts(directory: Path) -> Mapping[str, Any]:
 
 
 def export_sizes(config: Any) -> dict[str, int]:
-    """`slices.parts`' sizes, of a config.json as transformers reads it."""
+    """The sizes for `slices.parts` from the transformers config of a config.json."""
     return {
         "hidden": config.hidden_size,
         "mlp": config.intermediate_size,

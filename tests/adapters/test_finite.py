@@ -39,7 +39,7 @@ def test_a_gap_of_nan_is_an_error(tmp_path, monkeypatch, value):
     monkeypatch.setattr(gap_module, "load_stock", lambda *_: spoilt(model, value))
     with pytest.raises(
         CheckpointError,
-        match=r"logits of the export at .*out are NaN or infinite, so the export is not to be used",
+        match=r"logits of the export at .*out are NaN or infinite, so do not use the export",
     ):
         export_gap(model, out, tokens)
 
@@ -74,7 +74,7 @@ def test_a_held_out_loss_of_nan_ends_the_run(run, tmp_path, monkeypatch):
     )
     saved = (
         r"after step 3 the held-out loss is nan.*The checkpoint of step 3 is saved: remove"
-        r" .*checkpoints.3 to go on"
+        r" .*checkpoints.3 to go back"
     )
     with pytest.raises(NonFiniteError, match=saved):
         train(override(run, {"train.steps": 3}), tmp_path, console=False)

@@ -217,7 +217,7 @@ def test_base_and_adapters_are_pefts(init: Any, base: Model, tmp_path: Path) -> 
     ours = np.asarray(forward(split, TOKENS, adapter, trained))
     assert np.abs(ours - before).max() > 0.05 * np.abs(before).max()
     assert_logits_close(forward(fuse(split, adapter, trained), TOKENS), ours)
-    with pytest.raises(ConfigError, match=r"was taken out of the base.*zf\.plain_lora"):
+    with pytest.raises(ConfigError, match=r"removed the start from the base.*zf\.plain_lora"):
         save_peft(tmp_path / "out", split, adapter, trained)
     plain, tree = plain_lora(adapter, trained, start)
     assert (plain.rank, plain.init, plain.rank_of("q")) == (8, None, 4)

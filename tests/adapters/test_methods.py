@@ -203,5 +203,5 @@ def test_the_advice_names_the_numbers():
     assert "adapter.rank=128 adapter.alpha=256 adapter.extra_mlp_units=128" in advice["tpu"]
     assert width_advice(LLAMA, AdapterConfig("zflora-minimal", rank=128)) == {}
     assert width_advice(LLAMA, AdapterConfig("lora", rank=5)) == {}
-    with pytest.raises(ConfigError, match=r"device kind 'npu': .*Allowed: cpu, gpu, tpu"):
+    with pytest.raises(ConfigError, match=r"device type 'npu': .*Allowed: cpu, gpu, tpu"):
         round_widths(LLAMA, minimal, "npu")

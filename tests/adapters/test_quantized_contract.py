@@ -86,13 +86,13 @@ def test_many_swaps_leave_the_base_as_it_was(kind, count):
 def test_merging_by_addition_is_refused_and_says_what_else_there_is(method):
     model, adapter = quantized_tiny("int8"), AdapterConfig(method, rank=4)
     if method == "full":
-        with pytest.raises(ConfigError, match=r"method 'full' trains the base's numbers"):
+        with pytest.raises(ConfigError, match=r"method 'full' trains the base's floats"):
             RunConfig(adapter=adapter, quantize=QuantizeConfig("nf4"))
         with pytest.raises(ConfigError, match=r"stored as codes: dequantise it first"):
             init_adapters(jax.random.key(0), model, adapter)
         return
     adapters = moved(model, adapter)
-    with pytest.raises(ConfigError, match=r"beside the base .*dequantise the base first"):
+    with pytest.raises(ConfigError, match=r"adapters unmerged .*dequantise the base first"):
         fuse(model, adapter, adapters)
     numbers = dequantize_model(model)
     assert_logits_close(

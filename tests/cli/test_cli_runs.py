@@ -59,7 +59,7 @@ def test_export_into_a_directory_of_somebody_else(refused, trained_dir, tmp_path
     [
         ("--tasks arithmetik", "unknown task 'arithmetik': did you mean 'arithmetic'?"),
         ("--set eval.split=train", "split='train': "),
-        ("--set adapter.rank=5", "--set adapter.rank: what a run has trained cannot be changed"),
+        ("--set adapter.rank=5", "--set adapter.rank: an evaluation cannot change how a run"),
     ],
 )
 def test_wrong_evaluations(argv, message, refused, trained_dir):

@@ -72,8 +72,8 @@ def test_what_a_killed_export_left_is_named(opened, tmp_path, caplog):
     with opened(target):
         pass
     [said] = caplog.messages
-    assert said.startswith(f"{left}: of an export to this place")
-    assert said.endswith(f"where {target} is missing, the one that ends in .old is it: rename it.")
+    assert said.startswith(f"{left}: left by an export to this place")
+    assert said.endswith(f"if {target} is missing, rename the one that ends in .old to it.")
     assert left.is_dir()  # it may be of one that runs
 
 
@@ -131,7 +131,7 @@ def test_no_memory_on_the_device_is_no_bug(monkeypatch, capsys):
     error = "RESOURCE_EXHAUSTED: Out of memory allocating 8 bytes.\nmore"
     assert main(["generate", "--model", "tiny", "--prompt", "a"]) == 2
     said = capsys.readouterr().err
-    assert "Out of memory allocating 8 bytes. What takes less" in said and "more\n" not in said
+    assert "Out of memory allocating 8 bytes. To use less" in said and "more\n" not in said
     for error in ("INTERNAL: a bug", "RESOURCE_EXHAUSTED: a message is too large"):
         with pytest.raises(jax.errors.JaxRuntimeError, match=error):
             main(["generate", "--model", "tiny", "--prompt", "a"])

@@ -104,7 +104,7 @@ def test_with_fewer_devices_a_run_is_loaded_onto_one(trained, tmp_path, caplog):
     with caplog.at_level(logging.WARNING, "zflora_jax"):
         _, model, adapters, _ = load_run(tmp_path / "run")
     assert (
-        "a run of 64 devices (mesh.data=1 x mesh.fsdp=2 x mesh.tensor=32) is loaded onto one: here"
+        "a run of 64 devices (mesh.data=1 x mesh.fsdp=2 x mesh.tensor=32) is loaded onto one: there"
         " are only 8" in caplog.text
     )
     assert all(
@@ -118,7 +118,7 @@ def test_with_fewer_devices_a_run_is_loaded_onto_one(trained, tmp_path, caplog):
     [
         (
             "train.steps=3",
-            "--set train.steps: what has been trained cannot be changed here; mesh.* can",
+            "--set train.steps: a trained run's settings cannot be changed here; only mesh.* can",
         ),
         ("mesh.fdsp=2", "unknown key 'fdsp' of MeshConfig: did you mean 'fsdp'?"),
         ("mesh.data=8", "mesh.data=8 x mesh.fsdp=2 x mesh.tensor=2 needs 32 devices; there are 8"),

@@ -86,7 +86,7 @@ def test_wrong_keys_and_types_are_refused_by_name(values, message):
             for name in names
         ),
         ({"num_kv_heads": 3}, r"num_heads=4 is not a multiple of num_kv_heads=3; grouped-query"),
-        ({"head_dim": 15}, r"base_head_dim=15: RoPE turns pairs of dims, so it must be even"),
+        ({"head_dim": 15}, r"base_head_dim=15: must be even, because RoPE rotates pairs"),
         ({"base_head_dim": 18}, r"base_head_dim=18 exceeds head_dim=16"),
         ({"base_hidden_size": 65}, r"base_hidden_size=65 exceeds hidden_size=64"),
         ({"rms_norm_eps": 0.0}, r"rms_norm_eps=0\.0: must be positive"),
@@ -99,7 +99,7 @@ def test_wrong_keys_and_types_are_refused_by_name(values, message):
         ({"sliding_window": 4}, "sliding_window=4.*mistral, qwen2, qwen3"),
         ({"family": "mistral", "sliding_window": 0}, "at least 1"),
         ({"nope_layers": (1,)}, "layers without RoPE.*smollm3"),
-        ({"family": "smollm3", "nope_layers": (2,)}, "indices below num_layers=2"),
+        ({"family": "smollm3", "nope_layers": (2,)}, "must be below num_layers=2"),
     ],
     ids=str,
 )
@@ -186,7 +186,7 @@ DPO = {"train.loss": "dpo"}
         (BEST, r"needs the loss of every checkpoint: set train\.eval"),
         (BEST | {"train.eval_every": 25}, r"set eval\.split=validation, so that the test split"),
         ({"mesh.data": 3, "mesh.fsdp": 2}, r"does not divide the 8 rows of a micro.*multiple of 6"),
-        ({"adapter.method": "ffa"} | OPTIM, "ratio=4.0: method 'ffa' has no blocks of two kinds"),
+        ({"adapter.method": "ffa"} | OPTIM, "ratio=4.0: method 'ffa' has only one type of block"),
         (
             {"adapter.method": "full", "quantize.kernels": "int8"},
             r"leave quantize\.\* at none, or train an adapter",

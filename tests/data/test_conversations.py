@@ -203,9 +203,9 @@ DROPS_SYSTEM = "{% for m in messages if m.role != 'system' %}" + THINKING.split(
             (CHATML, [SHORT[0], SHORT[1] | {name: "x"}], f"leaves out '{name}' of turn 2")
             for name in ("reasoning_content", "thinking", "function_call", "tool_call")
         ),
-        (unmarked(CHATML), SHORT[1:], r"begins with the assistant"),
-        (CHANNELS, LONG, r"where turn 2 ends cannot be told"),
-        (THINKING, [SHORT[0], SEE, *LONG[2:]], r"where turn 2 ends cannot be told"),
+        (unmarked(CHATML), SHORT[1:], r"begins with a turn of the assistant"),
+        (CHANNELS, LONG, r"the end of turn 2 cannot be found"),
+        (THINKING, [SHORT[0], SEE, *LONG[2:]], r"the end of turn 2 cannot be found"),
         (LLAMA, CALL, r"leaves out the tool calls of turn 2"),
         (None, SHORT, r"needs a tokenizer with a chat template"),
     ],
@@ -223,7 +223,7 @@ def test_an_answer_that_merges_with_the_template():
 
     tokenizer = byte_tokenizer(chat_template=unmarked(CHATML), pair="\u010a\u010a")
     (example,) = _examples([[turn("user", "Hi"), turn("assistant", "\nHo")]])
-    with pytest.raises(ConfigError, match=r"before turn 2 .* given other.*Strip white space"):
+    with pytest.raises(ConfigError, match=r"before turn 2 .* writes other.*Strip white space"):
         encode_examples([example], tokenizer, ROOM)
     [(_, mask)] = encode_examples(_examples([SHORT]), tokenizer, ROOM)
     assert mask.any()

@@ -140,9 +140,9 @@ def test_parts_of_splits_in_a_folder(tmp_path):
     assert len(train) == 7 and [e.target for e in test] == ["test-1 0", "test-1 1"]
     assert test[0].where.endswith("test-1.jsonl, row 1")
     for name, message in (
-        ("more.jsonl", r"which are splits, and more.jsonl, which are of none"),
-        ("train-2024-eval.jsonl", r"splits, and train-2024-eval.jsonl, which are of none"),
-        ("validation.jsonl.gz", r"splits, and validation.jsonl.gz, which are of none that can be"),
+        ("more.jsonl", r"which are splits, and more.jsonl, which belong to no readable"),
+        ("train-2024-eval.jsonl", r"splits, and train-2024-eval.jsonl, which belong to no"),
+        ("validation.jsonl.gz", r"splits, and validation.jsonl.gz, which belong to no readable"),
         ("train.jsonl", r"00001-of-00002.jsonl and train.jsonl for one split"),
         ("train-00002-of-00003.jsonl", r"not all parts of one split, each once\. Add"),
         ("train-00000-of-00002.csv", r"not all parts of one split, each once: see 0\. Add"),
@@ -166,7 +166,7 @@ def test_dialogues_that_begin_alike_stay_together(tmp_path):
     begin = [{e.turns[0]["content"] for e in part} for part in (train, test)]
     assert begin[1] and begin[0].isdisjoint(begin[1])
     write(tmp_path / "train.jsonl", *[{"messages": SHORT}] * 40)
-    with pytest.raises(ConfigError, match=r"begin alike.*Put validation.json\(l\) and test"):
+    with pytest.raises(ConfigError, match=r"the same beginning.*Put validation.json\(l\) and test"):
         load("rows", "train", tmp_path)
     # With a usual opening more rows begin than a split should have: they stay in train.
     rows = [{"messages": [turn("user", "hi"), turn("assistant", f"{i}")]} for i in range(85)]
@@ -256,7 +256,7 @@ def test_a_form_that_is_named(tmp_path):
     assert {example.form for example in mixture} == {"text", ""} and mixture[0].target.isdigit()
     with pytest.raises(ConfigError, match=r"data.row_format='txt': did you mean 'text'"):
         DataConfig(row_format="txt")
-    with pytest.raises(ConfigError, match=r"data.row_format='text' is for rows of your own"):
+    with pytest.raises(ConfigError, match=r"data.row_format='text' is for your rows"):
         load_mixture(DataConfig("gsm8k", data_dir=str(tmp_path), row_format="text"), "train")
     write(path, {"messages": SHORT}, {"text": "Once."})
     with pytest.raises(ConfigError, match=r"row 2: no field 'messages', the row has 'text'"):
@@ -279,7 +279,7 @@ FUNCTION_CALL = [{"from": "function_call", "value": "f()"}]
         ({"messages": [{"content": "Hi"}]}, r"turn 1 has no role: expected 'role' \(or 'from'\)"),
         ({"messages": [turn("user", "Hi"), {"role": "assistant"}]}, r"turn 2 has no text"),
         ({"messages": [turn("usr", "Hi")]}, r"turn 1: unknown role 'usr': did you mean 'user'\?"),
-        ({"messages": IMAGE}, r"turn 1: .*image_url.* is no text, which the models here read"),
+        ({"messages": IMAGE}, r"turn 1: .*image_url.* is no text, and models here read"),
         ({"prompt": "a", "completion": " "}, r"the text to learn is empty"),
         ({"prompt": "a"}, r"no field 'completion'"),
         ({"prompt": SHORT[:1], "completion": "Hi!"}, r"'completion' must be a list of turns"),
@@ -296,7 +296,7 @@ FUNCTION_CALL = [{"from": "function_call", "value": "f()"}]
         ({"conversations": FUNCTION_CALL}, r"unknown role 'function_call'.*'tool_calls' of the"),
         ({"instruction": "x", "output": " "}, r"'output' is empty and there is no 'answer'"),
         ({"question": "x", "answer": " "}, r"'answer' is empty, so there is nothing to learn"),
-        ({"better": "a", "worse": "b"}, r"'better', 'worse' are of no form that is known"),
+        ({"better": "a", "worse": "b"}, r"'better', 'worse' fit no known form"),
     ],
 )
 def test_malformed_rows(row, message):

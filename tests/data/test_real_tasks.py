@@ -68,7 +68,7 @@ def test_every_real_row_is_read_and_its_gold_answer_can_be_reached(name, monkeyp
         try:
             examples = list(load_examples(name, split, data))
         except ConfigError as error:
-            assert "no train file beside" in str(error)
+            assert "no train file next to" in str(error)
             examples = []
         sizes.append(len(examples))
         prompts.append({example.prompt for example in examples})

@@ -27,7 +27,7 @@ def test_the_first_folder_that_has_files_is_read(tmp_path):
 
 ADDSUB = r"Tried: \S+/AddSub, \S+/dataset/AddSub, \S+/llm_adapters/dataset/AddSub, .*that holds"
 ADDSUB += r" AddSub/.*AddSub/\{train.json\(l\), .*AGI-Edgerunners/LLM-Adapters"
-NEEDS = r"no train file beside \S+test.json. The (\w+) split needs train.json\(l\)"
+NEEDS = r"no train file next to \S+test.json. The (\w+) split needs train.json\(l\)"
 
 
 @pytest.mark.parametrize(

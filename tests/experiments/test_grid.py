@@ -100,7 +100,7 @@ def test_a_signal_after_the_last_step_and_a_fault_of_ours_end_a_sweep(
 ):
     late = lambda *a, **k: dataclasses.replace(fake(*a, **k), signalled=True)  # noqa: E731
     monkeypatch.setattr(grid, "train", late)
-    with pytest.raises(Preempted, match="is saved, the same command goes on there"):
+    with pytest.raises(Preempted, match="is saved, the same command resumes it"):
         run_grid(base, GRID, tmp_path / "s", console=False)
     assert len(fake.runs) == 1
     monkeypatch.setattr(grid, "train", lambda *_, **__: 1 // 0)
@@ -195,4 +195,4 @@ def test_the_command_runs_a_grid_with_changed_settings(base, tmp_path, capsys, f
     assert [(row["adapter.rank"], row["steps"]) for row in rows] == [(2, 3), (3, 3)]
     assert "adapter.rank=3" in capsys.readouterr().out
     assert main([*command, "--set", "adapter.rank=9"]) == 2
-    assert "--set adapter.rank: the grid gives it to each of its runs" in capsys.readouterr().err
+    assert "--set adapter.rank: the grid sets it for each of its runs" in capsys.readouterr().err

@@ -253,4 +253,4 @@ def test_a_quickstart_ends_with_a_switch_the_base_and_its_blocks(
     files = (tmp_path / f"eval/{name}.jsonl" for name in ("before", "after", "blocks"))
     rows = [[json.loads(row)["output"] for row in x.read_text().splitlines()] for x in files]
     assert rows[0] != rows[1] == rows[2] and r["accuracy_on_blocks"] == r["accuracy_after"]
-    assert "the base is back, bit for bit" in said and "own quantised blocks, untouched" in said
+    assert "the base is back, bit for bit" in said and "unchanged quantised blocks" in said

@@ -130,7 +130,7 @@ def test_we_read_what_peft_writes(settings: dict[str, Any], base: Model, tmp_pat
         ("init_lora_weights", "pissa_niter_4", "init_lora_weights"),
         ("target_modules", ["c_attn"], r"target_modules=\['c_attn'\] match no module"),
         ("r", 0, "r=0"),
-        ("use_dora", True, rf"{CONFIG}: use_dora=True is for all layers here.*with peft"),
+        ("use_dora", True, rf"{CONFIG}: use_dora=True needs all layers here.*with peft"),
         ("r", 3, r"lora_A.*\(2, 48\), expected \(3, 48\)"),
         ("target_modules", ["q_proj", "v_proj"], r"missing .*v_proj\.lora_A"),
         ("layers_to_transform", 0, r"unexpected .*layers\.1"),

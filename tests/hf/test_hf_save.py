@@ -436,7 +436,7 @@ def test_frequencies_of_widened_heads(
 def test_an_export_that_turns_its_adapter_warns(tmp_path: Path) -> None:
     changes = {"rope_scaling": RopeScaling(8.0, 1.0, 4.0, 64), "rope_theta": 100.0}
     base = tiny_model(**changes, max_position_embeddings=256)
-    with pytest.warns(UserWarning, match=r"dims of heads turn by up to 0\.32 rad"):
+    with pytest.warns(UserWarning, match=r"dims of heads rotate by up to 0\.32 rad"):
         save_hf(tmp_path / "out", fused_model(base, WIDENED["ffba"]))
 
 

@@ -66,7 +66,7 @@ def test_what_was_changed_or_given_away_is_noticed(tmp_path):
     uses = answer, partial(forward, tokens=[[1]]), lambda model: save_hf(tmp_path, model)
     for gone, last in ((live, unfuse), (base, partial(fuse, adapter=MINIMAL, adapters=task))):
         for use in (*uses, last):
-            with pytest.raises(ConfigError, match=r"of this model are gone: `swap` writes"):
+            with pytest.raises(ConfigError, match=r"of this model were donated: `swap` writes"):
                 use(gone)
 
 

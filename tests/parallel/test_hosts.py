@@ -145,7 +145,7 @@ def test_processes_that_differ_are_refused_before_they_share_anything(four, tmp_
     with locked(shared / "locked"):
         outputs = finish(spawn(words, 2, 2, folders=folders), 2)
     assert "is being trained by another process" in outputs[0]
-    assert "process 0 cannot go on; its message says why" in outputs[1]
+    assert "process 0 has failed; its message says why" in outputs[1]
     for out in outputs:
         assert "Traceback" not in out and "was not refused" not in out
         for line in (
@@ -191,7 +191,7 @@ def test_whatever_process_0_raises_reaches_the_others(monkeypatch):
     assert distributed.on_main(lambda: "done") == "done" and told == [False, True]
     monkeypatch.setattr(distributed, "is_main", lambda: False)
     monkeypatch.setattr(distributed, "from_process_0", lambda _: False)
-    with pytest.raises(ConfigError, match="process 0 cannot go on; its message says why"):
+    with pytest.raises(ConfigError, match="process 0 has failed; its message says why"):
         distributed.on_main(lambda: pytest.fail("not process 0"))
 
 

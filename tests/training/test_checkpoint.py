@@ -111,7 +111,7 @@ def test_a_damaged_checkpoint_names_the_remedy(place, name, how):
     file = place / "checkpoints" / "2" / name
     atomic_write(file, DAMAGE[how](file.read_bytes())) if how in DAMAGE else file.unlink()
     with Checkpoints(place) as checkpoints:
-        with pytest.raises(ConfigError, match=r"2 cannot be read \(.*go on from step 1\.$"):
+        with pytest.raises(ConfigError, match=r"2 cannot be read \(.*resume from step 1\.$"):
             checkpoints.restore(state_of(0))
         jax.tree.map(
             np.testing.assert_array_equal, checkpoints.restore(state_of(0), 1)[0], state_of(1)
@@ -119,7 +119,7 @@ def test_a_damaged_checkpoint_names_the_remedy(place, name, how):
     remove(place / "checkpoints" / "1")
     with (
         Checkpoints(place, create=False) as checkpoints,
-        pytest.raises(ConfigError, match=r"run the same command again: .*start the run anew"),
+        pytest.raises(ConfigError, match=r"run the same command again: .*start the run again"),
     ):
         checkpoints.restore(state_of(0))
 

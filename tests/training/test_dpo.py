@@ -288,7 +288,7 @@ def test_long_pairs_are_cut_and_counted(tmp_path, caplog):
         ({"prompt": "a", "chosen": "b", "rejected": "b"}, "are the same"),
         ({"prompt": "a", "chosen": " ", "rejected": "b"}, "the text to learn is empty"),
         ({"prompt": "a", "chosen": GOOD, "rejected": "b"}, "'chosen' must be a string, got list"),
-        ({"prompt": "Why?", **SHARED[0]}, "'prompt' is another text than the turns"),
+        ({"prompt": "Why?", **SHARED[0]}, "'prompt' differs from the turns"),
         ({"prompt": "a", "chosen": "b"}, "no field 'rejected'"),
         ({"prompt": "a", "completion": "b"}, "has no 'rejected' answer"),
         ({"chosen": LONG[:1] + GOOD, "rejected": SHORT}, "have different prompts"),

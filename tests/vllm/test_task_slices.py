@@ -86,7 +86,7 @@ def test_what_does_not_belong_together_is_refused(tmp_path):
     damaged = bytearray(data)
     damaged[-1] ^= 1
     for wrong, words in (
-        (bytes(damaged), "is damaged: its content has another hash"),
+        (bytes(damaged), "is damaged: its content does not have the recorded hash"),
         (data[:-9], "holds no slices, or is damaged"),
         ((tmp_path / "one/model.safetensors").read_bytes(), "holds no slices"),
     ):

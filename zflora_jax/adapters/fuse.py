@@ -63,9 +63,9 @@ def fuse(model: Model, adapter: AdapterConfig, adapters: Tree, *, donate: bool =
       model: The base, not packed; or a model that another adapter was merged into by addition,
         which `unfuse` then returns.
       adapter: Config of the adapters.
-      adapters: Tree of `init_adapters` or training, float32.
-      donate: Whether to take each leaf out of `model.params` as it is fused, so that the two models
-        are never in memory together. `model` cannot be used afterwards.
+      adapters: Adapter tree from `init_adapters` or training, float32.
+      donate: Whether to remove each leaf from `model.params` as it is fused, so that memory never
+        holds both models. `model` cannot be used afterwards.
 
     Returns:
       A Model with plain parameters that computes what the adapted model computes.
@@ -91,7 +91,7 @@ def fuse(model: Model, adapter: AdapterConfig, adapters: Tree, *, donate: bool =
     require(
         row.keeps_codes or not codes,
         f"method {adapter.method!r} is merged by addition, and {codes[:1]} of this base is stored"
-        " as codes, which would be rounded a second time. Keep the adapters beside the base"
+        " as codes, which would be rounded a second time. Keep the adapters unmerged"
         " (generate(model, ..., adapter=, adapters=)), or dequantise the base first"
         " (zf.dequantize_model).",
     )
@@ -109,7 +109,7 @@ def fuse(model: Model, adapter: AdapterConfig, adapters: Tree, *, donate: bool =
 def _fuse_by_leaf(
     config: LlamaConfig, adapter: AdapterConfig, params: Tree, adapters: Tree
 ) -> tuple[Tree, Tree]:
-    """`_fuse`, a program per leaf, which is taken out of `params`."""
+    """`_fuse` with one program per leaf, each removed from `params`."""
     full, blocks = METHODS[adapter.method].in_place == "full", trees.flatten(adapters)
     fused, finite = dict[str, Any](), dict[str, Any]()
     for name, leaf in trees.taken(params):
@@ -126,7 +126,7 @@ def _fuse_by_leaf(
 def _fuse(
     config: LlamaConfig, adapter: AdapterConfig, params: Tree, adapters: Tree
 ) -> tuple[Tree, Tree]:
-    """The fused parameters; leaf name -> whether a leaf that an adapter changes is finite."""
+    """(The fused parameters; name of each leaf that an adapter changes -> whether it is finite.)"""
     finite: dict[str, Any] = {}
     if METHODS[adapter.method].in_place == "full":
         fused = jax.tree.map(lambda new, old: new.astype(old.dtype), adapters, params)
@@ -158,7 +158,7 @@ def _fuse(
 
 
 def _require_finite(finite: Tree, params: Tree) -> None:
-    """ValueError for a name that is not `finite`, in a model of `params` or as they are stored."""
+    """Raises ValueError with the names that are not `finite`, and the dtypes of `params`."""
     known = {name: flag for name, flag in finite.items() if not isinstance(flag, jax.core.Tracer)}
     wrong = [name for name, flag in known.items() if not trees.gathered(flag)]
     if wrong:
@@ -166,7 +166,7 @@ def _require_finite(finite: Tree, params: Tree) -> None:
         dtypes = {str(getattr(leaf, "scales", leaf).dtype) for leaf in leaves}
         raise ValueError(
             f"{', '.join(wrong[:4])}: NaN or infinite as {', '.join(sorted(dtypes))}, because the"
-            " adapter leaves its range, or the base is damaged. Load the base in float32 or"
+            " adapter exceeds its range, or the base is damaged. Load the base in float32 or"
             " bfloat16, or train again with a smaller learning rate."
         )
 
@@ -230,9 +230,9 @@ def _require_widened(fused: Model, verb: str) -> AdapterConfig:
 def swap(fused: Model, adapters: Tree) -> Model:
     """Replaces the adapter blocks of a fused model.
 
-    Only those blocks are written, O(adapter) bytes; but for bfloat16 on a CPU XLA copies each of
-    their kernels, and on a mesh each kernel is written once. Kernels that `pack_for_decode`
-    dequantised get float blocks.
+    Only those blocks are written, O(adapter) bytes, with two exceptions: XLA copies each of their
+    kernels in bfloat16 on a CPU, and on a mesh each kernel is written once. Kernels that
+    `pack_for_decode` dequantised get float blocks.
 
     Args:
       fused: Fused model, packed or not. The buffers of its parameters are donated, so it cannot be
@@ -240,7 +240,7 @@ def swap(fused: Model, adapters: Tree) -> Model:
       adapters: Adapters of the same AdapterConfig, float32.
 
     Raises:
-      ValueError: as for `fuse`, and for a method that merges by addition; `fused` is as it was.
+      ValueError: as in `fuse`, or the method merges by addition; `fused` is unchanged.
     """
     adapter = _require_widened(fused, "swap")
     plain = fused.config.replace(packed=False, fill_residual=0, fill_mlp=0)
@@ -336,10 +336,10 @@ def _swap_packed(
 def _write_rows(
     first: int, rows: np.ndarray, reads: int, x: jax.Array, each: int, value: jax.Array
 ) -> jax.Array:
-    """A packed array [out, in], or [groups, inputs of a group, out], with value [*inputs, *outputs]
-    written at `rows`, from input `first` of each head on, in place: a piece for each run of
-    consecutive rows and inputs (see `write_pieces`). reads: number of input axes; each: inputs that
-    share one of x.
+    """Writes value [*inputs, *outputs] in place into a packed array x, [out, in] or [groups, inputs
+    of a group, out], at `rows` and from input `first` of each head on. Each run of consecutive rows
+    and inputs is one piece (see `write_pieces`). reads: Number of input axes; each: Number of
+    inputs that share one entry of x.
     """
     first = group_count(first, each)
     heads, count = math.prod(value.shape[: reads - 1]), value.shape[reads - 1]

@@ -1,5 +1,5 @@
 """Initial adapters: the first step computes what the base does. PiSSA and OLoRA start as a part of
-the base, which is taken out of it.
+the base, which is then removed from it.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ def init_adapters(key: jax.Array, model: Model, adapter: AdapterConfig) -> trees
     """Makes the initial `adapters` collection; the adapted model equals the base until it is
     trained.
 
-    forward and lora_a are random, as `AdapterConfig.init` says, DoRA's magnitudes are the norms of
-    the base's columns; other blocks, q's forward and dead layers (`live_layers`) are zero. Random
-    values depend on `key` alone, not on whether layers are stacked.
+    forward and lora_a are random (`AdapterConfig.init`); DoRA's magnitudes are the norms of the
+    base's columns. Other blocks, q's forward and dead layers (`live_layers`) are zero. Random
+    values depend only on `key`, not on whether layers are stacked.
 
     Args:
       key: A jax random key.
@@ -58,13 +58,13 @@ def init_adapters(key: jax.Array, model: Model, adapter: AdapterConfig) -> trees
         codes = quantized_names(model.params)
         require(
             not codes,
-            f"method 'full' trains the base's numbers, and {codes[:1]} of this base is stored as"
+            f"method 'full' trains the base's floats, and {codes[:1]} of this base is stored as"
             " codes: dequantise it first (zf.dequantize_model), or choose another method.",
         )
         return jax.tree.map(lambda leaf: jnp.array(leaf, jnp.float32, copy=True), model.params)
     require(
         adapter.init not in OF_BASE,
-        f"adapter.init={adapter.init!r} takes the start out of the base: use base, adapters ="
+        f"adapter.init={adapter.init!r} removes the start from the base: use base, adapters ="
         " zf.split_base(model, adapter), and that base from then on.",
     )
     config = model.config
@@ -118,19 +118,19 @@ def _stacked(model: Model, kernel: str) -> Any:
 
 
 def split_base(model: Model, adapter: AdapterConfig) -> tuple[Model, Tree | None]:
-    """Takes the start of init="pissa" or "olora" out of the base, as PEFT does.
+    """Removes the start of init="pissa" or "olora" from the base, as PEFT does.
 
     The new base and the adapters together compute what the model computes. Train, fuse and decode
-    with this base; `plain_lora` gives adapters for the original one. The split depends on the model
-    and `adapter` alone, so a resumed run repeats it.
+    with this base; `plain_lora` gives adapters for the original one. The split depends only on the
+    model and `adapter`, so a resumed run repeats it.
 
     Args:
       model: A float base, not packed.
       adapter: Adapter of method lora.
 
     Returns:
-      (The base without s A B, each kernel rounded once to its dtype; the adapters, float32.) With
-      another init (model, None): its adapters are those of `init_adapters`.
+      (The base without s A B, each kernel rounded once to its dtype; the adapters, float32.) For
+      any other init (model, None); `init_adapters` then makes the adapters.
 
     Raises:
       ConfigError: the base is stored as codes or packed, or a rank exceeds a kernel's smaller side.
@@ -140,7 +140,7 @@ def split_base(model: Model, adapter: AdapterConfig) -> tuple[Model, Tree | None
     codes = quantized_names(model.params)
     require(
         not codes and not model.config.execution.packed,
-        f"adapter.init={adapter.init!r} takes a part out of the base's floats, and this base is"
+        f"adapter.init={adapter.init!r} removes a part of the base's floats, and this base is"
         f" {'stored as codes' if codes else 'packed for decode'}: use a float base that is not"
         " packed (zf.dequantize_model), or another init.",
     )
@@ -178,7 +178,7 @@ def _split(
 def _cut(
     start: str, kernel_adapter: Any, kernel: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """(W - s A B, A [in, r], B [r, out]) of a kernel of one layer, A and B as PEFT takes them."""
+    """(W - s A B, A [in, r], B [r, out]) of one layer's kernel, with A and B as in PEFT."""
     matrix = kernel.astype(jnp.float32).reshape(math.prod(kernel_adapter.inputs), -1)
     rank = kernel_adapter.rank
     if start == "olora":  # QR of the transpose (arXiv 2406.01775); its first columns suffice
@@ -193,8 +193,8 @@ def _cut(
 
 
 def plain_lora(adapter: AdapterConfig, adapters: Tree, start: Tree) -> tuple[AdapterConfig, Tree]:
-    """Trained adapters of `split_base` as plain LoRA of twice the rank for the original model, as
-    PEFT converts its own: [A, A0] and [B; -B0] add A B - A0 B0.
+    """Converts trained adapters of `split_base` to plain LoRA of twice the rank for the original
+    model, as PEFT does: [A, A0] and [B; -B0] add A B - A0 B0.
 
     Args:
       adapter: Their config, with init="pissa" or "olora".

@@ -48,14 +48,14 @@ class KernelAdapter:
     def __call__(
         self, blocks: Blocks, x: Array, z: Array | None, y: Array, base: Base
     ) -> tuple[Array, Array | None]:
-        """y = x W [B, T, *outputs] with the adapter's products added, and the adapter channels of
-        the output or None. blocks: of one layer; x: base channels of the input [B, T, *inputs],
-        after dropout; z: its adapter channels [B, T, *inputs with the extra width], or None.
+        """Returns y = x W [B, T, *outputs] plus the adapter's products, and the output's adapter
+        channels or None. blocks: One layer's; x: Base channels of the input [B, T, *inputs], after
+        dropout; z: Its adapter channels [B, T, *inputs with the extra width], or None.
         """
         raise NotImplementedError
 
     def fuse(self, kernel: Any, blocks: Blocks) -> Any:
-        """W, stacked or not, already as wide as the fused model's, with the blocks built in."""
+        """Returns W with the blocks built in. W has the fused model's width, stacked or not."""
         raise NotImplementedError
 
 

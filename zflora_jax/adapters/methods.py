@@ -1,5 +1,5 @@
-"""A method on a model: which streams it widens by how much, the adapter of each kernel, the leaves
-of the adapters, and the layers where they are live.
+"""A method on a model: the extra widths of streams, the adapter of each kernel, the leaves of the
+adapters, and the layers where they are live.
 
 The methods are this project's reconstruction of zFLoRA (arXiv 2510.25784) and FLoRA (arXiv
 2511.00050), whose method sections could not be obtained; see README.
@@ -39,7 +39,7 @@ _NEEDS = {  # what a stream needs to be widened
     "mlp": "MLP units need gate, up and down, and extra_mlp_units above 0",
 }
 
-# PEFT's names and lists, and a pattern that is one class with letters of longer names.
+# PEFT's names and lists, and a character class with a letter that no one-letter kernel has.
 _LISTED = re.compile(r"""[_\s'",]|^\[[^]]*[^]qkvo^-][^]]*\]$""")
 
 # The methods that a class overrides together: of the forward pass, and of fusing.
@@ -97,8 +97,8 @@ def target_kernels(targets: str) -> tuple[str, ...]:
 
 
 def matching(pattern: str) -> tuple[str, ...]:
-    """Returns the kernels whose whole name a regex matches. A list of names, which would be a class
-    of characters, and names joined by "|" of which one is no kernel match no kernel.
+    """Returns the kernels whose whole name a regex matches. There are none for a list of names,
+    which a regex reads as characters, or for names joined by "|" if one of them is no kernel.
     """
     words = set(pattern.split("|")) if re.fullmatch(r"[\w|]+", pattern) else set()
     if _LISTED.search(pattern) or not words <= KERNELS.keys():
@@ -156,7 +156,7 @@ def resolve_adapter(config: LlamaConfig, adapter: AdapterConfig | None) -> Resol
         not config.widened,
         f"method {adapter.method!r} widens a base model, and this one is widened already: an"
         " adapter is fused into it. Use its base (`unfuse`); 'lora', 'ffa' and 'full' can run"
-        " beside it, but are not fused into it.",
+        " unmerged next to it, but cannot be fused into it.",
     )
     pairs = [{"v", "o"}, {"q", "k"}] if adapter.head_scores else [{"v", "o"}]
     heads = set().union(*(pair for pair in pairs if pair <= {*chosen}))
@@ -174,17 +174,17 @@ def resolve_adapter(config: LlamaConfig, adapter: AdapterConfig | None) -> Resol
 
 
 def add_method(name: str, kernel: type[LowRank] | type[Widening]) -> None:
-    """Adds a method of your own, which every function and command of this process then knows.
+    """Adds a user-defined method, for all functions and commands of this process.
 
     Args:
       name: Its name, for `AdapterConfig.method`.
-      kernel: A frozen dataclass, made for each kernel, that extends `LowRank`, with blocks lora_a
-        and lora_b, or `Widening`, with the widths of zflora-minimal. If it changes what is added to
-        the product (`added`, `__call__`), it also changes what is fused (`delta`, `fuse`).
+      kernel: A frozen dataclass that adapts one kernel. It extends `LowRank`, with blocks lora_a
+        and lora_b, or `Widening`, with the widths of zflora-minimal. If it overrides the added
+        product (`added`, `__call__`), it must override fusing too (`delta`, `fuse`).
 
     Raises:
-      ConfigError: The name belongs to another class, or the class extends neither, or changes
-        only one of the two.
+      ConfigError: The name belongs to another class, or the class extends neither, or overrides
+        only one of product and fusing.
     """
     extends = [c for c in _CHANGED if isinstance(kernel, type) and issubclass(kernel, c)]
     require(
@@ -194,8 +194,8 @@ def add_method(name: str, kernel: type[LowRank] | type[Widening]) -> None:
     )
     require(
         name not in METHODS or METHODS[name].kernel is kernel,
-        f"method {name!r} is another one in this process, whose compiled programs know it by its"
-        " name: choose another name, or restart.",
+        f"method {name!r} is another class in this process, and compiled programs know a method"
+        " by its name: choose another name, or restart.",
     )
     own = [
         any(getattr(kernel, part) is not getattr(extends[0], part) for part in parts)
@@ -203,8 +203,8 @@ def add_method(name: str, kernel: type[LowRank] | type[Widening]) -> None:
     ]
     require(
         own[0] == own[1],
-        f"add_method({name!r}, {kernel.__name__}): what is added to a product (added, __call__) and"
-        " what is fused (delta, fuse) belong together, and one of them is"
+        f"add_method({name!r}, {kernel.__name__}): the added product (added, __call__) and fusing"
+        " (delta, fuse) belong together, and one of them is"
         f" {extends[0].__name__}'s. Define both.",
     )
     METHODS[name] = (
@@ -270,7 +270,7 @@ def fused_config(config: LlamaConfig, adapter: AdapterConfig) -> LlamaConfig:
 
 
 def base_config(fused: LlamaConfig, adapter: AdapterConfig) -> LlamaConfig:
-    """The inverse of `fused_config`; ConfigError if `adapter` on no base gives `fused`."""
+    """The inverse of `fused_config`; ConfigError if no base with `adapter` gives `fused`."""
     base = fused.replace(
         hidden_size=fused.base_width,
         head_dim=fused.base_head_width,
@@ -290,9 +290,9 @@ def base_config(fused: LlamaConfig, adapter: AdapterConfig) -> LlamaConfig:
 def live_layers(config: LlamaConfig, adapter: AdapterConfig) -> dict[str, dict[str, Sequence[int]]]:
     """Kernel -> block name -> the layers where the block can change the model's output.
 
-    The residual state is zero until a kernel writes it, so a block that reads it before is dead;
-    likewise a block that writes it after the last reader. Head dims and MLP units are written and
-    read within their layer. LoRA's blocks live where `layers_to_transform` has them.
+    The residual state is zero until a kernel writes it, so a block that reads it earlier is dead.
+    So is a block that writes it after the last reader. Head dims and MLP units are written and
+    read within their layer. LoRA's blocks are live in the layers of `layers_to_transform`.
     """
     blocks = resolve_adapter(config, adapter).blocks
 
@@ -320,7 +320,7 @@ def live_layers(config: LlamaConfig, adapter: AdapterConfig) -> dict[str, dict[s
 
 def adapter_shapes(config: LlamaConfig, adapter: AdapterConfig) -> dict[str, tuple[int, ...]]:
     """Name -> shape of the leaves of the `adapters` collection, named and stacked as the base's
-    parameters are ("layers/attn/q/forward": [L, ...]), which they are for method "full".
+    parameters are ("layers/attn/q/forward": [L, ...]). For "full" they are those parameters.
     """
     if METHODS[adapter.method].in_place == "full":
         return param_shapes(config)
@@ -338,7 +338,7 @@ def adapter_shapes(config: LlamaConfig, adapter: AdapterConfig) -> dict[str, tup
 def check_collection(
     config: LlamaConfig, adapter: AdapterConfig | None, given: Mapping[str, Any] | None
 ) -> None:
-    """ValueError unless `given`, a model's `adapters` collection or None, is that of `adapter`."""
+    """Raises ValueError unless `given`, an `adapters` collection or None, fits `adapter`."""
     if (adapter is None) != (given is None):
         raise ValueError(
             "Llama(config, adapter) needs apply({'params': ..., 'adapters': ...}, tokens), and"
@@ -352,7 +352,7 @@ def check_collection(
 def check_adapters(
     adapters: Mapping[str, Any], config: LlamaConfig, adapter: AdapterConfig, finite: bool = True
 ) -> None:
-    """ValueError unless adapters have the method's leaves and shapes and, if asked, are finite."""
+    """Raises ValueError unless leaves and shapes are the method's and, if asked, finite."""
     shapes = adapter_shapes(config, adapter).items()
     wanted = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in shapes}
     trees.check_like(adapters, wanted, f"adapters of method {adapter.method!r}", finite)

@@ -41,22 +41,22 @@ def pack_for_decode(
 ) -> Model:
     """Brings a model, fused or not, into the layout for decode.
 
-    q|k|v are one kernel, with their biases, and gate|up another; kernels of layers are [out, in]. A
-    fused model's residual and MLP streams are padded with zero channels, its residual state is
+    q, k and v become one kernel, with their biases, and gate and up another; kernels are [out, in].
+    A fused model's residual and MLP streams are padded with zero channels, its residual state is
     stored times `STATE_SCALE`, and the dims of its widened heads are in `ops.rope.paired_order` in
     q and k. On a CPU, codes other than int8 with one scale per output are dequantised, because
     products with floats are faster.
 
-    Kernels stay separate, and only stacked layers become subtrees, on a mesh; for a fused model in
-    float16, whose range is too small, or next to unfused adapters; for any model next to DoRA,
-    which reads the norms of single kernels; and where kernels of one input have codes of several
-    types.
+    In these cases kernels stay separate, and only stacked layers become subtrees: on a mesh; for a
+    fused model in float16, whose range is too small, or next to unmerged adapters; for any model
+    next to DoRA, which reads the norms of single kernels; and if kernels of one input have several
+    types of codes.
 
     Args:
       model: A base or fused model; a packed one is returned as it is.
       kind: Type of device, "cpu", "gpu" or "tpu"; None for this process's.
       unmerged: Config of adapters that are to run next to the model.
-      donate: Whether to empty `model.params` meanwhile, so that memory never holds two copies.
+      donate: Whether to empty `model.params` on the way, so that memory never holds two copies.
 
     Raises:
       ConfigError: The model's parameters were donated.
@@ -69,7 +69,7 @@ def pack_for_decode(
         model = split_layers(model)
     config = model.config
     narrow = _fused(model) and config.execution.dtype == "float16"
-    # On a mesh a slice of a joined kernel would lie where another's belongs.
+    # On a mesh, a part of a joined kernel would lie on the device of another.
     separate = mesh_of(model.params) is not None or narrow or apart_for(model, unmerged)
     if separate or not _joinable(model.params, kind):
         if not config.execution.scan_layers:
@@ -85,7 +85,7 @@ def _fused(model: Model) -> bool:
 
 
 def apart_for(model: Model, unmerged: AdapterConfig | None) -> bool:
-    """Whether adapters next to a model need its kernels separate; see `pack_for_decode`."""
+    """True if adapters next to a model need its kernels separate; see `pack_for_decode`."""
     reads = unmerged is not None and (unmerged.use_dora or METHODS[unmerged.method].kernel)
     return unmerged is not None and (_fused(model) or bool(reads))
 
@@ -108,7 +108,7 @@ def packed_config(
 
 
 def _stays_codes(leaf: Any, kind: str) -> bool:
-    """Whether a leaf is of codes that a type of device multiplies with; others become floats."""
+    """True if a leaf has codes that a type of device multiplies with; others become floats."""
     return isinstance(leaf, QuantizedArray) and (kind != "cpu" or leaf.one_scale)
 
 
@@ -120,7 +120,7 @@ def group_multiple(params: Tree, kind: str) -> int:
 
 def split_layers(model: Model) -> Model:
     """Gives each layer of a stacked model a subtree, the layout for decode on a mesh. Leaves are
-    taken out of `model.params`, so that no two copies are in memory: `model` cannot be used
+    removed from `model.params`, so that memory never holds two copies: `model` cannot be used
     afterwards.
     """
     if not model.config.execution.scan_layers:
@@ -146,7 +146,7 @@ def _for_device(leaf: Any, kind: str, dtype: str) -> Any:
 
 
 def _joinable(params: Tree, kind: str) -> bool:
-    """Whether kernels of one input are all floats on a device, or codes of one type and group."""
+    """True if kernels of one input are all floats on a device, or codes of one type and group."""
     forms: dict[str, set[Any]] = {}
     for name, leaf in trees.flatten(params).items():
         if name.endswith("/kernel") and not name.startswith("lm_head"):
@@ -216,7 +216,7 @@ def state_scale(config: LlamaConfig, module: str) -> float:
 
 
 def head_order(config: LlamaConfig, module: str) -> Any:
-    """The native index of each place of a kernel's last axis when packed; None if they agree."""
+    """The native index of each place on a packed kernel's last axis; None if they are equal."""
     if config.base_head_dim is None or module not in ("q", "k", *QK_NORMS):
         return None
     # Whole widened heads are rotated, which takes no more operations than a base's.
@@ -235,14 +235,13 @@ def _outputs(config: LlamaConfig, module: str, leaf: Any) -> Any:
 
 
 def joined(leaves: Sequence[Any], reads: int, kind: str) -> Any:
-    """Kernels of one layer that read the same inputs, below each other as [out, in]. They are
-    float, or of one type of codes and group size and `filled`; on a TPU, codes in groups become
-    [groups, inputs of a group, out], as XLA reads them inside a product.
-    reads: number of input axes.
+    """Joins kernels of one layer that read the same inputs, as [out, in]. All are float, or all are
+    `filled` codes of one type and group size; on a TPU, codes in groups become [groups, inputs of a
+    group, out], as XLA reads them inside a product. reads: Number of input axes.
     """
 
     def side_by_side(*parts: Any) -> Any:
-        # Scales of what a norm follows may be wider, see `scaled_outputs`.
+        # Scales of kernels before a norm may be wider, see `scaled_outputs`.
         dtype = max((part.dtype for part in parts), key=lambda dtype: dtype.itemsize)
         flat = [part.reshape(math.prod(part.shape[:reads]), -1).astype(dtype) for part in parts]
         return jnp.concatenate(flat, axis=1)

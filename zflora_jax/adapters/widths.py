@@ -20,7 +20,7 @@ MULTIPLES = {"cpu": (8, 8), "gpu": (32, 128), "tpu": (128, 128)}
 
 def multiples(kind: str) -> tuple[int, int]:
     """The row of `MULTIPLES` for a type of device; ConfigError for an unknown one."""
-    require_in(MULTIPLES, kind, f"device kind {kind!r}")
+    require_in(MULTIPLES, kind, f"device type {kind!r}")
     return MULTIPLES[kind]
 
 

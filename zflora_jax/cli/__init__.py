@@ -1,4 +1,4 @@
-"""The command line: one module per command, with its options and what it calls.
+"""The command line: one module per command, with its options and its calls.
 
-No logic that a notebook would miss, and nothing heavy before a command runs.
+It has no logic that a notebook would miss, and imports nothing heavy before a command runs.
 """

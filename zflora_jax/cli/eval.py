@@ -34,7 +34,7 @@ SUMMARY = (
     "Score a run or a model on tasks: loss, generated answers, likelihoods, ROUGE; one record per"
     " example is kept."
 )
-# Settings of --model alone.
+# Settings only for --model.
 OF_MODEL = ("train.dtype", "train.matmul_precision", "quantize.")
 
 
@@ -44,25 +44,25 @@ def add_options(parser: CommandParser) -> None:
         "--tasks",
         "A,B",
         "tasks, or groups of tasks (commonsense, math, summary), to evaluate (default: the run's"
-        " own)",
+        " task)",
     )
-    text = "where the tasks' files are (the same as --set data.data_dir=DIR)"
+    text = "directory of the tasks' files (the same as --set data.data_dir=DIR)"
     parser.option("--data-dir", "DIR", text)
     parser.option(
         "--trained-on",
         "TASK",
-        "training data of the model, to mark test questions found in it (what a --workdir trained"
-        " on is looked at anyway)",
+        "training data of the model, to mark test questions found in it (the training data of a"
+        " --workdir is always searched)",
     )
     parser.option("--limit", "N", "examples per task (default: the run's eval.limit)", int)
-    text = "where to write results (default: WORKDIR/eval, or runs/eval with --model)"
+    text = "directory of the results (default: WORKDIR/eval, or runs/eval with --model)"
     parser.option("--out", "DIR", text)
     add_settings(
         parser,
         ("data.", "eval.", "mesh.", *OF_MODEL),
-        "change settings of data, eval and mesh, and those of train and quantize that are listed"
-        " below for a --model, e.g. --set data.prompt_style=alpaca. A .gguf file is scored as"
-        " numbers, or with quantize.kernels=keep as its own blocks",
+        "change settings of data, eval and mesh, and for a --model those of train and quantize that"
+        " are listed below, e.g. --set data.prompt_style=alpaca. A .gguf file is scored as floats,"
+        " or with quantize.kernels=keep as its quantised blocks",
     )
     add_processes(parser)
 
@@ -114,26 +114,26 @@ def _settings(args: argparse.Namespace, base: RunConfig) -> tuple[RunConfig, dic
     for key in asked:
         require(
             not args.workdir or key.startswith(("eval.", "data.")),
-            f"--set {key}: what a run has trained cannot be changed when it is evaluated; eval.*,"
-            " data.* and mesh.* can.",
+            f"--set {key}: an evaluation cannot change how a run was trained; eval.*, data.* and"
+            " mesh.* can be set.",
         )
         require(
             bool(args.workdir) or key.startswith(("eval.", "data.", *OF_MODEL)),
-            f"--set {key}: an evaluation does not use it; of a --model eval.*, data.*, mesh.*,"
+            f"--set {key}: an evaluation does not use it; with --model eval.*, data.*, mesh.*,"
             f" {', '.join(OF_MODEL)}* can be set.",
         )
     return override(base, asked), meshed
 
 
 def _trained_on(args: argparse.Namespace, base: RunConfig, config: RunConfig) -> list[TrainedOn]:
-    """The training data that test questions are looked up in: of --trained-on and of the run."""
+    """The training data to search for test questions: of --trained-on and of the run."""
     from zflora_jax.data.builders.public import NAMED
     from zflora_jax.data.mixture import TrainedOn, source_splits
 
     found = []
     if args.trained_on:  # all rows of it
         of = override(config, {"data.task": args.trained_on, "data.train_limit": None})
-        source_splits(of.data)  # what is not there is said before anything slow
+        source_splits(of.data)  # missing files are reported before anything slow
         found.append(TrainedOn(of.data, here=False))
     if args.workdir:
         data, folder = base.data, base.data.data_dir
@@ -143,7 +143,7 @@ def _trained_on(args: argparse.Namespace, base: RunConfig, config: RunConfig) ->
             source_splits(data)
             found.append(TrainedOn(data))
         except ConfigError as error:
-            text = "the run's training data is not there, so no test question is compared with it"
+            text = "the run's training data is missing, so no test question is compared with it"
             print(f"{text}: {error}", file=sys.stderr)
     return found
 
@@ -156,7 +156,7 @@ def _model(args: argparse.Namespace, config: RunConfig, mesh: Mesh | None) -> tu
     if args.workdir:
         return load_fused(args.workdir, args.checkpoint, mesh=mesh, decode=True)
     require(not args.checkpoint, "--checkpoint chooses a saved step of a run: give its --workdir.")
-    # On a mesh as decoding needs it, so that there is no second copy.
+    # On a mesh in the layout for decoding, so that there is no second copy.
     dtype, how = config.train.dtype, config.quantize
     model = load_model(args.model, dtype, scan_layers=mesh is None, mesh=mesh, quantize=how)
     if "train.matmul_precision" in changes(args):  # else the one that an export was trained with

@@ -28,21 +28,21 @@ def add_options(parser: CommandParser) -> None:
     parser.option("--checkpoint", "STEP", text)
     text = "; ".join(f"{name}: {exporter.text}" for name, exporter in EXPORTERS.items())
     parser.option("--format", None, text, choices=list(EXPORTERS), default=DEFAULT)
-    text = "of the exported weights (default: as trained)"
+    text = "data type of the exported weights (default: as trained)"
     parser.option("--dtype", None, text, choices=["float32", "bfloat16", "float16"])
     parser.option(
         "--quant",
         "TYPE",
         "gguf: type of the weights, f32, f16, bf16, q8_0 (default), q4_0, q4_1, or"
-        " keep: the base's own blocks, of a run with quantize.kernels=keep; hf: kernels as codes"
-        " for vLLM and transformers (compressed-tensors), int8 (W8A16), w8a8 or int4 (W4A16,"
-        " groups of the base's codes, else of 64) (default: as numbers)",
+        " keep: the base's quantised blocks, of a run with quantize.kernels=keep; hf: kernels as"
+        " codes for vLLM and transformers (compressed-tensors), int8 (W8A16), w8a8 or int4 (W4A16,"
+        " in the groups of the base's codes, else of 64) (default: as floats)",
     )
     parser.option(
         "--eps",
         "E",
         "scale of the residual state, a power of two in 2^-10..1 (default: chosen from the weights"
-        " for --dtype or --quant); 0.0625 for software that makes int8 of an export by itself",
+        " for --dtype or --quant); 0.0625 for software that quantises an export to int8 itself",
         float,
     )
     add_mesh(parser)
@@ -56,7 +56,7 @@ def run(args: argparse.Namespace) -> None:
     main = join(args)
     mesh = mesh_asked(changes(args), read_config(args.workdir))
     given = {"format": args.format, "dtype": args.dtype, "quant": args.quant, "eps_z": args.eps}
-    with terminated():  # which leaves no half of a model beside --out
+    with terminated():  # it leaves no half-written model next to --out
         report = export_run(args.workdir, args.out, checkpoint=args.checkpoint, mesh=mesh, **given)
     if main:
         print_table(report, f"exported to {args.out}")

@@ -1,4 +1,4 @@
-"""`zflora generate`: answers a prompt of the command line, or those of a file."""
+"""`zflora generate`: answers one prompt, or those of a file."""
 
 from __future__ import annotations
 
@@ -33,24 +33,24 @@ if TYPE_CHECKING:
 SUMMARY = "Answer one prompt, or those of a file."
 _SAMPLING = (
     ("--max-new-tokens", int, 256, "N", "most tokens of an answer"),
-    ("--temperature", float, 0.0, "T", "0 takes the likeliest token each time, above 0 draws"),
+    ("--temperature", float, 0.0, "T", "0 takes the likeliest token each time, above 0 samples"),
     ("--top-k", int, None, "K", "draw from the K likeliest tokens"),
     ("--top-p", float, None, "P", "draw from the likeliest tokens of probability P together"),
-    ("--seed", int, 0, "N", "seed of what is drawn"),
+    ("--seed", int, 0, "N", "seed of the draws"),
     ("--batch-size", int, 16, "B", "lines of --file at one time"),
 )
 
 
 def add_options(parser: CommandParser) -> None:
     add_source(parser, "use")
-    text = "a PEFT LoRA, a directory or hub id, to fuse into --model"
+    text = "a PEFT LoRA (directory or hub id) to fuse into --model"
     parser.option("--adapter", "DIR", text)
     text = "data type of --model (default: float32; a run has its own)"
     parser.option("--dtype", None, text, choices=["float32", "bfloat16"])
     text = (
-        "how the kernels of --model are stored (default: keep, as they are, of a FILE.gguf with"
-        " blocks of Q8_0, Q4_0 or Q4_1, which a CPU decodes as floats; else none, as numbers, also"
-        " of smollm2-135m)"
+        "storage type of the kernels of --model (default: keep, the blocks of a FILE.gguf of type"
+        " Q8_0, Q4_0 or Q4_1, which a CPU decodes as floats; otherwise none, as floats, also for"
+        " smollm2-135m)"
     )
     parser.option("--quantize", None, text, choices=STORED)
     prompts = parser.add_mutually_exclusive_group(required=True)
@@ -99,7 +99,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _style(args: argparse.Namespace) -> str:
-    """The style of the prompts. Refuses options that do not go with it or with each other."""
+    """The style of the prompts. Raises ConfigError for options that exclude each other."""
     from zflora_jax.training.workdir import read_config, read_starts
 
     style = "plain" if args.plain else "chat"
@@ -144,7 +144,7 @@ def _answer_lines(
     Args:
       model: The model.
       numbered: The prompts, as `_lines` returns them.
-      texts: The text that the model is given for each.
+      texts: The model's input for each prompt.
       config: Settings of generation.
       main: Whether this process prints.
     """
@@ -158,7 +158,7 @@ def _answer_lines(
     quiet = not main or sys.stdout.isatty()
     with progress_bar(len(texts), "answering", not quiet) as advance, terminated():
         for start in range(0, len(texts), size):
-            # Each batch has draws of its own.
+            # Each batch has different draws.
             seeded = replace(config, seed=(config.seed + start) % 2**32)
             answers = generate(model, texts[start : start + size], seeded)
             for (_, line), answer in zip(numbered[start:], answers, strict=False):
@@ -168,7 +168,7 @@ def _answer_lines(
 
 
 def _model_of(args: argparse.Namespace, run: RunConfig | None) -> Model:
-    """The model that --workdir or --model, with --adapter, name, packed as it is loaded."""
+    """The model of --workdir, or of --model and --adapter, packed as it is loaded."""
     from zflora_jax.adapters.fuse import fuse
     from zflora_jax.adapters.packing import pack_for_decode
     from zflora_jax.core.adapter_config import METHODS
@@ -185,11 +185,11 @@ def _model_of(args: argparse.Namespace, run: RunConfig | None) -> Model:
     if run:
         model = load_fused(args.workdir, args.checkpoint, mesh=mesh, decode=True)[0]
         return pack_for_decode(model, donate=True)
-    # The file's own blocks where nothing is merged into them.
+    # The file's quantised blocks, if nothing is merged into them.
     own = args.quantize is None and args.model.endswith(".gguf") and not args.adapter
     keep = own and has_blocks(locate(args.model))
     dtype, how = args.dtype or "float32", args.quantize or ("keep" if keep else "none")
-    # A tree per layer, of which each is packed in turn: there is no second copy.
+    # A tree per layer: each is packed in turn, so there is no second copy.
     model = load_model(args.model, dtype, scan_layers=False, mesh=mesh, quantize=how)
     if is_quantized(model):
         print(f"base: {stored_text(model)} (--quantize none: as floats)", file=sys.stderr)

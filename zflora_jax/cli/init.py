@@ -9,7 +9,7 @@ from zflora_jax.core.fields import require, require_in
 from zflora_jax.core.storage import output_path
 from zflora_jax.reporting.files import atomic_write
 
-SUMMARY = "Write a config of the package to a file of your own, to edit and to train with."
+SUMMARY = "Copy a config of the package to a new file, to edit and to train with."
 
 
 def add_options(parser: CommandParser) -> None:

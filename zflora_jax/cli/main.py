@@ -1,4 +1,4 @@
-"""The command line: its commands, a module each, and how a command ends."""
+"""The command line: its commands, a module each, and their exit codes."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ EXIT_INTERRUPTED = 128 + signal.SIGINT
 _MAY_BE_EMPTY = ("prompt", "system")  # texts
 
 _SMALLER = (
-    "What takes less: train.remat=block, a smaller train.loss_chunk, more data.grad_accum_steps for"
+    "To use less: train.remat=block, a smaller train.loss_chunk, more data.grad_accum_steps for"
     " the same batch, a smaller batch_size of eval or generate, bfloat16, quantize.kernels, or a"
     " mesh over more devices; `zflora plan` estimates each without a device."
 )
@@ -47,8 +47,8 @@ def main(argv: Sequence[str] | None = None, command: str | None = None) -> int:
     """Runs a command.
 
     Args:
-      argv: Its words; None for those of the process.
-      command: The one that a script of its name runs (`train.py`); None if `argv` begins with it.
+      argv: Words of the command line; None for those of the process.
+      command: Name of the command, for a script like `train.py`; None if `argv` begins with it.
 
     Returns:
       The exit code: 0; 2 for input that cannot be used, files that cannot be written or a device
@@ -92,7 +92,7 @@ def _without_interrupts(kind: type[BaseException], *of: Any) -> None:
 
 def _ended_by(error: Exception) -> int:
     """Prints an error of the input or of the run, and returns its exit code. Any other error is a
-    bug: it is raised again, because its traceback is needed.
+    bug, so it is raised again with its traceback.
     """
     if isinstance(error, Preempted):
         if threading.current_thread() is threading.main_thread():
@@ -115,7 +115,7 @@ def _ended_by(error: Exception) -> int:
 
 
 def _leave(code: int, error: Exception | None = None) -> None:
-    """Ends this process if others may wait for it, see `distributed.leave`."""
+    """Ends this process if others might wait for it, see `distributed.leave`."""
     if "zflora_jax.parallel.distributed" in sys.modules:
         from zflora_jax.parallel.distributed import leave
 
@@ -123,7 +123,7 @@ def _leave(code: int, error: Exception | None = None) -> None:
 
 
 def _parser(alone: str | None = None) -> CommandParser:
-    """The parser of all commands, or of the one that a script runs alone."""
+    """The parser of all commands, or only of the one that a script runs."""
     modules = {command.__name__.rpartition(".")[2]: command for command in COMMANDS}
     if alone is not None:
         script = CommandParser(prog=f"{alone}.py", description=modules[alone].SUMMARY)

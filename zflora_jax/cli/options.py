@@ -1,4 +1,4 @@
-"""Options that several commands take, and what their values name: a run, a mesh, processes."""
+"""Options of several commands, and the run, mesh and processes that their values name."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 class CommandParser(argparse.ArgumentParser):
     """The options of a command. Its help ends with the settings that --set changes."""
 
-    settings: tuple[str, ...] = ()  # how their dotted names may begin; "" is the beginning of all
+    settings: tuple[str, ...] = ()  # prefixes of their dotted names; "" is that of all
 
     def option(
         self, name: str, metavar: str | None, text: str, type: Any = str, **more: Any
@@ -63,7 +63,7 @@ def named_configs(function: str = "") -> list[str]:
 def add_config(
     parser: CommandParser, function: str = "get_config() -> RunConfig", **more: Any
 ) -> None:
-    """Adds --config FILE, which has to be given unless `more` says otherwise."""
+    """Adds --config FILE, a required option unless `more` changes that."""
     names = ", ".join(named_configs(function.partition("(")[0]))
     text = f"a Python file with {function}, or one that comes with the package: {names}"
     parser.option("--config", "FILE", text, **({"required": True} | more))
@@ -119,7 +119,7 @@ def add_settings(
     text: str = "change settings, e.g. --set train.steps=50 adapter.rank=16; all are listed below",
     metavar: str = "KEY=VALUE",
 ) -> None:
-    """Adds --set KEY=VALUE, for the settings whose dotted names begin as `begin` says."""
+    """Adds --set KEY=VALUE for the settings whose dotted names have a prefix in `begin`."""
     parser.settings = begin
     parser.add_argument("--set", nargs="+", action="extend", default=[], metavar=metavar, help=text)
 
@@ -132,7 +132,7 @@ def changes(args: argparse.Namespace) -> dict[str, str]:
 
 
 def settings_help(begin: tuple[str, ...]) -> str:
-    """All settings whose dotted name begins so: name, values, default and meaning, by section."""
+    """The settings with a prefix in `begin`: name, values, default and meaning, by section."""
     from zflora_jax.core.settings import sections  # reads source code: only when help is asked for
 
     width = max(shutil.get_terminal_size().columns - 2, 40)
@@ -155,15 +155,15 @@ def settings_help(begin: tuple[str, ...]) -> str:
 
 
 def add_source(parser: CommandParser, verb: str) -> None:
-    """Adds --workdir with --checkpoint, and --model, of which one has to be given."""
+    """Adds --workdir with --checkpoint, and --model; one of the two is required."""
     either = parser.add_mutually_exclusive_group(required=True)
-    either.add_argument("--workdir", metavar="DIR", help=f"{verb} what this run has trained, fused")
+    either.add_argument("--workdir", metavar="DIR", help=f"{verb} this run's trained model, fused")
     text = (
         f"{verb} a model: a Hugging Face directory, an export (or its s3:// or gs:// URL), hub id,"
         " .gguf file or smollm2-135m"
     )
     either.add_argument("--model", metavar="MODEL", help=text)
-    text = "of a run: a number of steps, or best (default: the newest)"
+    text = "checkpoint of a run: a number of steps, or best (default: the newest)"
     parser.option("--checkpoint", "STEP", text)
 
 
@@ -171,7 +171,7 @@ def add_source(parser: CommandParser, verb: str) -> None:
 
 
 def add_mesh(parser: CommandParser) -> None:
-    """Adds --set for what has been trained, of which only the mesh can be changed."""
+    """Adds --set for a trained run, of which only the mesh can be changed."""
     text = (
         "devices to divide the model over, e.g. --set mesh.fsdp=2 mesh.tensor=2 (default: as a run"
         " was trained)"
@@ -180,7 +180,7 @@ def add_mesh(parser: CommandParser) -> None:
 
 
 def mesh_asked(settings: dict[str, str], run: RunConfig | None) -> Mesh | None:
-    """The mesh that settings `mesh.*` ask for, in place of the run's; None where none is asked."""
+    """The mesh of settings `mesh.*`, in place of the run's; None if neither asks for one."""
     from jax import device_count, process_count
 
     from zflora_jax.parallel.sharding import make_mesh
@@ -188,7 +188,7 @@ def mesh_asked(settings: dict[str, str], run: RunConfig | None) -> Mesh | None:
     for key in settings:
         require(
             key.startswith("mesh."),
-            f"--set {key}: what has been trained cannot be changed here; mesh.* can, e.g."
+            f"--set {key}: a trained run's settings cannot be changed here; only mesh.* can, e.g."
             " mesh.fsdp=2, the devices that the model is divided over.",
         )
     if not settings:
@@ -203,7 +203,7 @@ def mesh_asked(settings: dict[str, str], run: RunConfig | None) -> Mesh | None:
 
 
 def add_processes(parser: CommandParser) -> None:
-    """Adds the options by which several processes find each other."""
+    """Adds the options with which several processes find each other."""
     add = parser.add_argument_group(
         "several processes (every one runs this command, with directories that they share)"
     ).add_argument
@@ -211,14 +211,14 @@ def add_processes(parser: CommandParser) -> None:
     add("--distributed", action="store_true", help=text)
     text = "address of process 0 (or ZFLORA_COORDINATOR)"
     add("--coordinator", metavar="HOST:PORT", help=text)
-    text = "how many there are (or ZFLORA_NUM_PROCESSES)"
+    text = "number of processes (or ZFLORA_NUM_PROCESSES)"
     add("--num-processes", type=int, metavar="N", help=text)
-    text = "which one this is, from 0 (or ZFLORA_PROCESS_ID)"
+    text = "number of this process, from 0 (or ZFLORA_PROCESS_ID)"
     add("--process-id", type=int, metavar="I", help=text)
 
 
-# Of one process alone, given by no user, or compared by what they lead to: hosts may mount one
-# directory at different paths.
+# Options of one process, options that no user gives, and paths, whose contents are compared: hosts
+# may mount one directory at different paths.
 _OWN = (
     *("coordinator", "num_processes", "process_id", "distributed", "run", "as_path"),
     *("config", "workdir", "out"),
@@ -227,10 +227,10 @@ _OWN = (
 
 def join(args: argparse.Namespace) -> bool:
     """Joins the processes that the options of `add_processes` name, before a device is touched.
-    ConfigError in all of them if their other options differ.
+    Raises ConfigError in all of them if their other options differ.
 
     Returns:
-      Whether this process prints what the command found.
+      Whether this process prints the command's results.
     """
     from zflora_jax.parallel import distributed
 

@@ -10,7 +10,7 @@ from zflora_jax.core.libtpu import ABSENT
 
 
 def silence() -> None:
-    """Switches off notices of transformers (no PyTorch) and, where no TPU is, of libtpu."""
+    """Switches off notices of transformers (no PyTorch) and, without a TPU, of libtpu."""
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     if not glob.glob("/dev/accel*") + glob.glob("/dev/vfio/*"):
         os.environ.update(ABSENT | os.environ)
@@ -22,10 +22,10 @@ def print_table(values: dict[str, Any], title: str) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    # As text: rich else takes what is in square brackets for its own markup.
+    # As text: otherwise rich reads square brackets as its markup.
     table = Table("", "", title=Text(title), title_justify="left", show_header=False)
     for column in table.columns:
-        column.overflow = "fold"  # and cuts off what is longer than a line
+        column.overflow = "fold"  # otherwise it cuts long values
     for key, value in values.items():
         if isinstance(value, str | bool) or value is None:
             table.add_row(key, Text(str(value)))

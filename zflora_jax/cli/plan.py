@@ -26,7 +26,7 @@ def add_options(parser: CommandParser) -> None:
         " (default: this machine's CPU, as many virtual devices as the mesh has)",
     )
     parser.option("--out", "FILE", "write the plan as JSON too")
-    text = "write the compiled train step, which `zflora train --step FILE` takes on that device"
+    text = "write the compiled train step, for `zflora train --step FILE` on that device"
     parser.option("--save", "FILE", text)
     add_settings(parser)
 
@@ -38,7 +38,7 @@ def run(args: argparse.Namespace) -> None:
             output_path(getattr(args, name), f"--{name}")
     require(
         args.target is None or args.memory is None,
-        "--target has a memory of its own: leave out --memory.",
+        "--target already has a known memory: leave out --memory.",
     )
     import jax
 

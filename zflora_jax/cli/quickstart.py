@@ -12,7 +12,7 @@ SUMMARY = "The whole path on SmolLM2-135M: train, evaluate, fuse, check, decode,
 
 
 def add_options(parser: CommandParser) -> None:
-    text = "where run, export and report go"
+    text = "directory for run, export and report"
     parser.option("--workdir", "DIR", text, default="runs/quickstart")
     add_config(parser, required=False, default="quickstart")
     add_settings(parser)
@@ -29,9 +29,7 @@ def run(args: argparse.Namespace) -> None:
     if "switch_ms" in report:
         same = "bit for bit" if report["base_bit_for_bit"] else "but NOT bit for bit: report this"
         print(f"the adapter changed in the live model: {report['switch_ms']:.3g} ms")
-        print(f"taken out again after {SWITCHES} changes, the base is back, {same}")
+        print(f"unfused after {SWITCHES} changes, the base is back, {same}")
     if "accuracy_on_blocks" in report:
         accuracy = f"{report['accuracy_on_blocks']:.2f} ({report['accuracy_after']:.2f} on floats)"
-        print(
-            f"the same adapter on the file's own quantised blocks, untouched: accuracy {accuracy}"
-        )
+        print(f"the same adapter on the file's unchanged quantised blocks: accuracy {accuracy}")

@@ -1,4 +1,4 @@
-"""How a command that writes no checkpoints ends on SIGTERM."""
+"""Clean exit on SIGTERM of commands that write no checkpoints."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from typing import Any
 
 @contextlib.contextmanager
 def terminated() -> Iterator[None]:
-    """Lets SIGTERM raise SystemExit, so that what is half done is cleared away. Outside the main
-    thread Python has no signals, and JAX takes those of processes that it connects.
+    """Lets SIGTERM raise SystemExit, so that half-written files are removed. Outside the main
+    thread Python has no signals, and JAX handles those of processes that it connects.
     """
     from jax.distributed import is_initialized
 

@@ -13,10 +13,10 @@ SUMMARY = "Train every combination of a grid of settings. Finished runs are not 
 
 
 def add_options(parser: CommandParser) -> None:
-    add_config(parser, "get_sweep() -> (RunConfig, settings), as for zf.sweep")
-    text = "where the runs live, one directory each, and their table, rows.md"
+    add_config(parser, "get_sweep() -> (RunConfig, settings), see zf.sweep")
+    text = "directory of the runs, one folder each, and of their table, rows.md"
     parser.option("--workdir", "DIR", text, required=True)
-    text = "how many runs of one program to train at a time over one base, see zf.sweep"
+    text = "number of runs that train at a time in one program, see zf.sweep"
     parser.option("--together", "N", text, type=int, default=1)
     add_settings(parser)
 
@@ -34,7 +34,7 @@ def run(args: argparse.Namespace) -> None:
     for key in settings:
         require(
             not all(key in changed for _, changed in combinations(base, grid)),
-            f"--set {key}: the grid gives it to each of its runs, so this would change nothing."
+            f"--set {key}: the grid sets it for each of its runs, so this would change nothing."
             f" Change get_sweep() in {args.config}.",
         )
     rows = run_grid(override(base, settings), grid, args.workdir, together=args.together)

@@ -23,9 +23,9 @@ def add_options(parser: CommandParser) -> None:
     add_config(parser, required=False)
     text = "directory, or s3:// or gs:// URL, of the run: config, checkpoints, metrics, report"
     parser.option("--workdir", "DIR", text, required=True)
-    text = "go on with the run in the workdir, or fail if there is none; --config may be left out"
+    text = "resume the run in the workdir, or fail if there is none; --config may be left out"
     parser.add_argument("--resume", action="store_true", help=text)
-    text = "file of `zflora plan --save`, so that nothing is compiled here; it is run, so trust it"
+    text = "file of `zflora plan --save`, to compile nothing here; it is run, so it must be trusted"
     parser.option("--step", "FILE", text)
     add_processes(parser)
     add_settings(parser)
@@ -38,7 +38,7 @@ def run(args: argparse.Namespace) -> None:
     main = join(args)
     require(
         args.config or args.resume,
-        "train needs --config FILE, or --resume to go on with the run in --workdir.",
+        "train needs --config FILE, or --resume to resume the run in --workdir.",
     )
     there = None if args.config else read_config(args.workdir)
     config = run_config(args) if there is None else override(there, changes(args))

@@ -1,4 +1,4 @@
-"""Settings, trees, shapes, and what a model is made of: what every other package may build on.
+"""Settings, trees, shapes and the parts of a model, which every other package may import.
 
-Imports nothing else of the project; the settings import no jax.
+This package imports no other package of the project; its settings import no jax.
 """

@@ -37,10 +37,10 @@ class Method:
 
     Attributes:
       residual, heads, mlp: Whether the stream is widened.
-      in_place: How kernels are changed instead; "own" by `kernel`.
+      in_place: The change made to kernels instead; "own": `kernel` makes it.
       start: Distribution of the random blocks; None if nothing is random.
-      source: Publication that a method that widens reconstructs; its exports name it.
-      kernel: The class of the adapter of a kernel, of `methods.add_method`.
+      source: Publication that a widening method reconstructs; exports name it.
+      kernel: Class that adapts a kernel, given to `methods.add_method`.
     """
 
     residual: bool = False
@@ -53,12 +53,12 @@ class Method:
 
     @property
     def widens(self) -> bool:
-        """Whether it adds channels next to the base kernels, instead of changing them in place."""
+        """True if it adds channels next to the base kernels, instead of changing them in place."""
         return self.in_place == "none"
 
     @property
     def keeps_codes(self) -> bool:
-        """Whether it is fused into the codes of a quantised base, which stay."""
+        """True if a quantised base stays quantised when it is fused."""
         return self.widens or (self.kernel is not None and self.kernel.fuses_codes)
 
 
@@ -81,7 +81,7 @@ _OF_METHODS: dict[str, Callable[[Method], bool]] = {
     "init": lambda row: row.start is not None,
     **dict.fromkeys(_LORA, lambda row: row.in_place == "lora"),
 }
-"""The settings that not every method has -> whether a method has it."""
+"""Setting that only some methods have -> predicate of the methods that have it."""
 
 
 @checked_names
@@ -105,12 +105,12 @@ class AdapterConfig:
     """e: even number of dims that are added to each head; None means up to the next head size that
     attention kernels of servers know. Only for methods that widen the heads."""
     head_scores: bool = True
-    """Widen q and k too, which adds a score term; False widens v and o alone, and is only for
+    """Widen q and k too, which adds a score term; False widens only v and o. False is only for
     methods that widen heads."""
     init: Start | None = None
     """Distribution of the random blocks: kaiming_uniform, within +-1/sqrt(inputs), as PEFT starts
     LoRA, or normal, N(0, 1/inputs). None means kaiming_uniform for lora and normal for the others;
-    ffa and full draw nothing. lora may also start as a part that is taken out of the base: pissa
+    ffa and full draw nothing. lora may also start as a part that is removed from the base: pissa
     (arXiv 2404.02948), by singular values, or olora (2406.01775), by QR."""
     dropout: Share = 0.0
     """Share of the inputs of LoRA's A that a training step drops (PEFT's lora_dropout); the others
@@ -124,8 +124,8 @@ class AdapterConfig:
     layers_to_transform: Layers | None = None
     """Layers that have an adapter, from 0; None means all. Only for lora."""
     rank_pattern: tuple[tuple[str, int], ...] = ()
-    """Other ranks for some kernels: pairs of a regex that matches whole kernel names and a rank, as
-    [["q|v", 8]]; the first that matches counts. Only for lora."""
+    """Other ranks for some kernels: pairs of a regex that matches whole kernel names and a rank,
+    e.g. [["q|v", 8]]; the first match counts. Only for lora."""
     alpha_pattern: tuple[tuple[str, float], ...] = ()
     """Other alphas for some kernels, in the same form. Only for lora."""
 
@@ -186,11 +186,11 @@ class AdapterConfig:
         return math.sqrt(rank) if self.use_rslora else float(rank)
 
     def explicit(self) -> AdapterConfig:
-        """The config with `init` set where it was left to the method."""
+        """The config with the method's default for an unset `init`."""
         return self.replace(init=self.init or METHODS[self.method].start)
 
     def replace(self, **changes: Any) -> AdapterConfig:
-        """The config with other values of fields."""
+        """Returns a copy with other values of fields."""
         return dataclasses.replace(self, **changes)
 
 

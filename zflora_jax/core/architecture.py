@@ -62,8 +62,8 @@ def packed_rows(config: LlamaConfig) -> dict[str, tuple[str, int, int]]:
 
 
 def layer_shapes(config: LlamaConfig) -> dict[str, tuple[tuple[int, ...], int | None]]:
-    """The parameters of one layer: name, e.g. "attn/q/kernel" -> (shape, how many of its leading
-    axes a kernel reads from, 0 for a bias, None for a norm).
+    """The parameters of one layer: name, e.g. "attn/q/kernel" -> (shape, number of leading input
+    axes of a kernel; 0 for a bias, None for a norm).
     """
     d, k = config.hidden_size, config.head_dim
     shapes: dict[str, tuple[tuple[int, ...], int | None]] = {
@@ -80,7 +80,7 @@ def layer_shapes(config: LlamaConfig) -> dict[str, tuple[tuple[int, ...], int | 
 
 
 def has_bias(config: LlamaConfig, kernel: str) -> bool:
-    """Whether a bias is added to the kernel's product."""
+    """True if a bias is added to the kernel's product."""
     return config.traits.qkv_bias and kernel in ATTENTION[:3]
 
 

@@ -18,14 +18,14 @@ class Family:
       qk_norm: Whether each head of q and k goes through an RMSNorm before RoPE.
       window: Whether attention may be limited to a sliding window.
       window_switch: Whether config.json switches the window on (use_sliding_window) and lists the
-        layers that have it (layer_types); False: `sliding_window` says it all.
+        layers that have it (layer_types); False: only `sliding_window` counts.
       nope: Whether some layers may be without RoPE.
-      heads_divide: Whether transformers refuses a hidden size that the heads do not divide.
+      heads_divide: Whether transformers needs a hidden size that is a multiple of the heads.
       gguf: Architecture in llama.cpp.
       gguf_as_llama: Whether llama.cpp's architecture "llama" can hold the family too.
       gguf_wide_heads: Whether llama.cpp reads the RoPE divisors that widened heads need.
       gguf_pairs: Whether llama.cpp stores the two halves of rotated heads interleaved.
-      defaults: Values that transformers takes for keys missing in config.json, unless Llama's.
+      defaults: Defaults of transformers for config.json that differ from Llama's.
     """
 
     architecture: str

@@ -1,4 +1,4 @@
-"""Frozen dataclasses from plain values and back: every wrong key or value refused by name.
+"""Turns plain values into frozen dataclasses and back; errors name the wrong key or value.
 
 Nothing here imports jax: a config can be read, checked and printed on a machine without it.
 """
@@ -55,13 +55,13 @@ def require(condition: bool, message: str) -> None:
 
 
 def require_in(allowed: Collection[str], name: str, said: str, more: str = "") -> None:
-    """Raises ConfigError, `said` with a near name and `more`, for a `name` not allowed."""
+    """Raises ConfigError unless `name` is allowed: `said`, a near name, `more`."""
     if name not in allowed:  # to look for a near one takes a millisecond
         raise ConfigError(f"{said}: {nearest(name, allowed)}.{more}")
 
 
 class Bounds(NamedTuple):
-    """A condition on a number, and its words in messages. `check_types` checks it."""
+    """A condition on a value and its wording in messages. `check_types` checks it."""
 
     text: str
     holds: Callable[[Any], bool]
@@ -77,7 +77,7 @@ Share = Annotated[float, Bounds("at least 0 and below 1", lambda x: 0 <= x < 1)]
 
 
 def check_types(config: Any, section: str = "") -> None:
-    """Holds every field of a dataclass to its type and bounds: the first line of __post_init__.
+    """Checks the type and bounds of every field of a dataclass: the first line of __post_init__.
     section: Its name in messages, "train" for train.steps.
     """
     hints = _hints(type(config))
@@ -124,15 +124,15 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 
 def override(config: T, changes: Mapping[str, Any], name: str = "", root: type | None = None) -> T:
-    """`config` with dotted changes, e.g. {"train.steps": "50"}, made together, so that fields which
-    constrain each other can be changed in one call.
+    """Returns a copy of `config` with dotted changes, e.g. {"train.steps": "50"}. They are made
+    together, so fields that constrain each other can be changed in one call.
 
     Args:
       config: A dataclass; it stays unchanged.
       changes: Value by dotted name. A string is parsed as a Python literal where the field is not a
         string; a single number stands for a list of it.
-      name: The name of `config` in a larger one, for messages.
-      root: The class of that larger one, whose settings messages suggest.
+      name: Name of `config` within a larger config, for messages.
+      root: Class of that larger config, whose settings messages suggest.
 
     Raises:
       ConfigError: An unknown name, or a value that cannot be used.
@@ -240,7 +240,7 @@ def _coerce(value: Any, hint: Any, name: str, optional: bool = False) -> Any:
 
 
 def _coerce_any(value: Any, options: tuple[Any, ...], name: str) -> Any:
-    """`value` as the first of several types that takes it."""
+    """`value` as the first of several types that accepts it."""
     error = None
     for option in options:
         if option is not type(None):

@@ -38,4 +38,4 @@ v5e-16, v5litepod-16: `tpu:v5e:4x4` | v6e-8: `tpu:v6e:2x4`
 v5p-8: `tpu:v5p:2x2x1`, four chips of two cores
 """
 FOREIGN = dict(row.split(": ", 1) for row in _ROWS.strip().replace(" | ", "\n").splitlines())
-"""Names of others, joined by ", " -> this project's names."""
+"""Names in other libraries, joined by ", " -> this project's names."""

@@ -1,4 +1,4 @@
-"""Model, its fingerprint, and whether a run can use it."""
+"""Model, its fingerprint, and the check that a run can use it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from zflora_jax.core.trees import Tree
 class Model:
     """A base, fused or packed model.
 
-    Decoding keeps a packed copy for it, which is made anew when an array of `params` is another.
+    Decoding caches a packed copy, and packs again when an array of `params` is replaced.
 
     Attributes:
       config: Shape and execution.
@@ -42,14 +42,14 @@ class Model:
 
 
 def require_there(params: Mapping[str, Any]) -> None:
-    """ConfigError for parameters that were donated."""
+    """Raises ConfigError if the parameters were donated."""
     leaves = jax.tree.leaves(params)
     arrays = (x for x in leaves if isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer))
     require(
         len(leaves) > 0 and not any(x.is_deleted() for x in arrays),
-        "the parameters of this model are gone: `swap` writes into them and returns the model to"
-        " go on with (live = zf.swap(live, adapters)); fuse(donate=True) and fuse_trained take them"
-        " into the fused one. Use that model, or load this one again.",
+        "the parameters of this model were donated: `swap` writes into them and returns the new"
+        " model (live = zf.swap(live, adapters)); fuse(donate=True) and fuse_trained move them into"
+        " the fused one. Use that model, or load this one again.",
     )
 
 
@@ -66,7 +66,7 @@ def fingerprint(model: Model) -> str:
 
 
 def require_fit(run: RunConfig, model: Model) -> None:
-    """ConfigError for a model without a tokenizer, or with less context than the buckets."""
+    """Raises ConfigError if the model has no tokenizer, or less context than the buckets."""
     require(
         model.tokenizer is not None,
         f"model {run.model!r} comes without a tokenizer, so text cannot be trained on; add its"

@@ -1,4 +1,4 @@
-"""The shape of a model, and how it is run."""
+"""The shape of a model, and its execution settings."""
 
 from __future__ import annotations
 
@@ -37,18 +37,18 @@ class RopeScaling:
 
 @dataclass(frozen=True)
 class Execution:
-    """How a model is run, which does not change the model.
+    """Execution settings, which do not change the model.
 
     Attributes:
       dtype: Data type of activations; kernels are cast to it where they are used.
       scan_layers: One stacked block run by lax.scan (fast to compile), or one subtree per layer
         (fast to decode).
-      packed: The layout for decode (`adapters.packing.pack_for_decode`).
-      fill_residual, fill_mlp: Zero channels that packed kernels have behind those of a stream.
+      packed: Whether kernels have the layout for decode (`adapters.packing.pack_for_decode`).
+      fill_residual, fill_mlp: Number of zero channels that pad a stream in packed kernels.
       remat: Values that the backward pass keeps of a block, see `ops.remat.POLICIES`.
       matmul_precision: Precision of float32 products, as TrainConfig's.
-      joint_head_norms: Whether norms of heads count all their dims, as stock classes do, to measure
-        the cost of that (`hf.restore.load_stock`).
+      joint_head_norms: Whether norms of heads average over all dims, as stock classes do; it serves
+        to measure the effect of that (`hf.restore.load_stock`).
     """
 
     dtype: Dtype = "float32"
@@ -66,13 +66,13 @@ class Execution:
 
 @dataclass(frozen=True)
 class LlamaConfig:
-    """Shape of a model of any of `core.families.FAMILIES`, and how it is run. A fused model is the
-    same class with wider streams.
+    """Shape and execution settings of a model of any of `core.families.FAMILIES`. A fused model has
+    the same class with wider streams.
 
-    Attention is limited to the last `sliding_window` positions, the token's own included; the
-    layers in `nope_layers` have no RoPE. `base_hidden_size` and `base_head_dim` are the leading
-    channels of the residual stream and of a head that belong to the base (None: all): RMSNorm takes
-    its mean over the former, RoPE turns the latter, attention divides by sqrt(base_head_dim).
+    Attention sees the last `sliding_window` positions, including the token's own; the layers in
+    `nope_layers` have no RoPE. `base_hidden_size` and `base_head_dim` count the leading channels
+    of the residual stream and of a head that belong to the base (None: all). RMSNorm averages over
+    the former, RoPE rotates the latter, and attention divides by sqrt(base_head_dim).
 
     `replace` takes the fields of `execution` too: config.replace(scan_layers=False).
     """
@@ -108,7 +108,7 @@ class LlamaConfig:
         )
         require(
             self.base_head_width % 2 == 0,
-            f"base_head_dim={self.base_head_width}: RoPE turns pairs of dims, so it must be even.",
+            f"base_head_dim={self.base_head_width}: must be even, because RoPE rotates pairs.",
         )
         for name in ("head_dim", "hidden_size"):
             base, wide = getattr(self, f"base_{name}") or 0, getattr(self, name)
@@ -120,13 +120,13 @@ class LlamaConfig:
         require_in(FAMILIES, name, f"family={name!r}")
         require(
             window is None or self.traits.window,
-            f"sliding_window={window}: must be None, or the family one that has windows"
+            f"sliding_window={window}: must be None, except in a family that has windows"
             f" ({', '.join(n for n in FAMILIES if FAMILIES[n].window)}).",
         )
         require(
             not layers or (self.traits.nope and 0 <= min(layers) <= max(layers) < self.num_layers),
-            f"nope_layers={layers}: indices below num_layers={self.num_layers}, in a family that"
-            f" has layers without RoPE ({', '.join(n for n in FAMILIES if FAMILIES[n].nope)}).",
+            f"nope_layers={layers}: must be below num_layers={self.num_layers}, in a family with"
+            f" layers without RoPE ({', '.join(n for n in FAMILIES if FAMILIES[n].nope)}).",
         )
 
     @property
@@ -146,12 +146,12 @@ class LlamaConfig:
 
     @property
     def widened(self) -> bool:
-        """Whether the residual stream or the heads are wider than a base's."""
+        """True if the residual stream or the heads are wider than a base's."""
         return self.base_hidden_size is not None or self.base_head_dim is not None
 
     @property
     def stored(self) -> LlamaConfig:
-        """The same with the widths that the kernels are stored at, zero channels included."""
+        """The config with the stored widths of kernels, zero channels included."""
         d, f = self.execution.fill_residual, self.execution.fill_mlp
         if d == f == 0:
             return self
@@ -164,7 +164,7 @@ class LlamaConfig:
         )
 
     def replace(self, **changes: Any) -> LlamaConfig:
-        """The same with other values of fields, those of `execution` included."""
+        """Returns a copy with other values of fields, those of `execution` included."""
         how = {f.name for f in dataclasses.fields(Execution)} & changes.keys()
         if how:
             run = changes.get("execution", self.execution)

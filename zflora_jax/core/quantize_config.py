@@ -1,4 +1,4 @@
-"""How the base's kernels are stored: as floats, or as codes and scales."""
+"""Storage of the base's kernels: as floats, or as codes and scales."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ Group = Annotated[int, Bounds("0, 32, 64 or 128 inputs", lambda x: x in (0, 32, 
 @checked_names
 @dataclass(frozen=True)
 class QuantizeConfig:
-    """How the base is stored. What is quantised is frozen: adapters train next to it."""
+    """Storage types of the base. Quantised weights are frozen: adapters train next to them."""
 
     kernels: Stored = "none"
-    """Of the layers' kernels. none: numbers of train.dtype; int8: one scale for each output; int4,
-    nf4: 4 bits in groups of inputs; q8_0, q4_0, q4_1: the blocks of GGUF; keep: the blocks that a
-    GGUF file has, where they are of these three."""
+    """Storage type of the layers' kernels. none: floats of train.dtype; int8: one scale for each
+    output; int4, nf4: 4 bits in groups of inputs; q8_0, q4_0, q4_1: blocks of GGUF; keep: the
+    blocks that a GGUF file has, if their type is one of these three."""
     group: Group | None = None
-    """Inputs that share a scale: 32, 64 or 128, 0 for all (int8 alone). None means 64, and all for
-    int8; GGUF's blocks are of 32."""
+    """Inputs that share a scale: 32, 64 or 128, 0 for all (only int8). None means 64, and all for
+    int8; GGUF's blocks have 32."""
     embedding: Stored = "none"
-    """Of the embedding, which also is a tied output head."""
+    """Storage type of the embedding, and of an output head tied to it."""
     head: Stored = "none"
-    """Of an output head that is not tied."""
+    """Storage type of an output head that is not tied."""
 
     def __post_init__(self) -> None:
         check_types(self, "quantize")
@@ -45,18 +45,18 @@ class QuantizeConfig:
         few = [f"quantize.{name}={kind}" for name, kind in chosen.items() if kind != "int8"]
         require(
             self.group != 0 or not few,
-            f"quantize.group=0, one scale for all inputs, is for int8 alone, and {few[:1]} needs"
+            f"quantize.group=0, one scale for all inputs, is only for int8, and {few[:1]} needs"
             " groups of 32, 64 or 128; one group size serves all three settings.",
         )
 
     @property
     def active(self) -> bool:
-        """Whether anything is stored as codes."""
+        """True if anything is stored as codes."""
         return {self.kernels, self.embedding, self.head} != {"none"}
 
 
 def quantize_config(given: QuantizeConfig | str | None) -> QuantizeConfig:
-    """The settings for a name: "keep" keeps all codes of a file, another type is that of the
+    """The settings for a short name: "keep" keeps all codes of a file, another type is for the
     kernels; None quantises nothing.
     """
     if given is None:

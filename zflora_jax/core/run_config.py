@@ -61,14 +61,14 @@ RowFormat = Literal[
 @checked_names
 @dataclass(frozen=True)
 class DataConfig:
-    """Which examples are read, and how they are batched."""
+    """The examples of a run, and their batching."""
 
     task: str = "arithmetic"
     """A task, or a mixture of tasks: boolq+arc_easy takes all rows of both, boolq*1+arc_easy*3 one
     row of boolq to three of arc_easy."""
     data_dir: Text | None = None
-    """Directory of files that a task reads. Of task rows also a file (JSON, JSONL, CSV or Parquet),
-    or the name of a dataset: hub:OWNER/NAME, tfds:NAME."""
+    """Directory of files that a task reads. Task rows also reads a file (JSON, JSONL, CSV or
+    Parquet) or a dataset by name: hub:OWNER/NAME, tfds:NAME."""
     prompt_style: PromptStyle = "chat"
     """Form of the prompts. chat: the tokenizer's chat template; alpaca: LLM-Adapters' prompt in the
     whitespace of its training script; alpaca-eval: in that of its evaluation script; plain: texts
@@ -88,10 +88,10 @@ class DataConfig:
     packing: bool = False
     """Put several examples into one row of the longest length; they do not see each other."""
     date: Day | None = None
-    """Day that a chat template is told, as YYYY-MM-DD; None means the day on which the run
+    """Today's date for chat templates, as YYYY-MM-DD; None means the day on which the run
     starts."""
     row_format: RowFormat | None = None
-    """Form of the rows of task rows; None means that their columns say it."""
+    """Format of the rows of task rows; None means that it follows from their columns."""
 
     def __post_init__(self) -> None:
         check_types(self, "data")
@@ -119,13 +119,13 @@ class OptimConfig:
     warmup_steps: Natural = 10
     """Steps in which the learning rate rises linearly to its peak; fewer than train.steps."""
     final_lr_fraction: Fraction = 0.0
-    """Learning rate that the decay ends in, after the last step, over its peak."""
+    """Learning rate after the last step, as a share of its peak."""
     weight_decay: NotNegative = 0.0
-    """Decoupled weight decay, of every optimizer."""
+    """Decoupled weight decay, for every optimizer."""
     b1: Share = 0.9
     """Decay rate of the first moment; the momentum of sgd."""
     b2: Share = 0.999
-    """Decay rate of the second moment; of lion, that of its momentum."""
+    """Decay rate of the second moment; for lion, of its momentum."""
     eps: Positive = 1e-8
     """Term that adamw adds to its denominator."""
     clip_norm: Positive | None = 1.0
@@ -134,8 +134,8 @@ class OptimConfig:
     """Learning rate of the blocks that write to the base's channels (lora_b, backward) over that of
     the others: LoRA+ (Hayou et al. 2024), carried over to the zflora methods by this project."""
     optimizer: str = "adamw"
-    """adamw, lion, adafactor or sgd, a row of training.optim.OPTIMIZERS. b1 and b2 are of adamw and
-    lion, b1 is the momentum of sgd, and eps is of adamw."""
+    """adamw, lion, adafactor or sgd, a row of training.optim.OPTIMIZERS. adamw and lion use b1 and
+    b2, sgd uses b1 as its momentum, and only adamw uses eps."""
 
     def __post_init__(self) -> None:
         check_types(self, "optim")
@@ -150,15 +150,15 @@ class TrainConfig:
     """Optimizer steps. None means 100, or as many as train.epochs takes."""
     epochs: Positive | None = None
     """Epochs: passes over the training rows, in place of train.steps. They are rounded up to whole
-    steps, which are recorded. With weights, an epoch is as many rows as all tasks have."""
+    steps, which are recorded. With task weights, an epoch has as many rows as all tasks."""
     seed: Seed = 0
     """Seed of the adapter's initial values and of dropout; the data order has data.seed."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Data type of the base's weights and of activations."""
     remat: Remat = "dots"
-    """Gradient checkpointing: what the backward pass keeps of a layer. none recomputes nothing,
-    dots keeps the products and recomputes what is cheap, block keeps the layer's input alone and
-    computes the layer twice. none needs most memory, block least."""
+    """Gradient checkpointing: the values of a layer kept for the backward pass. none recomputes
+    nothing, dots keeps the products and recomputes cheap operations, block keeps only the layer's
+    input and computes the layer twice. none needs most memory, block least."""
     loss: Literal["cross_entropy", "dpo"] = "cross_entropy"
     """The loss to minimise: cross_entropy of the next token, or dpo, direct preference optimization
     (arXiv 2305.18290), on pairs of a chosen and a rejected answer, with the base as reference."""
@@ -178,8 +178,8 @@ class TrainConfig:
     """Also keep the checkpoint with the lowest validation loss. Needs eval.split=validation and
     train.eval_every a divisor of train.save_every."""
     profile: Annotated[str, Bounds("STEP:COUNT, e.g. 10:3", _is_span)] | None = None
-    """Steps of which a trace is written to WORKDIR/profile, STEP:COUNT: the first one and how many.
-    TensorBoard (XProf) and ui.perfetto.dev show it."""
+    """Steps that are traced into WORKDIR/profile, as STEP:COUNT: the first step and their number.
+    TensorBoard (XProf) and ui.perfetto.dev show the trace."""
     report_to: tuple[str, ...] = ("tensorboard",)
     """Trackers that get the metrics besides metrics.jsonl: tensorboard, wandb, the rows of
     reporting.trackers.TRACKERS."""
@@ -201,11 +201,11 @@ class TrainConfig:
 
     @property
     def pairs(self) -> bool:
-        """Whether rows are pairs of answers, which the loss compares with the base's."""
+        """True if rows are pairs of answers, which the loss compares with the base's."""
         return self.loss == "dpo"
 
     def applied_to(self, config: LlamaConfig) -> LlamaConfig:
-        """`config` as a run computes with it: with its dtype, remat and matmul_precision."""
+        """`config` with the dtype, remat and matmul_precision of these settings."""
         return config.replace(
             dtype=self.dtype, remat=self.remat, matmul_precision=self.matmul_precision
         )
@@ -229,8 +229,8 @@ class EvalConfig:
     clean_only: bool = False
     """Score only rows whose question is not in the training data; limit then counts those."""
     max_prompt_tokens: Count | None = None
-    """Documents are cut so that their prompt has at most so many tokens; None means the context
-    less max_new_tokens."""
+    """Most tokens of a prompt; longer documents are cut to fit. None means the context minus
+    max_new_tokens."""
     loss: bool = True
     """Compute the held-out loss."""
     generate: bool = True
@@ -247,8 +247,8 @@ class EvalConfig:
 @checked_names
 @dataclass(frozen=True)
 class MeshConfig:
-    """How many devices each axis of the mesh has. The numbers of a run do not depend on it, up to
-    float rounding.
+    """Devices along each axis of the mesh. A run's results do not depend on it, up to float
+    rounding.
     """
 
     data: Count = 1
@@ -263,19 +263,19 @@ class MeshConfig:
 
     @property
     def devices(self) -> int:
-        """How many devices the mesh has."""
+        """Number of devices in the mesh."""
         return self.data * self.fsdp * self.tensor
 
     @property
     def row_parts(self) -> int:
-        """Over how many parts the rows of a batch are divided."""
+        """Number of parts that the rows of a batch are divided into."""
         return self.data * self.fsdp
 
 
 @checked_names
 @dataclass(frozen=True)
 class RunConfig:
-    """Everything that decides a run's numbers, written beside its checkpoints as config.json."""
+    """Everything that decides a run's results, written next to its checkpoints as config.json."""
 
     model: Text = "smollm2-135m"
     """The base: a preset, a hub id, or path or URL (s3://, gs://) of a Hugging Face directory, an
@@ -305,11 +305,11 @@ class RunConfig:
         require(
             method.in_place not in ("ffa", "full") or self.optim.loraplus_ratio == 1,
             f"optim.loraplus_ratio={self.optim.loraplus_ratio}: method {self.adapter.method!r} has"
-            " no blocks of two kinds; leave it at 1.",
+            " only one type of block; leave it at 1.",
         )
         require(
             method.in_place != "full" or not self.quantize.active,
-            "method 'full' trains the base's numbers, and quantize.* stores them as codes, which"
+            "method 'full' trains the base's floats, and quantize.* stores them as codes, which"
             " have no gradient: leave quantize.* at none, or train an adapter.",
         )
         if self.train.pairs:
@@ -347,7 +347,7 @@ class RunConfig:
         return self.train.steps  # type: ignore[return-value]
 
     def in_steps(self, rows: int) -> RunConfig:
-        """The run with the train.steps that train.epochs takes of `rows` training rows."""
+        """The run with the train.steps that train.epochs needs for `rows` training rows."""
         given, epochs, batch = self.train.steps, self.train.epochs, self.data.batch_size
         # 0.7 epochs of 10 rows, 7.000000000000001, are 7 rows.
         steps = given if epochs is None else max(1, math.ceil(epochs * rows / batch - 1e-9))

@@ -22,15 +22,15 @@ from zflora_jax.core.fields import ConfigError, first_line, require
 
 PACKAGES = {"s3": "s3fs", "gs": "gcsfs"}  # scheme -> the package that speaks it
 _URL = re.compile(r"([A-Za-z][\w+.-]+):/+(.*)", re.DOTALL)  # s3:/b/x: of a Path
-# What a store is reached by.
+# The settings that give access to a store.
 _ACCESS = {
     "s3": "AWS_ENDPOINT_URL and the credentials (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY,"
     " AWS_PROFILE, or the machine's role)",
     "gs": "STORAGE_EMULATOR_HOST and the credentials (GOOGLE_APPLICATION_CREDENTIALS, `gcloud auth"
     " application-default login`, or the machine's service account)",
 }
-# A cached listing would hide what other processes write. Without a limit of attempts, an
-# unreachable store is waited for many minutes.
+# A cached listing would hide what other processes write. Without a limit on attempts, an
+# unreachable store blocks for many minutes.
 _SETTINGS: dict[str, dict[str, Any]] = {
     "s3": {
         "use_listings_cache": False,
@@ -42,7 +42,7 @@ _SETTINGS: dict[str, dict[str, Any]] = {
     },
     "gs": {"use_listings_cache": False},
 }
-_UPLOAD = {"gs": {"consistency": "md5"}}  # options of an upload: what is stored is what was sent
+_UPLOAD = {"gs": {"consistency": "md5"}}  # options of an upload: the store verifies the bytes
 # Their exceptions are not all OSErrors.
 _LIBRARIES = ("botocore", "aiobotocore", "aiohttp", "gcsfs", "google")
 
@@ -51,7 +51,7 @@ _LIBRARIES = ("botocore", "aiobotocore", "aiohttp", "gcsfs", "google")
 
 
 def is_url(path: str | os.PathLike[str]) -> bool:
-    """Whether `path` is a URL, of object storage or of something else."""
+    """True if `path` is a URL, of object storage or of something else."""
     return _URL.match(os.fspath(path)) is not None
 
 
@@ -89,8 +89,8 @@ def as_path(path: str | os.PathLike[str], name: str = "path") -> Path:
 
 
 def output_path(path: str | os.PathLike[str], name: str, folder: bool = False) -> Path:
-    """As `as_path`, for a file (with `folder`, a folder of files) that will be written: ConfigError
-    if a local one cannot be, before any work is done.
+    """`as_path` of an output file (with `folder`, of a folder of files). Raises ConfigError before
+    any work is done if a local one cannot be written.
     """
     out = as_path(path, name)
     if not is_url(out):
@@ -127,7 +127,7 @@ def _connect(scheme: str, bucket: str, key: str) -> None:
     try:
         file_system(f"{scheme}://{bucket}").find(f"{bucket}/{key}/.zflora")
     except Exception as error:  # each library has its own
-        fix = f"Check the network, and {_ACCESS[scheme]}, which may list, read, write and delete"
+        fix = f"Check the network, and {_ACCESS[scheme]}: you need to list, read, write and delete"
         if isinstance(error, FileNotFoundError):
             fix = "Make this bucket, or correct the URL"
         raise ConfigError(
@@ -137,7 +137,7 @@ def _connect(scheme: str, bucket: str, key: str) -> None:
 
 
 def is_store_error(error: BaseException) -> bool:
-    """Whether a library of object storage raised `error`."""
+    """True if a library of object storage raised `error`."""
     return any(kind.__module__.partition(".")[0] in _LIBRARIES for kind in type(error).__mro__)
 
 
@@ -254,17 +254,17 @@ def local_folder(path: Path) -> Path:
 
 
 class Mirror:
-    """A local folder to write in, at `path`, whose files are uploaded by `sync`: for programs that
-    append to files. Without a URL it is the folder itself.
+    """A local folder at `path` for programs that append to files; `sync` uploads its files. If the
+    target is no URL, it is the target itself.
 
     Args:
       target: The folder, or its URL.
-      names: Files at the URL to begin with, where they exist.
+      names: Files that are first copied from the URL, if they exist.
     """
 
     def __init__(self, target: Path, names: Sequence[str] = ()) -> None:
         self._target = self.path = target
-        self._uploaded: dict[Path, tuple[int, int]] = {}  # file -> its size and time by then
+        self._uploaded: dict[Path, tuple[int, int]] = {}  # file -> its size and time
         self._temporary = contextlib.ExitStack()
         if not is_url(target):
             target.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Token ids against the embedding: ids that it has no row for are refused.
+"""Checks of token ids against the embedding: ids without a row are refused.
 
 A lookup beyond the table gives NaN, which spreads from there through every logit and gradient.
 """
@@ -14,7 +14,7 @@ from zflora_jax.core.fields import ConfigError, require
 
 
 def check_ids(ids: Any, vocab_size: int, what: str, tokenizer: Any = None) -> None:
-    """Refuses ids that are no integers or outside 0..vocab_size - 1, by name.
+    """Raises ConfigError that names ids that are no integers or outside 0..vocab_size - 1.
 
     Args:
       ids: Sequence or array of token ids.
@@ -51,5 +51,5 @@ def _named(outside: Sequence[int], tokenizer: Any) -> str:
 
 
 def rows_needed(tokenizer: Any) -> int:
-    """How many rows an embedding for all of its ids needs."""
+    """Number of rows that an embedding for all of its ids needs."""
     return max(tokenizer.get_vocab().values()) + 1

@@ -46,7 +46,7 @@ def references(tree: Tree) -> References:
 
 
 def refer_to(found: References, tree: Tree) -> bool:
-    """Whether `found` are references to the arrays of `tree`, none of which was replaced."""
+    """True if `found` refers to the arrays of `tree`, none of which was replaced."""
     leaves = jax.tree.leaves(tree)
     return len(found) == len(leaves) and all(
         of() is leaf for of, leaf in zip(found, leaves, strict=True)
@@ -54,7 +54,7 @@ def refer_to(found: References, tree: Tree) -> bool:
 
 
 def taken(tree: Tree) -> Iterator[tuple[str, Any]]:
-    """(Name, leaf) of every leaf, in order, each taken out of `tree`, so that its memory is free
+    """Yields (name, leaf) in order and removes each leaf from `tree`, so that its memory is free
     once the caller has dropped it.
     """
     for name in list(flatten(tree)):
@@ -92,8 +92,8 @@ def difference(expected: Iterable[str], given: Iterable[str], limit: int = 12) -
 def check_like(
     given: Mapping[str, Any], expected: Mapping[str, Any], what: str, finite: bool = True
 ) -> None:
-    """ValueError naming a leaf of `given` that is missing, unexpected, misshapen or, if `finite`,
-    not finite, compared with `expected` (arrays or ShapeDtypeStructs).
+    """Raises ValueError naming a leaf of `given` that is missing, unexpected, misshapen or, if
+    `finite`, not finite, compared with `expected` (arrays or ShapeDtypeStructs).
     """
     have, want = flatten(given), flatten(expected)
     if diff := difference(want, have):
@@ -159,8 +159,8 @@ def fingerprint(
     """sha256 (hex) over names, shapes, dtypes and values; stacked and unstacked layers give the
     same. All processes that share arrays call it.
 
-    corner: Of each leaf only the first so many along each axis count. One leaf of one layer is on
-    the host at a time, of larger tables PIECE_BYTES.
+    corner: Leaf name -> number of leading entries per axis that count; None: all. The host holds
+    one leaf of one layer at a time, or PIECE_BYTES of a larger table.
     """
     digests = {}
     for name, leaf in arrays(tree).items():
@@ -179,7 +179,7 @@ def fingerprint(
     return hashlib.sha256(b"".join(digests[name] for name in sorted(digests))).hexdigest()
 
 
-PIECE_BYTES = 1 << 26  # of a table of the vocabulary that are on the host at one time
+PIECE_BYTES = 1 << 26  # of a vocabulary table that the host holds at one time
 
 
 def _pieces(leaf: Any, rows: int) -> Iterator[np.ndarray]:
@@ -198,17 +198,17 @@ def _bytes(value: np.ndarray) -> memoryview:
 
 def on_host(array: Any, row: int | None = None) -> np.ndarray:
     """`array`, or one row of its first axis, whole on the host, without a copy if a CPU device has
-    it. All processes that it is divided over call this.
+    it. All processes that hold a part of it must call this.
     """
     if isinstance(array, np.ndarray) or _is_on_host(array):
         whole = np.asarray(array)
         return whole if row is None else np.asarray(whole[row])
-    # jax keeps the host's copy as long as the array it was asked of: here a temporary one.
+    # jax keeps the host's copy as long as its array lives: here a temporary one.
     return gathered(jnp.copy(array) if row is None else array[row])
 
 
 def _is_on_host(array: Any) -> bool:
-    """Whether numpy sees the memory of `array` as it is; codes of 4 bits it does not."""
+    """True if numpy sees the memory of `array` as it is; it does not for codes of 4 bits."""
     return (
         isinstance(array, jax.Array)
         and array.is_fully_addressable
@@ -218,7 +218,7 @@ def _is_on_host(array: Any) -> bool:
 
 
 def gathered(array: Any) -> np.ndarray:
-    """`array`, whole on the host. All processes that it is divided over call this."""
+    """`array`, whole on the host. All processes that hold a part of it must call this."""
     if isinstance(array, jax.Array) and not (
         array.is_fully_addressable or array.is_fully_replicated
     ):

@@ -14,7 +14,7 @@ TOLERANCE = Decimal("1e-3")  # absolute, between numeric answers: the one of LLM
 
 @dataclass(frozen=True)
 class Answers:
-    """How a type of answers is read and scored."""
+    """The parser and the score of one type of answers."""
 
     parse: Callable[[str], str]  # a completion -> its answer, or "" if it gives none
     score: Callable[[str, str], bool]  # (parsed answer, right answer) -> whether it is right
@@ -28,7 +28,7 @@ _MIXED = re.compile("(?<=[0-9])(?=[¼-¾⅐-⅞])")  # 1½
 
 
 def _spelled(text: str) -> str:
-    """Returns a text in NFKC, which alone would make 52 of "5²" and 51/2 of "5½"."""
+    """Returns a text in NFKC, but does not make 52 of "5²" and 51/2 of "5½"."""
     text = _SUPERSCRIPT.sub(lambda found: "^" + found.group(), _MIXED.sub(" ", text))
     return unicodedata.normalize("NFKC", text).replace("\N{FRACTION SLASH}", "/")
 
@@ -79,7 +79,7 @@ def _places(text: str) -> list[str]:
 
 
 _CUE = re.compile(rf"{_STATED.pattern}|\\boxed\s*\{{|<answer>|^####|</think>", re.I | re.M)
-# A whole word or number: no part of "it's", "no-one", -2, 2.5 and 1/2. Thai and East Asian words
+# A whole word or number, not a part of "it's", "no-one", -2, 2.5 and 1/2. Thai and East Asian words
 # follow each other without spaces.
 _IN_WORD = r"[^\W\u0e00-\u0eff\u3040-\u9fff\uac00-\ud7af]"
 _START = rf"(?:(?!{_IN_WORD})|(?<!{_IN_WORD})(?<!{_IN_WORD}['’-])(?<!\d[.,/:])(?<![-−](?=\d)))"
@@ -87,8 +87,8 @@ _END = rf"(?:(?<!{_IN_WORD})|(?!['’-]?{_IN_WORD})(?![.,/:]\d))"
 
 
 def around_answer(text: str, answer: str) -> tuple[str, ...]:
-    """Returns the texts before and after the answer that a target states, behind the last "answer
-    is" or else first; () where it states none.
+    """Returns the texts before and after a target's stated answer: the one after the last "answer
+    is", or else the first; () if there is none.
     """
     found = [m.span() for m in re.finditer(_START + re.escape(answer) + _END, text)]
     behind = max((m.end() for m in _CUE.finditer(text)), default=0)
@@ -110,7 +110,7 @@ _DENIED = re.compile(
 
 
 def _words(text: str) -> str:
-    """Returns a completion without marks around its words, and without what it denies: "not B"."""
+    """Returns a completion without marks around its words, and without denied answers: "not B"."""
     return _DENIED.sub(" ", _AROUND.sub("", _marked(text)))
 
 
@@ -188,7 +188,7 @@ def _number(text: str) -> Decimal | None:
     text = text.strip().replace(",", "")
     if not _NUMBER.fullmatch(text) or math.isinf(float(text)):
         return None
-    return Decimal(text) if float(text) else Decimal(0)  # whose exponent has a limit
+    return Decimal(text) if float(text) else Decimal(0)  # a zero's exponent has a limit
 
 
 def same_number(prediction: str, answer: str) -> bool:
@@ -239,9 +239,9 @@ _CHOSEN = re.compile(
 
 
 def parse_letter(text: str) -> str:
-    """Returns the option letter that a text chooses: stated after the last "answer is", else what
-    it begins with ("B, because"), else named ("option B"), else in parentheses, else a single
-    letter. Of several, the first of a statement and the last of a text count.
+    """Returns the option letter that a text chooses: stated after the last "answer is", else at its
+    start ("B, because"), else named ("option B"), else in parentheses, else a single letter. If
+    there are several, the first in a statement and the last in a text counts.
     """
     text = _words(
         re.sub(r"(?<!\*)(?<=\b[A-E])\*(?!\*)", "#", text) if text.count("*") == 1 else text
@@ -278,8 +278,8 @@ def belief_state(text: str) -> str:
 
 
 def same_goals(prediction: str, answer: str) -> bool:
-    """Returns whether two belief states agree in all that the user informs of, without requests:
-    joint goal accuracy (Mrksic et al. 2017, section 5).
+    """Returns whether two belief states agree in all slots that the user informs of, without
+    requests: joint goal accuracy (Mrksic et al. 2017, section 5).
     """
     a, b = (
         [x for x in state.split("; ") if x != "none" and not x.startswith("request: ")]
@@ -312,7 +312,7 @@ BELIEF = Answers(belief_state, same_goals)
 # --- mixed answers --------------------------------------------------------------------------------
 
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s")
-# Where a stated text ends and what is said about it begins; "Paris, Texas" is one text.
+# The place where a stated text ends and a comment begins; "Paris, Texas" is one text.
 _COMMENT = re.compile(
     r"\s+(?:because|since)\b"
     r"|[,;]\s+(?:because|since|as|so|which|but|not|I|it|he|she|they|this|that|there|we|you)\b"
@@ -342,8 +342,8 @@ def _score_any(text: str, answer: str) -> bool:
 
 
 def _stated_texts(text: str) -> set[str]:
-    """Returns what a completion may state as its answer: all of it, all or the line after "answer
-    is", or else its first line; whole, up to the end of the sentence, or up to a comment.
+    """Returns the possible answers of a completion: all of it, the text or the line after "answer
+    is", or else its first line; each whole, up to the end of a sentence, or up to a comment.
     """
     found, text = {_folded(text)}, _marked(text)
     statement, *rest = _places(text)
@@ -363,4 +363,4 @@ def _joined(text: str) -> str:
 
 
 ANY = Answers(str.strip, _score_any)
-"""Numbers, letters, words or texts, as the right answer is."""
+"""Answers of mixed types: numbers, letters, words or texts, by the right answer."""

@@ -1,4 +1,4 @@
-"""The date that a chat template is told, one per run: some templates write it into every prompt."""
+"""The date for chat templates, one per run: some templates write it into every prompt."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from zflora_jax.core.run_config import RunConfig
 
 
 def today() -> str:
-    """Returns the local date, such as "2026-11-26", which transformers tells a chat template."""
+    """Returns the local date, such as "2026-11-26", which transformers gives a chat template."""
     return Date.today().isoformat()
 
 

@@ -1,8 +1,8 @@
-"""Examples to token ids: what is learned, prompts to answer, what is cut to fit.
+"""Examples to token ids: sequences to learn, prompts to answer, cuts to fit.
 
 The tokenizer's chat template writes a conversation whole, with loss on the assistant's turns. The
-template marks their tokens ({% generation %}); without marks they are what each answer adds to the
-conversation before it. The tokens before an answer are compared with those that generation sees.
+template marks their tokens ({% generation %}); without marks they are the tokens that each answer
+adds to the conversation before it. The tokens before an answer are compared with generation's.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ from zflora_jax.data.task import Example
 
 log = logging.getLogger(__name__)
 
-Pair = tuple[np.ndarray, np.ndarray]  # tokens [n] int32; mask [n] bool, True at what is learned
+Pair = tuple[np.ndarray, np.ndarray]  # tokens [n] int32; mask [n] bool, True at learned tokens
 _MARKS = re.compile(r"\{%-?\s*generation\s*-?%\}")
-# What templates take out of a text on purpose: SmolLM3's and Qwen3's switches, earlier thoughts.
+# Texts that templates remove on purpose: SmolLM3's and Qwen3's switches, earlier thoughts.
 _TAKEN_OUT = re.compile(r"/(?:no_)?think\b|<think>.*?</think>", re.DOTALL)
-# Fields of turns that a model would say, in any spelling close to these; the text has a check of
-# its own, and other fields are metadata or references.
+# Fields of turns that a model would write, in any spelling close to these. The text is checked
+# separately, and other fields are metadata or references.
 _SAID = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking", "thoughts")
 _UNWRITTEN = frozenset(("role", "content", "id", "tool_call_id"))
 
@@ -43,15 +43,15 @@ _UNWRITTEN = frozenset(("role", "content", "id", "tool_call_id"))
 
 
 def encode_examples(examples: Sequence[Example], tokenizer: Any, data: DataConfig) -> list[Pair]:
-    """Tokenises examples of any length; prompt_style and date of `data` are read.
+    """Tokenises examples of any length, by prompt_style and date of `data`.
 
     Returns:
-      (tokens [n] int32, mask [n] bool, True at what is learned) of each: prompt, target and one
+      (tokens [n] int32, mask [n] bool, True at learned tokens) for each: prompt, target and one
       `prompts.end_token`, or the conversation, whose turns before `context` are not learned. The
-      mask is about the token at its own position; the loss shifts by one.
+      mask refers to the token at the same position; the loss shifts by one.
 
     Raises:
-      ConfigError: A conversation is in another style than chat; or the template refuses it, leaves
+      ConfigError: A conversation has another style than chat; or the template refuses it, leaves
         out a part, or, without marks, writes the turns before an answer in two ways.
     """
     rows = dict[int, Pair]()
@@ -123,7 +123,7 @@ def _warn(problem: str) -> None:
 def _written(
     tokenizer: Any, e: Example, data: DataConfig, count: int, answered: bool, **options: bool
 ) -> Any:
-    """Writes the first `count` turns; if they are not answered, with the header of an answer."""
+    """Writes the first `count` turns, and the header of an answer if not `answered`."""
     require(
         data.prompt_style == "chat",
         "conversations are written by the tokenizer's chat template:"
@@ -135,10 +135,10 @@ def _written(
 
 
 def _require_all_written(tokenizer: Any, example: Example, data: DataConfig) -> None:
-    """Refuses a template that leaves out a turn, another field of one, or the tools."""
+    """Raises ConfigError if the template leaves out a turn, a field of one, or the tools."""
     count, turns = len(example.turns), example.turns
     text = _written(tokenizer, example, data, count, True)
-    # A turn that is left out may say what stands elsewhere, but not its mark.
+    # Another turn may contain the text of an omitted one, but not its mark.
     marks = [f" zflora-{i}-mark" if turn["content"].strip() else "" for i, turn in enumerate(turns)]
     marked = [
         {**turn, "content": turn["content"] + x} for turn, x in zip(turns, marks, strict=True)
@@ -162,7 +162,7 @@ def _require_all_written(tokenizer: Any, example: Example, data: DataConfig) -> 
             other = replace(example, turns=(*turns[:i], rest, *turns[i + 1 :]))
             if name == "tool_calls":
                 without[f"the tool calls of turn {i + 1}"] = other, count
-            else:  # thoughts may be written of the last answer alone
+            else:  # templates may write only the last answer's thoughts
                 without[f"{name!r} of turn {i + 1}"] = other, i + 1
     for what, (other, least) in without.items():
         require(
@@ -173,7 +173,7 @@ def _require_all_written(tokenizer: Any, example: Example, data: DataConfig) -> 
 
 
 def _differ(tokenizer: Any, a: Example, b: Example, data: DataConfig, count: int) -> bool:
-    """Returns whether the template writes `count` turns of `a`, and those of `b` otherwise."""
+    """Returns whether the template writes the first `count` turns of `a` and `b` differently."""
     text, other = "", None
     with contextlib.suppress(ConfigError):
         text = _written(tokenizer, a, data, count, True)
@@ -182,7 +182,7 @@ def _differ(tokenizer: Any, a: Example, b: Example, data: DataConfig, count: int
 
 
 def _by_marks(tokenizer: Any, example: Example, data: DataConfig) -> Pair:
-    """Masks what the template marks."""
+    """Masks by the template's marks."""
     require(
         tokenizer.is_fast,
         f"{type(tokenizer).__name__} is a slow tokenizer, which cannot tell which tokens a chat"
@@ -200,8 +200,8 @@ def _by_marks(tokenizer: Any, example: Example, data: DataConfig) -> Pair:
         mask[: common_length(given, tokens)] = False
     require(
         bool(mask.any()),
-        "the chat template marks nothing of it as the assistant's: its generation marks are not"
-        " around the answers.",
+        "the chat template marks none of its tokens as the assistant's: its generation marks are"
+        " not around the answers.",
     )
     if common_length(prompt, tokens) < len(prompt):
         _warn("is marked behind other tokens than generation starts from")
@@ -209,12 +209,12 @@ def _by_marks(tokenizer: Any, example: Example, data: DataConfig) -> Pair:
 
 
 def _by_prefixes(tokenizer: Any, example: Example, data: DataConfig) -> Pair:
-    """Masks what each answer adds to the conversation before it."""
+    """Masks the tokens that each answer adds to the conversation before it."""
     answers = [i for i, turn in enumerate(example.turns) if turn["role"] == "assistant"]
     answers = [i for i in answers if i >= example.context]
     require(
         answers[0] > 0,
-        "it begins with the assistant, and what it says there answers nothing. Remove that turn, or"
+        "it begins with a turn of the assistant, which answers nothing. Remove that turn, or"
         " put one of the user before it.",
     )
     parts = [part for i in answers for part in ((i, False), (i + 1, True))]
@@ -226,11 +226,11 @@ def _by_prefixes(tokenizer: Any, example: Example, data: DataConfig) -> Pair:
         if start < len(before):
             there, here = (tokenizer.decode(x[start : start + 12]) for x in (before, ids))
             raise ConfigError(
-                f"before turn {i + 1} the model is given other tokens when it has to answer"
-                f" ({there!r}) than where the answer follows ({here!r}). Strip white space at the"
+                f"before turn {i + 1} the template writes other tokens when the model has to answer"
+                f" ({there!r}) than when the answer follows ({here!r}). Strip white space at the"
                 " start of the answer, or use a template with {% generation %} marks."
             )
-        # Some templates leave out parts of an earlier answer that they write of the last one.
+        # Some templates write parts of an answer only if it is the last one.
         goes_on = common_length(after, ids) == len(after)
         end = len(after) if goes_on else _end(tokenizer, example, i, ids, start)
         require(end > start, f"turn {i + 1} has no tokens of its own.")
@@ -247,7 +247,7 @@ def _end(tokenizer: Any, example: Example, i: int, ids: list[int], start: int) -
     after = example.turns[i + 1]["content"].strip() if i + 1 < len(example.turns) else ""
     require(
         answer in written and not (after and after in written.replace(answer, "", 1)),
-        f"where turn {i + 1} ends cannot be told: the chat template writes it in another way when"
+        f"the end of turn {i + 1} cannot be found: the chat template writes it in another way when"
         " more turns follow, and it does not end with the first token that ends the last answer."
         " Use a template with {% generation %} marks.",
     )
@@ -263,8 +263,8 @@ def encode_prompts(
     """Tokenises prompts, with the same tokens as in training.
 
     Args:
-      examples: The examples. The prompt of a conversation is what precedes its last answer.
-      tokenizer, prompt_style, date: As for `prompts.render`.
+      examples: The examples. The prompt of a conversation is the text before its last answer.
+      tokenizer, prompt_style, date: Arguments of `prompts.render`.
 
     Raises:
       ConfigError: An example has no prompt.
@@ -272,7 +272,7 @@ def encode_prompts(
     require(
         all(e.prompt or e.turns for e in examples),
         "a row has no prompt (its form is 'text', or its prompt is empty), so no answer can be"
-        " generated to it; it has a loss alone (eval.generate=False).",
+        " generated to it; it only has a loss (eval.generate=False).",
     )
     data = DataConfig(prompt_style=prompt_style, date=date)  # type: ignore[arg-type]
     return encode_prompt_texts(tokenizer, [_prompt(e, tokenizer, data) for e in examples])
@@ -293,9 +293,9 @@ def encode_options(
     """Tokenises the options of an example as training tokenises its target.
 
     Returns:
-      (The token ids that all options follow, those of each option after them.) The first may be
-      shorter than `prompt`, the ids of `encode_prompts`: a plain prompt and its option are one
-      text, and prompt tokens that an option changes belong to the option.
+      (Token ids before all options, token ids of each option.) The first may be shorter than
+      `prompt`, the ids of `encode_prompts`: a plain prompt and its option are one text, and prompt
+      tokens that an option changes belong to the option.
     """
     if not example.plain:
         return prompt, tokenizer(list(example.options), add_special_tokens=False)["input_ids"]
@@ -304,13 +304,13 @@ def encode_options(
     return prompt[:start], [row[start:] for row in rows]
 
 
-# --- what does not fit ----------------------------------------------------------------------------
+# --- cuts to fit ----------------------------------------------------------------------------------
 
 
 def cut_to_fit(example: Example, row: Pair, tokenizer: Any, data: DataConfig) -> Pair:
-    """Cuts the end of a document, or a conversation behind the last answer that fits, to
-    max(data.bucket_lengths) tokens. Returns `row`, the pair of `encode_examples`, if it fits, has
-    nothing that may be cut, or nothing would be left.
+    """Cuts the end of a document, or a conversation after the last answer that fits, to
+    max(data.bucket_lengths) tokens. Returns `row`, the pair of `encode_examples`, unchanged if it
+    fits, has no part that may be cut, or nothing would be left.
     """
     (tokens, mask), limit = row, data.bucket_lengths[-1]
     if len(tokens) <= limit:
@@ -378,7 +378,7 @@ class Encoded:
     pad_id: int  # the token id that fills short rows of a batch
     truncated: int = 0  # documents and conversations that were cut to fit
     parts: tuple[int, ...] = ()  # sequences of each task of a mixture, one task after the other
-    weights: tuple[float, ...] | None = None  # of each task's draws; None: by number of sequences
+    weights: tuple[float, ...] | None = None  # draws of each task; None: by number of sequences
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -402,19 +402,19 @@ def tokenize_examples(
     """Tokenises examples of one task or a Mixture, prompt and target.
 
     A sequence longer than the longest of `data.bucket_lengths` is cut by `cut_to_fit` (a pair by
-    `_pair`) or dropped: a target that is cut would teach the model to stop in the middle. Both
-    numbers are logged.
+    `_pair`) or dropped, because a cut target would teach the model to stop in the middle. Both
+    counts are logged.
 
     Args:
       examples: The examples.
       tokenizer: A Hugging Face tokenizer.
-      data: bucket_lengths, prompt_style, train_on_prompt and date are read.
+      data: Settings, of which bucket_lengths, prompt_style, train_on_prompt and date are read.
       vocab_size: Rows of the model's embedding; None: token ids are not checked.
       pairs: Whether a row is an example and its rejected one, for train.loss=dpo.
 
     Raises:
-      ConfigError: There are no examples, all are too long, a token id has no embedding, or not all
-        are pairs, or none, as `pairs` says.
+      ConfigError: There are no examples, all are too long, a token id has no embedding, or some
+        are pairs or not, contrary to `pairs`.
     """
     require(
         len(examples) > 0,
@@ -489,18 +489,18 @@ def _sequences(
 
 
 def _require_pairs(examples: Sequence[Example], pairs: bool) -> None:
-    """Refuses examples that are no pairs where `pairs` are wanted, and pairs where not."""
+    """Raises ConfigError for examples that are no pairs if `pairs`, and for pairs if not."""
     wrong = next((e for e in examples if pairs != (e.rejected is not None)), None)
     if wrong is not None:
         with _row_named(wrong):
             require(
                 not pairs,
-                "train.loss=dpo takes pairs, and this row has no 'rejected' answer. Take rows of"
+                "train.loss=dpo needs pairs, and this row has no 'rejected' answer. Use rows of"
                 " 'prompt', 'chosen' and 'rejected' (data.task=rows), or train.loss=cross_entropy.",
             )
             raise ConfigError(
-                "it is a pair of answers: train.loss=dpo learns from those. To learn the chosen"
-                " one alone, give 'prompt' and 'completion'; to score answers, set eval.loss=False."
+                "it is a pair of answers: train.loss=dpo learns from those. To learn only the"
+                " chosen one, give 'prompt' and 'completion'; to score answers set eval.loss=False."
             )
 
 
@@ -508,8 +508,8 @@ def _pair(chosen: Pair, rejected: Pair, limit: int) -> TokenizedSequence:
     """Joins two answers to one prompt: segment 1 is the chosen one, 2 the rejected one.
 
     As in TRL, both are learned from the first token in which one differs from the prompt. The end
-    of the longer one, or of both, is cut to `limit` tokens in all; a pair that would lose all that
-    is learned of one, or in which they differ, is returned whole.
+    of the longer one, or of both, is cut to `limit` tokens in all. A pair is returned whole if the
+    cut would remove all learned tokens of one, or all tokens in which they differ.
     """
     pair = chosen, rejected
     shorter, longer = sorted(len(tokens) for tokens, _ in pair)

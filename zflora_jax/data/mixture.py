@@ -19,7 +19,7 @@ _PART = re.compile(r"\s*([^*+]+?)\s*(?:\*\s*(\d+(?:\.\d*)?|\.\d+)\s*)?")
 
 def parse_mixture(text: str) -> tuple[tuple[str, ...], tuple[float, ...] | None]:
     """Parses `data.task`, "boolq+arc_easy", or with weights "boolq*1+arc_easy*3", to (task names,
-    their weights or None); ConfigError if it is no such text of known tasks.
+    their weights or None); ConfigError if it has another form or unknown tasks.
     """
     parts = [found.groups() for part in text.split("+") if (found := _PART.fullmatch(part))]
     names = tuple(get_task(name).name for name, _ in parts)
@@ -33,13 +33,13 @@ def parse_mixture(text: str) -> tuple[tuple[str, ...], tuple[float, ...] | None]
 
 
 def has_own_rows(names: Iterable[str]) -> bool:
-    """Returns whether one of these tasks has rows of the user's own."""
+    """Returns whether one of these tasks has the user's rows."""
     return any(get_task(name).own for name in names)
 
 
 class Mixture(Lazy[Example]):
-    """The examples (`parts`) of several tasks (`names`), one task after the other; `weights`: how
-    often training draws from each, None: by number of rows.
+    """The examples (`parts`) of several tasks (`names`), one task after the other. `weights`: Share
+    of each in training draws; None: by number of rows.
     """
 
     def __init__(
@@ -62,25 +62,25 @@ def load_mixture(data: DataConfig, split: str, limit: int | None = None) -> Mixt
     """Loads a split of `data.task`, a task or a mixture of tasks.
 
     Args:
-      data: task, data_dir, row_format and train_limit (for each task) are read.
+      data: Settings, of which task, data_dir, row_format and train_limit (per task) are read.
       split: "train", "validation" or "test".
-      limit: The number of examples in all: the first of each task, the same number from each as far
-        as it has them. None: all.
+      limit: Number of examples in all: the first ones of each task, equally many from each if it
+        has them. None: all.
 
     Raises:
-      ConfigError: As for `parse_mixture` and `data.tasks.load_examples`; or to train, row_format is
-        set for tasks that have one form.
+      ConfigError: An error of `parse_mixture` or `data.tasks.load_examples`; or row_format is set
+        to train on tasks that have one form.
     """
     names, weights = parse_mixture(data.task)
     require(
         split != "train" or data.row_format is None or has_own_rows(names),
-        f"data.row_format={data.row_format!r} is for rows of your own (data.task='rows'); those of"
+        f"data.row_format={data.row_format!r} is for your rows (data.task='rows'); those of"
         f" {data.task!r} have one form.",
     )
     parts = [load_examples(name, split, data) for name in names]
     if limit is not None:
         left = limit
-        # Short tasks come first and leave what they lack to the others.
+        # Short tasks come first, and the others make up for them.
         for done, i in enumerate(sorted(range(len(parts)), key=lambda i: len(parts[i]))):
             parts[i] = parts[i][: -(-left // (len(parts) - done))]
             left -= len(parts[i])
@@ -89,11 +89,11 @@ def load_mixture(data: DataConfig, split: str, limit: int | None = None) -> Mixt
 
 @dataclass(frozen=True)
 class TrainedOn:
-    """Training data in which test questions are looked for.
+    """Training data that is searched for test questions.
 
     Attributes:
-      data: Its settings.
-      here: Whether this project trained on it, and so left out the rows that it holds out.
+      data: Settings of the training data.
+      here: Whether this project trained on it, and so left out its held-out rows.
     """
 
     data: DataConfig
@@ -101,8 +101,8 @@ class TrainedOn:
 
 
 def source_splits(data: DataConfig) -> list[tuple[str, str, Sequence[Example]]]:
-    """Opens (task, split, examples) of every split that comes from the same files or datasets as
-    the train split of `data.task`, each task's train split first: all rows in them.
+    """Opens (task, split, examples) of every split from the same files or datasets as the train
+    split of `data.task`, with all of their rows. Each task's train split comes first.
     """
     found = []
     for name in parse_mixture(data.task)[0]:

@@ -70,10 +70,10 @@ def train_batches(
 
     Args:
       encoded: The sequences.
-      data: batch_size, bucket_lengths and seed are read.
+      data: Settings, of which batch_size, bucket_lengths and seed are read.
       start_step: The step of the first batch, from 0.
-      own: The rows of each batch to yield, for one process of several; None: all. They are padded
-        to the length of the whole batch.
+      own: Indices of the rows of each batch to yield, for one process of several; None: all. They
+        are padded to the length of the whole batch.
     """
     import grain
 
@@ -100,8 +100,8 @@ def train_batches(
 
 def eval_batches(encoded: Encoded, batch_size: int, lengths: Sequence[int]) -> Iterator[Batch]:
     """Iterates over all sequences once, in order, in batches of `batch_size` rows padded to one of
-    `lengths`. Copies of the last row fill the last batch up, with a loss_mask of False: attention
-    to padding alone would be undefined. ConfigError if there is no sequence, or one is too long.
+    `lengths`. Copies of the last row, with a loss_mask of False, fill the last batch: attention to
+    nothing but padding would be undefined. ConfigError if there is no sequence or one is too long.
     """
     require(len(encoded) > 0, "the dataset is empty: there is nothing to evaluate.")
 
@@ -120,7 +120,7 @@ def pad(
     own: Sequence[int] | None = None,
 ) -> Batch:
     """Makes a Batch of sequences, padded on the right to the smallest of `lengths` that holds the
-    longest; of these, the rows in `own` (None: all). ConfigError if none holds it.
+    longest, and returns its rows `own` (None: all). ConfigError if none of `lengths` holds it.
     """
     longest = max(len(row.tokens) for row in rows)
     length = min((n for n in lengths if n >= longest), default=0)

@@ -36,7 +36,7 @@ def common_length(a: Sequence[Any], b: Sequence[Any]) -> int:
 def render(
     tokenizer: Any, prompt_style: str, instruction: str, input: str = "", date: str | None = None
 ) -> str:
-    """Builds the text that a model is given before its answer.
+    """Builds the text of a prompt, up to the model's answer.
 
     "chat" is the tokenizer's chat template with one user turn and the header of the answer.
     "alpaca" and "alpaca-eval" are LLM-Adapters' prompt in the whitespace of its training and of its
@@ -46,8 +46,8 @@ def render(
       tokenizer: A Hugging Face tokenizer; only "chat" reads it.
       prompt_style: One of STYLES.
       instruction: The user's text.
-      input: More of it: a section of alpaca, else it follows after an empty line.
-      date: The date that a chat template is told (data.date of a run); None for today.
+      input: More of the user's text: a section in alpaca, else it follows after an empty line.
+      date: Today's date for a chat template (data.date of a run); None for today.
 
     Raises:
       ConfigError: The style is unknown, or "chat" and the tokenizer has no chat template.
@@ -73,12 +73,12 @@ def render_turns(
     tools: Sequence[Any] = (),
     **options: Any,
 ) -> Any:
-    """Builds the text that a model is given before it answers a conversation.
+    """Builds the text of a conversation, up to the model's answer.
 
     Args:
       tokenizer: A Hugging Face tokenizer with a chat template.
-      turns: {"role", "content"} of each turn.
-      date, tools: What the template is told; None for today's date.
+      turns: The turns, each {"role", "content"}.
+      date, tools: Values for the template; None for today's date.
       options: Other arguments of the template or of apply_chat_template.
 
     Raises:
@@ -114,8 +114,8 @@ def chat_template(tokenizer: Any, tools: Sequence[Any] = ()) -> str:
 
 
 def require_settings(tokenizer: Any, tools: Sequence[Any], settings: Mapping[str, Any]) -> None:
-    """Refuses chat_template_kwargs that the template does not read, and arguments of
-    apply_chat_template, which decide what is rendered and how it is returned.
+    """Raises ConfigError for chat_template_kwargs that the template does not read, and for
+    arguments of apply_chat_template, which change the rendering and its form.
     """
     for name in settings:
         arguments = {"messages", *inspect.signature(tokenizer.apply_chat_template).parameters}
@@ -144,9 +144,9 @@ def _variables(template: str) -> frozenset[str]:
 
 
 def end_token(tokenizer: Any, prompt_style: str) -> int:
-    """Returns the id of the token that ends a target, at which generation stops: for "chat" the
+    """Returns the id of the token that ends a target and stops generation. For "chat" it is the
     added token that the template puts after an assistant turn (`<|im_end|>`, `<|eot_id|>`, ...),
-    which in some models is not the EOS; else the tokenizer's EOS. ConfigError if there is none.
+    which may differ from the EOS; else the tokenizer's EOS. ConfigError if there is none.
     """
     if prompt_style == "chat" and getattr(tokenizer, "chat_template", None):
         marker, question = "zflora answer", {"role": "user", "content": "zflora question"}
@@ -169,7 +169,7 @@ def end_token(tokenizer: Any, prompt_style: str) -> int:
 
 
 def added_tokens(tokenizer: Any) -> set[int]:
-    """Returns the ids of added tokens; all_special_ids may lack some, as Llama 3's."""
+    """Returns the ids of added tokens; all_special_ids may lack some, e.g. Llama 3's."""
     return {*tokenizer.added_tokens_decoder, *tokenizer.all_special_ids}
 
 

@@ -43,9 +43,9 @@ def open_split(task: Task, split: str, data: DataConfig) -> Split:
 
     A validation or test split without a file is held out of the train file: HOLD_OUT rows, at most
     a tenth, by a fixed function of the question texts. Equal questions (or rows of one dialogue)
-    are on the same side; a question with more rows than a split should have stays in train where
-    others are enough. The train split comes in the order of these hashes, so that `train_limit`
-    takes a sample; a test or validation file comes in its own order.
+    are on the same side; a question with more rows than a split should have stays in train if the
+    others are enough. The train split is in the order of these hashes, so that `train_limit` takes
+    a sample; a test or validation file keeps its order.
 
     Raises:
       ConfigError: There is no such file (the message lists the paths that were tried), it is not a
@@ -103,7 +103,7 @@ def _require_train(task: Task, split: str, places: _Places) -> None:
     wanted = [f"{names[x][0]}.json(l)" for x in dict.fromkeys(("train", split)) if x in names]
     require(
         "train" in places,
-        f"task {task.name!r}: no train file beside {', '.join(x for x, _ in places.values())}. The"
+        f"task {task.name!r}: no train file next to {', '.join(x for x, _ in places.values())}. The"
         f" {split} split needs {' or '.join(wanted)} there. Or train on another task: many have"
         " only published test rows.",
     )
@@ -115,8 +115,8 @@ def _require_train(task: Task, split: str, places: _Places) -> None:
 def _part(
     task: Task, rows: Sequence[Row], held_out: Sequence[str], split: str, origin: str
 ) -> list[int]:
-    """Returns the rows of one split of a train file. Held-out rows that equal a train row except
-    for case and punctuation are left out.
+    """Returns the rows of one split of a train file, without held-out rows that equal a train row
+    except for case and punctuation.
     """
     keys = [_key(row) for row in rows]
     parts = _hold_out([key.encode() for key in keys], held_out)
@@ -129,14 +129,14 @@ def _part(
         len(parts[split]) > 0,
         f"task {task.name!r}: {origin} has {len(rows)} rows, too few different ones to hold out"
         f" {' and '.join(missing)} (a tenth of them each; rows with the same question, and"
-        " dialogues that begin alike, stay together). Put"
-        f" {' and '.join(f'{name}.json(l)' for name in missing)} beside it.",
+        " dialogues with the same beginning, stay together). Put"
+        f" {' and '.join(f'{name}.json(l)' for name in missing)} next to it.",
     )
     return parts[split]
 
 
 def _key(row: Row) -> str:
-    """Returns the text that is kept on one side of a hold-out: of a dialogue, or the question."""
+    """Returns the text that keeps rows on one side of a hold-out: the dialogue's, or a question."""
     if "unit" in row:
         return row["unit"]
     return "\n".join(filter(None, (row["prompt"], row.get("input"))))
@@ -175,14 +175,14 @@ def find_files(task: Task, data_dir: str | None) -> dict[str, Found]:
     """Finds the files of a task: split -> (format, paths) of each split that has a file.
 
     Files of a published task are in a folder of its name, below data_dir or data_dir itself. The
-    user's own rows are in data_dir, whole or in parts ("train-00000-of-00002.parquet"), or data_dir
-    is a file of training rows. ConfigError if there is none, or it is not clear which is meant.
+    user's rows are in data_dir, whole or in parts ("train-00000-of-00002.parquet"), or data_dir is
+    a file of training rows. ConfigError if there are no files, or their split is unclear.
     """
     place = f"task {task.name!r}: data.data_dir={data_dir!r}"
     require(data_dir is not None, f"{place} is not set, and the task reads files. {_fix(task)}")
     require(
         not is_url(data_dir or ""),
-        f"{place} is a URL, and rows are read from local files alone. Copy them to each machine"
+        f"{place} is a URL, and rows are only read from local files. Copy them to each machine"
         " (gcloud storage cp -r, aws s3 cp --recursive) or mount the bucket (gcsfuse, mount-s3),"
         " and give that directory.",
     )
@@ -205,7 +205,7 @@ def find_files(task: Task, data_dir: str | None) -> dict[str, Found]:
 
 
 def _files(task: Task, folder: Path) -> dict[str, Found]:
-    """Returns the files of each split in a folder; ConfigError where that is not clear."""
+    """Returns the files of each split in a folder; ConfigError if that is unclear."""
     tables = sorted(path for path in folder.glob("*") if path.suffix.lower() in TABLES)
     part = f"(?:{_PART})?" if task.own else ""
     found: dict[str, Found] = {}
@@ -236,7 +236,7 @@ def _files(task: Task, folder: Path) -> dict[str, Found]:
     require(
         not (task.own and found and others),
         f"task {task.name!r}: {folder} has {', '.join(sorted(path.name for path in named))}, which"
-        f" are splits, and {', '.join(others)}, which are of none that can be read. Name these as"
+        f" are splits, and {', '.join(others)}, which belong to no readable split. Name these as"
         f" parts of a split (train-1.jsonl; {', '.join(TABLES)}), or move them elsewhere.",
     )
     return found
@@ -245,7 +245,7 @@ def _files(task: Task, folder: Path) -> dict[str, Found]:
 def _require_all_parts(
     place: str, paths: Sequence[Path], parts: Sequence[tuple[str | Any, ...]]
 ) -> None:
-    """Refuses parts of a split, (number, "of" number), of which one is missing or there twice."""
+    """Raises ConfigError if one of the parts (number, "of" number) is missing or there twice."""
     numbers, totals = sorted(int(number) for number, _ in parts), {total for _, total in parts}
     twice = sorted({n for n in numbers if numbers.count(n) > 1})
     wrong = twice
@@ -261,7 +261,7 @@ def _require_all_parts(
 
 
 def _fix(task: Task, or_unset: bool = True) -> str:
-    """Says what data.data_dir has to be."""
+    """Returns advice about data.data_dir, for messages."""
     if task.own:
         return (
             "Set data.data_dir to (--data-dir) a file, or a directory with a file train and, if you"

@@ -1,4 +1,4 @@
-"""Tasks: how their rows become examples, and how answers are read and scored."""
+"""Tasks, which turn rows into examples, and choose how answers are read and scored."""
 
 from __future__ import annotations
 
@@ -31,16 +31,16 @@ class Example:
       target: The completion to learn, without EOS.
       answer: The right answer, which a parsed completion is compared with; "" if there is none.
       input: More of the user's text, such as a document.
-      options: Completions to compare by likelihood, worded as the target, which is one of them.
+      options: Completions to compare by likelihood; the target is one of them.
       references: Texts to compare a completion with by ROUGE; the target is the first.
       document: Whether `input` is a long text that may be cut at its end.
-      turns: The turns of a conversation, as chat templates read them; prompt and target are then
+      turns: The turns of a conversation, in the form of chat templates; prompt and target are then
         the last ones of the user and the assistant.
       tools, settings: Arguments of the template: tools, and chat_template_kwargs.
-      context: The number of first turns that are given and not learned.
-      plain: Whether prompt and target are texts as they are, in no template.
-      form: The form of a row of the user's own, a key of `builders.own.FORMS`.
-      asked: The text that identifies the question, where `prompt` is another form of it.
+      context: Number of first turns that are given and not learned.
+      plain: Whether prompt and target are plain texts, without a template.
+      form: Form of the user's row, a key of `builders.own.FORMS`.
+      asked: The text that identifies the question, if `prompt` is another form of it.
       rejected: The example with the worse answer to the same prompt, of a pair for train.loss=dpo.
       unit: Text that rows of one dialogue share; "" for others.
       where: The row's position, for messages.
@@ -69,7 +69,7 @@ class Example:
 class Files:
     """Files of a task."""
 
-    format: str  # a key of `builders.published.FORMATS`, or "" for the user's own rows
+    format: str  # a key of `builders.published.FORMATS`, or "" for the user's rows
     names: Mapping[str, tuple[str, ...]]  # split -> stems
 
 
@@ -86,12 +86,12 @@ class Task:
     Attributes:
       name: Its key in `TASKS`.
       group: "commonsense", "math", "summary" or "other".
-      answers: How its answers are read and scored.
+      answers: Type of its answers, which reads and scores them.
       folder: The folder of its files.
       files: The formats of its files, tried in this order for each split.
       origin: Where people get the files.
-      source: "files": files, or the public dataset of the same name; "own": the user's own rows,
-        in any files or dataset that data.data_dir names; "generated".
+      source: "files": files, or the public dataset of the same name; "own": the user's rows, in
+        any files or dataset that data.data_dir names; "generated".
       document: Whether the input of its examples is a text that may be cut.
       cloze: The prompt of a task in cloze form, with {} in place of the question; "" for others.
     """
@@ -113,11 +113,11 @@ class Task:
 
     @property
     def own(self) -> bool:
-        """Whether its rows are the user's own."""
+        """True if its rows are the user's."""
         return self.source == "own"
 
     def example(self, row: Mapping[str, Any], where: str = "") -> Example:
-        """Returns the example of a row, some of its fields; ConfigError where it does not fit."""
+        """Returns the example of a row with some of its fields; ConfigError if they are wrong."""
         fields: Any = {name: tuple(x) if isinstance(x, list) else x for name, x in row.items()}
         example = Example(**fields, document=self.document, where=where)
         if isinstance(worse := fields.get("rejected"), Mapping):
@@ -166,7 +166,7 @@ def as_cloze(example: Example, form: str) -> Example:
 
     In cloze form the model sees only the question, and the text of each option is scored by its
     likelihood. The prompts are those of lm-evaluation-harness, which also tidies HellaSwag's text.
-    A question of WinoGrande ends before its blank ("_"), and its options go on with what follows.
+    A question of WinoGrande ends before its blank ("_"), and its options include the rest.
 
     Args:
       example: An example with its options listed.

@@ -24,7 +24,7 @@ __all__ = ["GROUPS", "HOLD_OUT", "SPLITS", "TASKS", "Example", "Task", "get_task
 
 _GITHUB = "https://github.com/"
 _WOZ = _GITHUB + "nmrksic/neural-belief-tracker"
-# Trained on the 500 rows of dev, where the 12,460 of train are too many or not there.
+# Trains on the 500 rows of dev, for when the 12,460 of train are too many or missing.
 _DEV = Files("summary", {"train": ("dialogsum.dev",), "test": ("dialogsum.test",)})
 
 _ADAPTERS, _SUMMARY, _DIALOGUE = map(named, ("llm_adapters", "summary", "dialogue"))
@@ -120,7 +120,7 @@ def load_examples(task_name: str, split: str, data_config: DataConfig) -> Sequen
     Args:
       task_name: A key of `TASKS`.
       split: "train", "validation" or "test".
-      data_config: data_dir, row_format and train_limit (of the train split alone) are read.
+      data_config: Settings, of which data_dir, row_format and (for train) train_limit are read.
 
     Raises:
       ConfigError: The task or the split is unknown, a file is missing or malformed, or there is no

@@ -1,4 +1,4 @@
 """Scores of a model: records of answers, intervals, contamination, the check of an export.
 
-Nothing that trains.
+Nothing here trains.
 """

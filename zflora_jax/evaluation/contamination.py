@@ -19,7 +19,7 @@ _SPACED = re.compile(r" ?([!-/:-@\[-`{-~]) ?")  # "1 + 1", "1+1"
 
 def normalise(text: str) -> str:
     """Returns a text in one case and Unicode form (NFKC), with one space for white space and marks,
-    and none around operators. Symbols, vowel signs and emoji stay; so does a text of marks alone.
+    and none around operators. Symbols, vowel signs and emoji stay; so does a text of only marks.
     """
     folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
     return _SPACED.sub(r"\1", _MARKS.sub(" ", folded)).strip() or text.strip()
@@ -28,9 +28,9 @@ def normalise(text: str) -> str:
 def question(example: Example) -> str:
     """Returns the normalised text that identifies a question, without the words of its template.
 
-    It is the prompt with the input; in cloze form, where the model does not read the options, the
-    question alone; of a conversation the turns of user, assistant and tools before the last
-    answer; of a text the text.
+    It is the prompt with the input. In cloze form, where the model does not read the options, it is
+    only the question. For a conversation, it is the turns of user, assistant and tools before the
+    last answer; for a text, the text.
     """
     if example.turns:
         return _asked(example, last_answer(example))
@@ -40,26 +40,26 @@ def question(example: Example) -> str:
 
 
 def questions(examples: Iterable[Example]) -> frozenset[str]:
-    """Returns the normalised questions of training examples: of a conversation those of all its
-    answers, of multiple choice both forms, with the options and without.
+    """Returns the normalised questions of training examples: for a conversation those of all its
+    answers, for multiple choice both forms, with and without the options.
     """
     found = set()
     for example in examples:
         answers = [i for i, turn in enumerate(example.turns) if turn["role"] == "assistant"]
         found |= {_asked(example, i) for i in answers} or {question(example)}
         if example.options:
-            with contextlib.suppress(ConfigError):  # in other words it has one form
+            with contextlib.suppress(ConfigError):  # with other wording it has one form
                 listed = example.asked or example.prompt
                 found |= {normalise(listed), normalise(listed_options(listed)[0])}
     return frozenset(found)
 
 
 def _asked(example: Example, answer: int) -> str:
-    """Returns the text before a turn, without the system's."""
+    """Returns the text before a turn, without the system's turn."""
     turns = (turn for turn in example.turns[:answer] if turn["role"] != "system")
     return normalise(" ".join(turn["content"] for turn in turns))
 
 
 def contaminated(test_examples: Iterable[Example], seen: frozenset[str]) -> list[bool]:
-    """Returns for each test example whether its normalised question is one of `seen`."""
+    """Returns whether the normalised question of each test example is in `seen`."""
     return [question(example) in seen for example in test_examples]

@@ -43,8 +43,8 @@ def export_gap(
 ) -> dict[str, float]:
     """Compares the logits of `model` in float32 with those of its export at `path`.
 
-    The export's tensors are run in stock form, in their stored dtype (those of float16 exports and
-    GGUF files in float32). Processes that share the model call this together, and all of them can
+    The export's tensors are run in stock form, in their stored dtype (float16 exports and GGUF
+    files in float32). Processes that share the model call this together, and all must be able to
     read the export.
 
     Args:
@@ -96,9 +96,9 @@ def export_gap(
 
 
 def gap_prompts(run: RunConfig, model: Model) -> tuple[list[list[int]], str]:
-    """Returns (token ids of the prompts that an export of `run` is compared on, their origin): the
-    first held-out rows, or `TEXTS` where the run's data cannot be read any more or has no prompts.
-    No prompt is longer than the model's context, or than the run's rows could be.
+    """Returns (token ids of prompts for comparing an export of `run`, their origin): the first
+    held-out rows, or `TEXTS` if the run's data can no longer be read or has no prompts. No prompt
+    is longer than the model's context, or than the longest allowed row of the run.
     """
     data = run.data
     try:
@@ -109,8 +109,8 @@ def gap_prompts(run: RunConfig, model: Model) -> tuple[list[list[int]], str]:
         return [ids[:longest] for ids in prompts], f"{len(rows)} held-out rows"
     except (ConfigError, OSError) as error:
         log.warning(
-            "the export is compared on built-in texts, as the run's held-out rows give no prompts:"
-            " %s",
+            "the export is compared on built-in texts, because the run's held-out rows give no"
+            " prompts: %s",
             error,
         )
         return encode_prompt_texts(model.tokenizer, TEXTS), f"{len(TEXTS)} built-in texts"
@@ -128,5 +128,5 @@ def _logits(model: Model, ids: Sequence[int]) -> np.ndarray:
 def _require_finite(logits: np.ndarray, what: str, advice: str) -> None:
     if not np.isfinite(logits).all():
         raise CheckpointError(
-            f"logits of the {what} are NaN or infinite, so the export is not to be used: {advice}."
+            f"logits of the {what} are NaN or infinite, so do not use the export: {advice}."
         )

@@ -30,8 +30,8 @@ def held_out_loss(
     """Returns the mean loss of the run's objective over all rows.
 
     Args:
-      run: The run's settings. The loss depends on the objective and on `adapter`; others set how
-        much is computed at one time (micro-batch, bucket_lengths, loss_chunk).
+      run: The run's settings. The loss depends on the objective and on `adapter`; other settings
+        change only the size of computations (micro-batch, bucket_lengths, loss_chunk).
       model: The base, or a fused model.
       encoded: The held-out rows.
       adapters: The unmerged adapter tree; None for the model without adapters.

@@ -1,6 +1,6 @@
 """Records of generated answers and of option log-likelihoods, one per example; resumable.
 
-Processes that share a model call these functions together; process 0 alone reads and writes files.
+Processes that share a model call these functions together; only process 0 reads and writes files.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 
 Record = dict[str, Any]
 ROUGE = ("rouge1", "rouge2", "rougeL", "rougeLsum")
-# Likelihoods are scored for so many batches at once: lengths differ less within a batch then.
+# Number of batches whose likelihoods are scored at once: lengths then differ less within a batch.
 _LIKELIHOOD_BATCHES = 4
 
 
@@ -53,16 +53,16 @@ def generation_records(
       model: A base or fused model.
       task_name: The task whose rules parse and compare the answers.
       examples: Examples of that task.
-      data: Prompt style and date, where `evaluation` names none.
+      data: Settings with the date, and with the prompt style if `evaluation` has none.
       evaluation: The settings max_new_tokens, batch_size, prompt_style, max_prompt_tokens.
-      partial: A file that finished batches are added to; a call with the same model, prompts and
-        settings resumes from it.
+      partial: File for finished batches; a call with the same model, prompts and settings resumes
+        from it.
       on_batch: Called with the number of rows of each finished batch.
 
     Returns:
       One record per example, in their order: output, new_tokens, cut (whether max_new_tokens ended
-      it); prediction and correct where the example has an answer; ROUGE F-measures where it has
-      references; document_cut where it has a document (True: cut to fit the prompt).
+      it); prediction and correct if the example has an answer; ROUGE F-measures if it has
+      references; document_cut if it has a document (True: cut to fit the prompt).
     """
     task, style = get_task(task_name), evaluation.prompt_style or data.prompt_style
     new_tokens, context = evaluation.max_new_tokens, model.config.max_position_embeddings
@@ -102,9 +102,9 @@ def _answer(model: Model, ids: Sequence[int], stop: Sequence[int]) -> Record:
 
 
 def _judged(task: Task, style: str, text: str, example: Example) -> Record:
-    """Returns the ROUGE of an answer against references, and whether it is right."""
+    """Returns an answer's ROUGE against references, and whether it is right."""
     if style.startswith("alpaca"):
-        # LLM-Adapters' models continue with another "### Response:", where its scripts cut.
+        # LLM-Adapters' models continue with another "### Response:", and its scripts cut there.
         text = text.partition("### Response:")[0].strip()
     found: Record = dict(rouge(text, example.references)) if example.references else {}
     if example.answer:
@@ -128,7 +128,7 @@ def likelihood_records(
     acc_norm.
 
     Args:
-      model, data, evaluation, partial, on_batch: As for `generation_records`.
+      model, data, evaluation, partial, on_batch: Arguments of `generation_records`.
       examples: Examples with options.
 
     Returns:
@@ -178,7 +178,7 @@ def _chosen(log_likelihoods: Sequence[float], example: Example) -> Record:
 def _prompts(
     model: Model, examples: Sequence[Example], style: str, evaluation: EvalConfig, date: str | None
 ) -> tuple[list[list[int]], list[bool]]:
-    """Returns the prompts' token ids, and which of them had their document cut."""
+    """Returns the prompts' token ids, and True for prompts with a cut document."""
     room = model.config.max_position_embeddings - evaluation.max_new_tokens
     limit = evaluation.max_prompt_tokens or room
     fitted = fit_documents(examples, model.tokenizer, style, limit, date)
@@ -197,7 +197,7 @@ def _prompts(
 
 def rouge(text: str, references: Sequence[str]) -> dict[str, float]:
     """Returns the F-measures of ROUGE-1, -2, -L and -Lsum, each the best over `references`, by
-    `rouge-score` with stemming. Lsum takes lines as sentences.
+    `rouge-score` with stemming. Lsum treats lines as sentences.
     """
     scores = _rouge_scorer().score_multi(list(references), text)
     return {name: float(scores[name].fmeasure) for name in ROUGE}
@@ -222,8 +222,8 @@ def _in_batches(
     partial: Path | None,
     on_batch: Callable[[int], None],
 ) -> list[Record]:
-    """Runs `work` on all rows, `size` rows of similar length at a time, except for those that
-    `partial` holds of the same model, prompts and `key`.
+    """Runs `work` on all rows, `size` rows of similar length at a time, except for rows that are in
+    `partial` for the same model, prompts and `key`.
     """
     done: dict[int, Record] = {}
     with contextlib.ExitStack() as stack:
@@ -262,12 +262,12 @@ def _appending(path: Path, name: str) -> Iterator[Callable[[Mapping[int, Record]
 
     mirror = Mirror(path.parent, (path.name,))
     with contextlib.closing(mirror), open(mirror.path / path.name, "a", encoding="utf-8") as file:
-        file.write("\n")  # ends a line that a kill has torn
+        file.write("\n")  # ends a line that a kill cut off
         yield add
 
 
 def _read_partial(path: Path, name: str) -> dict[int, Record]:
-    """Reads the rows of an evaluation `name`, without a line that a kill has torn."""
+    """Reads the rows of an evaluation `name`, without a line that a kill cut off."""
     done: dict[int, Record] = {}
     text = path.read_bytes().decode("utf-8", errors="replace") if path.is_file() else ""
     for line in lines_of(text):

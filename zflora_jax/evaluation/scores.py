@@ -1,7 +1,7 @@
 """Scores of records: means with 95% intervals, of one task and of several.
 
-Rows that belong together, such as the turns of one dialogue, are a unit. Other data would bring
-other dialogues, so intervals draw whole units: drawing single rows would claim too much.
+Rows that belong together, such as the turns of one dialogue, are a unit. Other data would have
+other dialogues, so intervals draw whole units: drawing single rows would give too narrow ones.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Score:
 
 def scores_of(records: Sequence[Record], seed: int = 0) -> dict[str, Score]:
     """Returns the scores (see `SCORES`) of a task's records, each over the records that have it,
-    with the interval of a bootstrap over rows.
+    with a bootstrap interval over rows.
     """
     return group_scores([records], seed)
 
@@ -67,15 +67,15 @@ def group_scores(tables: Sequence[Sequence[Record]], seed: int = 0) -> dict[str,
 
 
 def as_dicts(scores: Mapping[str, Score]) -> dict[str, dict[str, float]]:
-    """Returns `scores` as files hold them: name -> {"mean", "low", "high"}."""
+    """Returns `scores` in the form of files: name -> {"mean", "low", "high"}."""
     return {name: dataclasses.asdict(score) for name, score in scores.items()}
 
 
 def rows_kept(records: Sequence[Record]) -> dict[str, Any]:
-    """Returns what a comparison of models needs of one model's records.
+    """Returns the part of one model's records that a comparison of models needs.
 
     These are the scores of each row (score -> a text of 0s and 1s, or numbers), a digest of the
-    questions, and where rows share units the number of each row's unit (score -> a text of them).
+    questions, and, if rows share units, the number of each row's unit (score -> a text of them).
     """
     scores: dict[str, Any] = {}
     units: dict[str, str] = {}
@@ -96,8 +96,8 @@ def rows_kept(records: Sequence[Record]) -> dict[str, Any]:
 
 
 def rows_by_kind(records: Sequence[Record], clean_only: bool) -> dict[str, list[Record]]:
-    """Returns the rows that scores are given on: "all", unless only clean rows are asked for, and
-    "clean" if contamination was checked.
+    """Returns the rows to score: "all", unless only clean rows are wanted, and "clean" if
+    contamination was checked.
     """
     kinds = {} if clean_only else {"all": [*records]}
     if "contaminated" in records[0]:
@@ -127,8 +127,8 @@ def by_unit(scores: np.ndarray, units: Sequence[int] | None) -> Column:
 
     Args:
       scores: Scores of the rows, [R].
-      units: The number of each row's unit, [R]; None if each row is a unit. Where all rows share
-        one unit each row counts as one, too, since one unit does not show how units differ.
+      units: The number of each row's unit, [R]; None if each row is a unit. If all rows share one
+        unit, each row also counts as a unit, because one unit does not show how units differ.
     """
     numbers = np.arange(len(scores)) if units is None else np.asarray(units)
     if len(np.unique(numbers)) < 2:
@@ -148,9 +148,9 @@ def bootstrap(columns: Sequence[Column], seed: int) -> Score:
     """Returns the mean of the columns' means, and the 2.5% and 97.5% quantiles over resampled
     columns.
 
-    Where every row of a column is 0, or every row 1, all resamples are equal and would claim
-    certainty. The interval of one such column is Wilson's; in a mean of several, its truth is drawn
-    from the posterior of a uniform prior.
+    If every row of a column is 0, or every row is 1, all resamples are equal and would claim
+    certainty. One such column then gets Wilson's interval; in a mean of several columns, its true
+    mean is drawn from the posterior of a uniform prior.
 
     Args:
       columns: The scores of each task, in [0, 1].

@@ -27,7 +27,7 @@ def score_legend(scores: Collection[str]) -> str:
 
 
 def summary_page(summary: Mapping[str, Any]) -> str:
-    """Returns a summary as Markdown: a line per task and kind of rows (all, clean), then per group
+    """Returns a summary as Markdown: a line per task and set of rows (all, clean), then per group
     of tasks, each score with its 95% interval.
 
     Args:
@@ -66,7 +66,7 @@ def _cells(scores: Mapping[str, Mapping[str, float]]) -> dict[str, str]:
 
 
 def _remarks(results: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Returns lines about contamination, answers cut short, chance, and rows that a score lacks."""
+    """Returns lines about contamination, answers cut short, chance, and rows without a score."""
 
     def of(part: str, whole: str = "rows", among: Any = results) -> dict[str, str]:
         return {r["task"]: f"{r[part]} of {r[whole]}" for r in among if part in r}

@@ -59,28 +59,28 @@ def evaluate(
     """Scores a base or fused model on `run.data.task` (one task), with the settings `run.eval`.
 
     Args:
-      run: The task, where its rows are, and how they are scored.
+      run: Settings of the task, its rows and their scores.
       model: A base or fused model.
       out: A path without suffix: <out>.json gets the result, <out>.jsonl one line per example with
         its prompt, output, parsed answers and scores. While it runs, <out>.*.partial.jsonl hold
-        what a stopped evaluation resumes from.
+        finished batches, from which a stopped evaluation resumes.
       trained_on: The training examples. A test question that is one of theirs (normalised text) is
-        marked, and every score is given on all rows and on the clean ones.
+        marked, and every score is reported for all rows and for the clean ones.
       console: Whether progress is shown.
 
     Returns:
       task, split, rows, with trained_on clean_rows, loss, accuracy and the other scores
       (`scores.SCORES`) as numbers, and `scores`: rows ("all", "clean") -> score -> mean, low, high
-      (95%, bootstrap). The loss is over rows that fit data.bucket_lengths, documents cut to them;
-      answers are generated from prompts as long as the context allows (eval.max_prompt_tokens).
+      (95%, bootstrap). The loss uses rows that fit data.bucket_lengths, with documents cut to them;
+      answers use prompts as long as the context allows (eval.max_prompt_tokens).
 
     Raises:
       ConfigError: The task is a mixture, no row is clean, eval.clean_only is set without
-        trained_on, or nothing can be written to `out`.
+        trained_on, or `out` cannot be written.
     """
     seen = None if trained_on is None else questions(trained_on)
     out = None if out is None else as_path(out, "out")
-    # In every process, also where only one was given `out`.
+    # In every process, also if only one was given `out`.
     distributed.on_main(lambda: None if out is None else output_path(f"{out}.json", "out"))
     result, _ = _answered(_begun(run, model, seen, console), model, out, console)
     _remove_partials(out)
@@ -101,12 +101,12 @@ class _Begun:
 
 def _begun(run: RunConfig, model: Model, seen: frozenset[str] | None, console: bool) -> _Begun:
     """Reads a task's rows and computes the loss. seen: Normalised questions of the training data;
-    None where none was named.
+    None if no training data was named.
     """
     started, run = time.perf_counter(), one_day(run)
     require_fit(run, model)
     name, examples, records, result = _rows(run, seen)
-    # A process with other rows would wait for the others, or change their numbers.
+    # A process with other rows would wait for the others, or change their results.
     same = [dataclasses.replace(example, where="") for example in examples]
     digest = hashlib.sha256(repr((same, records)).encode()).hexdigest()
     distributed.require_equal({f"rows of {name}": len(examples), f"content of {name}": digest})
@@ -128,8 +128,8 @@ def _begun(run: RunConfig, model: Model, seen: frozenset[str] | None, console: b
 def _answered(
     begun: _Begun, model: Model, out: Path | None, console: bool
 ) -> tuple[Result, list[Record]]:
-    """Scores a model, which may be packed now, as `evaluate` does; the caller removes the files of
-    finished batches. Returns (the result; one record per row).
+    """Scores a model, which may now be packed, for `evaluate`; the caller removes the files of
+    finished batches. Returns (the result, one record per row).
     """
     run, name, examples, records = begun.run, begun.name, begun.examples, begun.records
     started, env, shown = time.perf_counter(), environment(), console and distributed.is_main()
@@ -176,10 +176,10 @@ def one_day(run: RunConfig, **more: Any) -> RunConfig:
 def _rows(
     run: RunConfig, seen: frozenset[str] | None
 ) -> tuple[str, list[Example], list[Record], Result]:
-    """Compares the rows that `run.eval` asks for with the questions that were `seen` in training.
+    """Compares the rows that `run.eval` selects with the questions `seen` in training.
 
     Returns:
-      (the task's name; its examples; the beginning of their records, and of the result).
+      (The task's name, its examples, the first fields of their records, and of the result.)
     """
     evaluation = run.eval
     mixture = load_mixture(
@@ -222,7 +222,7 @@ def _rows(
 
 
 def _facts(examples: Sequence[Example], records: Sequence[Record]) -> Result:
-    """Returns counts that a reader needs next to the scores: answers and documents cut, chance."""
+    """Returns facts that a reader needs next to the scores: answers and documents cut, chance."""
     facts: Result = {}
     if "document_cut" in records[0]:
         facts["documents_cut"] = sum(record["document_cut"] for record in records)
@@ -274,29 +274,29 @@ def evaluate_tasks(
     console: bool = True,
     donate: bool = False,
 ) -> Result:
-    """Scores a model on several tasks, and gives the mean over the tasks of each group.
+    """Scores a model on several tasks, and averages over the tasks of each group.
 
     The summary is <out>/summary-<split>-<label>.json and .md; task files (see `evaluate`) are
     <out>/<task>-<split>-<label>.json and .jsonl. The same call resumes a stopped evaluation.
     Processes that share the model call this together.
 
     Args:
-      run: How the tasks are scored, and where their files are.
+      run: Settings of scoring, and of the tasks' files.
       model: A base or fused model.
       tasks: Names of the tasks.
       out: The folder of the files.
       label: Name of the model in the files' names.
-      trained_on: Training data in which test questions are looked up; the split that a run of this
-        project held out for the task itself does not count.
+      trained_on: Training data to search for test questions, without the split that a run of this
+        project held out for the task itself.
       console: Whether progress is shown.
-      donate: As for `pack_for_decode`.
+      donate: Whether to empty `model.params` on the way, see `pack_for_decode`.
 
     Returns:
       The content of the summary's JSON.
 
     Raises:
-      ConfigError: As for `check_tasks`; the label has a /, nothing can be written to `out`, or a
-        summary there is of another model or other settings.
+      ConfigError: An error of `check_tasks`; the label has a /, `out` cannot be written, or it has
+        a summary of another model or other settings.
     """
     tasks = [*tasks]
     require("/" not in label, f"label {label!r} is part of files' names: leave out the /.")
@@ -340,7 +340,7 @@ def _score_all(
 
 
 def check_tasks(run: RunConfig, tasks: Sequence[str]) -> list[str]:
-    """Checks before anything slow that tasks exist and their files are there; returns their names.
+    """Checks before anything slow that tasks and their files exist; returns their names.
 
     Raises:
       ConfigError: A task is unknown, or files are missing.
@@ -357,7 +357,7 @@ def _seen_by_task(
     """Returns task -> normalised questions that the model has seen; None where unknown."""
     if trained_on is None:
         log.warning(
-            "no training data was named, so no test question is checked against any; see"
+            "no training data was named, so test questions are not checked for contamination; see"
             " --trained-on"
         )
         return dict.fromkeys(tasks)
@@ -408,7 +408,7 @@ def _origin(run: RunConfig, model: Model, tasks: Sequence[str]) -> Result:
 
 
 def _refuse_other(path: Path, origin: Result) -> None:
-    """Refuses to replace a summary of another model or of other settings."""
+    """Raises ConfigError for an existing summary of another model or of other settings."""
     if not path.is_file():
         return
     found = json.loads(path.read_text("utf-8"))["origin"]

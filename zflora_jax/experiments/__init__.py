@@ -1,4 +1,4 @@
 """Whole runs: train or resume, export, sweeps, plans, the quickstart.
 
-No mathematics: it puts the other packages together.
+It combines the other packages and has no mathematics of its own.
 """

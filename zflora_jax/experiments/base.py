@@ -43,12 +43,12 @@ def load_base(run: RunConfig, mesh: Mesh | None = None) -> Model:
 
 
 def as_base(run: RunConfig, model: Model) -> Model:
-    """Returns a model, loaded or given, as the base of a run: its config is how the run computes
-    (`TrainConfig.applied_to`), and it stops where the run trains answers to end.
+    """Returns a model, loaded or given, as the base of a run, with the run's execution settings
+    (`TrainConfig.applied_to`) and the stop token that ends the run's trained answers.
 
     Raises:
-      ConfigError: The model is packed or has a tree per layer, has an adapter fused in that widens
-        it, is of another dtype than train.dtype, or does not fit other settings of the run.
+      ConfigError: The model is packed, has a tree per layer or a fused adapter that widens it, has
+        another dtype than train.dtype, or does not fit other settings of the run.
     """
     merged, execution = model.adapter, model.config.execution
     require(
@@ -81,13 +81,13 @@ def as_base(run: RunConfig, model: Model) -> Model:
 
 
 def given_base(run: RunConfig, model: Model) -> Model:
-    """Returns `as_base` of a model that the caller has in memory, which must be the one that
-    run.model names: evaluation and export load that one. A model that was loaded from elsewhere, or
-    made in memory, gets a warning.
+    """Returns `as_base` of a model in memory. It must be the one that run.model names, because
+    evaluation and export load that one. Logs a warning if it was loaded from elsewhere or made in
+    memory.
 
     Raises:
-      ConfigError: As for `as_base`; or an adapter was merged into the model, it was resized, or its
-        tokenizer was changed.
+      ConfigError: An error of `as_base`; or an adapter was merged into the model, it was resized,
+        or its tokenizer was changed.
     """
     base = as_base(run, model)
     advice = "Save it with zf.save_hf(DIR, model), and train with run.model=DIR."
@@ -118,6 +118,6 @@ def given_base(run: RunConfig, model: Model) -> Model:
 
 
 def _same_source(a: str, b: str) -> bool:
-    """Whether two names mean one model: a preset and its hub id, or two paths of one place."""
+    """True if two names mean one model: a preset and its hub id, or two paths to one place."""
     hub = [name if packaged(name) else HUB_IDS.get(name, name) for name in (a, b)]
     return hub[0] == hub[1] or Path(a).expanduser().resolve() == Path(b).expanduser().resolve()

@@ -28,7 +28,7 @@ class DataView:
 
     facts: dict[str, Any]  # counts, by name
     histogram: dict[str, int]  # range of lengths in tokens -> sequences, before packing
-    rows: list[list[Span]]  # of the first
+    rows: list[list[Span]]  # the first rows
 
 
 def data_view(
@@ -37,13 +37,13 @@ def data_view(
     """Reads and tokenises the training rows of a run, as training does.
 
     Args:
-      run: Its settings.
+      run: The run's settings.
       tokenizer: The tokenizer of the run's model.
-      config: The model's; None: neither token ids nor its context are looked at.
-      rows: How many rows to show.
+      config: The model's config; None: token ids and context are not checked.
+      rows: Number of rows to show.
 
     Raises:
-      ConfigError: As for training on them, or `rows` is negative.
+      ConfigError: An error of training on these rows, or `rows` is negative.
     """
     require(rows >= 0, f"rows={rows}: must be at least 0.")
     if config is not None:

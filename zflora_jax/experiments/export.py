@@ -1,6 +1,6 @@
 """Export formats, a row of `EXPORTERS` each, and the export of a trained run.
 
-The command line reads the table, so modules that import jax are imported where a format is written.
+The command line reads the table, so modules that import jax are imported only to write a format.
 """
 
 from __future__ import annotations
@@ -63,20 +63,20 @@ def export_run(
       workdir: Directory or URL of the run.
       out: Directory to write; a file for "gguf" and "slices".
       format: A row of `EXPORTERS`: "hf", a fused Hugging Face directory; "gguf", the fused model as
-        a file for llama.cpp; "peft", LoRA adapters as a directory; "slices", as `save_slices`.
-      dtype: Data type of the "hf" weights, as for `save_hf`; None: that of the run.
-      quant: Type of the "gguf" weights, as for `save_gguf` (None: "q8_0"), or of the "hf" kernels,
-        as for `save_hf` (None: floats).
-      checkpoint: The checkpoint, as the step of `load_run`.
+        a file for llama.cpp; "peft", LoRA adapters as a directory; "slices", see `save_slices`.
+      dtype: Data type of the "hf" weights, see `save_hf`; None: that of the run.
+      quant: Type of the "gguf" weights, see `save_gguf` (None: "q8_0"), or of the "hf" kernels, see
+        `save_hf` (None: floats).
+      checkpoint: Number of the checkpoint, "best", or None for the newest, see `load_run`.
       eps_z: Scale of the stored residual state; None: chosen from the weights.
-      mesh: Mesh of the model, as for `load_run`.
+      mesh: Mesh of the model, see `load_run`.
 
     Returns:
-      A report of what was written; for "hf" and "gguf" also max and mean |dlogit|, and top-1
-      agreement, with the fused model in float32 on held-out or built-in texts ("gap_prompts").
+      A report of the written files. For "hf" and "gguf" it compares them with the fused model in
+      float32 on held-out or built-in texts ("gap_prompts"): max and mean |dlogit|, top-1 agreement.
 
     Raises:
-      ConfigError: No such checkpoint; or the format cannot hold the run, or lacks a setting.
+      ConfigError: The checkpoint is missing, or the format cannot hold the run or a setting.
     """
     from zflora_jax.experiments.restore import load_run
     from zflora_jax.parallel.distributed import require_equal, require_shared
@@ -106,17 +106,17 @@ def export_run(
 
 
 def check_directory(out: Path) -> None:
-    """Refuses a file name as `out`."""
+    """Raises ConfigError for a file name as `out`."""
     require(
         out.suffix != ".gguf",
-        f"out={str(out)!r} is the name of a file, and a directory is to be written: add --format"
+        f"out={str(out)!r} is the name of a file, and this format is a directory: add --format"
         " gguf (format='gguf'), or give the name of a directory.",
     )
 
 
 def check_hf(out: Path, *, quant: str | None = None, dtype: str | None = None, **_: Any) -> None:
-    """Refuses a file name as `out`, a directory that must not be replaced, and a `quant` that does
-    not exist or contradicts `dtype`.
+    """Raises ConfigError for a file name as `out`, a directory that must not be replaced, and a
+    `quant` that does not exist or contradicts `dtype`.
     """
     from zflora_jax.hf.compressed import check_quant
     from zflora_jax.hf.save import require_replaceable
@@ -128,8 +128,8 @@ def check_hf(out: Path, *, quant: str | None = None, dtype: str | None = None, *
 
 
 def write_hf(out: str | Path, run: TrainedRun, **settings: Any) -> dict[str, Any]:
-    """Writes the fused model as a Hugging Face directory. Of base, fused model and export one is in
-    memory at a time, so the base of `run` cannot be used afterwards.
+    """Writes the fused model as a Hugging Face directory. Memory holds one of base, fused model and
+    export at a time, so the base of `run` cannot be used afterwards.
     """
     from zflora_jax.adapters.widths import count_params
     from zflora_jax.core.model import fingerprint
@@ -150,7 +150,7 @@ def write_hf(out: str | Path, run: TrainedRun, **settings: Any) -> dict[str, Any
 
 
 def check_gguf(out: Path, *, quant: str | None = None, **_: Any) -> None:
-    """Refuses an `out` or `quant` that cannot be written."""
+    """Raises ConfigError for an `out` or `quant` that cannot be written."""
     from zflora_jax.hf.gguf.write import gguf_target
 
     gguf_target(out, quant or "q8_0")
@@ -175,7 +175,7 @@ def write_gguf(
 
 
 def check_slices(out: Path, **_: Any) -> None:
-    """Refuses an `out` of another name."""
+    """Raises ConfigError for an `out` with another suffix."""
     from zflora_jax.hf.slices import slices_target
 
     slices_target(out)
@@ -184,7 +184,7 @@ def check_slices(out: Path, **_: Any) -> None:
 def write_slices(
     out: str | Path, run: TrainedRun, *, dtype: str | None, eps_z: float | None
 ) -> dict[str, Any]:
-    """Writes what the adapter adds to the kernels of an export."""
+    """Writes the slices that the adapter adds to the kernels of an export."""
     from zflora_jax.experiments.restore import fuse_trained
     from zflora_jax.hf.slices import save_slices
 
@@ -200,7 +200,7 @@ def write_peft(out: str | Path, run: TrainedRun) -> dict[str, Any]:
     from zflora_jax.parallel.mesh import mesh_of
 
     model, adapter, adapters = run.model, run.config.adapter, run.adapters
-    if adapter.init in OF_BASE:  # trained over the rest of the base; PEFT has the whole base
+    if adapter.init in OF_BASE:  # trained with the rest of the base; PEFT uses the whole base
         model = load_base(run.config, mesh_of(run.model.params))
         _, start = split_base(model, adapter)
         assert start is not None

@@ -1,4 +1,4 @@
-"""Grids: a run and a row per combination of settings, failures among them."""
+"""Grids: a run and a row per combination of settings, also for runs that fail."""
 
 from __future__ import annotations
 
@@ -48,13 +48,13 @@ Named = tuple[str, dict[str, Any]]  # a run's name, and the settings that the gr
 Settings = Mapping[str, Sequence[Any]] | Sequence[Mapping[str, Any]]
 FINISHED = "finished"
 POLL = 5.0  # seconds between looks at runs that other processes are training
-# Errors of one run that leave the others alone. XLA's, of memory too, are JaxRuntimeErrors.
+# Errors of one run that do not stop the others. XLA's are JaxRuntimeErrors, also out of memory.
 _FAILURES = (ConfigError, CheckpointError, NonFiniteError, JaxRuntimeError, MemoryError)
 _REPORTED = ("params_trainable", "steps", "seconds", "first_step_seconds", "together")
 _ORIGIN = ("commit", "dirty", "date", "device", "cpu", "jax")
 
 
-# In one program runs can differ in these.
+# Runs of one program can differ in these.
 _OWN = ("train/seed", "data/seed", "data/task", "optim/learning_rate")
 
 
@@ -63,30 +63,30 @@ def sweep(
 ) -> DataFrame:
     """Trains every combination of settings, each in <workdir>/<its name>.
 
-    Finished runs are not trained again, stopped ones go on, failed ones are tried again. A run that
-    another process trains is waited for, so several processes can share a workdir.
-    <workdir>/rows.json and rows.md are written after every run, <workdir>/curves at the end; the
-    runs share <workdir>/compile_cache.
+    Finished runs are not trained again, stopped ones resume, failed ones are tried again. Several
+    processes can share a workdir: each waits for runs that another one trains. <workdir>/rows.json
+    and rows.md are written after every run, <workdir>/curves at the end; the runs share
+    <workdir>/compile_cache.
 
     Args:
       base: Settings that the runs share.
-      grid: A table of lists, of which every combination is a run, or a list of tables, each a run.
-        Settings are dotted: "adapter.rank".
+      grid: A table of lists, whose combinations are the runs, or a list of tables, each a run.
+        Names of settings are dotted: "adapter.rank".
       workdir: Directory of the runs.
       console: Whether the runs and their progress are shown.
-      together: How many runs of one bucket length, and of the same settings but for seeds, learning
-        rate and task, train at a time, in one program. JAX's context managers do not reach them.
+      together: Number of runs that train at a time in one program. They have one bucket length, and
+        differ only in seeds, learning rate and task. JAX's context managers do not reach them.
 
     Returns:
       A row per run, in the order of the grid: run (its name), the settings that the grid changes,
       status ("finished", or "failed: why"), params_trainable, the held-out loss (validation_loss or
-      test_loss, as eval.split says), steps, seconds, and where it was trained (commit, device,
-      ...). Runs fail whose settings or model cannot be used, whose directory holds a run of other
-      settings, whose loss is not a number, and that need too much memory.
+      test_loss, by eval.split), steps, seconds, and the place of training (commit, device, ...). A
+      run fails if its settings or model cannot be used, its directory holds a run of other
+      settings, its loss is not finite, or it needs too much memory.
 
     Raises:
       ConfigError: pandas is not installed, the grid is wrong, or JAX has joined several processes.
-      Preempted: A signal came; the run that was training is saved after its step.
+      Preempted: A signal came; the run that was training has saved its last step.
     """
     try:
         import pandas
@@ -102,7 +102,7 @@ def combinations(base: RunConfig, grid: Settings) -> list[tuple[str, dict[str, A
     """Returns (name, changes) of every run of a grid, see `sweep`.
 
     Raises:
-      ConfigError: A setting that does not exist, an empty list, or a combination given twice.
+      ConfigError: A setting does not exist, a list is empty, or a combination is given twice.
     """
     if isinstance(grid, Mapping):
         for key, values in grid.items():
@@ -143,7 +143,7 @@ def run_grid(
     base: RunConfig, grid: Settings, workdir: str | Path, *, console: bool = True, together: int = 1
 ) -> list[Row]:
     """`sweep` as plain rows, without pandas."""
-    require(together >= 1, f"together={together}: must be at least 1, runs that train at a time.")
+    require(together >= 1, f"together={together}: must be at least 1, the runs of one program.")
     require(
         process_count() == 1,
         f"a sweep runs in one process, and JAX has joined {process_count()} here: train its runs"
@@ -166,7 +166,7 @@ def run_grid(
             if len(done) < len(named):
                 time.sleep(POLL)
     curves = {n: path for n in names if (path := workdir / n / METRICS_FILE).is_file()}
-    with contextlib.suppress(ValueError):  # no run came to its first number
+    with contextlib.suppress(ValueError):  # no run has logged a loss
         loss_curves(curves, workdir / "curves", f"{workdir.resolve().name}: {len(curves)} runs")
     return rows
 
@@ -174,7 +174,7 @@ def run_grid(
 def _parts(
     base: RunConfig, left: Sequence[Named], workdir: Path, together: int
 ) -> list[list[Named]]:
-    """The runs that train at a time, as many as `together` of one program."""
+    """The runs that train at a time: at most `together` of one program."""
     programs: dict[str, list[Named]] = {}
     for name, changes in left:
         program = _program(base, changes, workdir / name) if together > 1 else None
@@ -232,7 +232,7 @@ def _finished(run: RunConfig, folder: Path) -> Row | None:
 
 
 def _train(run: RunConfig, folder: Path, bases: dict[Any, Model], console: bool, group: Any) -> Row:
-    """Trains a run, or goes on with it, and returns its row."""
+    """Trains a run, or resumes it, and returns its row."""
     if folder.is_dir():
         with locked(folder):  # raises BusyError before anything slow
             require_no_jump(folder, run)
@@ -242,7 +242,7 @@ def _train(run: RunConfig, folder: Path, bases: dict[Any, Model], console: bool,
         bases[key] = _base(run)
     trained = train(run, folder, model=bases[key], console=console, group=group)
     if trained.signalled:
-        raise Preempted(f"stopped by a signal; {folder} is saved, the same command goes on there.")
+        raise Preempted(f"stopped by a signal; {folder} is saved, the same command resumes it.")
     return _row(run, trained.report)
 
 

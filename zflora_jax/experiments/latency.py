@@ -38,7 +38,7 @@ Turns = dict[str, dict[str, list[float]]]
 class Contender:
     """A compiled decode."""
 
-    generate: Callable[[int], object]  # n -> n tokens, waited for; of the n that are compiled
+    generate: Callable[[int], object]  # a compiled n -> n tokens; waits for them
     extra: dict[str, float] = field(default_factory=dict)  # more values to report
     model: Model | None = None
     adapters: trees.Tree | None = None  # unmerged
@@ -61,7 +61,7 @@ def contender(
       adapter, adapters: Adapters that run unmerged.
 
     Returns:
-      The contender, with compile_s of both programs, and memory_mb, all that the longer one holds.
+      The contender, with compile_s of both programs, and memory_mb, the memory of the longer one.
     """
     vocab = model.config.vocab_size
     tokens = np.random.default_rng(0).integers(0, vocab, (batch, prompt_length)).astype(np.int32)
@@ -164,7 +164,7 @@ def decode_latency(
 
     Args:
       models: Label -> base or fused model, `BASE` among them.
-      prompt_length, new_tokens, batch, repeats: As for `method_latency`.
+      prompt_length, new_tokens, batch, repeats: Arguments of `method_latency`.
 
     Returns:
       Label -> its row of `latency_rows`.

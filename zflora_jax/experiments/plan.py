@@ -48,12 +48,12 @@ def memory_plan(
       config: The base model's config.
       where: The devices to compile for, which may be absent; None: this process's.
       memory_gib: Memory of one device, in GiB; None: the target's.
-      save: File for the compiled steps, which `train` takes; None: no file.
+      save: File for the compiled steps, which `train` can load; None: no file.
 
     Returns:
-      Counts; "stored" of `stored_bytes`; "compiled" of `compile_step`; "widths" of `width_advice`;
-      for a target "roofline". If the memory of a device is known also "memory_bytes", "fits" and,
-      if it does not fit, "changes" that reduce the memory: text -> settings.
+      Counts; "stored" from `stored_bytes`; "compiled" from `compile_step`; "widths" from
+      `width_advice`; for a target "roofline". If a device's memory is known, also "memory_bytes",
+      "fits" and, if it does not fit, "changes" that reduce the memory: text -> settings.
 
     Raises:
       ConfigError: The mesh does not fit the model or the devices, or a compiler is missing.
@@ -102,13 +102,13 @@ def compile_step(
     """Compiles the train step of a run.
 
     Args:
-      run, config, where: As for `memory_plan`.
+      run, config, where: Arguments of `memory_plan`.
 
     Returns:
-      ({"target"; "devices", how many there are; "attention", the kernel and why it is no flash
-      kernel; "bytes", see `program_bytes`, with base, adapters, moments and batch as arguments; or
-      "refused", what a TPU's compiler says of a program that does not fit}, the compiled step, None
-      if it is refused).
+      ({"target"; "devices", their number; "attention", the kernel and why it is no flash kernel;
+      "bytes", see `program_bytes`, with base, adapters, moments and batch as arguments; or instead
+      "refused", the message of a TPU's compiler for a program that does not fit}, the compiled
+      step, None if it is refused).
     """
     mesh = _mesh(run, where)
     kernel, reason = step_attention(run, config, mesh)
@@ -158,7 +158,7 @@ def lowered_step(run: RunConfig, config: LlamaConfig, mesh: Mesh) -> Any:
 
 def step_attention(run: RunConfig, config: LlamaConfig, mesh: Mesh) -> tuple[str, str]:
     """Returns the attention kernel of a run's train step on a mesh whose devices may be absent, and
-    why it is no flash kernel ("" where it is one).
+    why it is no flash kernel ("" if it is one).
     """
     config = run.train.applied_to(config)
     rows, length = run.data.micro_batch_size, run.data.bucket_lengths[-1]

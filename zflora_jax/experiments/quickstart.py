@@ -1,5 +1,5 @@
 """The whole path once: train, evaluate before and after, fuse, check that fused equals adapted,
-decode side by side, export, switch the adapter, take the base out again, report.
+compare decode speed, export, switch the adapter, unfuse the base, report.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def quickstart(run: RunConfig, workdir: str | Path, *, console: bool = True) -> 
     run = trained.run
     fused = fuse_trained(trained.model, run.adapter, trained.adapters, donate=False)
     gap, scale = _fused_gap(run, trained, fused)
-    # The loss is that of training's end: `gap` says that the fused model has the same logits.
+    # The loss is the one at the end of training: by `gap` the fused model has the same logits.
     answers = replace(run, eval=replace(run.eval, loss=False))
     after = evaluate(answers, fused, out=workdir / "eval" / "after", console=console)
     latency = decode_latency({"base": trained.model, "fused": fused})
@@ -121,7 +121,7 @@ def _require_figures(run: RunConfig, found: Mapping[str, Any]) -> None:
 
 
 def _require_equal(gap: float, scale: float, dtype: str, workdir: Path) -> None:
-    """Refuses fused logits that differ from the adapted ones by more than the tolerance, or NaN."""
+    """Raises ConfigError if fused and adapted logits differ by more than the tolerance, or NaN."""
     allowed = FUSED_TOLERANCE[dtype]
     require(
         gap <= allowed * scale,
@@ -131,7 +131,7 @@ def _require_equal(gap: float, scale: float, dtype: str, workdir: Path) -> None:
 
 
 def _fused_gap(run: RunConfig, trained: Trained, fused: Model) -> tuple[float, float]:
-    """Returns (largest |dlogit| of fused and adapted model, largest |logit|), held-out rows."""
+    """Returns (largest |dlogit| of fused and adapted model, largest |logit|) on held-out rows."""
     encoded = held_out(run, trained.model)
     batch = next(iter(eval_batches(encoded, min(8, len(encoded)), run.data.bucket_lengths)))
     tokens, segments = batch["tokens"], batch["segments"]
@@ -146,8 +146,8 @@ def _fused_gap(run: RunConfig, trained: Trained, fused: Model) -> tuple[float, f
 
 
 def _switched(trained: Trained, fused: Model) -> dict[str, Any]:
-    """Returns switch_ms, the time to put another adapter into a live model (median, the compiler's
-    left out), and base_bit_for_bit, whether unfusing gives the base's very bits after that.
+    """Returns switch_ms, the median time to put another adapter into a live model, without compile
+    time, and base_bit_for_bit, whether unfusing then gives the base bit for bit.
 
     `fused` cannot be used afterwards. A method that merges by addition has neither.
     """
@@ -166,8 +166,8 @@ def _switched(trained: Trained, fused: Model) -> dict[str, Any]:
 
 
 def _on_blocks(run: RunConfig, trained: Trained, out: Path, console: bool) -> dict[str, Any]:
-    """Returns accuracy_on_blocks, of the adapter fused beside the blocks of the base's .gguf file;
-    nothing for another base or a method that merges by addition.
+    """Returns accuracy_on_blocks, the accuracy of the adapter fused with the quantised blocks of
+    the base's .gguf file; nothing for another base or a method that merges by addition.
     """
     file = locate(run.model)
     blocks = file.suffix == ".gguf" and has_blocks(file) and not run.quantize.active

@@ -1,4 +1,4 @@
-"""Loads what a run has trained."""
+"""Loads checkpoints of a run."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def load_run(
 ) -> tuple[RunConfig, Model, Tree, int]:
     """Loads a checkpoint of a run.
 
-    Processes that share the model call this together; each reads what its devices hold.
+    Processes that share the model call this together; each reads its devices' parts.
 
     Args:
       workdir: The run's directory or URL.
@@ -54,7 +54,7 @@ def load_run(
     mesh = mesh_if_there(run.mesh) if mesh is None else mesh
     model = load_base(run, mesh)
     with Checkpoints(workdir, create=False) as checkpoints:
-        # Of process 0: where the run goes on meanwhile, each would find another newest one.
+        # From process 0: while the run trains on, each process could find another newest one.
         number = from_process_0(_number(workdir, checkpoints, step))
         base, start = split_base(model, run.adapter)
         state, saved = checkpoints.restore(state_like(run, base, start, mesh), number)
@@ -79,8 +79,8 @@ def _number(workdir: str | Path, checkpoints: Checkpoints, step: int | str | Non
 def fuse_trained(
     model: Model, adapter: AdapterConfig, adapters: Tree, *, donate: bool = True
 ) -> Model:
-    """Fuses trained adapters into the base. A method that merges by addition gets the floats of a
-    quantised base, which it was trained with.
+    """Fuses trained adapters into the base. For a method that merges by addition, a quantised base
+    is dequantised first, as in training.
 
     Args:
       model: The base model.
@@ -105,15 +105,15 @@ def load_fused(
     mesh: Mesh | None = None,
     decode: bool = False,
 ) -> tuple[Model, str]:
-    """Loads a checkpoint of a run (see `load_run`), fused. No two copies of the base are in memory.
+    """Loads a checkpoint of a run (see `load_run`), fused. Memory never holds two bases.
 
     Args:
-      workdir, step, mesh: As for `load_run`.
-      decode: On a mesh, give the model the layout that decoding needs, which would be a second copy
-        next to stacked layers.
+      workdir, step, mesh: Arguments of `load_run`.
+      decode: On a mesh, give the model the layout for decoding, which would be a second copy next
+        to stacked layers.
 
     Returns:
-      (fused model, a label for result files, e.g. "step120").
+      (Fused model, a label for result files, e.g. "step120").
     """
     run, model, adapters, number = load_run(workdir, step, mesh=mesh)
     fused = fuse_trained(model, run.adapter, adapters)

@@ -30,18 +30,18 @@ def step_flops(
     learned: float,
     recomputed: bool = False,
 ) -> float:
-    """Operations of a train step, all devices together: 2 per parameter and token in the forward
-    pass, as many for the gradients of the inputs, and as many for those of trained parameters: 4N
-    for a frozen base of N parameters, where full fine-tuning takes 6N. Attention takes 4 d_heads
-    per key, token and layer forward, and 2.5 times that backward. train.loss=dpo adds a forward
-    pass of the base.
+    """Counts the operations of a train step on all devices together. Each parameter and token needs
+    2 in the forward pass, 2 for the gradients of inputs and, if trained, 2 for its own gradient:
+    4N for a frozen base of N parameters, 6N in full fine-tuning. Attention needs 4 d_heads per key,
+    token and layer forward, and 2.5 times that backward. train.loss=dpo adds a forward pass of the
+    base.
 
     Args:
       run: The run's settings.
       config: The base model's config.
       tokens: Tokens of the step, without padding.
-      keys: The keys that they attend to, summed over the tokens.
-      learned: The tokens that go through the head.
+      keys: Number of keys that they attend to, summed over the tokens.
+      learned: Number of tokens that go through the head.
       recomputed: Whether a recomputed forward pass counts (train.remat=block).
     """
     full = METHODS[run.adapter.method].in_place == "full"
@@ -55,12 +55,14 @@ def step_flops(
 
 
 def _passes(run: RunConfig, recomputed: bool) -> int:
-    """Forward passes, that of train.remat=block if `recomputed`, and the one backward."""
+    """Number of passes: forward, backward over activations, the reference's forward (DPO), and with
+    train.remat=block, if `recomputed`, the forward again.
+    """
     return 2 + (recomputed and run.train.remat == "block") + run.train.pairs
 
 
 def batch_flops(run: RunConfig, config: LlamaConfig, batch: Mapping[str, Any]) -> float:
-    """`step_flops` of a batch on the host, whose rows stand for those of all processes."""
+    """`step_flops` of a host's batch, extrapolated to the rows of all processes."""
     segments = batch["segments"]
     number = segments + (segments.max() + 1) * np.arange(len(segments))[:, None]
     lengths = [n for n in np.bincount(number[segments > 0]).tolist() if n]
@@ -74,14 +76,14 @@ def roofline(
 ) -> dict[str, Any]:
     """Estimates the least time of a train step at the longest of data.bucket_lengths.
 
-    Operations as in `step_flops`, those of a recomputed forward pass among them. HBM: kernels once
-    per pass, adapters, gradients and moments read and written.
+    It counts the operations of `step_flops`, including a recomputed forward pass. HBM traffic:
+    kernels once per pass; adapters, gradients and moments read and written.
 
     Args:
       run: The run's settings.
       config: The base model's config.
       chip: The device.
-      link_bytes: Bytes that a device sends in a step within its slice, as its program says.
+      link_bytes: Bytes that a device sends in a step within its slice, from its program.
 
     Returns:
       "flops", "hbm_bytes", "link_bytes" per device; "compute_s", "hbm_s", "link_s" at the

@@ -1,5 +1,5 @@
-"""report.json: the outcome of a run. It is written when training ends, and stays as it is when the
-finished run is run again.
+"""report.json: the outcome of a run. It is written when training ends, and running the finished run
+again leaves it unchanged.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def new_report(
 
     Args:
       setup, workdir: The run, and its directory.
-      first: The step that the last start went on from.
+      first: The step from which the last start resumed.
       loss: The held-out loss after the last step, see `loss.held_out_loss`.
       env: The environment of the training, see `provenance.environment`.
       more: Further entries, such as seconds.
@@ -77,14 +77,14 @@ def finished_report(
 ) -> Report:
     """Returns the report of a finished run that is run again. Every process calls this.
 
-    The report that is there keeps its commit, device, date and timings. Its held-out loss is
-    computed again if the rows have changed, by eval.split, eval.limit or themselves. A report that
-    is missing, damaged or of fewer steps is written again, with the environment that the last start
-    of training recorded.
+    An existing report keeps its commit, device, date and timings. Its held-out loss is computed
+    again if the rows have changed, or eval.split or eval.limit. A report that is missing, damaged
+    or has fewer steps is written again, with the environment that the last start of training
+    recorded.
 
     Args:
       setup, workdir: The run, and its directory.
-      seconds: Seconds of training, as the last checkpoint has them.
+      seconds: Seconds of training, from the last checkpoint.
       env: The environment of this process, for a run that recorded no start.
       adapters: The trained adapters.
     """
@@ -110,8 +110,8 @@ _OF_START = ("step", "changed", "processes", "plain_texts", "repeated", "togethe
 
 
 def _loss_fields(setup: Setup, loss: Mapping[str, float]) -> Report:
-    """The held-out loss under its names in the report, the objective's other means, and which rows
-    they are of.
+    """The held-out loss under its names in the report, the objective's other means, and the
+    fingerprint of their rows.
     """
     split, names = setup.run.eval.split, ("loss", *objective_of(setup.run).metrics)
     rows = {f"{split}_rows": int(loss["rows"]), _EVAL_ROWS: setup.eval_set.fingerprint()}

@@ -34,13 +34,13 @@ KEY, _COMPILERS = "key.json", {"tpu": ["libtpu"], "gpu": ["jax-cuda13-pjrt", "ja
 
 
 def each_length(run: RunConfig) -> Iterator[tuple[int, RunConfig]]:
-    """Yields each of data.bucket_lengths, and `run` with that one alone."""
+    """Yields each of data.bucket_lengths, and `run` with only that one."""
     for length in run.data.bucket_lengths:
         yield length, replace(run, data=replace(run.data, bucket_lengths=(length,)))
 
 
 def with_memory(step: StepFn, compiled: Any) -> StepFn:
-    """Adds step_memory_bytes, which `compiled`, the same step, plans for a device, to metrics."""
+    """Adds to metrics step_memory_bytes, the memory that `compiled` plans for a device."""
     planned: Any = {"step_memory_bytes": program_bytes(compiled)["total"]}
 
     def made(params: Tree, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
@@ -107,7 +107,7 @@ def _key(run: RunConfig, mesh: Mesh, lowered: Mapping[int, Any]) -> dict[str, An
         digest = hashlib.sha256(step.as_text().encode()).hexdigest()[:16]
         facts[f"program for rows of {length} tokens"] = digest
     settings = plain(flatten(to_dict(run)))
-    del settings["data/date"]  # of the day on which the run starts
+    del settings["data/date"]  # it is the day on which the run starts
     return {"facts": facts, "settings": settings}
 
 

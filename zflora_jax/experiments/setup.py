@@ -37,19 +37,19 @@ class Setup:
     run: RunConfig  # with the steps of train.epochs
     mesh: Mesh
     model: Model  # the base, divided over the mesh, without `start`; with the run's execution
-    start: Tree | None  # the first adapters, taken out of the base; None where they are random
+    start: Tree | None  # first adapters, removed from the base; None if they are random
     state_like: TrainState  # shapes, dtypes and shardings of the state
     attention: tuple[str, str]  # the kernel of the step, and why it is no flash kernel, or ""
     train_set: Encoded  # packed rows hold several examples
-    examples: int  # of training
-    plain: bool  # whether they are texts as they stand, whatever data.prompt_style says
+    examples: int  # number of training examples
+    plain: bool  # whether they are plain texts, whatever data.prompt_style is
     eval_set: Encoded
     fingerprints: dict[str, str]  # of base and data, by their names in checkpoints and reports
-    steps: Mapping[int, Any] = field(default_factory=dict)  # compiled already, by length of rows
+    steps: Mapping[int, Any] = field(default_factory=dict)  # compiled steps, by length of rows
 
     @property
     def shardings(self) -> TrainState:
-        """Where the leaves of the state lie, a TrainState of NamedShardings."""
+        """Shardings of the state, a TrainState of NamedShardings."""
         return jax.tree.map(lambda leaf: leaf.sharding, self.state_like)
 
     def fresh_state(self) -> TrainState:
@@ -61,7 +61,7 @@ class Setup:
         return fresh(self.model.params, self.start)
 
     def with_steps(self, path: str | Path) -> Setup:
-        """Returns this with the compiled steps of a file; see `saved_step.load_steps`."""
+        """Returns a copy with the compiled steps of a file; see `saved_step.load_steps`."""
         step: Any = step_of(self.run, self.model.config, self.shardings)
         lowered = {}
         for length, one in each_length(self.run):
@@ -78,7 +78,7 @@ class Setup:
 
 
 def prepare(run: RunConfig, mesh: Mesh, model: Model | None) -> Setup:
-    """Loads what a run trains on.
+    """Loads the base and the data of a run.
 
     Args:
       run: The run's settings.
@@ -86,7 +86,7 @@ def prepare(run: RunConfig, mesh: Mesh, model: Model | None) -> Setup:
       model: The run's base if it is loaded already, see `base.given_base`.
 
     Raises:
-      ConfigError: Base, data and settings do not fit together. Nothing was written by then.
+      ConfigError: Base, data and settings do not fit together. Nothing has been written.
     """
     model = load_base(run, mesh) if model is None else given_base(run, model)
     rows = load_mixture(run.data, "train")
@@ -104,7 +104,7 @@ def prepare(run: RunConfig, mesh: Mesh, model: Model | None) -> Setup:
 
 
 def sequences(rows: Mixture, run: RunConfig, model: Model) -> tuple[int, Encoded]:
-    """Returns how many training rows fit, and the sequences that a run trains on."""
+    """Returns (number of training rows that fit, the sequences that a run trains on)."""
     found = _tokenized(rows, run, model)
     top = run.data.bucket_lengths[-1]
     return len(found), pack_sequences(found, top) if run.data.packing else found
@@ -119,7 +119,7 @@ def state_like(run: RunConfig, model: Model, start: Tree | None, mesh: Mesh | No
     """Returns the state of a run as ShapeDtypeStructs, placed on `mesh` if there is one.
 
     Args:
-      model, start: As `adapters.init.split_base` returns them.
+      model, start: The results of `adapters.init.split_base`.
     """
     shapes = jax.eval_shape(lambda: fresh_state(run, model, start))
     if mesh is None:
@@ -129,8 +129,8 @@ def state_like(run: RunConfig, model: Model, start: Tree | None, mesh: Mesh | No
 
 
 def held_out(run: RunConfig, model: Model, split: str | None = None) -> Encoded:
-    """Returns the rows of the held-out loss, tokenised. All processes of a run call this: with
-    other numbers of batches they would wait for each other.
+    """Returns the rows of the held-out loss, tokenised. All processes of a run call this, because
+    with different numbers of batches they would wait for each other.
 
     Args:
       run: The run's settings; eval.limit is the number of rows.
@@ -157,6 +157,6 @@ def split_loss(
       adapters: The run's trained adapters; None: the model without adapters.
 
     Returns:
-      As for `held_out_loss`.
+      The result of `held_out_loss`.
     """
     return held_out_loss(run, model, held_out(run, model, split), adapters)

@@ -48,8 +48,8 @@ def step_arguments(
 
 
 def program_bytes(program: Any) -> dict[str, int]:
-    """Returns the bytes of one device that a compiled step needs, as the compiler plans them: of
-    arguments, of outputs that do not share an argument's memory, temporaries, and their total.
+    """Returns the bytes of one device that the compiler plans for a step: arguments, outputs that
+    do not share an argument's memory, temporaries, and their total.
     """
     memory = program.memory_analysis()
     sizes = {
@@ -62,7 +62,7 @@ def program_bytes(program: Any) -> dict[str, int]:
 
 def stored_bytes(run: RunConfig, config: LlamaConfig) -> dict[str, int]:
     """Returns the bytes of one device's part of the base, the adapters, their gradients (twice with
-    micro-batches: those of one, and their sum) and the optimizer's state without its counters.
+    micro-batches: one's and the sum) and the optimizer's state without its counters.
     """
     mesh = AbstractMesh((run.mesh.data, run.mesh.fsdp, run.mesh.tensor), AXES)
     params, state, _ = step_arguments(run, config, mesh)

@@ -67,8 +67,8 @@ class Trained:
 
     model: Model  # the base
     adapters: Tree  # unmerged
-    report: Report  # as in <workdir>/report.json
-    run: RunConfig  # with what it took from the run that was there (`workdir.adopt`), and its day
+    report: Report  # the contents of <workdir>/report.json
+    run: RunConfig  # with its date and settings from an earlier start (`workdir.adopt`)
     signalled: bool = False  # whether a signal came after the last step, too late to stop one
 
 
@@ -82,7 +82,7 @@ def train(
     compiled: str | Path | None = None,
     group: Group | None = None,
 ) -> Trained:
-    """Trains a run in `workdir`, or goes on with the run that is there.
+    """Trains a run in `workdir`, or resumes the run that is there.
 
     A finished run is loaded, with its report. Every process of a run calls this. `workdir` gets
     config.json, checkpoints/, metrics.jsonl, starts.jsonl, report.json, trackers' files and
@@ -98,12 +98,12 @@ def train(
       group: The runs of a `sweep` that take their steps in one program; for `sweep` only.
 
     Raises:
-      ConfigError: Settings that cannot be used, or a `workdir` of another config or in use.
+      ConfigError: Settings cannot be used, or `workdir` is in use or holds another config.
       NonFiniteError: The loss is NaN or infinite; the last checkpoint is intact.
-      Preempted: SIGTERM or SIGINT came; the state after the step that ran then is saved.
+      Preempted: SIGTERM or SIGINT came; the state after the current step is saved.
       SaveError: A checkpoint could not be written; the ones before it are intact.
     """
-    # First of all: the commit that runs, not the one checked out when it ends.
+    # First: this records the running commit, not the one checked out at the end.
     started, env, group = time.perf_counter(), environment(), group or Group(1)
     workdir, run, changed = _admit(run, workdir, resume, env)
     setup, changed = _load(run, workdir, model, changed, compiled)
@@ -117,7 +117,7 @@ def train(
             return Trained(setup.model, state.adapters, report, run, signals.asked)
         shared = {"processes": jax.process_count(), "together": group.size}
         start = {"changed": changed, "plain_texts": setup.plain}
-        start |= shared | _repeated(workdir, first, clock)  # of records that are dropped now
+        start |= shared | _repeated(workdir, first, clock)  # from records that are dropped now
         writer = _open_logs(stack, run, workdir, console, first, env, held)
         distributed.on_main(lambda: record_start(workdir, first, env, **start))
         loss = HeldOutLoss(setup.held_out_loss, len(setup.eval_set), writer, run, clock)
@@ -129,7 +129,7 @@ def train(
             checkpoints.finish()
     if int(state.step) < run.steps:  # the last checkpoint is written by now
         text = f"stopped by a signal after step {state.step} of {run.steps}, which is saved in"
-        raise Preempted(f"{text} {workdir}; the same command goes on from there.")
+        raise Preempted(f"{text} {workdir}; the same command resumes it.")
     report = new_report(setup, workdir, first, loss.last, env, clock.report() | shared)
     return Trained(setup.model, state.adapters, report, run, signals.asked)
 
@@ -137,7 +137,7 @@ def train(
 def _admit(
     run: RunConfig, workdir: str | Path | None, resume: bool, env: Report
 ) -> tuple[Path, RunConfig, Changes]:
-    """Checks all that is quick to check: (workdir, the settings to run with, those that change)."""
+    """Makes the quick checks; returns (workdir, the settings to run with, those that change)."""
     default = Path("runs") / f"{run.data.task}-{run.adapter.method}"
     distributed.require_equal({name: env.get(name) for name in ("commit", "dirty", "jax", "flax")})
     require_same_settings(run)
@@ -176,7 +176,7 @@ def _load(
 def _open(
     stack: ExitStack, setup: Setup, workdir: Path, changed: Changes
 ) -> tuple[distributed.StopSignals, Checkpoints, Callable[[], None]]:
-    """Takes the workdir, until `stack` is closed. The function raises if the lock was lost."""
+    """Locks the workdir until `stack` is closed. The function raises if the lock was lost."""
     train = setup.run.train
     held = distributed.on_main(lambda: stack.enter_context(claimed(workdir, setup.run)))
     held = held or (lambda: None)
@@ -201,7 +201,7 @@ def _open_logs(
     env: Report,
     held: Callable[[], None],
 ) -> MetricWriter | None:
-    """Opens metrics.jsonl and what train.report_to names, in the process that writes."""
+    """Opens metrics.jsonl and the trackers of train.report_to, in the process that writes."""
     shown, trackers = to_dict(run) | {"environment": env}, run.train.report_to
     every = run.train.log_every
     made = (workdir, run.steps, console, first, trackers, shown, every, held)
@@ -214,7 +214,7 @@ def _first_state(
     """The newest saved state, or a fresh one, and the run's clock. With a state that fits, the
     run's settings become those of `workdir`.
     """
-    # Of process 0: a network file system can show another host an older list of them.
+    # From process 0: a network file system can show another host an older list of them.
     newest = distributed.from_process_0(checkpoints.latest)
     if newest is None:
         return setup.fresh_state(), Clock(started)
@@ -222,7 +222,7 @@ def _first_state(
     for name in ("base", "data"):
         require_same(saved, name, setup.fingerprints[f"{name}_fingerprint"], workdir)
     left = (step := int(state.step)) < setup.run.steps
-    if left and setup.run.train.keep_best:  # losses of other rows are no measure
+    if left and setup.run.train.keep_best:  # losses of other rows are not comparable
         for one in map(checkpoints.meta_of, saved_steps(workdir)):
             if one.get("loss") is not None and "eval_fingerprint" in one:
                 require_same(one, "eval", setup.eval_set.fingerprint(), workdir)
@@ -235,7 +235,7 @@ def _first_state(
 def _evaluate_if_missed(
     loss: HeldOutLoss, writer: MetricWriter | None, state: TrainState, checkpoints: Checkpoints
 ) -> None:
-    """Evaluates a restored state that a signal kept from the evaluation that was due."""
+    """Evaluates a restored state if a signal had prevented its due evaluation."""
     step = int(state.step)
     if step == 0 or not loss.is_due(step, stopping=False):
         return
@@ -251,7 +251,7 @@ def _train_steps(
     console: bool,
     group: Group,
 ) -> TrainState:
-    """The loop over the steps that `state` lacks, each required to be finite first of all."""
+    """Runs the steps that `state` lacks, and first requires each to be finite."""
     data, rows, mesh = setup.run.data, setup.run.data.batch_size, setup.mesh
     objective = objective_of(setup.run)
     kernel, reason = setup.attention
@@ -271,7 +271,7 @@ def _train_steps(
             text = f"compiling the train step for {rows} x {length} tokens, once for each length"
             with clock.on("compile"), announced(text, console):
                 programs[length] = step
-                if hasattr(step, "lower"):  # else of a group, whose step waits for the others'
+                if hasattr(step, "lower"):  # not a group's, which waits for the other runs
                     compiled = step.lower(params, state, batch).compile()
                     programs[length] = with_memory(step, compiled)  # step: not compiled again
                 return programs[length](params, state, batch)
@@ -313,7 +313,7 @@ def _traces(stack: ExitStack, run: RunConfig, workdir: Path) -> list[Hook]:
 
 def _repeated(workdir: Path, first: int, clock: Clock) -> dict[str, float]:
     """Counts the seconds that killed starts worked after their last checkpoint, as far as
-    metrics.jsonl shows; this one goes on from step `first`. Returns them for starts.jsonl.
+    metrics.jsonl shows; this one resumes from step `first`. Returns them for starts.jsonl.
     """
     path = workdir / METRICS_FILE
     records = read_metrics(path) if path.is_file() else []

@@ -1,5 +1,5 @@
 """Hugging Face directories, GGUF files and PEFT adapters: read into native trees, written from
 them.
 
-No data and no training; torch is never imported.
+There is no data and no training here, and torch is never imported.
 """

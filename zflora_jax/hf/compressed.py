@@ -1,11 +1,11 @@
 """Exports with quantised kernels in the compressed-tensors format, for vLLM and transformers.
 
 The model's codes are copied; floats are quantised here, the base's inputs separately from an
-adapter's. int4 has groups of inputs, so an adapter's rows get groups of their own. int8 has one
-scale per output channel, which an adapter's rows share with the base's codes: an adapter's channel
-is therefore stored times the power of two that gives the rows reading it, divided by that power,
-the smallest error. The residual state has one power, eps_z; each adapter unit of the MLP and each
-adapter dim of the values has its own.
+adapter's. int4 has groups of inputs, so an adapter's rows get separate groups. int8 has one scale
+per output channel, which an adapter's rows share with the base's codes. An adapter's channel is
+therefore stored times a power of two, and the rows that read it are divided by that power, which
+is chosen for the smallest error. The residual state has one power, eps_z; each adapter unit of the
+MLP and each adapter dim of the values has a separate one.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ DTYPES = ("float32", "bfloat16")  # of unquantised tensors; vLLM casts scales to
 CODES = ("I8", "I32", "I64")  # safetensors' dtypes of codes, words and shapes
 MOST = 127  # the largest code of 8 bits that has a negative
 _WORD = 4  # codes of 8 bits in a word
-# Powers that a unit may be stored times; 1 first, so that rows of zeros leave it as it is.
+# Factors for a stored unit; 1 first, so that it stays if its rows are zeros.
 _UNITS = tuple(sorted((2.0**k for k in range(-10, 11)), key=lambda power: abs(np.log2(power))))
 
 
@@ -57,7 +57,7 @@ class Quant:
     """A way to store the layers' kernels."""
 
     kind: str  # type of their codes
-    bits: int  # of a code
+    bits: int  # bits of a code
     format: str  # compressed-tensors' name of the layout
     parts: tuple[str, ...]  # names of a kernel's tensors, in place of "weight"; the codes first
     text: str  # for messages and help
@@ -73,7 +73,7 @@ QUANTS = {
 
 
 def check_quant(quant: str, dtype: str | None = None) -> Quant:
-    """Looks up a quantisation; ConfigError if it is unknown or does not go with `dtype`."""
+    """Looks up a quantisation; ConfigError if it is unknown or excludes `dtype`."""
     require_in(
         QUANTS,
         quant,
@@ -97,18 +97,18 @@ class CompressedForm:
     native: LlamaConfig  # the model's config
     base: LlamaConfig  # its base's config
     stock: StockForm  # with filled heads and MLP units
-    # "heads" or "mlp" -> powers that the adapter's units are stored times, per layer [R, e]
+    # "heads" or "mlp" -> factors of the adapter's stored units, per layer [R, e]
     units: dict[str, list[np.ndarray]] = field(default_factory=dict)
 
     def powers(self, stream: str, layer: int) -> np.ndarray:
-        """Powers that the adapter's channels of a stream are stored times, [heads or 1, e or 1]."""
+        """Factors of an adapter's stored channels of a stream, [heads or 1, e or 1]."""
         if stream in self.units:
             return self.units[stream][layer]
         return np.full((1, 1), self.stock.eps_z if stream == "residual" else 1, np.float32)
 
 
 def compressed_form(model: Model, quant: str, dtype: str, eps_z: float | None) -> CompressedForm:
-    """The form of a model; arguments and errors as for `compressed`."""
+    """The form of a model, for the arguments of `compressed` and with its errors."""
     row, config = check_quant(quant, dtype), model.config
     widened = model.adapter is not None and METHODS[model.adapter.method].widens
     base = base_config(config, model.adapter) if widened and model.adapter else config
@@ -156,12 +156,12 @@ class _Kernel:
     codes: np.ndarray  # [R, w, N, o] int8: the base's rows, with an adapter's outputs
     scales: np.ndarray  # [R or 1, groups, N, o] float32
     rows: np.ndarray  # an adapter's rows, [R, e, N, o] float32
-    own: tuple[np.ndarray, np.ndarray] | None  # their own codes and scales (int4)
+    own: tuple[np.ndarray, np.ndarray] | None  # the rows' separate codes and scales (int4)
     outputs: int  # number of the base's outputs in o
 
     @property
     def shared(self) -> np.ndarray:
-        """[N, o]: whether the rows must take the base's scale: not where the base has no codes, nor
+        """[N, o]: True where the rows must use the base's scale: where the base has codes, except
         for an adapter's outputs, which may be rounded again.
         """
         used = np.max(np.abs(self.codes), axis=(0, 1), initial=0) > 0
@@ -222,10 +222,10 @@ def _kernel(form: CompressedForm, model: Model, name: str) -> _Kernel:
 def _shared_scales(form: CompressedForm, model: Model, eps_z: float | None) -> CompressedForm:
     """The form with the powers of units and, unless the user gave it, eps_z.
 
-    A power is judged by the whole error of its rows: clipping a few rows costs less than rounding
-    all others more coarsely. eps_z has the smallest relative error of a layer's products: that of
-    the rows as codes, plus what the norms of the residual stream and of heads lose by summing over
-    the state and the adapter dims.
+    A power is judged by the whole error of its rows, because clipping a few rows costs less than
+    rounding all others more coarsely. eps_z minimises the relative error of a layer's products: the
+    error of the rows as codes, plus the error that the norms of the residual stream and of heads
+    make by summing over the state and the adapter dims.
     """
 
     def error_of(rows: np.ndarray, scales: np.ndarray) -> np.ndarray:
@@ -257,7 +257,7 @@ def _shared_scales(form: CompressedForm, model: Model, eps_z: float | None) -> C
     stock = form.stock
     if eps_z is None and counts[0]:
         shares = state_shares(model)
-        # Of the inputs times the rows, relative to those times the base's
+        # Error of inputs times the rows, relative to the products with the base's
         part = shares["residual"] / counts[0] / (energies[1] / counts[1])
         effect = np.sqrt(part * error / (1 + part * energies[0]))
         for share in shares.values():
@@ -276,7 +276,7 @@ def compressed(model: Model, quant: str, dtype: str, eps_z: float | None) -> HFC
       eps_z: Scale of the stored state; None: chosen from the weights.
 
     Raises:
-      ConfigError: A setting is wrong, or the kernels cannot be stored so.
+      ConfigError: A setting is wrong, or the kernels cannot be stored in this form.
       CheckpointError: A value or scale is not finite.
     """
     form = compressed_form(model, quant, dtype, eps_z)
@@ -335,7 +335,7 @@ def _stock_kernel(form: CompressedForm, model: Model, name: str) -> tuple[np.nda
     width, group = place.shape[(place.in_axes or 1) - 1], form.groups[kernel]
 
     def filled(part: np.ndarray, inputs: int, value: int) -> np.ndarray:
-        """Filled up to the stored widths, [out, in]."""
+        """Pads a part to the stored widths, [out, in]."""
         pads = [(0, 0), (0, inputs - part.shape[1]), (0, 0), (0, place.shape[-1] - part.shape[3])]
         part = np.pad(part, pads, constant_values=value)
         if form.stock.rotated(kernel):

@@ -11,7 +11,7 @@ from zflora_jax.core.families import FAMILIES
 from zflora_jax.core.fields import ConfigError, from_dict, require, to_dict
 from zflora_jax.core.model_config import LlamaConfig, RopeScaling
 
-# Features without code in the forward pass: key -> values that leave them off. Other keys of a
+# Features without code in the forward pass: key -> values that switch them off. Other keys of a
 # config.json do not change the forward pass.
 _ONLY: dict[str, tuple[Any, ...]] = {
     "model_type": tuple(FAMILIES),
@@ -94,7 +94,7 @@ def from_hf_config(
 
 
 def _refuse(hf: Mapping[str, Any]) -> None:
-    """ConfigError that names a feature without code in the forward pass."""
+    """Raises ConfigError that names a feature without code in the forward pass."""
     require(
         not {"adapter", "train"} <= hf.keys(),
         "config.json holds the settings of a training run, not a model: give its directory with"
@@ -104,8 +104,8 @@ def _refuse(hf: Mapping[str, Any]) -> None:
     require(
         not hf.get("quantization_config"),
         f"config.json: quantization_config={str(hf.get('quantization_config'))[:60]}...:"
-        " packed weights are for vLLM and transformers. Load what they were made of: a float export"
-        " (without --quant), the run, or the float checkpoint on the hub.",
+        " packed weights are for vLLM and transformers. Load their source: a float export (without"
+        " --quant), the run, or the float checkpoint on the hub.",
     )
     for key, allowed in _ONLY.items():
         require(
@@ -222,7 +222,7 @@ def to_hf_config(config: LlamaConfig, dtype: str) -> dict[str, Any]:
     """The config.json of the family's stock class, for transformers 4 and 5.
 
     Args:
-      config: Config of a model in stock form; ConfigError where it is widened.
+      config: Config of a model in stock form; ConfigError if it is widened.
       dtype: Data type of the stored tensors.
     """
     if config.widened:
@@ -247,7 +247,7 @@ def to_hf_config(config: LlamaConfig, dtype: str) -> dict[str, Any]:
         "mlp_bias": False,
         "model_type": config.family,
         "pad_token_id": config.pad_token_id,
-        # Both spellings: transformers 4 reads a file without its own as theta 10000, unscaled.
+        # Both spellings: without its spelling, transformers 4 reads theta 10000, unscaled.
         "rope_parameters": {"rope_theta": config.rope_theta, **rope},
         "rope_scaling": rope if scaling is not None else None,
         "rope_theta": config.rope_theta,

@@ -1,8 +1,8 @@
-"""Directories of models: written whole or not at all, replacing only this project's own files.
+"""Directories of models: written whole or not at all, replacing only files of this project.
 
 In a bucket, an export is uploaded under the manifest .zflora-upload.json, which lists the files
 with their sizes. It is written first with "complete": false, and last with true, so a killed upload
-is never taken for a whole export. Models there are read through a local copy.
+never counts as a whole export. Models in a bucket are read through a local copy.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ log = logging.getLogger(__name__)
 MARKER = ".zflora-upload.json"
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _TOLD_FULL = re.compile(rf"^\d+ requested and \d+ written|os error ({'|'.join(map(str, _FULL))})\b")
-KEPT = 24 * 3600.0  # seconds that an older copy stays, which another process may be reading
+KEPT = 24 * 3600.0  # seconds that an older copy stays: another process may be reading it
 # The files that loading a model reads.
 MODEL_FILES = (
     *("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "zflora/*"),
@@ -58,7 +58,7 @@ def export_target(path: str | os.PathLike[str]) -> Path:
 
 def local_copy(source: str | os.PathLike[str], files: Sequence[str] = MODEL_FILES) -> Path:
     """A local directory or file: `source`, or a verified copy of the files at a URL that match the
-    patterns. CheckpointError if there are none, or no whole export, at the URL.
+    patterns. CheckpointError if the URL has no such files, or no whole export.
     """
     path = as_path(source, "model")
     return _download(path, files) if is_url(path) else path.expanduser()
@@ -104,14 +104,14 @@ def refuse_foreign(target: Path, own_files: Callable[[Path], set[str] | None], s
     if is_url(target):
         there, manifest = objects(target), _manifest(target)
         names, sizes = set(there) - {MARKER}, manifest.get("files", {})
-        # Of a killed upload there are old and new sizes, and tensors are not edited but damaged.
+        # A killed upload has old and new sizes, and users do not edit tensors: they are damaged.
         keep = ".safetensors" if manifest.get("complete") else ""
         ours = {x for x in names & {*sizes} if x.endswith(keep) or sizes[x] == there[x]["size"]}
         ours = ours if sign in sizes else None
     else:
         found = (p for p in target.rglob("*") if p.is_symlink() or not p.is_dir())
         names, ours = (str(p.relative_to(target)) for p in found), own_files(target)
-    # Of all files below "/" no more are looked at than are named.
+    # Below "/" no more files are looked at than the message names.
     foreign = list(itertools.islice((name for name in names if name not in (ours or ())), 8))
     advice = "It is left as it is: choose another path, or move it away."
     if foreign and ours is None:
@@ -142,15 +142,15 @@ def _rename(staging: Path, target: Path) -> None:
 
 @contextlib.contextmanager
 def folder_beside(target: Path) -> Iterator[Path]:
-    """A temporary directory on the file system of a file or directory that is to be written. The
-    log names those that killed exports left; CheckpointError if the place cannot be written to.
+    """Yields a temporary directory on the file system of an output file or directory. The log names
+    those that killed exports left; CheckpointError if the place cannot be written to.
     """
     prefix, names = f".{target.name}.", "[!.]" * 8  # which mkdtemp puts between
     found = target.parent.glob(f"{glob.escape(prefix)}{names}.*")
     if left := sorted(str(path) for path in found if path.suffix in (".tmp", ".old")):
         log.warning(
-            "%s: of an export to this place that was killed, or still runs. If none runs, delete"
-            " them; but where %s is missing, the one that ends in .old is it: rename it.",
+            "%s: left by an export to this place that was killed, or still runs. If none runs,"
+            " delete them; but if %s is missing, rename the one that ends in .old to it.",
             *(", ".join(left), target),
         )
     try:
@@ -164,13 +164,12 @@ def folder_beside(target: Path) -> Iterator[Path]:
     try:
         yield Path(folder)
     except Exception as error:
-        # Of numpy, "96 requested and 64 written", and safetensors, "... (os error 28)".
+        # Messages of numpy, "96 requested and 64 written", and safetensors, "... (os error 28)".
         if getattr(error, "errno", None) not in _FULL and not _TOLD_FULL.search(str(error)):
             raise
         raise CheckpointError(
-            f"{target} could not be written: {error}. Nothing new is there, and what was there"
-            " before is untouched. Free space on that disk, or choose another path, and run the"
-            " same command again."
+            f"{target} could not be written: {error}. Its earlier content, if any, is unchanged."
+            " Free space on that disk, or choose another path, and run the same command again."
         ) from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -247,7 +246,7 @@ def _find(source: Path, patterns: Sequence[str]) -> tuple[Path, dict[str, tuple[
     manifest = _manifest(source)
     if manifest and not manifest.get("complete"):
         raise CheckpointError(
-            f"{source} is not whole: its upload goes on, or was stopped. Export it again."
+            f"{source} is not whole: its upload still runs, or was stopped. Export it again."
         )
     for name, size in manifest.get("files", {}).items():
         if name in files and files[name][0] != size:

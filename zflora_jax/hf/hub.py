@@ -1,4 +1,4 @@
-"""Models by name: hub ids, presets, and packages that bring a preset's weights."""
+"""Models by name: hub ids, presets, and packages with a preset's weights."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _ID = r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?"
 
 
 def packaged(source: str) -> Path | None:
-    """The .gguf file of a preset in an installed package, unless the name is of a path here."""
+    """The .gguf file of a preset in an installed package, unless the name is a local path."""
     package = None if Path(source).expanduser().exists() else PACKAGED.get(source)
     spec = importlib.util.find_spec(package) if package else None
     folders = (spec.submodule_search_locations or []) if spec else []
@@ -43,14 +43,14 @@ def packaged(source: str) -> Path | None:
 
 
 def is_hub_id(source: str) -> bool:
-    """Whether "org/name" or "org/name@revision" is no path of this machine."""
+    """True for "org/name" or "org/name@revision" that is no path of this machine."""
     return bool(re.fullmatch(_ID, source)) and not Path(source).expanduser().exists()
 
 
 def fetched(hub_id: str, files: Sequence[str], hint: str | None = None) -> Path:
     """The local copy of a hub repository, "org/name" or "org/name@revision", with the files that
-    match the patterns; CheckpointError if it fails. hint: End of its message; None: for an id that
-    may be meant as a path.
+    match the patterns; CheckpointError if it fails. hint: End of the message; None: a hint for an
+    id that may be meant as a path.
     """
     name, _, revision = hub_id.partition("@")
     try:
@@ -75,8 +75,8 @@ def fetched(hub_id: str, files: Sequence[str], hint: str | None = None) -> Path:
 
 
 def locate(source: str, files: Sequence[str] = MODEL_FILES) -> Path:
-    """Finds a model, given as for `load_model`: its directory or file. From the hub or a bucket,
-    those files are copied that match the patterns. CheckpointError if there is none.
+    """Finds the directory or file of a `source` of `load_model`. Files that match the patterns are
+    copied from the hub or a bucket. CheckpointError if there is no model.
     """
     path = local_copy(source, files)
     if path.exists():
@@ -100,15 +100,15 @@ def locate(source: str, files: Sequence[str] = MODEL_FILES) -> Path:
     copy = fetched(HUB_IDS.get(source, source), ["config.json", *files], hint)
     if not (copy / "config.json").is_file():
         raise CheckpointError(
-            f"{source!r} has no config.json on the hub. Of a repository of .gguf files download one"
-            " (`hf download`) and give its path; an adapter goes with its base (--adapter,"
+            f"{source!r} has no config.json on the hub. From a repository of .gguf files, download"
+            " one (`hf download`) and give its path; give an adapter with its base (--adapter,"
             " zf.load_peft)."
         )
     return copy
 
 
 def base_name(model: Model) -> str | None:
-    """The base's name for others: its hub id, else the last part of its path; None if unknown."""
+    """The base's public name: its hub id, else the last part of its path; None if unknown."""
     if model.base is not None:
         return model.base or None
     source = model.source
@@ -121,8 +121,8 @@ _SAMPLE, _SAMPLES = 1 << 16, 64  # bytes of a sample, and samples of a file
 
 
 def files_digest(path: Path) -> str:
-    """sha256 (hex) of the weights' files of a model at `locate`'s path: names, sizes and samples of
-    their bytes. It tells models apart without reading them whole.
+    """sha256 (hex) of the weight files of a model at `locate`'s path: names, sizes and samples of
+    their bytes. It distinguishes models without reading them whole.
     """
     files = [path]
     if path.is_dir():

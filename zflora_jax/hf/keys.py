@@ -55,10 +55,10 @@ class Place:
     leaf: str  # name of the native leaf
     layer: int | None  # index in a stacked leaf ("layers/..."), else None
     shape: tuple[int, ...]  # native, without the layer axis
-    # Leading axes of `shape` that the kernel reads from; 0 for a bias; None for norm gains and the
-    # embedding, which have the same layout in both.
+    # Number of leading input axes of a kernel; 0 for a bias; None for norm gains and the embedding,
+    # which have the same layout in both.
     in_axes: int | None = None
-    tensor: str = ""  # its name
+    tensor: str = ""  # name of the tensor
 
     @property
     def hf_shape(self) -> tuple[int, ...]:
@@ -73,7 +73,7 @@ class Place:
         return array if self.in_axes is None else array.T.reshape(self.shape)
 
     def to_hf(self, array: np.ndarray) -> np.ndarray:
-        """The inverse of `to_native`; a view where the axes allow it."""
+        """The inverse of `to_native`; a view if the axes allow it."""
         return array if self.in_axes is None else array.reshape(self.hf_shape[::-1]).T
 
 
@@ -101,8 +101,8 @@ def hf_shapes(table: Mapping[str, Place]) -> dict[str, tuple[int, ...]]:
 
 
 def check_layer_count(names: Iterable[str], num_layers: int, what: str) -> None:
-    """CheckpointError if the tensors of the file `what` belong to fewer layers than its config's;
-    checked before a table of so many is built.
+    """Raises CheckpointError if the tensors of the file `what` have fewer layers than its config.
+    This is checked before a table of so many layers is built.
     """
     found = {int(match[1]) for name in names if (match := _LAYER.match(name))}
     if num_layers > len(found):
@@ -117,7 +117,7 @@ def check_shapes(
     what: str,
     source: str,
 ) -> None:
-    """CheckpointError that names missing, unexpected and misshapen tensors of the file `what`."""
+    """Raises CheckpointError for missing, unexpected and misshapen tensors of the file `what`."""
     if diff := difference(wanted, given):
         raise CheckpointError(f"{what} does not hold the tensors of {source}:\n{diff}")
     pairs = ((name, tuple(given[name]), shape) for name, shape in wanted.items())
@@ -166,9 +166,9 @@ def gather(
     Args:
       table: Hugging Face name -> Place.
       read: Reader of floats, in the data type of the leaf.
-      mesh: Mesh to divide them over: of each tensor, a process keeps the blocks of its devices.
-        None: whole, on the first device.
-      codes: (Leaf name, its places by name) -> its reader of codes; None to store it as floats.
+      mesh: Mesh to divide the leaves over; a process keeps only the blocks of its devices. None:
+        whole, on the first device.
+      codes: Function (leaf name, its places by name) -> reader of codes, or None for floats.
       fused: Whether the model is fused.
     """
     by_leaf: dict[str, Members] = {}
@@ -183,7 +183,7 @@ def gather(
 
 
 def _assembled(leaf: str, members: Members, read: Read, mesh: Any, fused: bool) -> Any:
-    """One leaf from its tensors, each of which is read once and whole."""
+    """Makes one leaf of its tensors, each of which is read once and whole."""
     layers = () if members[0][1].layer is None else (len(members),)
     parts: list[_Blocks] = []
     for name, place in members:
@@ -201,7 +201,7 @@ def _assembled(leaf: str, members: Members, read: Read, mesh: Any, fused: bool) 
 
 
 class _Blocks:
-    """An array in blocks, of which a process has those of its devices by the sharding `where`."""
+    """An array in blocks; a process has those of its devices in the sharding `where`."""
 
     def __init__(self, shape: tuple[int, ...], dtype: Any, where: Any) -> None:
         self._shape, self._where = shape, where
@@ -215,7 +215,7 @@ class _Blocks:
         return tuple(cut.indices(n)[:2] for cut, n in zip(index, self._shape, strict=True))
 
     def fill(self, layer: int | None, row: np.ndarray) -> None:
-        """Writes a layer of a stacked array, or all of another."""
+        """Writes a layer of a stacked array, or all of an array without layers."""
         for bounds, block in self._blocks.items():
             part = row[tuple(slice(*pair) for pair in bounds[-row.ndim :])]
             if layer is None:
@@ -224,7 +224,7 @@ class _Blocks:
                 block[layer - bounds[0][0]] = part
 
     def array(self) -> jax.Array:
-        """The array of jax."""
+        """The jax array."""
         if self._where is None:
             return jax.device_put(*self._blocks.values())
         at = lambda index: self._blocks[self._bounds(index)]  # noqa: E731
@@ -241,11 +241,11 @@ class QuantizedLeaves:
     config: LlamaConfig
     how: QuantizeConfig  # types of the leaves
     read: Read  # reader of floats
-    # A tensor's type in the file, and why its blocks cannot be kept: "" if the type says it, None
-    # if they can.
+    # A tensor's type in the file, and the reason not to keep its blocks: "" if the type is the
+    # reason, None if they can be kept.
     in_file: Callable[[str, Place], tuple[str, str | None]] = lambda *_: ("numbers", "")
     blocks: Callable[[str, Place], QuantizedArray] | None = None  # their reader, in native layout
-    # Leaves that should be kept and are read as floats, with the reasons
+    # Leaves to keep that are read as floats instead -> reasons
     left: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -273,7 +273,7 @@ class QuantizedLeaves:
         return lambda name, place: quantized(self.read(name, place), kind, group=group, **axes)
 
     def _why_not_kept(self, members: Members) -> str | None:
-        """The types of a leaf's tensors, and why they cannot be kept; None if they can."""
+        """The types of a leaf's tensors with the reasons not to keep them; None if they can be."""
         found = dict(self.in_file(name, place) for name, place in members)
         reasons = {why for why in found.values() if why}
         if set(found.values()) == {None}:
@@ -287,19 +287,19 @@ _quantize = jax.jit(quantize, static_argnames=("kind", "reads", "writes", "group
 
 
 def quantized(x: np.ndarray, kind: str, *, reads: int, writes: int, group: int) -> QuantizedArray:
-    """`quantize` on the CPU, as GPUs may round otherwise, and a run knows its base by its codes."""
+    """`quantize` on the CPU: GPUs may round differently, and codes identify the base of a run."""
     with on_cpu():
         return _quantize(x, kind, reads=reads, writes=writes, group=group)
 
 
 def whole_groups(place: Place, group: int) -> bool:
-    """Whether no group of a tensor holds values of two heads."""
+    """True if no group of a tensor holds values of two heads."""
     return place.in_axes is None or place.shape[place.in_axes - 1] % group == 0
 
 
 def native_blocks(blocks: QuantizedArray, place: Place) -> QuantizedArray:
-    """The kernel [*in, *out] of codes and scales [out, in], grouped along the last axis, for a
-    place with `whole_groups`; a table as it is.
+    """Converts codes and scales [out, in], grouped along the last axis, to a kernel [*in, *out],
+    for a place with `whole_groups`; a table stays as it is.
     """
     reads = place.in_axes
     if reads is None:

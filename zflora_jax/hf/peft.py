@@ -33,8 +33,8 @@ from zflora_jax.parallel.distributed import on_main
 from zflora_jax.reporting.files import write_json
 
 CONFIG, WEIGHTS, WRITER = "adapter_config.json", "adapter_model.safetensors", "zflora_jax"
-# Keys of adapter_config.json that are read, and those that do not change the function. All other
-# keys must be unset.
+# Keys of adapter_config.json that are read or do not change the function. All other keys must be
+# unset.
 _KEYS = (
     *("peft_type", "r", "lora_alpha", "target_modules", "exclude_modules", "layers_to_transform"),
     *("rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "init_lora_weights", "bias"),
@@ -49,7 +49,7 @@ _MERGE = "Merge the adapter into its base with peft and load the result"
 
 
 def _module(layer: int, kernel: str) -> str:
-    """Hugging Face's name of a kernel's module: (0, "q") -> "model.layers.0.self_attn.q_proj"."""
+    """Hugging Face's name for a kernel's module: (0, "q") -> "model.layers.0.self_attn.q_proj"."""
     name = LAYER_NAMES[f"{group(kernel)}/{kernel}/kernel"].removesuffix(".weight")
     return f"model.layers.{layer}.{name}"
 
@@ -77,13 +77,13 @@ def save_peft(
     """Writes LoRA adapters as a PEFT directory, which peft and vLLM load.
 
     Args:
-      path: The directory to write. Only an earlier export of this function is replaced. Process 0
-        of those that share the adapters writes.
+      path: The directory to write. Only an earlier export of this function is replaced. If several
+        processes share the adapters, process 0 writes.
       model: The base of the adapters; its source (a preset's hub id) becomes
         base_model_name_or_path.
       adapter: Config of method "lora".
-      adapters: {"layers": {"attn": {"q": {"lora_a" [L, in, r], "lora_b" [L, r, out]}}, ...}}, or
-        one subtree per layer; float32.
+      adapters: Adapter tree, float32, stacked as {"layers": {"attn": {"q": {"lora_a" [L, in, r],
+        "lora_b" [L, r, out]}}, ...}} or with one subtree per layer.
 
     Returns:
       {"path", "parameters", "files", "rank"}; a rank above 16 needs vLLM's --max-lora-rank.
@@ -114,12 +114,12 @@ def save_peft(
 
 
 def _check_writable(model: Model, adapter: AdapterConfig) -> None:
-    """ConfigError for adapters without a PEFT form; warns of readers that lack something."""
+    """Raises ConfigError for adapters without a PEFT form; warns of readers that lack support."""
     require(
         adapter.init not in OF_BASE,
-        f"adapter.init={adapter.init!r} was taken out of the base, which readers load whole:"
-        " convert the adapters with zf.plain_lora(adapter, adapters, start), start being those of"
-        " zf.split_base, and give the model before it was split.",
+        f"adapter.init={adapter.init!r} removed the start from the base, which readers load whole:"
+        " convert the adapters with zf.plain_lora(adapter, adapters, start), where start are those"
+        " of zf.split_base, and give the model before it was split.",
     )
     if adapter.use_dora or adapter.rank_pattern or adapter.alpha_pattern:
         warnings.warn(
@@ -143,7 +143,7 @@ def _check_writable(model: Model, adapter: AdapterConfig) -> None:
 def _tensors(
     config: LlamaConfig, adapter: AdapterConfig, adapters: trees.Tree
 ) -> dict[str, np.ndarray]:
-    """Adapters under PEFT's names and in its layout; ValueError if they are not `adapter`'s."""
+    """Adapters with PEFT's names and layout; ValueError if they do not fit `adapter`."""
     config = config.replace(scan_layers="layers" in adapters, packed=False)
     shapes = adapter_shapes(config, adapter).items()
     expected = trees.unflatten({name: np.empty(shape, np.void) for name, shape in shapes})
@@ -163,7 +163,7 @@ def _tensors(
 
 
 def _settings(model: Model, adapter: AdapterConfig) -> dict[str, Any]:
-    """adapter_config.json."""
+    """The content of adapter_config.json."""
     source, revision = model.base or "", ""
     if model.base is None:
         source = HUB_IDS.get(model.source or "", model.source or "")
@@ -208,7 +208,7 @@ def load_peft(path: str | os.PathLike[str], model: Model) -> tuple[AdapterConfig
 
     Args:
       path: The directory, its URL, or its hub id "org/name" or "org/name@revision".
-      model: The base that the adapters are for.
+      model: The base of the adapters.
 
     Returns:
       (The adapter's config, the adapters in float32, their layers stacked if the model's are.)
@@ -252,7 +252,7 @@ def _find(path: str) -> Path:
 
 
 def _refuse_pickled(directory: Path) -> None:
-    """CheckpointError for an adapter whose weights are pickled."""
+    """Raises CheckpointError for an adapter whose weights are pickled."""
     if (directory / "adapter_model.bin").exists() and not (directory / WEIGHTS).exists():
         raise CheckpointError(
             f"{directory} holds pickled weights (adapter_model.bin), which can run code when read;"
@@ -261,7 +261,7 @@ def _refuse_pickled(directory: Path) -> None:
 
 
 def _refuse(where: str, settings: Mapping[str, Any]) -> None:
-    """ConfigError for a setting that native LoRA cannot express."""
+    """Raises ConfigError for a setting that native LoRA cannot express."""
     init = str(settings.get("init_lora_weights")).lower()
     fits = {key: value in (None, False, [], {}) for key, value in settings.items()}
     fits |= dict.fromkeys(_KEYS, True) | {
@@ -278,7 +278,7 @@ def _refuse(where: str, settings: Mapping[str, Any]) -> None:
 
 
 def _chosen(settings: Mapping[str, Any], count: int) -> dict[tuple[int, str], str]:
-    """(Layer, kernel) -> module, for those that PEFT's rules choose in `count` layers."""
+    """(Layer, kernel) -> module, for the modules that PEFT's rules choose in `count` layers."""
     targets = settings.get("target_modules") or ["q_proj", "v_proj"]
     excluded = settings.get("exclude_modules") or []
     layers = settings.get("layers_to_transform")
@@ -326,7 +326,7 @@ def _adapter_config(where: str, settings: Mapping[str, Any], count: int) -> Adap
     every = layers == {tuple(range(count))}
     require(
         every or not settings.get("use_dora"),
-        f"{where}: use_dora=True is for all layers here, and this adapter has some. {_MERGE}.",
+        f"{where}: use_dora=True needs all layers here, and this adapter has only some. {_MERGE}.",
     )
     loras = {kernel: next(iter(of.values())) for kernel, of in found.items()}
     rank, alpha = max(loras.values(), key=lambda lora: lora[0])

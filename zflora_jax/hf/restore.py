@@ -50,12 +50,12 @@ _FREE = ("dtype", "torch_dtype", "bos_token_id", "eos_token_id", "pad_token_id",
 class BaseFacts:
     """The base of an export."""
 
-    name: str | None  # for others; None where it is not known
+    name: str | None  # public name; None if it is unknown
     hidden_size: Count
     head_dim: Count
     intermediate_size: Count
-    fingerprint: str | None  # of its parameters; None where they come back as other floats
-    codes_fingerprint: str | None = None  # of the codes that they come back from
+    fingerprint: str | None  # of its parameters; None if loading gives other floats
+    codes_fingerprint: str | None = None  # of the codes that the floats come from
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,10 +65,10 @@ class Manifest:
     format: str = FORMAT
     version: int = VERSION
     project_version: str
-    dtype: Literal["float32", "bfloat16", "float16"]  # of the stored tensors
-    adapter: AdapterConfig | None  # that was fused; None for a base
+    dtype: Literal["float32", "bfloat16", "float16"]  # dtype of the stored tensors
+    adapter: AdapterConfig | None  # the fused adapter; None for a base
     base: BaseFacts
-    native_config: LlamaConfig  # of the fused model
+    native_config: LlamaConfig  # config of the fused model
     padding: Natural  # zero channels of the stored residual stream
     eps_z: ScaleOfState
     # `stock.state_share` of the model: a wrong eps_z gives another one. None: not recorded.
@@ -78,7 +78,7 @@ class Manifest:
     multiple: Count | None = None  # see `StockForm`
     figures: Any = None  # a table for readers, or None
     files: tuple[str, ...] = ()
-    digests: Any = None  # SHA-256 of those that are no tensors, by name; None: not recorded
+    digests: Any = None  # SHA-256 of files without tensors, by name; None: not recorded
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -103,7 +103,7 @@ class Manifest:
 
 
 def read_manifest(directory: Path) -> Manifest:
-    """Reads zflora.json; CheckpointError where it is not one that this project writes."""
+    """Reads zflora.json; CheckpointError if it is not one that this project writes."""
     values = read_json(directory / MANIFEST)
     found, wanted = (values.get("format"), values.get("version")), (FORMAT, VERSION)
     if found != wanted:
@@ -128,8 +128,8 @@ def read_manifest(directory: Path) -> Manifest:
 
 
 def read_export(directory: Path, *, quantised: bool = False) -> Manifest:
-    """Reads zflora.json and checks config.json. ConfigError for unsupported features, quantised
-    kernels among them unless `quantised` is set; CheckpointError if a file is damaged or they do
+    """Reads zflora.json and checks config.json. ConfigError for unsupported features, including
+    quantised kernels unless `quantised` is set; CheckpointError if a file is damaged or the two do
     not match.
     """
     manifest, hf = read_manifest(directory), read_json(directory / "config.json")
@@ -157,7 +157,7 @@ def read_export(directory: Path, *, quantised: bool = False) -> Manifest:
 
 
 def _alike(found: Any, value: Any) -> bool:
-    """Whether two values of JSON are equal, floats but for the last bits: powers differ in them
+    """True if two values of JSON are equal. Floats may differ in their last bits, as powers do
     between machines.
     """
     if isinstance(value, dict) and isinstance(found, dict):
@@ -170,7 +170,7 @@ def _alike(found: Any, value: Any) -> bool:
 
 
 def longrope(form: StockForm) -> dict[str, Any]:
-    """The RoPE keys by which an export may also say which dims of its widened heads turn."""
+    """Alternative RoPE keys of an export that choose the rotated dims of its widened heads."""
     native, factors = form.native, form.rope_divisors.tolist()
     rope = {"rope_type": "longrope", "factor": 1.0, "attention_factor": 1.0}
     rope |= {"original_max_position_embeddings": native.max_position_embeddings}
@@ -180,10 +180,10 @@ def longrope(form: StockForm) -> dict[str, Any]:
 
 
 def load_export(directory: Path, dtype: str, scan_layers: bool, mesh: Any = None) -> Model:
-    """Loads the native fused model that an export was made from; see `load_model`.
+    """Loads the native fused model of an export; see `load_model`.
 
-    `unfuse` of it gives the base bit for bit: the side file holds the floats that stock form
-    rounds. CheckpointError if zflora.json, config.json and the tensors do not belong together.
+    `unfuse` of it gives the base bit for bit, because the side file holds the floats that stock
+    form rounds. CheckpointError if zflora.json, config.json and the tensors do not match.
     """
     export = read_export(directory)
     native = export.native_config.replace(dtype=dtype, scan_layers=scan_layers)  # type: ignore[arg-type]
@@ -224,10 +224,10 @@ def load_export(directory: Path, dtype: str, scan_layers: bool, mesh: Any = None
 
 
 def load_stock(directory: Path, scan_layers: bool = True, mesh: Any = None) -> Model:
-    """Loads an export as stock transformers computes it, to measure the cost of stock form: norms
-    and scores over the full widths, codes as floats. Three things differ: q and k of widened heads
-    are in native order, norms of widened heads add rms_norm_eps to a mean over the base's dims, and
-    the adapter's dims stand still where Llama 3's scaling turns them a little.
+    """Loads an export for computation as in stock transformers, to measure the cost of stock form:
+    norms and scores over the full widths, codes as floats. Three things differ: q and k of widened
+    heads are in native order, their norms add rms_norm_eps to a mean over the base's dims, and the
+    adapter's dims are not rotated, where Llama 3's scaling would rotate them slightly.
 
     Parameters have the dtype of the export if that is exact, else float32; activations are bfloat16
     for a bfloat16 export, else float32.

@@ -36,7 +36,7 @@ from zflora_jax.parallel.distributed import from_process_0, on_main
 from zflora_jax.reporting.files import write_json
 
 DTYPES = ("float32", "bfloat16", "float16")
-# vLLM's Qwen2 takes the head size from hidden_size; its Llama reads head_dim, and biases if told to
+# vLLM's Qwen2 derives the head size from hidden_size; its Llama reads head_dim, and biases if asked
 QWEN2_IN_VLLM = '{"architectures": ["LlamaForCausalLM"], "qkv_bias": true}'
 
 
@@ -60,10 +60,10 @@ def save_hf(
     Args:
       path: The directory to write, or its URL (s3://, gs://).
       model: A model that is not packed; its layers may be stacked or not.
-      dtype: Data type of the stored tensors, "float32", "bfloat16" or "float16"; None: the
-        parameters' own. Arithmetic is in float32, cast once.
-      base_fingerprint: `trees.fingerprint` of the base's parameters, for zflora.json: computed for
-        methods that widen, to be given for lora, ffa and full.
+      dtype: Data type of the stored tensors, "float32", "bfloat16" or "float16"; None: that of the
+        parameters. Arithmetic is in float32, cast once.
+      base_fingerprint: `trees.fingerprint` of the base's parameters, for zflora.json. It is needed
+        for lora, ffa and full, and computed for methods that widen.
       max_shard_bytes: Size limit of a file, in bytes.
       card: Figures for README.md and zflora.json, such as {"accuracy after": 0.71}.
       eps_z: Scale of the stored residual state, a power of two from 2^-10 to 1. None: the largest
@@ -73,12 +73,12 @@ def save_hf(
         `load_model` does not read. None: as floats.
 
     Returns:
-      {"path", "dtype", "parameters", "widths", "filled with zeros", "bytes", "files"}, "eps_z"
-      where there is a state, "misread by" where a server would miscompute it, and "quant" where it
+      {"path", "dtype", "parameters", "widths", "filled with zeros", "bytes", "files"}; also "eps_z"
+      if there is a state, "misread by" if servers would miscompute the export, and "quant" if it
       is given.
 
     Raises:
-      ConfigError: The model is packed or was donated; its family or a setting cannot be used.
+      ConfigError: The model is packed or donated, or its family or a setting cannot be used.
       CheckpointError: A value is not finite in `dtype`, or the directory must not be replaced.
     """
     target = export_target(path)
@@ -103,7 +103,7 @@ def save_hf(
 
 
 def require_replaceable(path: str | os.PathLike[str]) -> None:
-    """CheckpointError if `save_hf` must not replace the directory, before a model is loaded."""
+    """Raises CheckpointError, before a model is loaded, if `save_hf` must not replace `path`."""
     refuse_foreign(export_target(path), _own_files, MANIFEST)
 
 
@@ -114,7 +114,7 @@ def _finish(
     report: Mapping[str, Any],
     manifest: Manifest,
 ) -> dict[str, Any]:
-    """Writes all files but the tensors', the manifest last; returns their names and bytes."""
+    """Writes all files except tensors, the manifest last; returns their names and bytes."""
     assert folder is not None  # in process 0
     write_json(folder / "config.json", hf_config)
     text = model_card(model, report, manifest.figures)
@@ -135,9 +135,9 @@ def _finish(
 
 
 def misread(model: Model) -> list[str]:
-    """Lists the servers that refuse or miscompute an export which transformers reads right, with
-    the reason. vLLM 0.32 was run; of tpu-inference b8692ff, sglang-jax cddbf6f and MaxText the
-    sources were read, and RoPE and norms of the first two run (docs/export.md).
+    """Lists the servers that refuse or miscompute an export that transformers reads correctly, with
+    reasons. Checked were vLLM 0.32 (run), and the sources of tpu-inference b8692ff, sglang-jax
+    cddbf6f and MaxText, with RoPE and norms of the first two run (docs/export.md).
     """
     config, found = model.config, []
     if options := serve_options(config):
@@ -169,7 +169,7 @@ def own_dtype(model: Model) -> str:
 
 
 def _own_files(directory: Path) -> set[str] | None:
-    """The files that an export lists in its manifest and nobody edited; None for any other
+    """The unedited files in the manifest of an export; None for any other
     directory.
     """
     try:
@@ -197,7 +197,7 @@ def _digest(file: Path) -> str:
 
 
 def _write_shards(folder: Path | None, stored: HFContent, limit: int) -> None:
-    """Writes model.safetensors, or shards with an index; nothing where `folder` is None."""
+    """Writes model.safetensors, or shards with an index; nothing if `folder` is None."""
     from huggingface_hub import split_state_dict_into_shards_factory as split
 
     pattern, specs = "model{suffix}.safetensors", dict(stored.specs)
@@ -232,8 +232,8 @@ def _write_side_file(folder: Path | None, model: Model, form: StockForm, dtype: 
 def _manifest(
     model: Model, stored: HFContent, dtype: str, given: str | None, figures: dict[str, Any]
 ) -> Manifest:
-    """The content of zflora.json but for its files. given: The fingerprint of the base;
-    None: that of the base that the model holds unchanged, if any. Processes call this together.
+    """The content of zflora.json without its files. given: Fingerprint of the base; None: that of
+    the base that the model holds unchanged, if any. Processes call this together.
     """
     adapter, config, form = model.adapter, model.config, stored.form
     merged = adapter is not None and not METHODS[adapter.method].widens

@@ -1,4 +1,4 @@
-"""Safetensors files: directories of them read with strict checks, single ones written."""
+"""Safetensors files: reads directories with strict checks, writes single files."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ Spec = tuple[tuple[int, ...], str]  # shape and dtype of a tensor
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Reads a JSON object; CheckpointError that names the file where it cannot be read."""
+    """Reads a JSON object; CheckpointError that names the file if it cannot be read."""
     try:
         value = json.loads(inside(path.parent, path.name, missing_ok=True).read_text("utf-8"))
     except FileNotFoundError:
@@ -58,8 +58,8 @@ def inside(directory: Path, name: str, *, missing_ok: bool = False) -> Path:
     """The path of a file of a model, NAME or FOLDER/NAME below its directory.
 
     Links may lead to places within the directory and, from a snapshot in the hub's cache, to a blob
-    of its repository: what else they name must not be read, nor copied into an export.
-    CheckpointError if one does, or there is no such file, which `missing_ok` allows.
+    of its repository. Any other target must not be read or copied into an export. CheckpointError
+    for such a link, or if there is no such file and not `missing_ok`.
     """
     path, root = directory / name, directory.resolve()
     snapshots = [
@@ -178,7 +178,7 @@ def checked_table(shards: Shards, config: LlamaConfig) -> Mapping[str, Place]:
     head, embedding = TOP_NAMES["lm_head/kernel"], TOP_NAMES["embed/embedding"]
     if config.tie_word_embeddings and {head, embedding} <= shapes.keys():
         rows, width = shapes[embedding]
-        many = max(1, 2**24 // width)  # of a large vocabulary, so that little memory is needed
+        many = max(1, 2**24 // width)  # parts of a large vocabulary, to save memory
         parts = [slice(i, min(i + many, rows)) for i in range(0, rows, many)]
         if shapes.pop(head) != shapes[embedding] or not all(
             np.array_equal(shards.read(head, part), shards.read(embedding, part)) for part in parts
@@ -203,11 +203,11 @@ def read_place(shards: Shards, name: str, place: Place, dtype: Any = np.float32)
 def write_tensors(
     path: Path | None, specs: Mapping[str, Spec], tensor: Callable[[str], np.ndarray]
 ) -> None:
-    """Writes a safetensors file tensor by tensor, so that only one of them is in memory; the bytes
-    are those of `safetensors.numpy.save_file` but for the order of several dtypes.
+    """Writes a safetensors file tensor by tensor, so that only one of them is in memory. The bytes
+    equal those of `safetensors.numpy.save_file`, except for the order of several dtypes.
 
-    path: The file; None where another process writes it, and this one helps to gather the tensors.
-    tensor: Name -> tensor; called once for each, in the order of their names.
+    path: The file; None if another process writes it and this one helps to gather the tensors.
+    tensor: Function name -> tensor, called once for each, in the order of their names.
     """
     names, at = sorted(specs), 0
     if path is None:

@@ -1,8 +1,8 @@
 """The part of an export that an adapter adds, as a file for a server that runs another task of the
 same base (docs/serve.md).
 
-A kernel [out, in] of an export is the base's but for the rows that write an adapter's channels and
-the columns that read them. Where heads are widened these lie in several ranges.
+A kernel [out, in] of an export is the base's except for the rows that write an adapter's channels
+and the columns that read them. In widened heads these lie in several ranges.
 """
 
 from __future__ import annotations
@@ -44,15 +44,15 @@ def save_slices(
     """Writes the rows and columns that a fused adapter adds to the kernels of an export, as the
     tensors NAME.rows [rows, in] and NAME.columns [out, columns] of one safetensors file.
 
-    A server takes it whose export has the same base, method, widths, dtype and eps_z. Processes
+    A server can load it if its export has the same base, method, widths, dtype and eps_z. Processes
     that share the model call this together; process 0 writes.
 
     Args:
       path: The file, whose name ends in .safetensors.
       model: A fused model with float kernels.
-      dtype: Data type of the export, as for `save_hf`.
-      eps_z: Scale of the export's residual state, as for `save_hf`; None: chosen from the weights,
-        and tasks of one server need the same: give all the smallest of theirs.
+      dtype: Data type of the export, see `save_hf`.
+      eps_z: Scale of the export's residual state, see `save_hf`; None: chosen from the weights. All
+        tasks of one server need the same value: give the smallest of theirs.
 
     Returns:
       {"path", "dtype", "eps_z", "sha256", "own_eps_z": the one chosen from the weights, "bytes"}.
@@ -96,7 +96,7 @@ def _fused_adapter(model: Model) -> AdapterConfig:
     adapter = model.adapter
     if adapter is None or not METHODS[adapter.method].widens:
         raise ConfigError(
-            "slices are what a method that widens adds, and this model has"
+            "slices are the channels that a widening method adds, and this model has"
             f" {adapter and adapter.method}: fuse one, such as 'zflora-minimal'."
         )
     require(not is_quantized(model), "slices of a quantised base are not written: export it whole.")
@@ -132,7 +132,7 @@ def slices_target(path: str | os.PathLike[str]) -> Any:
 
 
 def added_lines(form: StockForm, base: LlamaConfig) -> Mapping[str, tuple[np.ndarray, np.ndarray]]:
-    """Tensor -> its rows and its columns that are not the base's, sorted, of every kernel."""
+    """Tensor of every kernel -> its rows and its columns that are not the base's, sorted."""
     native, table = kernel_shapes(form.native), hf_table(form.config)
     of_base = kernel_shapes(base)
     by_kernel = dict[str, tuple[np.ndarray, np.ndarray]]()

@@ -1,15 +1,15 @@
 """From the native fused form to the stock form of Hugging Face's classes, and back.
 
-A native fused model takes its RMSNorm over the base channels, rotates the base dims of a head and
-divides scores by sqrt(k). Stock classes do all three over the full width. Stock form gets the same
-function by changing weights and settings only:
+A native fused model computes RMSNorm over the base channels, rotates the base dims of a head and
+divides scores by sqrt(k). Stock classes do all three over the full width. Stock form computes the
+same function by changing only weights and settings:
 
-- residual d+r: padded with zero channels to a width D that the heads divide; the adapter state
-  stored times eps_z (see `choose_eps_z`), so that it hardly counts in the mean square; norm gains
-  times sqrt(d/D), rms_norm_eps times d/D.
+- residual d+r: padded with zero channels to a width D that is a multiple of the heads; the adapter
+  state stored times eps_z (see `choose_eps_z`), so that it hardly changes the mean square; norm
+  gains times sqrt(d/D), rms_norm_eps times d/D.
 - heads k+e: base dims moved to the places that RoPE pairs up, [0, k/2) and [(k+e)/2, (k+e)/2 +
-  k/2), in q and k alike; q times sqrt((k+e)/k); RoPE settings that give the base's pairs their
-  frequencies and turn the adapter's by almost nothing (see `widened_rope`).
+  k/2), in both q and k; q times sqrt((k+e)/k); RoPE settings that give the base's pairs their
+  frequencies and hardly rotate the adapter's (see `widened_rope`).
 - norms of heads (q_norm, k_norm): adapter dims of q and k stored times eps_z, their gains divided
   by it; gains of k times sqrt(k/(k+e)): the factors of q and of the scores cancel. There is one
   rms_norm_eps, the residual stream's; the error in the heads' is far below their sums of squares.
@@ -61,7 +61,7 @@ _MOST_SHARE = 1e30  # of a base of zeros
 # Divides an inverse frequency to zero and stays finite in float32 when multiplied by any theta
 NO_ROTATION = 1e30
 CUT = 1e10  # the same for `widened_rope`: 1e-9 rad at 10 million positions
-# Of an adapter's pair at the last position, in radian; Llama 3.1: 0.033, Llama 3.2: 0.008.
+# Rotation of an adapter's pair at the last position, in radian; Llama 3.1: 0.033, 3.2: 0.008.
 LARGEST_ANGLE = 0.05
 
 
@@ -76,18 +76,18 @@ class StockForm:
     eps_z: float  # scale of the stored state and of the adapter dims of normed heads
     # Divisor of the stored hidden size; None: the number of heads, which transformers 5 requires.
     multiple: int | None = None
-    # The factor sqrt((k+e)/k) of scores is left out of q: a GGUF file has its root among the RoPE
-    # settings, for q and k alike.
+    # Whether q lacks the factor sqrt((k+e)/k) of scores: a GGUF file has its root in the RoPE
+    # settings, for both q and k.
     scores_in_rope: bool = False
 
     @property
     def wider(self) -> float:
-        """sqrt((k+e)/k), the factor that stock classes divide the scores by too much."""
+        """sqrt((k+e)/k), the excess factor by which stock classes divide the scores."""
         return math.sqrt(self.native.head_dim / self.native.base_head_width)
 
     @functools.cached_property
     def width(self) -> int:
-        """D, the stored hidden size; of a residual stream that is not widened its own."""
+        """D, the stored hidden size; unchanged for a residual stream that is not widened."""
         n = self.native
         widened = n.base_hidden_size is not None
         return round_up(n.hidden_size, (self.multiple or n.num_heads) if widened else 1)
@@ -122,7 +122,7 @@ class StockForm:
         return paired_order(self.native.base_head_width, self.native.head_dim)
 
     def restored(self, module: str) -> bool:
-        """Whether stock form rounds a module, so that an export stores its native floats too."""
+        """True if stock form rounds a module, so that an export stores its native floats too."""
         n = self.native
         if module in _NORMS:
             return n.base_hidden_size is not None
@@ -130,13 +130,13 @@ class StockForm:
         return module in rounded and n.base_head_dim is not None
 
     def tensor(self, model: Model, name: str) -> np.ndarray:
-        """The rows of a name of `hf_table` in stock form, float32, with zeros up to the widths of
+        """The tensor of a name of `hf_table` in stock form, float32, with zeros up to the widths of
         this form. Processes call this together.
         """
         return self.stored(name, native_tensor(model, name)[1])
 
     def stored(self, name: str, x: np.ndarray) -> np.ndarray:
-        """A native leaf of one layer, float32, as `tensor` gives it."""
+        """Converts a native leaf of one layer, float32, to the result of `tensor`."""
         place = hf_table(self.config)[name]
         wanted = hf_table(self.native)[name].shape
         x = np.pad(x, [(0, b - a) for a, b in zip(x.shape, wanted, strict=True)])
@@ -154,7 +154,7 @@ class StockForm:
         return np.moveaxis(x * self._scale(module, self.width), -1, axis)
 
     def inverse(self, module: str, x: np.ndarray) -> np.ndarray:
-        """The inverse of `convert`, of a leaf without its padding; exact unless `restored`."""
+        """The inverse of `convert` for a leaf without its padding; exact unless `restored`."""
         axis = self._residual_axis(module, x.ndim)
         if axis is not None:
             scale = self._scale(module, x.shape[axis])
@@ -162,11 +162,11 @@ class StockForm:
         return self.inverse_heads(module, x)
 
     def rotated(self, module: str) -> bool:
-        """Whether a leaf has dims of widened heads, reordered and scaled for stock RoPE."""
+        """True if a leaf has dims of widened heads, reordered and scaled for stock RoPE."""
         return self.native.base_head_dim is not None and module in _ROTATED
 
     def inverse_heads(self, module: str, x: np.ndarray, *, state: bool = True) -> np.ndarray:
-        """The part of `inverse` that concerns heads. state: Whether eps_z is undone."""
+        """The part of `inverse` for heads. state: Whether eps_z is undone."""
         if not self.rotated(module):
             return x
         scale = self.head_scale(module, self.eps_z if state else 1.0)
@@ -212,21 +212,21 @@ class HFContent:
 
 
 def widened_rope(native: LlamaConfig) -> tuple[float, RopeScaling | None]:
-    """Returns the rope_theta and rope_scaling by which stock RoPE over a whole head rotates the
-    base's pairs as the base does. Other models keep their own.
+    """Returns the rope_theta and rope_scaling with which stock RoPE over a whole head rotates the
+    base's pairs as in the base. Models without widened heads keep theirs.
 
     With theta' = theta^((k+e)/k) the frequencies of a head of k+e dims begin with the base's, and
     the adapter's pairs follow with frequencies of at most 1/theta. A base with Llama 3's scaling
-    keeps it: the adapter's pairs turn by p / (theta factor) at position p, at most. Any other base
+    keeps it: the adapter's pairs rotate by at most p / (theta factor) at position p. Any other base
     gets Llama 3's scaling as a cut between the two, which stops the adapter's pairs. Servers in
-    JAX read this spelling; `longrope` factors, which say the same, they ignore or refuse.
+    JAX read this form; they ignore or refuse the equivalent `longrope` factors.
     """
     theta, k = native.rope_theta, native.base_head_width
     scaling, length = native.rope_scaling, native.max_position_embeddings
     if native.base_head_dim is None:
         return theta, scaling
     if scaling is None:
-        original = max(1, length // 2)  # a unit alone; transformers wants less than the length
+        original = max(1, length // 2)  # only a unit; transformers needs less than the length
         # Wavelengths: 2 pi theta^(1 - 2/k) of the base's last pair, 2 pi theta of the adapter's
         # first. The band of the interpolation lies between them.
         low, high = (original / (2 * math.pi * theta ** (1 - x / k)) for x in (0.5, 1.5))
@@ -235,29 +235,29 @@ def widened_rope(native: LlamaConfig) -> tuple[float, RopeScaling | None]:
 
 
 def _warn_of_turning(native: LlamaConfig) -> None:
-    """Warns where `widened_rope` turns the adapter's pairs by more than LARGEST_ANGLE."""
+    """Warns if `widened_rope` rotates the adapter's pairs by more than LARGEST_ANGLE."""
     scaling, theta, length = native.rope_scaling, native.rope_theta, native.max_position_embeddings
     if native.base_head_dim is None or scaling is None:
         return
     if (angle := length / (theta * scaling.factor)) > LARGEST_ANGLE:
         warnings.warn(
-            f"the adapter's dims of heads turn by up to {angle:.2g} rad within"
-            f" max_position_embeddings={length} in this export, as its base has"
+            f"the adapter's dims of heads rotate by up to {angle:.2g} rad within"
+            f" max_position_embeddings={length} in this export, because its base has"
             f" rope_theta={theta:g} with Llama 3's scaling by {scaling.factor:g}. Compare its"
-            " logits at long prompts, or fuse a method that leaves the heads alone.",
+            " logits at long prompts, or fuse a method that does not widen the heads.",
             stacklevel=3,
         )
 
 
 def module_of(place: Place) -> str:
-    """The parent of a leaf in the native tree: "q", "embed", ...; of a bias "q_bias"."""
+    """The parent of a leaf in the native tree: "q", "embed", ...; "q_bias" for a bias."""
     module, parameter = place.leaf.split("/")[-2:]
     return f"{module}_bias" if parameter == "bias" else module
 
 
 def stock_form(model: Model, dtype: str, eps_z: float | None = None) -> StockForm:
-    """The stock form of a model, eps_z as given or chosen for the export's `dtype`; ConfigError if
-    the model is packed or eps_z cannot be used.
+    """The stock form of a model, with eps_z or the one chosen for the export's `dtype`. ConfigError
+    if the model is packed or eps_z cannot be used.
     """
     require(
         not model.config.execution.packed,
@@ -313,10 +313,10 @@ def native_tensor(model: Model, name: str) -> tuple[Place, np.ndarray]:
 
 
 def to_stock(model: Model, dtype: str, eps_z: float | None = None) -> HFContent:
-    """A base or fused model in stock form; arguments and errors as for `stock_form`.
+    """A base or fused model in stock form; arguments and errors are those of `stock_form`.
 
     Arithmetic is in float32 with one cast to `dtype`; values that stock form does not change are
-    copied bit for bit. Tensors raise CheckpointError if not finite in `dtype`.
+    copied bit for bit. Reading a tensor raises CheckpointError if it is not finite in `dtype`.
     """
     return stored_form(model, stock_form(model, dtype, eps_z), dtype)
 
@@ -355,8 +355,8 @@ def state_share(model: Model) -> float:
     The o and down kernels map one input to the state z and to the base channels x. For inputs
     without a preferred direction, the ratio of energies is that of the columns' squared Frobenius
     norms, and a sum of contributions has at most the largest share of a single one. The embedding
-    adds to x only, so it makes the share smaller. Adapter dims of normed heads: the same, from the
-    q and k kernels.
+    adds only to x, so it makes the share smaller. For adapter dims of normed heads, the q and k
+    kernels give the share in the same way.
     """
     return max(state_shares(model).values())
 
@@ -379,7 +379,7 @@ def state_shares(model: Model) -> dict[str, float]:
 
 
 def scales_state(config: LlamaConfig) -> bool:
-    """Whether a model has a residual state or adapter dims of normed heads, stored times eps_z."""
+    """True if a model has a residual state or adapter dims of normed heads, stored times eps_z."""
     heads = config.traits.qk_norm and config.base_head_dim is not None
     return heads or config.base_hidden_size is not None
 

@@ -20,14 +20,14 @@ TOKENIZER_FILES = (
     *("chat_template.jinja", "chat_template.json"),
 )
 GENERATION = "generation_config.json"
-TEMPLATES = "additional_chat_templates"  # where transformers puts all but the default one
+TEMPLATES = "additional_chat_templates"  # folder of transformers for all but the default one
 _FILES = ("vocab_file", "merges_file", "tokenizer_file")
 _NAMED = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 _ADDED = ("content", "lstrip", "normalized", "rstrip", "single_word", "special")
 
 
 def load_tokenizer(directory: Path) -> Any:
-    """Loads a directory's tokenizer without custom code; None if it has no files of one.
+    """Loads a directory's tokenizer without custom code; None if it has no tokenizer files.
     CheckpointError if they cannot be loaded, or a link leads out of the directory.
     """
     files = (path for path in directory.iterdir() if path.name == TEMPLATES or not path.is_dir())
@@ -56,8 +56,8 @@ def load_tokenizer(directory: Path) -> Any:
 
 
 def write_tokenizer_files(folder: Path, tokenizer: Any, base: Path | None) -> None:
-    """Writes a tokenizer into an export: copies of the files of `base`, the directory that the
-    model came from, if they give this tokenizer, else from the tokenizer.
+    """Writes a tokenizer into an export: copies of the files in `base`, the model's source
+    directory, if they give this tokenizer, else new files.
     """
     names = [name for name in TOKENIZER_FILES if base and (base / name).is_file()]
     own = load_tokenizer(base) if base and tokenizer is not None else None
@@ -78,8 +78,8 @@ def _copy(path: Path, base: Path, folder: Path) -> None:
 def write_generation_config(
     folder: Path, base: Path | None, values: dict[str, Any], stop: Sequence[int]
 ) -> None:
-    """Writes generation_config.json: that of `base` byte for byte if it names every id of `stop`,
-    else with the missing ids added; without one, `values` but None.
+    """Writes generation_config.json: a byte-for-byte copy of `base`'s if it names every id of
+    `stop`, else that file with the missing ids. Without one it writes `values` that are not None.
     """
     ids = list(stop)
     if base is not None and (base / GENERATION).is_file():
@@ -138,6 +138,6 @@ def write_tokenizer(folder: Path, tokenizer: Any) -> None:
     # transformers writes these as they were loaded.
     names = ("padding_side", "truncation_side", "model_max_length")
     config |= {name: getattr(tokenizer, name) for name in names}
-    # Version 4 would add token_type_ids, which a Llama does not take.
+    # Version 4 would add token_type_ids, which a Llama does not accept.
     config["model_input_names"] = ["input_ids", "attention_mask"]
     write_json(folder / "tokenizer_config.json", config)

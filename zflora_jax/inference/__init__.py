@@ -1,4 +1,4 @@
 """Tokens and text out of a model: sampling, the token loop, likelihoods.
 
-No training state and no files.
+There are no training state and no files here.
 """

@@ -1,4 +1,4 @@
-"""Prompts in batches: their checks, which of them share a batch, and padding."""
+"""Prompts in batches: checks, grouping by length, and padding."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Batch:
 
     Attributes:
       rows: Their indices among all prompts.
-      size: Rows of the arrays; above len(rows) where fillers keep the shape of other batches.
+      size: Rows of the arrays; above len(rows) if fillers keep the shape of other batches.
     """
 
     rows: list[int]
@@ -49,7 +49,7 @@ def batches(
       lengths: Number of tokens of each prompt.
       batch_size: Most prompts of a batch. Fewer prompts in all make one batch of the next power of
         two.
-      longest_first: Whether the last batch, which is filled up, is the one of the shortest prompts.
+      longest_first: Whether the shortest prompts are in the last batch, which is filled up.
     """
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i] if longest_first else lengths[i])
     size = min(batch_size, power_of_two(len(order)))
@@ -58,7 +58,7 @@ def batches(
 
 
 def listed(values: Any) -> list[Any]:
-    """Returns a list of what a sequence or a generator holds; of another value, that value."""
+    """Returns a sequence or a generator as a list, and any other value unchanged."""
     return list(values) if isinstance(values, Iterable) else [values]
 
 
@@ -82,7 +82,7 @@ def pad_left(
 
 
 def check_row(model: Model, ids: Any, name: str) -> None:
-    """Refuses a row that is empty, or not a list of the model's token ids."""
+    """Raises ConfigError for a row that is empty or no list of the model's token ids."""
     require(
         not isinstance(ids, str) and hasattr(ids, "__len__"),
         f"{name} is {ids!r:.80}: expected a list of token ids, e.g. [1, 2]. Encode texts with the"
@@ -102,8 +102,8 @@ def check_prompts(
     names: Sequence[str] | None = None,
     setting: str = "max_new_tokens",
 ) -> None:
-    """Refuses prompts of other ids than the model's, or that exceed the context together with
-    max_new_tokens.
+    """Raises ConfigError for prompts with ids outside the vocabulary, or that exceed the context
+    together with max_new_tokens.
 
     Args:
       model: The model.

@@ -54,8 +54,8 @@ def generate_tokens(
       settings: Fields of `GenerationConfig` that replace those of `config`.
 
     Returns:
-      The token ids generated for each prompt, in the order of `prompts`, with the stop token where
-      the model ended its answer.
+      The token ids generated for each prompt, in the order of `prompts`, with the stop token if the
+      model ended its answer.
 
     Raises:
       ConfigError: Settings contradict each other; a prompt is empty, does not fit the context, or
@@ -90,7 +90,7 @@ def _complete(
 ) -> GenerationConfig:
     """Returns `config` with `settings`, and with the model's stop tokens if it names none."""
     config = override(config or GenerationConfig(), settings)
-    # Those of the model itself may lie outside its vocabulary: they stop nothing.
+    # The model's stop ids may lie outside its vocabulary: they stop nothing.
     check_ids(
         config.stop_token_ids or (), model.config.vocab_size, "stop_token_ids", model.tokenizer
     )

@@ -52,7 +52,7 @@ class Sampler:
         """Chooses a token for each row.
 
         Args:
-          logits: Float32 [B, V].
+          logits: Logits, float32 [B, V].
           keys: Random keys [B].
 
         Returns:
@@ -71,11 +71,11 @@ class Sampler:
         """Cuts the distribution that tokens are drawn from.
 
         Args:
-          logits: Float32 [B, V].
+          logits: Logits, float32 [B, V].
 
         Returns:
-          (logits / temperature [B, n], -inf where nothing is drawn; their tokens int32 [B, n], None
-          where n = V).
+          (logits / temperature [B, n], -inf for tokens that are not drawn; their tokens int32
+          [B, n], None if n = V).
         """
         # jax.lax.top_k may sort NaN last: as infinity it is never passed over.
         logits = jnp.where(jnp.isnan(logits), jnp.inf, logits / self.temperature)
@@ -101,8 +101,8 @@ class GenerationConfig:
       seed: Seed of the draws.
       batch_size: Number of prompts that are decoded together. It changes the speed, not the answers
         (up to float rounding of the matrix products).
-      stop_token_ids: Ids that end an answer. None takes the model's own (eos_token_ids, and with a
-        chat template the end of a turn); with () only max_new_tokens ends it.
+      stop_token_ids: Ids that end an answer. None uses the model's (eos_token_ids, and with a chat
+        template the end of a turn); with () only max_new_tokens ends it.
     """
 
     max_new_tokens: Count = 64
@@ -115,5 +115,5 @@ class GenerationConfig:
         check_types(self)
 
     def stopping_at(self, ids: Iterable[int]) -> GenerationConfig:
-        """Returns this config, with `ids` for stop_token_ids where it names none."""
+        """Returns this config, with `ids` as stop_token_ids if it has none."""
         return self if self.stop_token_ids is not None else replace(self, stop_token_ids=tuple(ids))

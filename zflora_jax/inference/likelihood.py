@@ -3,7 +3,7 @@
 All options of a question share the computation of its prompt, in two phases:
 
 1. A prompt, with the tokens that all its options begin with, is run once.
-2. The rest of each option, where that is more than one token, continues its cache.
+2. The rest of each option, if that is more than one token, continues its cache.
 
 Compiling a program of all layers often takes longer than running it, so its shapes are few: short
 rows have a power of two of tokens. The head is a separate program, over the positions that predict
@@ -59,9 +59,9 @@ def option_log_likelihoods(
 ) -> list[np.ndarray]:
     """Sums log p of each option's tokens after its prompt.
 
-    No BOS or EOS is added, and nothing is divided by a length. Float32 products are as exact as
-    config.execution.matmul_precision says, as in training and decode. Processes that share a model
-    call this together, with the same arguments, and all get the scores.
+    No BOS or EOS is added, and sums are not divided by a length. Float32 products have the
+    precision of config.execution.matmul_precision, as in training and decode. Processes that share
+    a model call this together, with the same arguments, and all get the scores.
 
     Args:
       model: A base, fused or packed model.
@@ -75,7 +75,7 @@ def option_log_likelihoods(
 
     Raises:
       ConfigError: A prompt or option is empty, a prompt has no options, ids are outside the
-        vocabulary, or there are more tokens than the context holds.
+        vocabulary, or the tokens exceed the context.
       NonFiniteError: A log-likelihood is NaN or infinite.
     """
     prompts, rows = listed(prompts), [listed(row) for row in listed(options)]
@@ -124,7 +124,7 @@ def _score(
 
 
 def _agreement(rows: list[list[int]]) -> int:
-    """Returns how many tokens all rows begin with; each row keeps at least one after them."""
+    """Returns the length of the rows' common beginning; each keeps at least one token after it."""
     low, high = min(rows), max(rows)  # in lexicographic order; where these two agree, all do
     same = next((n for n, (a, b) in enumerate(zip(low, high, strict=False)) if a != b), len(low))
     return min(same, min(map(len, rows)) - 1)
@@ -141,8 +141,8 @@ class Piece:
 
     Attributes:
       tokens: Tokens to feed.
-      scored: Number of tokens at the end of `tokens` that are scored, each given all before it.
-      candidates: Tokens that are scored, each as the one after `tokens`.
+      scored: Number of last tokens that are scored, each given all tokens before it.
+      candidates: Tokens that are scored as the next one after `tokens`.
       parent: Row of the cache that the tokens continue.
     """
 
@@ -152,8 +152,8 @@ class Piece:
     parent: int = 0
 
     def asked(self, length: int) -> list[tuple[int, int]]:
-        """Returns (position, token that follows it) of all that is scored, the candidates last, in
-        a row that is left-padded to `length`.
+        """Returns (position, next token) of all scored tokens, the candidates last, in a row that
+        is left-padded to `length`.
         """
         own = self.tokens[len(self.tokens) - self.scored :]
         first = length - 1 - self.scored
@@ -163,12 +163,12 @@ class Piece:
 def _feed(
     run: Model, past: KVCache | None, pieces: list[Piece], size: int, least: int, *, keep: bool
 ) -> tuple[list[np.ndarray], KVCache | None]:
-    """Feeds pieces, filled up to `size` rows of at least `least` tokens; `past` and `keep` as for
-    `feed_pieces`.
+    """Feeds pieces, filled to `size` rows of at least `least` tokens. `past` and `keep` are those
+    of `feed_pieces`.
 
     Returns:
-      (for each piece log p of its candidates, each with that of its scored tokens, float32 [number
-      of candidates]; the cache if `keep`).
+      (For each piece log p of its candidates, each plus that of its scored tokens, float32 [number
+      of candidates]; the cache if `keep`.)
     """
     size = fill_rows(size, run.params) if size > 1 else size
     length = _length(max(len(p.tokens) for p in pieces), least)
@@ -206,7 +206,7 @@ def feed_pieces(
     Args:
       config: The model's config, layers unrolled.
       params: The model's parameters.
-      past: A full cache; None where the pieces continue nothing.
+      past: A full cache; None if the pieces continue nothing.
       parents: Row of `past` that each piece continues, int32 [N].
       tokens: Token ids, left-padded, int32 [N, T].
       valid: Real tokens, bool [N, T].

@@ -36,11 +36,11 @@ _packed, _unpacked = _Kept(), _Kept()
 
 
 def packed(model: Model, unmerged: AdapterConfig | None = None) -> Model:
-    """Returns `model` packed for decode, and keeps the result for these arrays of it.
+    """Returns `model` packed for decode, and caches the result until its arrays are replaced.
 
     Args:
       model: A base or fused model.
-      unmerged: The adapter that runs unmerged, as for `pack_for_decode`.
+      unmerged: Config of the unmerged adapter, see `pack_for_decode`.
 
     Raises:
       ConfigError: The model's parameters were donated.
@@ -71,7 +71,7 @@ def next_logits(
       adapter: The unmerged adapter; None without one.
       variables: {"params": ...}, with an adapter also {"adapters": ...}.
       tokens: Token ids, int32 [B, T], left-padded where `valid` is False.
-      valid: Real tokens, bool [B, T]; None where all are real.
+      valid: Real tokens, bool [B, T]; None if all are real.
       cache: Keys and values of the tokens before.
 
     Returns:
@@ -170,7 +170,7 @@ class DecodeProgram:
         return replace(end, cache=end.cache.with_axes_of(state.cache))
 
     def _choose(self, logits: Array, keys: Array, step: Array, done: Array) -> tuple[Array, Array]:
-        """Returns (the next token of each row, ENDED after its end; whether it has ended now)."""
+        """Returns (next token of each row, ENDED after its end; True for rows that have ended)."""
         drawn = self.sampler(logits, jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, step))
         ended = done
         if self.stop_token_ids:

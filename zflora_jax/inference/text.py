@@ -23,7 +23,7 @@ def stop_ids(model: Model, prompt_style: str) -> list[int]:
 
 def stop_as_trained(model: Model, prompt_style: str) -> Model:
     """Returns `model` with the token that ends an answer in `prompt_style` among its EOS ids, so
-    that it stops there too once fused and exported.
+    that it stops there after fusing and export too.
     """
     stop, end = model.config.eos_token_ids, end_token(model.tokenizer, prompt_style)
     if end in stop:
@@ -71,21 +71,21 @@ def generate(
 
     Args:
       model: A base, fused or packed model with a tokenizer.
-      prompts: Texts.
+      prompts: Texts to answer or to continue.
       config: Settings of generation; None for the defaults of `GenerationConfig`.
       chat: Whether each prompt becomes a user turn in the tokenizer's chat template, as in training
         with data.prompt_style="chat"; otherwise the model continues the prompt as it is.
       date: The day given to the template, "2026-11-26" (data.date of the run that trained the
         model); None for today.
       adapter: The config of `adapters`.
-      adapters: An unmerged adapter tree, as for `generate_tokens`.
+      adapters: An unmerged adapter tree, see `generate_tokens`.
       settings: Fields of `GenerationConfig` that replace those of `config`.
 
     Returns:
       The text generated for each prompt, without special tokens.
 
     Raises:
-      ConfigError: The model has no tokenizer, or no chat template for `chat`; or as for
+      ConfigError: The model has no tokenizer, or no chat template for `chat`; or an error of
         `generate_tokens`.
     """
     tokens = encode_prompts(model, prompts, chat=chat, date=date)
@@ -98,7 +98,7 @@ def generate(
 def encode_prompts(
     model: Model, prompts: Iterable[str], *, chat: bool = False, date: str | None = None
 ) -> list[list[int]]:
-    """Returns the token ids that `generate` gives the model; arguments as for `generate`."""
+    """Returns the token ids that `generate` gives the model for the same arguments."""
     tokenizer, texts = _tokenizer(model), listed(prompts)
     wrong = [prompts] if isinstance(prompts, str) else [p for p in texts if not isinstance(p, str)]
     require(

@@ -42,7 +42,7 @@ class Attention(nn.Module):
         self.qkv = packed_dense(c, "attn/qkv")
         self.q, self.k, self.v, self.o = (dense(c, adapter, name) for name in "qkvo")
         if c.traits.qk_norm:
-            # Packing scales the adapter's dims down: a sum over all dims is that of the base.
+            # Packing scales the adapter's dims down: a sum over all dims equals the base's.
             tiny = c.execution.packed or c.execution.joint_head_norms
             self.q_norm, self.k_norm = (
                 RMSNorm(c.head_dim, c.base_head_width, c.rms_norm_eps, tiny_state=tiny)
@@ -64,7 +64,7 @@ class Attention(nn.Module):
         return self.o(out[..., :base], out[..., base:]) if self.extra else self.o(out), cache
 
     def _widened(self, base: Array, extra: Array | None) -> Array:
-        """Base and adapter dims of heads side by side; without head_scores q and k get zeros."""
+        """Joins base and adapter dims of heads; without head_scores q and k get zeros."""
         if not self.extra:
             return base
         if extra is None:
@@ -135,8 +135,8 @@ def packed_dense(config: LlamaConfig, leaf: str) -> Dense | None:
 def products(
     config: LlamaConfig, leaf: str, packed: Dense | None, kernels: Sequence[Dense], h: Channels
 ) -> list[Channels]:
-    """The outputs of kernels that read the same stream. `packed` is the layer of all of them, whose
-    kernel is `leaf`; None where they are separate.
+    """The outputs of kernels that read the same stream. `packed`: Layer that holds them all, with
+    kernel `leaf`; None if they are separate.
     """
     x, z = h
     parts: Sequence[Array | None] = [None] * len(kernels)
@@ -151,7 +151,7 @@ def products(
 
 
 def add(stream: Channels, update: Channels) -> Channels:
-    """Both parts of a stream; an update without adapter channels leaves them as they are."""
+    """Adds both parts of a stream; without adapter channels in the update they stay."""
     (x, z), (dx, dz) = stream, update
     return (x + dx, z if z is None or dz is None else z + dz)
 
@@ -161,8 +161,8 @@ class Context:
     """Inputs that all layers share.
 
     Attributes:
-      cos: [B, T, 1, k/2] float32, of the rotary embedding.
-      sin: As cos.
+      cos: Cosines of the rotary embedding, [B, T, 1, k/2] float32.
+      sin: Its sines, in the same shape.
       mask: Slots that each token attends to.
       index: int32, the cache slot of the first token; None without a cache.
     """
@@ -179,14 +179,13 @@ def positions_and_mask(
     segment_ids: Array | None,
     cache: KVCache | None,
 ) -> tuple[Array, AttentionMask, Array]:
-    """Positions [B, T] int32 and attention mask of tokens of `shape` (B, T), and the slots that now
-    hold a real token, [B, S] bool: of the cache, or without one the tokens. Other arguments as for
-    `Llama.__call__`.
+    """Returns positions [B, T] int32, the attention mask, and True for slots that now hold a real
+    token, [B, S] bool; without a cache the T tokens are the slots. shape: (B, T). The other
+    arguments are those of `Llama.__call__`.
 
     Raises:
-      ConfigError: masks or ids of a wrong shape or dtype, or that do not go together; more tokens
-        than the cache has room for (unless its index is traced: the last slots are then written
-        over).
+      ConfigError: masks or ids have a wrong shape or dtype, or exclude each other; or the cache has
+        no room for the tokens (if its index is traced, the last slots are overwritten instead).
     """
     for name, given in (("padding_mask", padding_mask), ("segment_ids", segment_ids)):
         require(
@@ -199,7 +198,7 @@ def positions_and_mask(
     )
     require(
         segment_ids is None or padding_mask is None,
-        "segment_ids tell padding (0) too: give them or padding_mask, not both.",
+        "segment_ids mark padding (0) too: give them or padding_mask, not both.",
     )
     require(
         segment_ids is None or cache is None,
@@ -224,7 +223,7 @@ def positions_and_mask(
 
 
 def segment_positions(segment_ids: Array) -> Array:
-    """The position of each token within its segment, int32 [B, T] as the segment ids."""
+    """The position of each token within its segment, int32 [B, T]."""
     slot = jnp.broadcast_to(jnp.arange(segment_ids.shape[1], dtype=jnp.int32), segment_ids.shape)
     first = jnp.ones_like(segment_ids[:, :1], bool)
     starts = jnp.concatenate([first, segment_ids[:, 1:] != segment_ids[:, :-1]], axis=1)

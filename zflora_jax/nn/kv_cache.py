@@ -57,8 +57,8 @@ class KVCache:
         layer: LayerCache | None, k: Array, v: Array, index: Array | None, alone: bool
     ) -> tuple[LayerCache, LayerCache | None]:
         """Writes keys and values [B, T, K, k+e] of new tokens into a layer's cache, if it has one,
-        from slot `index` on: (the keys and values that attention reads, T if the tokens attend to
-        each other `alone`, else all S; the updated layer).
+        from slot `index` on. Returns (the keys and values that attention reads, the updated layer);
+        it reads only the T new ones if `alone`, else all S.
         """
         new = LayerCache(k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3))
         if layer is None or index is None:
@@ -77,7 +77,7 @@ class KVCache:
         return layer.map(lambda x, _: x.reshape(rows, heads, *x.shape[-2:])), layer
 
     def without_single_axes(self) -> KVCache:
-        """The same without the axes B and K of size 1, for a loop's carry."""
+        """The cache without the axes B and K of size 1, for a loop's carry."""
 
         # XLA's CPU compiler then updates the cache in place; with them it copies every array four
         # times a token (test_the_compiled_loop_copies_no_cache).
@@ -87,7 +87,7 @@ class KVCache:
         return replace(self, layers=jax.tree.map(squeeze, self.layers))
 
     def with_axes_of(self, whole: KVCache) -> KVCache:
-        """The inverse of `without_single_axes`, which made this of `whole`."""
+        """The inverse of `without_single_axes`, which made this from `whole`."""
         layers = jax.tree.map(lambda x, like: x.reshape(like.shape), self.layers, whole.layers)
         return replace(self, layers=layers)
 
@@ -112,7 +112,7 @@ def init_cache(
       config: Config of the model.
       batch: Number of rows, B.
       slots: Number of positions, S.
-      adapter: Config of unfused adapters, whose head dims are added.
+      adapter: Config of unmerged adapters, whose head dims are added.
     """
     width = config.head_dim + resolve_adapter(config, adapter).heads
     count, scan = config.num_layers, config.execution.scan_layers

@@ -1,8 +1,8 @@
 """Layers of a model whose streams may be widened.
 
-A stream is a pair (x, z): base channels and adapter channels (the adapter's state), z = None where
-there are none. A fused model carries everything in x. RMSNorm takes its mean over the base
-channels; Dense adds the adapter's products to the base kernel's (docs/method.md; this project's
+A stream is a pair (x, z): base channels and adapter channels (the adapter's state), z = None if
+there are none. A fused model carries everything in x. RMSNorm averages over the base channels;
+Dense adds the adapter's products to the base kernel's (docs/method.md; this project's
 reconstruction of zFLoRA).
 
 Shapes in names: B batch, T positions, d residual width, b the base's residual width, V vocabulary.
@@ -43,7 +43,7 @@ class AdaptedModule(nn.Module):
 
 
 class Dense(AdaptedModule):
-    """y = x W + s z B and y_z = x A + z C, or what another adapter adds to x W.
+    """y = x W + s z B and y_z = x A + z C, or x W plus another adapter's products.
 
     Attributes:
       in_axes: Input axes, which the kernel sums over.
@@ -67,12 +67,12 @@ class Dense(AdaptedModule):
         y: Array | None = None,
         x_adapter: Array | None = None,
     ) -> tuple[Array, Array | None]:
-        """The kernel's product and what the adapter adds.
+        """Returns the kernel's product with the adapter's added.
 
         Args:
-          x: [B, T, *in_axes].
-          z: [B, T, *in_axes with the extra width], or None.
-          y: x W where W is packed with other kernels; None to compute it here.
+          x: Base channels of the input, [B, T, *in_axes].
+          z: Its adapter channels, [B, T, *in_axes with the extra width], or None.
+          y: x W if W is packed with other kernels; None to compute it here.
           x_adapter: x for the adapter's products (`ops.linear.adapter_input`); None for x itself.
 
         Returns:
@@ -107,7 +107,7 @@ class Dense(AdaptedModule):
         return kernel_product(x, kernel, n, self.flat).reshape(*x.shape[:-n], *self.out_axes)
 
     def _dropped(self, x: Array, share: float) -> Array:
-        """`x` without a share of its values, where `apply` is given a random stream "dropout"."""
+        """Drops a share of x's values if `apply` was given a random stream "dropout"."""
         if not share or not self.has_rng("dropout"):
             return x
         stays = jax.random.bernoulli(self.make_rng("dropout"), 1 - share, x.shape)

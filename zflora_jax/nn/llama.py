@@ -81,7 +81,7 @@ class Llama(nn.Module):
         cache: KVCache | None = None,
         segment_ids: Array | None = None,
     ) -> Any:
-        """Logits of tokens.
+        """Computes the logits of tokens.
 
         Args:
           tokens: Token ids [B, T] int32.
@@ -89,8 +89,8 @@ class Llama(nn.Module):
             all are real. Padding is never attended to and takes no position.
           cache: Keys and values of earlier positions. The T tokens go to its slots index .. index +
             T - 1 and attend to all valid slots before them.
-          segment_ids: [B, T] int32 of packed rows, each id one run of tokens (0: padding), in place
-            of padding_mask: a token attends to its own segment, where positions start at 0.
+          segment_ids: Segments of packed rows, [B, T] int32, in place of padding_mask. Each id is
+            one run of tokens (0: padding) that attend to each other; positions start at 0 in it.
 
         Returns:
           Logits [B, T, V] float32; with a cache, (logits, updated cache).
@@ -105,8 +105,8 @@ class Llama(nn.Module):
         cache: KVCache | None = None,
         segment_ids: Array | None = None,
     ) -> tuple[Array, KVCache | None]:
-        """Final-norm hidden states [B, T, d] of the base's width in the activation dtype, and the
-        updated cache (None without one). Arguments as for a call.
+        """Returns hidden states after the final norm, [B, T, d of the base] in the activation
+        dtype, and the updated cache (None without one). Its arguments are those of a call.
         """
         if not self.is_initializing():
             check_collection(self.config, self.adapter, self.variables.get("adapters"))
@@ -163,22 +163,22 @@ def forward(
     padding_mask: ArrayLike | None = None,
     segment_ids: ArrayLike | None = None,
 ) -> Array:
-    """Logits [B, T, V] float32 of a model, with adapters if given; compiled once per shape and
-    config.
+    """Computes logits [B, T, V] float32 of a model, with adapters if given. It is compiled once per
+    shape and config.
 
-    Products are exact to the model's dtype on every device (GPUs and TPUs round float32 products to
-    fewer bits unless told not to).
+    Products are exact to the model's dtype on every device (by default GPUs and TPUs round float32
+    products to fewer bits).
 
     Args:
       model: Base, fused or packed model.
       tokens: Token ids [B, T] int32.
       adapter: Config of `adapters`.
       adapters: Parameters of an unmerged adapter.
-      padding_mask: [B, T] bool, True at real tokens; as in `Llama.__call__`, as is segment_ids.
+      padding_mask, segment_ids: Those of `Llama.__call__`.
 
     Raises:
-      ConfigError: tokens of another shape, or ids that the embedding has no row for (not of traced
-        tokens, whose values are not known yet).
+      ConfigError: tokens have another shape, or ids without a row in the embedding (traced tokens
+        are not checked).
     """
     # Lists become arrays; traced values stay as they are.
     arrays: Any = tokens, padding_mask, segment_ids

@@ -1,4 +1,4 @@
-"""A model's kernels and tables as codes and scales, and as floats again."""
+"""Conversion of a model's kernels and tables to codes and scales, and back to floats."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ log = logging.getLogger(__name__)
 
 
 def stored_as(name: str, how: QuantizeConfig) -> str:
-    """How a leaf is stored: "none", "keep" or a type. Norms and biases are always floats."""
+    """The storage type of a leaf: "none", "keep" or a type. Norms and biases are always floats."""
     module, parameter = name.split("/")[-2:]
     if parameter == "embedding":
         return how.embedding
@@ -60,9 +60,9 @@ def kernel_axes(config: LlamaConfig, name: str) -> dict[str, int]:
 
 
 def group_of(name: str, kind: str, how: QuantizeConfig, width: int) -> int:
-    """The group size of leaf `name` whose groups run along an axis of `width`: `how.group`, or the
-    next smaller one that divides the axis, as for `o` where heads are smaller than a group; GGUF's
-    types have their own. ConfigError if none fits.
+    """The group size of leaf `name` with groups along an axis of `width`: `how.group`, or the next
+    smaller one that divides the axis, e.g. for `o` if heads are smaller than a group. GGUF's types
+    have a fixed one. ConfigError if none fits.
     """
     group = check_kind(kind, None if kind.startswith("q") else how.group)
     fits = [g for g in KINDS[kind].groups if g <= group and (width % g == 0 if g else not group)]
@@ -75,7 +75,7 @@ def group_of(name: str, kind: str, how: QuantizeConfig, width: int) -> int:
 
 
 def check_tables(config: LlamaConfig, how: QuantizeConfig) -> None:
-    """ConfigError for a setting of a head that the model does not have."""
+    """Raises ConfigError for a setting of a head that the model does not have."""
     require(
         not config.tie_word_embeddings or how.head in ("none", "keep"),
         f"quantize.head={how.head}: this model's head is its embedding; set quantize.embedding.",
@@ -83,7 +83,7 @@ def check_tables(config: LlamaConfig, how: QuantizeConfig) -> None:
 
 
 def require_stored_as(model: Model, how: QuantizeConfig) -> None:
-    """ConfigError if a leaf is not stored as `how` says, by which evaluation and export load."""
+    """Raises ConfigError if a leaf is not stored as `how` asks: evaluation and export load so."""
     for name, leaf in trees.flatten(model.params).items():
         wanted, found = stored_as(name, how), "none"
         if isinstance(leaf, QuantizedArray):
@@ -104,17 +104,17 @@ def quantize_model(model: Model, how: QuantizeConfig | str) -> Model:
     """Quantises a model in memory; `hf.load.load_model` quantises tensor by tensor.
 
     Args:
-      model: A base, not packed. On one device its codes are made on the CPU, as load_model makes
-        them; on a mesh divided parts stay where they are.
-      how: Types of codes; a name sets that of the kernels.
+      model: A base, not packed. One device's codes are made on the CPU, as in load_model; on a mesh
+        divided parts stay where they are.
+      how: Types of codes; a name is the type of the kernels.
 
     Returns:
       A Model whose chosen leaves are `ops.quantized.QuantizedArray`s; it shares the others.
 
     Raises:
-      ConfigError: a packed or fused model, one that is stored as other codes already, or groups
-        that do not divide a kernel's inputs.
-      CheckpointError: as for `checked_scales`.
+      ConfigError: the model is packed, fused or stored as other codes already, or groups do not
+        divide a kernel's inputs.
+      CheckpointError: see `checked_scales`.
     """
     how, config = quantize_config(how), model.config
     widened = model.adapter is not None and METHODS[model.adapter.method].widens
@@ -129,8 +129,8 @@ def quantize_model(model: Model, how: QuantizeConfig | str) -> Model:
 
 
 def checked_scales(model: Model) -> Model:
-    """`model`; CheckpointError if a scale or minimum of its codes is not finite. Logs a scale that
-    is 0 because its type ends there.
+    """Returns `model`; CheckpointError if a scale or minimum of its codes is not finite. Logs a
+    scale that has underflowed to 0.
     """
     lost: list[str] = []
     for name in quantized_names(model.params):
@@ -150,7 +150,7 @@ def checked_scales(model: Model) -> Model:
 
 @jax.jit
 def _ends(w: QuantizedArray) -> tuple[jax.Array, jax.Array]:
-    """Whether all scales are finite; whether one is 0 and a value of its codes is not."""
+    """(True if all scales are finite, True if one is 0 and a value of its codes is not.)"""
     return is_finite(w), ((spread(w, w.scales) == 0) & (code_values(w.kind, w.codes) != 0)).any()
 
 
@@ -200,7 +200,7 @@ def _quantize(name: str, kind: str, leaf: Any, group: int, reads: int, writes: i
 
 
 def dequantize_model(model: Model, dtype: str | None = None) -> Model:
-    """A model of floats, which merging by addition and training of the base need.
+    """Returns a model of floats, which merging by addition and training of the base need.
 
     Args:
       model: A model with or without quantised leaves, not packed.
@@ -208,7 +208,7 @@ def dequantize_model(model: Model, dtype: str | None = None) -> Model:
     """
     require(
         not model.config.execution.packed,
-        "a packed model cannot be dequantised: take the model that was packed.",
+        "a packed model cannot be dequantised: use the model that was packed.",
     )
     to_floats = jax.jit(partial(dequantize, dtype=dtype or model.config.execution.dtype))
 
@@ -221,12 +221,12 @@ def dequantize_model(model: Model, dtype: str | None = None) -> Model:
 
 
 def is_quantized(model: Model) -> bool:
-    """Whether any leaf of a model is stored as codes."""
+    """True if any leaf of a model is stored as codes."""
     return bool(quantized_names(model.params))
 
 
 def stored_text(model: Model) -> str:
-    """A list of the kernels and tables of a model by the type they are stored as."""
+    """A list of the kernels and tables of a model by storage type."""
     kinds: dict[str, list[str]] = {}
     for name, leaf in trees.flatten(model.params).items():
         module, parameter = name.split("/")[-2:]

@@ -33,7 +33,7 @@ FLASH: dict[str, Callable[..., Array]] = {"splash": splash_attention, "cudnn": c
 
 def attention(q: Array, k: Array, v: Array, mask: AttentionMask, scale: float) -> Array:
     """`plain_attention` of q [B, T, H, k], k [B, K, k, S] and v [B, K, S, k] -> [B, T, H, k], with
-    its softmax in float32; at padding any finite number.
+    its softmax in float32. Values at padding are finite but arbitrary.
     """
     q, k, v = (save_for_backward(x, "heads") for x in (q, k, v))
     kernel, _ = attention_choice(q.shape, k.shape[1], q.dtype, mask)
@@ -67,8 +67,8 @@ def plain_attention(q: Array, k: Array, v: Array, mask: AttentionMask, scale: fl
 def attention_choice(
     shape: tuple[int, ...], kv_heads: int, dtype: Any, mask: AttentionMask
 ) -> tuple[str, str]:
-    """Chooses the attention kernel for the device in use: ("splash", "cudnn" or "blocks", why it is
-    not a flash kernel or "").
+    """Chooses the attention kernel for the device in use: ("splash", "cudnn" or "blocks"; the
+    reason why it is no flash kernel, or "").
 
     Args:
       shape: (B, T, H, k) of the queries.
@@ -81,7 +81,7 @@ def attention_choice(
     if platform not in ("tpu", "gpu"):
         return "blocks", f"no flash kernel for {platform}"
     if length == 1:
-        return "blocks", "one query a row: plain products read the cache as it lies"
+        return "blocks", "one query a row: plain products read the cache in place"
     if mask.first is not None:
         return "blocks", "queries follow a cache: their first slot is not known to the compiler"
     if several_devices():
@@ -126,18 +126,18 @@ def one_query_as_eight(
 
 
 def spans(length: int, mask: AttentionMask) -> list[tuple[int, int]]:
-    """(First query, end) of equal spans of queries, which need no key behind their end: up to four
-    of a multiple of 128 queries each; one for more than 1024, or where they follow a cache.
+    """(First query, end) of equal spans of queries, which need no key behind their end. There are
+    up to four, each a multiple of 128 queries; one for more than 1024, or if they follow a cache.
     """
-    # Four spans multiply 10 of 16 squares; eight, 36 of 64, in a longer program. Spans of long
-    # sequences would hold all their scores at one time.
+    # Four spans multiply 10 of 16 squares; eight multiply 36 of 64, in a longer program. Spans of
+    # long sequences would hold all their scores at one time.
     several = mask.first is None and length <= 1024
     n = next((n for n in (4, 3, 2) if length % (128 * n) == 0), 1) if several else 1
     return [(i * length // n, (i + 1) * length // n) for i in range(n)]
 
 
 def query_blocks(length: int) -> int:
-    """The number of equal blocks of a loop over queries: of at most 512 from 1025 queries on."""
+    """The number of equal blocks in a loop over queries: from 1025 on, blocks of at most 512."""
     counts = range(2, length // 128 + 1) if length > 1024 else ()
     return next((n for n in counts if length % n == 0 and length // n <= 512), 1)
 
@@ -184,7 +184,7 @@ def _attend(q: Array, k: Array, v: Array, mask: AttentionMask, scale: float) -> 
 
     def attend(block: tuple[Array, AttentionMask]) -> Array:
         p = _probabilities(block[0], k, replace(block[1], keys=mask.keys), scale).astype(q.dtype)
-        # In float32, as XLA's CPU compiler then reads bfloat16 values as they lie
+        # In float32: XLA's CPU compiler then reads bfloat16 values in place
         # (`linear.bfloat16_product`).
         out = jnp.einsum("BKqS,BKSk->BKqk", p, v, preferred_element_type=jnp.float32)
         return out.reshape(*block[0].shape[:-1], -1).astype(q.dtype)

@@ -1,8 +1,8 @@
 """Flash attention by jax's kernels: splash attention in Pallas for TPUs, cuDNN's for NVIDIA GPUs.
 
 Both take q, k and v as `attention.attention` does, with S = T, and compute causal attention within
-segments ([B, T] bool, real tokens and padding, or int32; None for one) and a window. Not run on a
-TPU or a GPU by this project. Letters as in `attention`.
+segments ([B, T] bool, real tokens and padding, or int32; None for one) and a window. This project
+has not run them on a TPU or a GPU. Letters as in `attention`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ WIDEST = 256  # head dim; wider ones were not compiled
 
 
 def splash_refuses(length: int, width: int, dtype: Any) -> str:
-    """Why the kernel does not take T = length, head dim k = width and this dtype; "" if it does."""
+    """The reason to refuse T = length, head dim k = width and this dtype; "" for none."""
     if jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float32):
         return f"splash attention has no {jnp.dtype(dtype).name}"
     if length < LANES:
@@ -46,7 +46,7 @@ def splash_attention(
     (B, T, H, width), K = q.shape, k.shape[1]
     queries = (q * jnp.asarray(scale, q.dtype)).reshape(B, T, K, H // K, width)
     given = (queries.transpose(0, 2, 3, 1, 4), k.swapaxes(2, 3), v)
-    # Whole blocks: what is added at the end lies in the future of all tokens.
+    # Whole blocks: the padding at the end lies in the future of all tokens.
     more = -T % LANES
     q, k, v = (jnp.pad(x, ((0, 0),) * (x.ndim - 2) + ((0, more), (0, 0))) for x in given)
     if segments is not None:
@@ -105,7 +105,7 @@ def _kernel(
     size = next(size for size in (512, 384, 256, 128) if length % size == 0)
     kernel = splash.make_splash_mqa_single_device(
         masks.MultiHeadMask([mask] * group),
-        # Not the fused backward kernel, whose d_q takes a part for each block of keys.
+        # Not the fused backward kernel, whose d_q needs a part for each block of keys.
         block_sizes=splash.BlockSizes(*(size,) * 8),
         residual_checkpoint_name="heads",  # its result and the sums of its softmax
         interpret=interpret,
@@ -124,12 +124,12 @@ def _kernel(
 
 
 def cudnn_refuses(width: int, dtype: Any, packed: bool) -> str:
-    """Why the kernel does not take head dim k = width and this dtype, with segments of packed rows
-    if `packed`; "" if it does.
+    """The reason to refuse head dim k = width and this dtype, with segments of packed rows if
+    `packed`; "" for none.
     """
     dtype, widest = jnp.dtype(dtype), widest_head()
     if packed:
-        return "packed rows (data.packing): cuDNN would take their segments as a T x T bias alone"
+        return "packed rows (data.packing): cuDNN would need their segments as a T x T bias"
     if dtype not in (jnp.bfloat16, jnp.float16):
         return f"cuDNN's attention has no {dtype.name}"
     if width % 8:
@@ -146,8 +146,8 @@ def cudnn_attention(
     window: int | None = None,
     implementation: Literal["xla", "cudnn"] = "cudnn",
 ) -> Array:
-    """Attention on a GPU, with no segments but padding, which is moved behind the real tokens: they
-    do not see it there. implementation: "xla" computes the same without cuDNN, for tests.
+    """Attention on a GPU without packed segments. Padding is moved behind the real tokens, which do
+    not see it there. implementation: "xla" computes the same without cuDNN, for tests.
     """
     k, v = k.transpose(0, 3, 1, 2), v.transpose(0, 2, 1, 3)
     if segments is not None:

@@ -16,12 +16,12 @@ from zflora_jax.ops.linear import Array
 @flax.struct.dataclass
 class AttentionMask:
     """A query attends to the keys of its segment, up to its own slot, and no further back than the
-    window. Padding is a segment of its own, so that no row is fully masked.
+    window. Padding is a separate segment, so that no row is fully masked.
 
     Attributes:
       queries: Segment of each query [B, T]: int32 for packed rows, else bool (real or padding);
         None if all are real.
-      keys: Segment of each key [B, S], in the same terms.
+      keys: Segment of each key [B, S], in the same form.
       first: Slot of the first query, int32. None if queries and keys are the same T tokens, which
         flash kernels need to know statically.
       window: Most tokens that a query attends to, including its own; None for all. Padding between

@@ -16,8 +16,8 @@ Array = jax.Array
 def copy_bits(
     placed: Callable[..., Array], arrays: tuple[Array, ...], at: tuple[Array, ...] = ()
 ) -> Array:
-    """placed(*arrays, *at), on a CPU by the bits of bfloat16 arrays. `placed` only picks or places
-    elements of `arrays`, of one dtype, or zeros, at integer positions `at`.
+    """placed(*arrays, *at), computed on a CPU with the bits of bfloat16 arrays. `placed` must only
+    pick or place elements of `arrays`, of one dtype, or zeros, at integer positions `at`.
     """
     # XLA's CPU compiler would convert all of `arrays` to float32 and back
     # (test_a_bfloat16_program_makes_no_float32_copy_of_kernels_table_or_cache). Unsigned bits:
@@ -61,8 +61,8 @@ def write_slice(x: Array, update: Array, start: Array | int, axis: int) -> Array
 def write_pieces(x: Array, pieces: Sequence[Array], starts: Sequence[tuple[int, ...]]) -> Array:
     """`x` with each of `pieces` written from its indices on."""
 
-    # XLA does one update after the other in place, but copies x where it is written through a view
-    # of its heads (test_a_swap_copies_no_kernel).
+    # XLA does one update after the other in place, but copies x if a view of its heads is written
+    # (test_a_swap_copies_no_kernel).
     def update(x: Array, *pieces: Array) -> Array:
         for piece, start in zip(pieces, starts, strict=True):
             x = jax.lax.dynamic_update_slice(x, piece, start)

@@ -1,5 +1,5 @@
-"""Products of frozen kernels and tables: float, quantised, or packed for decode. Those of codes
-equal the product with `ops.quantized.dequantize`.
+"""Products of frozen kernels and tables: float, quantised, or packed for decode. Products of codes
+equal those of the floats of `ops.quantized.dequantize`.
 
 Einsum legend: B batch, T positions, n rows (tokens), i inputs, j outputs, G groups of inputs, g
 inputs of a group, p base's or adapter's inputs.
@@ -24,7 +24,7 @@ Array = jax.Array
 
 def kernel_product(x: Array, kernel: Any, axes: int, packed: bool = False) -> Array:
     """x [B, T, *inputs] W, in x's dtype; codes get no gradient. W is [*inputs, *outputs], or,
-    packed for decode, [outputs, inputs], both flattened. axes: number of input axes.
+    packed for decode, [outputs, inputs], both flattened. axes: Number of input axes.
     """
     if packed:
         x = x.reshape(*x.shape[:-axes], -1)
@@ -35,7 +35,7 @@ def kernel_product(x: Array, kernel: Any, axes: int, packed: bool = False) -> Ar
 
 
 def output_logits(x: Array, kernel: Any, tied: bool) -> Array:
-    """Logits [B, T, V] float32 of x [B, T, d]; kernel and tied as for `ops.linear.head_logits`."""
+    """Logits [B, T, V] float32 of x [B, T, d]; kernel and tied: see `ops.linear.head_logits`."""
     if isinstance(kernel, QuantizedArray):
         return quantized_linear(x, kernel, jnp.float32)
     return head_logits(x, kernel.astype(x.dtype), tied)
@@ -57,7 +57,7 @@ FEW_ROWS = 8  # tokens up to which a product reads codes; for more the kernel is
 @jax.custom_vjp
 def quantized_tensordot(x: Array, w: QuantizedArray) -> Array:
     """x [B, T, *inputs] against a kernel [*inputs, *outputs], which gets no gradient."""
-    # The backward pass dequantises again: it would keep the floats of all layers together.
+    # The backward pass dequantises again: otherwise it would keep the floats of all layers.
     return jnp.tensordot(x, dequantize(w, x.dtype), w.reads)
 
 
@@ -98,7 +98,7 @@ def quantized_linear(x: Array, w: QuantizedArray, dtype: DTypeLike | None = None
 
 
 def _filled(x: Array, w: QuantizedArray) -> Array:
-    """x [B, T, i] with zeros behind the dims of each head that fill no whole groups."""
+    """x [B, T, i] with zeros behind the dims of each head, up to whole groups."""
     if x.shape[-1] == w.inputs:
         return x
     heads = x.reshape(*x.shape[:-1], w.inputs // w.inner, -1)
@@ -131,16 +131,16 @@ def plain_quantized_linear(x: Array, w: QuantizedArray, dtype: DTypeLike | None 
 
 
 def product_in_turn(x: Array, w: QuantizedArray, dtype: DTypeLike | None = None) -> Array:
-    """`plain_quantized_linear`, whose kernel XLA dequantises when x is there."""
-    # Its CPU compiler else dequantises the kernels of all layers ahead of the first product, and
-    # removes barriers before it plans that. No value is above infinity.
+    """`plain_quantized_linear`, for which XLA dequantises the kernel after it has x."""
+    # XLA's CPU compiler would dequantise the kernels of all layers ahead of the first product, and
+    # it removes barriers before it plans that. No value is above infinity.
     never = x[(0,) * x.ndim] > jnp.asarray(jnp.inf, x.dtype)
     codes = jnp.where(never, jnp.zeros_like(w.codes), w.codes)
     return plain_quantized_linear(x, replace(w, codes=codes), dtype)
 
 
 def _parts(x: Array, w: QuantizedArray) -> Array:
-    """x [n, i] as [n, p, i]: the base's inputs and zeros, and zeros and the adapter's."""
+    """x [n, i] as [n, p, i]: the base's inputs then zeros, and zeros then the adapter's inputs."""
     if w.base == (w.inner or x.shape[-1]):
         return x[:, None]
     is_base = base_inputs(w)[None]
@@ -152,9 +152,9 @@ def int8_product(x: Array, w: QuantizedArray) -> Array:
     """x [n, i] against int8 codes [j, i] with one scale per output for the base's inputs and one
     for an adapter's -> [n, j] float32. x is rounded to 15 bits.
     """
-    # XLA's CPU compiler multiplies int8 with int8 as it lies only for two rows or more, and
-    # converts whole kernels to multiply with float. So x becomes two rows of 8 bits; the second is
-    # the rounding error of the first.
+    # XLA's CPU compiler multiplies int8 with int8 in place only for two rows or more, and converts
+    # whole kernels to multiply with float. So x becomes two rows of 8 bits; the second is the
+    # rounding error of the first.
     x, scales = x.astype(jnp.float32), w.scales.astype(jnp.float32).T[None]
     base = _parts(x, w)[:, 0]
     scale = jnp.maximum(jnp.max(jnp.abs(base), -1, keepdims=True), 1e-30) / 127
@@ -177,8 +177,8 @@ def int8_product(x: Array, w: QuantizedArray) -> Array:
 
 def multiply_and_sum(x: Array, w: QuantizedArray) -> Array:
     """x [n, i] against codes [j, i] -> [n, j] float32, one sum over the inputs of each output."""
-    # XLA's GPU compiler makes one kernel of it that reads the codes; as a product it writes the
-    # dequantised kernel to memory first.
+    # XLA's GPU compiler makes one kernel of this, which reads the codes; for a product it writes
+    # the dequantised kernel to memory first.
     x = x.astype(jnp.float32)
     if not w.group:
         return jnp.sum(x[:, None] * dequantize(w)[None], axis=-1)

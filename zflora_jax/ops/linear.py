@@ -24,10 +24,10 @@ SMALL = 2**21  # bytes of a kernel that XLA's CPU compiler leaves to one core, f
 
 def packed_linear(x: Array, kernel: Array, dtype: DTypeLike | None = None) -> Array:
     """x [B, T, i] against the rows of a packed kernel [j, i], in the fastest form for the device ->
-    [B, T, j] in `dtype` (None: of the operands), equal to `plain_product`.
+    [B, T, j] in `dtype` (None: the operands'), equal to `plain_product`.
     """
-    # On a CPU from the right: for several rows two thirds of the time that x kernel^T takes; one
-    # row takes a SMALL kernel in halves, for two cores.
+    # On a CPU from the right, which takes two thirds of the time of x kernel^T for several rows.
+    # For one row a SMALL kernel is halved, for two cores.
     on_cpu = product_from_the_right
     if x.dtype == jnp.bfloat16:
         on_cpu = bfloat16_product
@@ -58,7 +58,7 @@ def product_from_the_right(x: Array, kernel: Array, dtype: DTypeLike | None = No
 
 
 def product_in_halves(x: Array, kernel: Array, dtype: DTypeLike | None = None) -> Array:
-    """`product_from_the_right` of the halves of the kernel as a batch of two; j even."""
+    """`product_from_the_right` with the halves of the kernel as a batch of two; j is even."""
     halves, twice = kernel.reshape(2, -1, kernel.shape[1]), jnp.broadcast_to(x, (2, *x.shape))
     y = jnp.einsum("hji,hBTi->hjBT", halves, twice, preferred_element_type=dtype)
     return y.reshape(-1, *x.shape[:2]).transpose(1, 2, 0)
@@ -87,8 +87,8 @@ def bfloat16_product(
     product: Callable[..., Array] = plain_product,
 ) -> Array:
     """`product` of bfloat16 arrays, summed in float32."""
-    # XLA's CPU compiler reads bfloat16 as it lies only for two rows or more and float32 results;
-    # else it converts whole kernels first, so one row gets a second, of zeros. The barrier keeps
+    # XLA's CPU compiler reads bfloat16 in place only for two rows or more and float32 results, and
+    # otherwise converts whole kernels first. So one row gets a second, of zeros. The barrier keeps
     # transposed copies of kernels out of a loop of tokens.
     x, kernel = jax.lax.optimization_barrier((x, kernel))
     rows = jnp.pad(x, ((0, 1), (0, 0), (0, 0))) if x.shape[:2] == (1, 1) else x
@@ -96,12 +96,12 @@ def bfloat16_product(
 
 
 def project(x: Array, block: Array, axes: int = 1) -> Array:
-    """The product of x and an adapter's block, whose gradient has the block's dtype.
+    """Multiplies x by an adapter's block, whose gradient has the block's dtype.
 
     Args:
-      x: [B, T, ...].
-      block: Its first axes are the last ones of x.
-      axes: Their number.
+      x: Activations [B, T, ...].
+      block: Block whose first axes are the last ones of x.
+      axes: Number of those axes.
 
     Returns:
       [B, T, *the other axes of the block] in x's dtype.
@@ -113,7 +113,7 @@ def project(x: Array, block: Array, axes: int = 1) -> Array:
 
 @jax.custom_vjp
 def adapter_input(x: Array) -> Array:
-    """x, for the adapters' products of several kernels that read it."""
+    """Returns x, for the adapters' products of several kernels that read it."""
     # Gradients of x are summed in the order of its uses. XLA adds adjacent partial sums over
     # tensor-parallel devices before one all-reduce, as Megatron-LM does (arXiv 1909.08053). An
     # adapter gradient in between would split it.
@@ -157,8 +157,8 @@ def head_logits(x: Array, kernel: Array, tied: bool) -> Array:
     """
     if x.shape[1] > 1:
         return plain_logits(x, kernel, tied)
-    # One token a row, as in decode: `packed_linear` gives a tied head's logits as `greedy` reads
-    # them; a training step takes 15% longer with it.
+    # One token a row, as in decode: `packed_linear` gives a tied head's logits in the layout that
+    # `greedy` reads; a training step takes 15% longer with it.
     if tied:
         return packed_linear(x, kernel, jnp.float32)
     by_columns = {"dtype": jnp.float32, "product": column_product}
@@ -198,12 +198,12 @@ def column_norms(kernel: Array, a: Array, b: Array, scale: float) -> Array:
     own = jnp.einsum("ir,is->rs", a, a, precision="highest")
     change = 2 * scale * cross + scale**2 * jnp.einsum("rs,sj->rj", own, b, precision="highest")
     square = jnp.sum(w * w, axis=0) + jnp.sum(change * b, axis=0)
-    return jnp.sqrt(jnp.maximum(square, 0))  # what cancels may end below 0
+    return jnp.sqrt(jnp.maximum(square, 0))  # cancellation may end below 0
 
 
 def tile(h: Array, out: int) -> Array:
-    """h [..., r] R -> [..., out] of FFA's fixed tiling R [r, out], R[i, j] = sqrt(r/out) where j
-    mod r = i, whose rows are orthonormal when r divides out.
+    """h [..., r] R -> [..., out] with FFA's fixed tiling R [r, out]: R[i, j] = sqrt(r/out) if j mod
+    r = i, else 0. Its rows are orthonormal when r divides out.
     """
     rank = h.shape[-1]
     return jnp.take(h, np.arange(out) % rank, axis=-1) * math.sqrt(rank / out)

@@ -1,4 +1,4 @@
-"""The precision that float32 products are traced at."""
+"""The matmul precision of float32 products during tracing."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def at_precision(name: str) -> AbstractContextManager[Any]:
-    """Where float32 products are traced at a matmul precision; at "default" as jax is set."""
+    """Context that traces float32 products at a matmul precision; "default" keeps jax's."""
     return nullcontext() if name == "default" else jax.default_matmul_precision(name)
 
 

@@ -1,8 +1,8 @@
 """Quantised kernels and tables: codes and scales in place of floats.
 
 A type of codes is a row of `KINDS`. A scale is shared by a group of inputs, along the axis that a
-product sums over. A fused adapter's inputs have groups of their own, so the base's codes stay.
-Everything here equals the same operation on the floats of `dequantize`.
+product sums over. A fused adapter's inputs have separate groups, so the base's codes stay. Every
+operation here equals the one on the floats of `dequantize`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from zflora_jax.core.fields import require, require_in
 
 Array = jax.Array
 
-# The quantiles of a normal distribution that QLoRA's NF4 takes (arXiv 2305.14314, appendix E).
+# The quantiles of a normal distribution in QLoRA's NF4 (arXiv 2305.14314, appendix E).
 NF4 = (
     *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635),
     *(-0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725),
@@ -37,11 +37,11 @@ class Kind:
     """A type of codes.
 
     Attributes:
-      codes: Data type of the codes, of 8 or 4 bits.
+      codes: Data type of the codes, with 8 or 4 bits.
       group: Default number of inputs that share a scale; 0 for all.
       groups: Allowed values of group.
       scales: Data type of the scales.
-      has_mins: A float is code x scale + min, else code x scale.
+      has_mins: Whether a float is code x scale + min, not code x scale.
       table: Value of each code; None if it is the code itself.
     """
 
@@ -81,13 +81,13 @@ class QuantizedArray:
 
     Attributes:
       codes: [*layers, *inputs, *outputs], of jax or numpy; a table [V, d] has its inputs last.
-      scales: The same axes, with groups along the last input axis. If one group is all inputs, the
-        other input axes have size 1.
-      mins: As scales; None if the type has none.
+      scales: Scales on the same axes, with groups along the last input axis. If all inputs are one
+        group, the other input axes have size 1.
+      mins: Minima in the form of the scales; None if the type has none.
       kind: A key of `KINDS`.
       reads: Number of input axes.
       writes: Number of output axes.
-      group: Inputs of a group; 0 for one group of all, and a second one of a fused adapter's.
+      group: Inputs of a group; 0 for one group of all, and a second for a fused adapter's.
       base: Inputs of the last input axis that are the base's; no group mixes them with others.
       inner: Size of the last input axis if several are flattened, as packed heads are; else 0.
     """
@@ -129,7 +129,7 @@ class QuantizedArray:
 
     @property
     def one_scale(self) -> bool:
-        """Whether an output has one scale for all inputs of the base, times plain integers."""
+        """True if an output has one scale for all inputs of the base, times plain integers."""
         return not self.group and KINDS[self.kind].table is None
 
     @property
@@ -145,8 +145,8 @@ class QuantizedArray:
     def map(
         self, codes: Callable[..., Any], scales: Callable[..., Any], *others: Any, **changes: Any
     ) -> QuantizedArray:
-        """The array with `codes` of the codes and `scales` of the scales and of the mins, given
-        those of `others` too, and fields changed.
+        """Applies `codes` to the codes and `scales` to the scales and the mins, together with
+        those of `others`, and changes fields.
         """
         every = (self, *others)
         return replace(
@@ -167,11 +167,11 @@ def bytes_of(leaf: Any) -> int:
 
 def check_kind(kind: str, group: int | None) -> int:
     """The group size, `group` or the type's default; ConfigError for an unknown type or size."""
-    require_in(KINDS, kind, f"quantised kind {kind!r}")
+    require_in(KINDS, kind, f"quantised type {kind!r}")
     row = KINDS[kind]
     require(
         group is None or group in row.groups,
-        f"groups of {group} inputs: {kind} has {', '.join(map(str, row.groups))}"
+        f"groups of {group} inputs: {kind} allows {', '.join(map(str, row.groups))}"
         f"{' (0: all inputs)' if 0 in row.groups else ''}.",
     )
     return row.group if group is None else group
@@ -203,14 +203,14 @@ def code_values(kind: str, codes: Array) -> Array:
             values = jnp.where(codes == code, jnp.float32(value), values)
         return values
 
-    # XLA's TPU compiler fuses no lookup into the product that reads it, its GPU compiler no chain
-    # of choices.
+    # XLA's TPU compiler cannot fuse a lookup into the product that reads it, nor its GPU compiler
+    # a chain of choices.
     return jax.lax.platform_dependent(codes.astype(jnp.int32), tpu=chosen, default=looked_up)
 
 
 def base_inputs(w: QuantizedArray) -> np.ndarray:
     """A bool for each input, True for the base's."""
-    # A constant: XLA's GPU compiler would make a kernel of it in every token.
+    # A constant: otherwise XLA's GPU compiler would run a kernel for it in every token.
     width = w.shape[w.axis]
     return np.arange(width) % (w.inner or width) < w.base
 
@@ -280,7 +280,7 @@ def _gguf_blocks(x: Array, kind: str, group: int, axis: int) -> tuple[Array, Arr
     half = partial(jax.lax.convert_element_type, new_dtype=jnp.float16)
     if kind == "q8_0":
         scale, high = largest / 127, 127
-    elif kind == "q4_0":  # the number that is furthest from zero becomes -8 times the scale
+    elif kind == "q4_0":  # the value furthest from zero becomes -8 times the scale
         first = jnp.argmax(jnp.abs(blocks), inside, keepdims=True)
         scale, high = jnp.take_along_axis(blocks, first, inside) / -8, 7
     else:
@@ -288,7 +288,7 @@ def _gguf_blocks(x: Array, kind: str, group: int, axis: int) -> tuple[Array, Arr
         scale, high = (jnp.max(blocks, inside, keepdims=True) - least) / 15, 15
         blocks, mins = blocks - least, half(jnp.squeeze(least, inside))
     codes = blocks * jnp.where(scale != 0, 1 / jnp.where(scale != 0, scale, 1.0), 0.0)
-    # Halves go away from zero, as C rounds them; of 4 bits up, as codes are counted from -8.
+    # Halves go away from zero, as C rounds them; 4-bit ones go up, as codes are counted from -8.
     half_up = jnp.copysign(jnp.float32(0.5), codes)
     codes = jnp.trunc(codes + half_up) if kind == "q8_0" else jnp.floor(codes + 0.5)
     codes = jnp.minimum(codes, high).reshape(x.shape).astype(KINDS[kind].codes)
@@ -302,7 +302,7 @@ Write = Callable[[Array, Array, dict[int, slice]], Array]
 
 
 def is_finite(leaf: Any) -> Array:
-    """Whether all floats of a leaf are finite, a bool; of codes their scales and minima."""
+    """True if all floats of a leaf are finite; for codes, if their scales and minima are."""
     parts = [part for part in jax.tree.leaves(leaf) if jnp.issubdtype(part.dtype, jnp.floating)]
     return jnp.stack([jnp.isfinite(part).all() for part in parts]).all()
 
@@ -314,8 +314,8 @@ def quantized_names(params: trees.Tree) -> list[str]:
 
 
 def each_part(change: Callable[..., Array], leaf: Any, *others: Any) -> Any:
-    """A leaf with `change(part, each, *parts of others)` in place of its floats or codes (each = 1)
-    and of its scales and minima (each: the inputs of a group, 0 for all).
+    """A leaf with `change(part, each, *parts of others)` in place of each part: its floats or codes
+    (each = 1), its scales and its minima (each: the inputs of a group, 0 for all).
     """
     if not isinstance(leaf, QuantizedArray):
         return change(leaf, 1, *others)
@@ -333,8 +333,8 @@ def padded(part: Array, pads: dict[int, int], value: float = 0) -> Array:
 
 
 def widen(leaf: Any, axis: int, inputs: int, outputs: int) -> Any:
-    """A kernel with more inputs, in new groups, and outputs along the last axis, all zero. axis:
-    its last input axis, negative.
+    """A kernel with zeros added: inputs along `axis`, in new groups, and outputs along the last
+    axis. axis: Its last input axis, negative.
     """
     return each_part(
         lambda part, each: padded(part, {axis: group_count(inputs, each), -1: outputs}), leaf
@@ -342,15 +342,15 @@ def widen(leaf: Any, axis: int, inputs: int, outputs: int) -> Any:
 
 
 def _spans(axis: int, reads: slice, writes: slice, each: int) -> dict[int, slice]:
-    """{axis: span} of inputs, all of the base or all of an adapter, and outputs in a part."""
+    """{axis: span} of inputs and outputs in a part; inputs are all the base's or an adapter's."""
     stop = None if reads.stop is None else group_count(reads.stop, each)
     inputs = {axis: slice(group_count(reads.start or 0, each), stop)}
     return inputs | ({-1: writes} if axis != -1 else {})
 
 
 def cut(leaf: Any, axis: int, reads: slice, writes: slice = slice(None)) -> Any:
-    """The inputs `reads` along `axis`, all of the base or all of an adapter, and outputs `writes`
-    of a kernel.
+    """Cuts the inputs `reads` along `axis`, all the base's or all an adapter's, and the outputs
+    `writes` from a kernel.
     """
 
     def taken(part: Array, each: int) -> Array:
@@ -362,7 +362,7 @@ def cut(leaf: Any, axis: int, reads: slice, writes: slice = slice(None)) -> Any:
 
 
 def write_part(leaf: Any, values: Array, axis: int, reads: slice, writes: slice, do: Write) -> Any:
-    """A kernel with float32 `values`, quantised as it is, written where `cut` reads."""
+    """A kernel with float32 `values` written where `cut` reads, quantised like the kernel."""
     new = quantize_block(values, leaf) if isinstance(leaf, QuantizedArray) else values
     return each_part(
         lambda part, each, new: do(part, new, _spans(axis, reads, writes, each)), leaf, new
@@ -394,7 +394,7 @@ def filled(leaf: Any, shape: Sequence[int]) -> Any:
         if isinstance(leaf, QuantizedArray):
             axis = leaf.ndim + leaf.axis
             wanted[axis] += -wanted[axis] % (leaf.group or 1)
-            if each != 1:  # inputs before the groups' axis have nothing behind them
+            if each != 1:  # inputs before the groups' axis get no padding
                 groups = wanted[axis] // each if each else part.shape[axis]
                 wanted[: axis + 1] = *part.shape[:axis], groups
         return jnp.pad(part, [(0, b - a) for a, b in zip(part.shape, wanted, strict=True)])
@@ -403,8 +403,8 @@ def filled(leaf: Any, shape: Sequence[int]) -> Any:
 
 
 def quantize_block(block: Array, like: QuantizedArray) -> QuantizedArray:
-    """Quantises an adapter's block [*layers, *inputs, *outputs] float32 as the kernel `like` is, or
-    any part of it. Its inputs begin a group, and zeros fill the last one up.
+    """Quantises an adapter's block [*layers, *inputs, *outputs] float32, or any part of it, like
+    the kernel `like`. Its inputs begin a group, and zeros fill the last group.
     """
     axis, width = block.ndim + like.axis, block.shape[like.axis]
     whole = padded(block, {like.axis: -width % like.group if like.group else 0})

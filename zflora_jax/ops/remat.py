@@ -15,7 +15,7 @@ SAVED_NAMES = ("residual", "heads", "mlp", "low rank")
 
 
 _named = jax.checkpoint_policies.save_only_these_names(*SAVED_NAMES)
-# By the name in the settings; None keeps the input of a block alone.
+# By the name in the settings; None keeps only the input of a block.
 POLICIES: dict[str, Any] = {
     "none": jax.checkpoint_policies.everything_saveable,
     "dots": jax.checkpoint_policies.save_from_both_policies(
@@ -27,5 +27,5 @@ POLICIES: dict[str, Any] = {
 
 
 def save_for_backward(x: Array, name: str) -> Array:
-    """`x`, kept for the backward pass. name: one of SAVED_NAMES."""
+    """Returns `x`, kept for the backward pass. name: One of SAVED_NAMES."""
     return checkpoint_name(x, name)

@@ -27,8 +27,8 @@ def rope_frequencies(config: LlamaConfig) -> np.ndarray:
 
 
 def paired_order(base: int, width: int) -> np.ndarray:
-    """The native dim at each place, [width] int, of a widened head that RoPE rotates as a whole:
-    the base's pairs (i, i + base/2) become (i, i + width/2), the other pairs are adapter dims, of
+    """The native dim at each place, [width] int, of a widened head that RoPE rotates as a whole.
+    The base's pairs (i, i + base/2) become (i, i + width/2); the other pairs are adapter dims with
     frequency 0. Both widths are even.
     """
     middle = base + (width - base) // 2
@@ -42,7 +42,7 @@ def rope_tables(config: LlamaConfig, positions: Array, length: int) -> tuple[Arr
     """
     if length > ROPE_ROWS:
         return plain_rope_tables(config, positions)
-    # Looked up in a constant: XLA's CPU compiler would compute them again in every layer, twice.
+    # Looked up in a constant: XLA's CPU compiler would compute them twice in every layer.
     table = np.arange(length, dtype=np.float32)[:, None, None] * _frequencies(config)
     parts = map(jnp.asarray, (np.cos(table), np.sin(table)))
     cos, sin = (jnp.take(part, positions, axis=0, mode="clip") for part in parts)
@@ -65,8 +65,7 @@ def _frequencies(config: LlamaConfig) -> np.ndarray:
 
 def apply_rope(x: Array, cos: Array, sin: Array, use_rope: Array | None = None) -> Array:
     """Rotates the first k dims of heads x [B, T, heads, k or more] by `rope_tables`, in pairs (i, i
-    + k/2). Other dims pass through, as all do where `use_rope`, bool, is False (a layer without
-    RoPE).
+    + k/2). Other dims pass through; so do all if `use_rope`, bool, is False (a layer without RoPE).
     """
     if use_rope is not None:
         cos, sin = jnp.where(use_rope, cos, 1.0), jnp.where(use_rope, sin, 0.0)

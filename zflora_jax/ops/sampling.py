@@ -9,7 +9,7 @@ import numpy as np
 Array = jax.Array
 # In place of a token:
 ENDED = -1  # the row has ended before
-NON_FINITE = -2  # the logits of the row are no finite numbers
+NON_FINITE = -2  # the logits of the row are not finite
 
 
 def greedy(logits: Array) -> Array:
@@ -35,8 +35,8 @@ def nucleus(logits: Array, top_p: float) -> Array:
 
 
 def _nucleus_floor(probability: Array, share: float) -> Array:
-    """The largest number [B, 1] such that the probabilities [B, V] of at least that number sum to
-    `share`, or 0. Bisects the bits of a float32, which are ordered as non-negative numbers are.
+    """The largest floor [B, 1] such that the probabilities [B, V] at or above it sum to at least
+    `share`, or 0. Bisects the bits of a float32, which are ordered like non-negative floats.
     """
 
     def number(bits: Array) -> Array:

@@ -1,4 +1,4 @@
-"""Devices and processes: the mesh, how parameters are divided over it, hosts, the compile cache.
+"""Devices and processes: the mesh, the division of parameters over it, hosts, the compile cache.
 
-No model: parameters are names and shapes here.
+There is no model here: parameters are names and shapes.
 """

@@ -19,10 +19,10 @@ KEPT_FROM_SECONDS = 0.2  # programs that compile faster are not cached
 def compile_cache(directory: str | Path) -> Iterator[None]:
     """Keeps compiled programs in a directory, and reuses those that are there.
 
-    A cache that is in use already stays in use. JAX_COMPILATION_CACHE_DIR names another directory,
-    JAX_ENABLE_COMPILATION_CACHE=false switches it off. Entries are machine code that JAX runs:
-    switch it off for a directory of a stranger. An entry that cannot be read or written causes a
-    warning and is compiled again.
+    A cache that is already in use stays in use. JAX_COMPILATION_CACHE_DIR names another directory,
+    JAX_ENABLE_COMPILATION_CACHE=false switches it off. Entries are machine code that JAX runs, so
+    switch it off for directories that you do not trust. An entry that cannot be read or written
+    causes a warning and is compiled again.
 
     Args:
       directory: Directory of the cache. For a URL, programs are kept in the local cache instead.
@@ -47,7 +47,7 @@ def no_compile_cache() -> AbstractContextManager[None]:
 
 @contextmanager
 def _configured(settings: dict[str, Any]) -> Iterator[None]:
-    """Settings of jax, which else keeps to the cache that its first program found."""
+    """Context with settings of jax, which otherwise keeps the cache of its first program."""
     before = {name: getattr(jax.config, name) for name in settings}
     _set(settings)
     try:

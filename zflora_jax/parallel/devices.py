@@ -1,4 +1,4 @@
-"""The device that a program is made for, and the widest attention head that cuDNN takes there."""
+"""The device that a program is made for, and cuDNN's widest attention head there."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import Any
 import jax
 import jax.extend.backend
 
-# Part of what jax calls a GPU -> its compute capability, which an absent one does not tell itself.
-# The first part that its device kind contains counts.
+# Part of jax's name of a GPU -> its compute capability, which an absent one cannot report. The
+# first part that the name contains counts.
 GPUS = {
     "GH200": (9, 0),
     "H200": (9, 0),
@@ -32,7 +32,7 @@ class Device:
 
     platform: str  # "tpu", "gpu" (NVIDIA's only) or "cpu"; another as jax names it
     kind: str  # jax's name: "TPU v5 lite", "NVIDIA H100 80GB HBM3"
-    capability: tuple[int, int] | None = None  # of a GPU, (9, 0) for Hopper; None if not known
+    capability: tuple[int, int] | None = None  # a GPU's, (9, 0) for Hopper; None if unknown
     here: bool = True  # whether this process has such a device
 
 
@@ -55,15 +55,15 @@ def device_in_use() -> Device:
 
 
 def named_device(platform: str, kind: str) -> Device:
-    """A "tpu" or "gpu" that this process does not have, of a kind as jax names it."""
+    """A "tpu" or "gpu" that this process does not have. kind: jax's name of it."""
     known = (GPUS[part] for part in GPUS if platform == "gpu" and part in kind)
     return Device(platform, kind, next(known, None), here=False)
 
 
 def widest_head() -> int:
     """The widest head, in channels, of cuDNN's 16-bit attention forward and backward on the device
-    in use; 0 where it has none. Narrower than jax's own check: by cuDNN's table of support the
-    backward pass takes 256 on Hopper only.
+    in use; 0 if it has none. This is narrower than jax's check: in cuDNN's table of support, the
+    backward pass allows 256 only on Hopper.
     """
     capability = device_in_use().capability
     if capability is None or capability < (8, 0):
@@ -73,7 +73,7 @@ def widest_head() -> int:
 
 def allow_absent_cudnn() -> None:
     """Lets jax trace cuDNN's attention for the absent GPU of the mesh in use. jax asks the library
-    and the first GPU of this process for their limits, and has no public way to be told.
+    and the first GPU of this process for their limits, and has no public way to override them.
     """
     if device_in_use().here:
         return
@@ -101,7 +101,7 @@ def allow_absent_cudnn() -> None:
 
 def on_cpu() -> AbstractContextManager[None]:
     """A context that makes arrays on the host's CPU, for results that must not depend on the
-    device; on the default device where JAX_PLATFORMS leaves the CPU out.
+    device; on the default device if JAX_PLATFORMS leaves the CPU out.
     """
     try:
         return jax.default_device(jax.local_devices(backend="cpu")[0])

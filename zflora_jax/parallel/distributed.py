@@ -46,8 +46,8 @@ def start(
     *,
     detect: bool = False,
 ) -> None:
-    """Joins the processes of a run. Call it before anything touches a device. A run of one process,
-    or a process that has joined already, does nothing.
+    """Joins the processes of a run. Call it before anything touches a device. It does nothing in a
+    run of one process, or in a process that has already joined.
 
     Each of the first three can come from the environment instead (see `ENVIRONMENT`); all or none
     must be given.
@@ -113,7 +113,7 @@ def _initialize(how: str, *given: Any) -> None:
 
 
 def is_main() -> bool:
-    """Whether this process writes the logs, metrics and reports of the run."""
+    """True if this process writes the logs, metrics and reports of the run."""
     return jax.process_index() == 0
 
 
@@ -124,17 +124,17 @@ def on_main(action: Callable[[], T]) -> T | None:
     result, error = None, None
     try:
         result = action() if is_main() else None
-    except Exception as raised:  # whatever it is, the others must not wait
+    except Exception as raised:  # of any type: the others must not wait
         error = raised
     well = from_process_0(error is None)
     if error is not None:
         raise error
-    require(well, "process 0 cannot go on; its message says why.")
+    require(well, "process 0 has failed; its message says why.")
     return result
 
 
 def gather_bytes(own: bytes) -> list[bytes]:
-    """The bytes of every process, in order, less than 2 GiB of each; all processes call this."""
+    """The bytes of every process, in order, less than 2 GiB from each; all processes call this."""
     if jax.process_count() == 1:
         return [own]
     sizes = multihost_utils.process_allgather(np.int32(len(own)))
@@ -144,15 +144,15 @@ def gather_bytes(own: bytes) -> list[bytes]:
 
 
 def from_process_0(value: Any) -> Any:
-    """A JSON value of process 0, in all processes, which all call this; one gets its own."""
+    """A JSON value of process 0, in all processes, which all call this."""
     if jax.process_count() == 1:
         return value
     return json.loads(gather_bytes(json.dumps(value).encode() if is_main() else b"")[0])
 
 
 def require_equal(own: Mapping[str, Any]) -> None:
-    """Compares JSON values by name over the processes of a run, which all call this. ConfigError in
-    all of them if some differ: the message has their names, and the values of every process.
+    """Compares JSON values by name over the processes of a run, which all call this. All raise
+    ConfigError if some differ; the message has their names, and the values of every process.
     """
     if jax.process_count() == 1:
         return
@@ -174,9 +174,9 @@ def require_equal(own: Mapping[str, Any]) -> None:
 
 
 def require_shared(folder: str | os.PathLike[str], name: str = "workdir") -> None:
-    """ConfigError in all processes, unless all see what process 0 writes into `folder`, a directory
-    or URL that the message calls `name`. Otherwise the first save would make processes with
-    different workdirs wait for each other forever.
+    """Raises ConfigError in all processes unless all see a file of process 0 in `folder`, a
+    directory or URL that the message calls `name`. Otherwise processes with different workdirs
+    would wait for each other forever at the first save.
     """
     if jax.process_count() == 1:
         return
@@ -211,7 +211,7 @@ def require_shared(folder: str | os.PathLike[str], name: str = "workdir") -> Non
 
 
 def _appears(file: Path) -> bool:
-    """Whether `file` becomes readable within SHARED_WITHIN; network file systems are late."""
+    """True if `file` becomes readable within SHARED_WITHIN; network file systems are late."""
     deadline = time.monotonic() + SHARED_WITHIN
     while time.monotonic() < deadline:
         with contextlib.suppress(OSError):
@@ -222,8 +222,8 @@ def _appears(file: Path) -> bool:
 
 
 def leave(code: int, error: Exception | None = None) -> None:
-    """Ends this process at once if it is one of several, after printing the traceback of `error`:
-    the others are blocked in a collective, and JAX ends them when it is gone.
+    """Ends this process at once if it is one of several, after printing the traceback of `error`.
+    The others are blocked in a collective, and JAX ends them when this one is gone.
     """
     if jax.distributed.is_initialized() and jax.process_count() > 1:
         if error is not None:
@@ -236,9 +236,9 @@ def leave(code: int, error: Exception | None = None) -> None:
 class StopSignals:
     """A context in which SIGTERM and SIGINT ask for a stop instead of ending the process.
 
-    With several processes one signal to one of them is enough: JAX's preemption service, which
-    handles SIGTERM there, stops all of them after the same step. Outside the main thread, where
-    Python has no signals, the signals that the main thread catches count.
+    With several processes, one signal to one of them is enough: JAX's preemption service, which
+    handles SIGTERM there, stops all of them after the same step. Python has no signals outside the
+    main thread, so the signals that the main thread catches count there.
     """
 
     _of_main: StopSignals | None = None
@@ -250,15 +250,15 @@ class StopSignals:
 
     @property
     def asked(self) -> bool:
-        """Whether this process has had a signal."""
+        """True if this process has received a signal."""
         return self._asked or (self._shared is not None and self._shared._asked)
 
     def requested(self, step: int) -> bool:
-        """Whether to stop after `step`, the same in all processes, which call this every step."""
+        """True to stop after `step`, the same in all processes, which call this every step."""
         if jax.process_count() == 1:
             return self.asked
-        # JAX counts calls: a signal that came before the first one asks for a stop at call 1,
-        # whatever step a resumed run is at by then.
+        # JAX counts calls: a signal before the first one requests a stop at call 1, whatever step a
+        # resumed run has then.
         first, self._next = self._next, step + 1
         return any(
             [multihost_utils.reached_preemption_sync_point(n) for n in range(first, step + 1)]

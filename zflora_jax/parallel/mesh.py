@@ -28,7 +28,7 @@ def mesh_if_there(config: MeshConfig) -> Mesh | None:
     if need > 1:
         log.warning(
             "a run of %d devices (mesh.data=%d x mesh.fsdp=%d x mesh.tensor=%d) is loaded onto one:"
-            " here are only %d (set mesh.* to divide the model over them)",
+            " there are only %d (set mesh.* to divide the model over them)",
             *(need, config.data, config.fsdp, config.tensor, have),
         )
     return None
@@ -47,7 +47,7 @@ def mesh_of(tree: Mapping[str, Any]) -> Mesh | None:
 
 @contextmanager
 def mesh_in_use(tree: Mapping[str, Any]) -> Iterator[None]:
-    """Computes on the mesh of the parameters `tree` (`jax.set_mesh`), where there is one;
+    """Context that computes on the mesh of the parameters `tree` (`jax.set_mesh`), if there is one;
     ConfigError if they were donated.
     """
     require_there(tree)
@@ -57,13 +57,13 @@ def mesh_in_use(tree: Mapping[str, Any]) -> Iterator[None]:
 
 
 def place_like(params: Mapping[str, Any], adapters: Mapping[str, Any]) -> Tree:
-    """Adapters on the mesh of a model's parameters; on one device they stay."""
+    """Places adapters on the mesh of a model's parameters; on one device they stay."""
     mesh = mesh_of(params)
     return dict(adapters) if mesh is None else shard(adapters, mesh, fused=True)
 
 
 def several_devices() -> bool:
-    """Whether the mesh in use has several devices."""
+    """True if the mesh in use has several devices."""
     mesh = jax.sharding.get_abstract_mesh()
     return not mesh.empty and mesh.size > 1
 
@@ -78,7 +78,7 @@ def batch_axes(rows: int) -> tuple[str, ...] | None:
 
 
 def has_values_here(array: Any) -> bool:
-    """Whether this process can read the values: not if they are traced, or in other processes."""
+    """True if this process can read the values: they are not traced, nor in other processes."""
     return not isinstance(array, jax.core.Tracer) and getattr(array, "is_fully_addressable", True)
 
 

@@ -1,10 +1,10 @@
 """Sharding: one mesh of three axes, one table from parameter names to axes of the mesh, and the
 division of activations.
 
-data: copies of the model, each with its own rows of the batch. fsdp: rows of the batch too, and the
+data: copies of the model, each with its rows of the batch. fsdp: rows of the batch too, and the
 weights are stored in parts. XLA gathers one layer's kernels at a time where they are used, because
-the rows are divided over the same axis (a constraint that asks for the gather would make the
-backward pass keep the gathered kernels of all layers). tensor: heads, MLP units and the vocabulary
+the rows are divided over the same axis. (A constraint that requests the gather would make the
+backward pass keep the gathered kernels of all layers.) tensor: heads, MLP units and the vocabulary
 are divided, as in Megatron-LM (arXiv 1909.08053). A slice is a group of devices with fast links (a
 TPU slice and its ICI); slices follow each other along data.
 
@@ -72,7 +72,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
 
     Args:
       config: Number of devices along data, fsdp and tensor.
-      devices: Devices, of which the first are used; None for all devices, and idle ones are logged.
+      devices: Devices, of which the first are used; None for all devices. Idle ones are logged.
 
     Raises:
       ConfigError: There are fewer devices.
@@ -94,7 +94,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
 
 def arrange(config: MeshConfig, devices: Sequence[Any]) -> np.ndarray:
     """The devices of a mesh as [data, fsdp, tensor]. Slices follow each other along data, so that
-    weights are gathered within one; a warning says where mesh.data does not allow that.
+    weights are gathered within one slice; logs a warning if mesh.data does not allow that.
     """
     slices: dict[Any, list[Any]] = {}
     for device in devices:
@@ -106,8 +106,8 @@ def arrange(config: MeshConfig, devices: Sequence[Any]) -> np.ndarray:
     if shape[1:] != (1, 1):
         log.warning(
             "the devices are in %d slices of %s, and mesh.data=%d puts no whole copies of the"
-            " model in each: weights are gathered over the network between them. Use as many"
-            " devices of each, and a multiple of their number for mesh.data",
+            " model in each: weights are gathered over the network between them. Use equally many"
+            " devices of each, and a multiple of the number of slices for mesh.data",
             *(len(groups), ", ".join(str(len(group)) for group in groups), config.data),
         )
     return np.asarray(devices).reshape(shape)
@@ -129,7 +129,7 @@ def parts(mesh: Any, axes: Axes) -> int:
 
 
 def _dividing(mesh: Any, axes: Iterable[Axes], shape: Sequence[int]) -> P:
-    """The axes of the dimensions of an array, without those that do not divide theirs."""
+    """The axes of an array's dimensions, without axes that do not divide their dimension."""
     sizes = zip(axes, shape, strict=False)
     return P(*(at if size % parts(mesh, at) == 0 else None for at, size in sizes))
 
@@ -152,14 +152,14 @@ def axes_of(name: str) -> tuple[str | None, ...]:
 
 def spec(name: str, shape: tuple[int, ...], mesh: Any, *, fused: bool = False) -> P:
     """The PartitionSpec of a leaf; ConfigError if an axis of the mesh does not divide its dimension
-    (but for the vocabulary, which every device along that axis then holds whole).
+    (except the vocabulary, which every device along that axis then holds whole).
 
     Args:
       name: The leaf's name, as in `axes_of`.
       shape: The leaf's shape; layers may be stacked on a leading axis.
       mesh: A Mesh or an AbstractMesh.
-      fused: Whether the leaf is of a fused model. Its widths depend on the adapter, so an axis of
-        the mesh that does not divide its dimension moves to another dimension of the leaf.
+      fused: Whether the leaf belongs to a fused model. Its widths depend on the adapter, so an axis
+        of the mesh that does not divide its dimension moves to another dimension of the leaf.
     """
     axes = axes_of(name)
     first = len(shape) - len(axes)  # stacked layers stay whole: scan takes one at a time
@@ -202,7 +202,7 @@ def spec(name: str, shape: tuple[int, ...], mesh: Any, *, fused: bool = False) -
 
 def specs(name: str, leaf: Any, mesh: Any, *, fused: bool = False) -> Any:
     """The PartitionSpecs of a leaf's arrays, as a tree of the leaf's structure: one, or those of
-    codes and scales. A scale is divided like its codes where the axis divides it.
+    codes and scales. A scale is divided like its codes if the axis divides it.
     """
     whole = spec(name, tuple(leaf.shape), mesh, fused=fused)
 
@@ -224,7 +224,7 @@ def _tree_specs(tree: Mapping[str, Any], mesh: Any, fused: bool) -> trees.Tree:
 
 
 def shardings(tree: Mapping[str, Any], mesh: Mesh, *, fused: bool = False) -> trees.Tree:
-    """The sharding of every leaf of a tree of arrays or ShapeDtypeStructs; fused: as in `spec`."""
+    """The sharding of every leaf of a tree of arrays or ShapeDtypeStructs; fused: see `spec`."""
     return jax.tree.map(partial(NamedSharding, mesh), _tree_specs(tree, mesh, fused))
 
 
@@ -236,7 +236,7 @@ def active_mesh() -> Any:
 
 def constrain(tree: Mapping[str, Any], *, fused: bool = False) -> trees.Tree:
     """Divides parameters or adapters over the mesh in use, in a compiled function; without a mesh
-    they stay. fused: as in `spec`.
+    they stay. fused: see `spec`.
     """
     if (mesh := active_mesh()) is None:
         return dict(tree)
@@ -244,8 +244,8 @@ def constrain(tree: Mapping[str, Any], *, fused: bool = False) -> trees.Tree:
 
 
 def shard(tree: Mapping[str, Any], mesh: Mesh, *, fused: bool = False) -> trees.Tree:
-    """Parameters or adapters on the devices of a mesh, divided by `spec`. Each of several processes
-    has the whole tree, or has loaded it on this mesh.
+    """Places parameters or adapters on the devices of a mesh, divided by `spec`. Each of several
+    processes has the whole tree, or has loaded it on this mesh.
     """
 
     def place(leaf: Any, where: NamedSharding) -> jax.Array:
@@ -285,8 +285,8 @@ def own_rows(rows: int, mesh: Mesh) -> list[int]:
 
 
 def put_rows(batch: Mapping[str, np.ndarray], rows: int, mesh: Mesh) -> dict[str, jax.Array]:
-    """A batch of `rows` rows, arrays [B, T], on a mesh, from arrays [own, T] of the rows that
-    `own_rows` lists, in that order.
+    """Makes a batch of `rows` rows, arrays [B, T], on a mesh, from arrays [own, T] of the rows of
+    `own_rows`, in that order.
     """
     shapes = {name: (rows, *own.shape[1:]) for name, own in batch.items()}
     return jax.make_array_from_process_local_data(batch_sharding(mesh), dict(batch), shapes)
@@ -311,8 +311,8 @@ def gather_fsdp(name: str, leaf: jax.Array) -> jax.Array:
 
 
 def divide_embeddings(x: jax.Array, *, rows: bool) -> jax.Array:
-    """Embeddings [B, T, d] of a table whose d is divided over fsdp, divided as the layers compute
-    them: with `rows`, by rows over fsdp, as in training, where each layer gathers its kernels.
+    """Divides embeddings [B, T, d], from a table whose d is divided over fsdp, for the layers. With
+    `rows`, rows are divided over fsdp, as in training, where each layer gathers its kernels.
     Otherwise d stays divided: kernels stay in place and products are summed, which moves less data
     for few tokens, as in decode.
     """
@@ -323,8 +323,8 @@ def divide_embeddings(x: jax.Array, *, rows: bool) -> jax.Array:
 
 
 def divide(x: jax.Array, *axes: Axes) -> jax.Array:
-    """An array, in a compiled function, with its first dimensions divided over axes of the mesh in
-    use; those that do not divide one are left out.
+    """Divides an array's first dimensions over axes of the mesh in use, in a compiled function;
+    axes that do not divide their dimension are left out.
     """
     if (mesh := active_mesh()) is None:
         return x

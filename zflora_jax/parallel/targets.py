@@ -27,7 +27,7 @@ class Chip:
     flops: float  # dense bfloat16 operations per second
     bandwidth: float  # bytes per second from HBM
     link: float  # bytes per second to its neighbours, all links together, one way
-    clock: float  # of the matrix units, in Hz; 0 where the compiler estimates no cycles
+    clock: float  # matrix units' rate in Hz; 0 if the compiler estimates no cycles
     topologies: tuple[str, ...]  # shapes of one slice of TPUs, or numbers of GPUs in one machine
     compiler_config: str = ""  # XLA's description of an absent GPU, a GpuTargetConfigProto
 
@@ -58,7 +58,7 @@ CHIPS = {
     ),
 }
 
-# A device's kind as jax names it -> its row of CHIPS. H200 computes as H100 does.
+# jax's name of a device -> its row of CHIPS. An H200 computes like an H100.
 _KINDS = {
     **dict.fromkeys(("TPU v5 lite", "TPU v5e"), "tpu:v5e"),
     **dict.fromkeys(("TPU v5", "TPU v5p"), "tpu:v5p"),
@@ -68,14 +68,14 @@ _KINDS = {
 
 
 def peak_flops(device_kind: str) -> float | None:
-    """Published dense bfloat16 operations per second of a device of that kind; None if unknown."""
+    """Published dense bfloat16 operations per second of a device type; None if unknown."""
     return CHIPS[_KINDS[device_kind]].flops if device_kind in _KINDS else None
 
 
 # Platform -> the compiler's module, and this package's extra that installs it.
 _COMPILERS = {"tpu": ("libtpu", "target-tpu"), "cuda": ("jax_cuda13_plugin", "target-cuda")}
 
-# Without these libtpu asks the network for its place and loads in one process only.
+# Without these libtpu asks the network for its place and loads only in one process.
 _LIBTPU = {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", **ABSENT}
 
 

@@ -1,4 +1,4 @@
 """Files written whole, provenance, tables, metrics, plots.
 
-No model and no data: values come in as plain dicts.
+There is no model and no data here: values come as plain dicts.
 """

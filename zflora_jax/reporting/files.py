@@ -1,4 +1,4 @@
-"""Files and objects that are written whole or not at all, JSON among them."""
+"""Files and objects that are written whole or not at all, including JSON."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from zflora_jax.core.storage import as_path, is_url, whole_file
 
 
 def local_path(path: str | os.PathLike[str], name: str) -> Path:
-    """The Path of a local file or directory; ConfigError that calls it `name` if it is empty, or
-    for a URL, which as a Path would become a directory called "gs:".
+    """The Path of a local file or directory; ConfigError that calls it `name` if it is empty or a
+    URL, which as a Path would become a directory called "gs:".
     """
     require(
         not is_url(path),
@@ -26,8 +26,8 @@ def local_path(path: str | os.PathLike[str], name: str) -> Path:
 
 
 def plain(value: Any) -> Any:
-    """A value as JSON can hold it: scalars of numpy and jax as numbers, tuples as lists, paths as
-    text, non-finite numbers as null; also inside dicts and lists.
+    """Converts a value to JSON's types: scalars of numpy and jax to numbers, tuples to lists, paths
+    to text, non-finite numbers to null; also inside dicts and lists.
     """
     if isinstance(value, Mapping):
         return {str(k): plain(v) for k, v in value.items()}
@@ -47,8 +47,8 @@ def write_json(path: str | Path, values: Mapping[str, Any]) -> None:
 
 
 def write_result(out: str | os.PathLike[str], values: Mapping[str, Any], page: str) -> None:
-    """Writes <out>.json with `values` (see `plain`), then <out>.md with `page`. A dot in the name
-    `out` ("llama-3.2-1b") begins no suffix.
+    """Writes <out>.json with `values` (see `plain`), then <out>.md with `page`. A dot in `out`
+    ("llama-3.2-1b") does not begin a suffix.
     """
     write_json(f"{os.fspath(out)}.json", values)
     atomic_write(f"{os.fspath(out)}.md", page.encode())

@@ -30,13 +30,13 @@ class MetricWriter:
 
     Args:
       workdir: The run's directory or URL, made if missing.
-      total_steps: Where the progress bar ends.
+      total_steps: Number of steps at the end of the progress bar.
       console: Whether to show progress; a bar on a terminal, lines elsewhere.
-      start_step: The step restored from a checkpoint. Records that a killed run wrote about later
-        steps are dropped, since they are about to be computed again; 0 starts the files anew.
+      start_step: The step restored from a checkpoint. A killed run's records of later steps are
+        dropped, because they will be computed again; 0 starts new files.
       report_to: Rows of `trackers.TRACKERS`.
       config: The settings that trackers show next to the metrics.
-      log_every: Steps between two lines of progress, where there is no bar.
+      log_every: Steps between two lines of progress, if there is no bar.
       before_upload: Called before files are uploaded; an exception from it prevents that.
 
     Raises:
@@ -71,7 +71,7 @@ class MetricWriter:
         self._progress = TrainingProgress(total_steps, start_step, log_every) if console else None
 
     def restored(self, step: int, split: str) -> bool:
-        """Whether the file had a record of `step` and `split` when it was opened."""
+        """True if the file had a record of `step` and `split` when it was opened."""
         return (step, split) in self._restored
 
     def write(self, step: int, split: str, values: Mapping[str, Any]) -> None:
@@ -79,7 +79,7 @@ class MetricWriter:
         jax's; those that are not finite become null.
         """
         if clash := {"step", "split"} & set(values):
-            raise ValueError(f"metric names {sorted(clash)} are taken by the record: rename them.")
+            raise ValueError(f"metric names {sorted(clash)} are reserved: rename them.")
         numbers = {name: float(value) for name, value in values.items()}
         with open(self._file, "a", encoding="utf-8") as file:
             file.write(json.dumps({"step": int(step), "split": split, **plain(numbers)}) + "\n")
@@ -101,7 +101,7 @@ class MetricWriter:
         self._mirror.sync()
 
     def _show(self, call: Callable[[Tracker], None]) -> None:
-        """Calls every tracker. Drops one that raises: its full disk must not end the training."""
+        """Calls every tracker. Drops one that raises: a full disk must not end the training."""
         for tracker in tuple(self._trackers):
             try:
                 call(tracker)
@@ -131,7 +131,7 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
 
 
 def _parse(path: Path) -> list[dict[str, Any]]:
-    """All records, without a broken last line, as a killed run leaves; others raise."""
+    """All records, without the broken last line of a killed run; other broken lines raise."""
     records = []
     lines = lines_of(path.read_bytes().decode("utf-8", errors="replace"))
     for number, line in enumerate(lines, start=1):

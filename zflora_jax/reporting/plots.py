@@ -12,7 +12,7 @@ from zflora_jax.core.storage import as_path
 from zflora_jax.reporting.files import atomic_write
 from zflora_jax.reporting.metrics import read_metrics
 
-# The methods of all figures, in their order
+# Method of a mark -> its colour, in the order of every figure.
 COLOURS = {"base": "#7f7f7f", "LoRA merged": "#f5c396", "LoRA": "#e6812b", "zFLoRA": "#2767b1"}
 _STYLE: Any = {
     **{"font.size": 10, "axes.titlesize": 11, "legend.fontsize": 9},
@@ -86,6 +86,6 @@ def loss_curves(
 
 
 def _losses(rows: Sequence[Mapping[str, Any]], split: str) -> dict[int, float]:
-    """Step -> loss of a split; null, which stands for a value that was not finite, is left out."""
+    """Step -> loss of a split, without null, which stands for a value that was not finite."""
     found = {r["step"]: r["loss"] for r in rows if r["split"] == split and r.get("loss")}
     return dict(sorted(found.items()))

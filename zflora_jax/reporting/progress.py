@@ -1,4 +1,4 @@
-"""Progress on the terminal: a bar, or lines where there is none."""
+"""Progress on the terminal: a bar, or lines without a terminal."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from datetime import timedelta
 from typing import Any, TextIO
 
 EVERY = 10.0  # seconds between lines, where there is no terminal to show a bar
-LONG = 3.0  # seconds after which `announced` speaks
+LONG = 3.0  # seconds after which `announced` prints
 
 
 @contextmanager
 def progress_bar(total: int, description: str, console: bool) -> Iterator[Callable[[int], None]]:
-    """Progress of `total` steps on stderr, if `console` is set: a bar on a terminal, else a line at
-    most every 10 seconds. Yields advance(n), which moves it on.
+    """Shows progress of `total` steps on stderr, if `console` is set: a bar on a terminal, else a
+    line at most every 10 seconds. Yields advance(n), which adds n steps.
     """
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
@@ -33,7 +33,7 @@ def progress_bar(total: int, description: str, console: bool) -> Iterator[Callab
 
 
 def _out() -> TextIO:
-    """stderr, away from results; but a notebook shows that as an error."""
+    """stderr, separate from results; but in a notebook stdout, as stderr looks like an error."""
     from rich.console import Console
 
     return sys.stdout if Console().is_jupyter else sys.stderr
@@ -66,8 +66,8 @@ def announced(text: str, console: bool = True) -> Iterator[None]:
 
 
 class TrainingProgress:
-    """Steps, a text and the remaining time of a run of `total` steps, of which `start` are done: a
-    live bar on a terminal; elsewhere a line for the first, every `every`-th and the last step.
+    """Shows steps, a text and the remaining time of a run of `total` steps, of which `start` are
+    done: a bar on a terminal; elsewhere lines for the first, every `every`-th and the last step.
     """
 
     def __init__(self, total: int, start: int, every: int = 1) -> None:
@@ -80,7 +80,7 @@ class TrainingProgress:
             steps = "{task.description}", rich.MofNCompleteColumn(), rich.BarColumn()
             times = rich.TimeElapsedColumn(), "ETA", rich.TimeRemainingColumn()
             self._bar, self._text = rich.Progress(*steps, *times), ""
-            # The text has a line of its own: beside the bar it does not fit in 80 columns.
+            # The text has a separate line: next to the bar it does not fit in 80 columns.
             rows = self._bar.get_renderables
             self._bar.get_renderables = lambda: [*rows(), self._text]
             self._task = self._bar.add_task("step", total=total, completed=start)
@@ -105,7 +105,7 @@ class TrainingProgress:
 
     @contextmanager
     def part(self, total: int, description: str) -> Iterator[Callable[[int], None]]:
-        """Progress of `total` steps of work between two steps of training, as `progress_bar`."""
+        """`progress_bar` of `total` steps of other work between two steps of training."""
         if self._bar is None:
             yield _lines(total, description, sys.stdout)
             return

@@ -1,4 +1,4 @@
-"""Where a result comes from: command, code, software, device.
+"""The origin of a result: command, code, software, device.
 
 No absolute path and no host name is recorded, so that results can be published as they are.
 """
@@ -38,7 +38,7 @@ def environment() -> dict[str, Any]:
         "backend": jax.default_backend(),
         "device": devices[0].device_kind,
         "device_count": len(devices),
-        # Those that this process may use; containers see more.
+        # CPUs that this process may use; containers see more.
         "cpu_count": len(os.sched_getaffinity(0)) if linux else os.cpu_count() or 1,
         "cpu": cpu_model(),
         "xla_flags": relative_paths(os.environ.get("XLA_FLAGS", "")),
@@ -70,7 +70,7 @@ def command_line() -> str:
 
 
 def relative_paths(text: str) -> str:
-    """Makes absolute paths in a text relative, or cuts those from elsewhere to their last part."""
+    """Makes absolute paths in a text relative, or cuts foreign ones to their last part."""
     here = Path.cwd()
 
     def shorten(match: re.Match[str]) -> str:
@@ -97,7 +97,7 @@ def _git_state(root: Path) -> tuple[str | None, bool | None]:
 
 
 def cpu_model() -> str | None:
-    """The CPU's name with family and model: "AMD EPYC" is the name of several generations."""
+    """The CPU's name with family and model, because several generations are named "AMD EPYC"."""
     info = Path("/proc/cpuinfo")
     if not info.is_file():
         return platform.processor() or platform.machine() or None

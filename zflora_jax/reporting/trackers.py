@@ -1,4 +1,4 @@
-"""Trackers show a run's metrics elsewhere; as they are in metrics.jsonl, too, one may fail."""
+"""Trackers, which also show a run's metrics. One may fail, as metrics.jsonl has them too."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ RUN_ID = "tracker_id"  # a file in the workdir
 
 
 class Tracker(Protocol):
-    """Shows the metrics of one run. It is made from the run's directory, the step restored from a
-    checkpoint (0: from the start), and the settings that are shown next to the metrics.
+    """Shows the metrics of one run. Its arguments are the run's directory, the step restored from a
+    checkpoint (0: from the start), and the settings to show next to the metrics.
     """
 
     package: ClassVar[str]  # the optional package that it needs, "" if it needs none
@@ -50,7 +50,7 @@ class TensorBoard:
 
 
 class Wandb:
-    """Weights & Biases. A resumed run goes on in the same place. The package's own environment
+    """Weights & Biases. A resumed run continues its record there. The package's environment
     variables set the rest (WANDB_MODE, WANDB_PROJECT).
     """
 
@@ -85,11 +85,11 @@ class Wandb:
 
 
 TRACKERS: dict[str, type[Tracker]] = {"tensorboard": TensorBoard, "wandb": Wandb}
-"""The trackers by the names that train.report_to has for them."""
+"""The trackers by their names in train.report_to."""
 
 
 def require_trackers(names: Sequence[str]) -> None:
-    """Refuses names not in `TRACKERS`, and trackers whose package is missing."""
+    """Raises ConfigError for names not in `TRACKERS` and trackers whose package is missing."""
     for i, name in enumerate(names):
         require_in(TRACKERS, name, f"train.report_to[{i}]={name!r}")
         package = TRACKERS[name].package

@@ -1,4 +1,4 @@
 """The training step and its loop with hooks: loss, optimizers, checkpoints, a run's directory.
 
-No evaluation of answers and no export: whole runs are in experiments.
+Evaluation of answers, export and whole runs are in experiments.
 """

@@ -3,7 +3,7 @@
 Layout, on disk and in a bucket: checkpoints/<step>/state/ is written by orbax, each slice of the
 state by one of the processes that hold it. checkpoints/<step>/meta.json has the checksums of those
 files and is written last: a step without it does not count. The frozen base is not saved; its
-fingerprint is in meta.json. Which settings may go on from a checkpoint is in `workdir`.
+fingerprint is in meta.json. `workdir` decides which settings may resume from a checkpoint.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ class SaveError(OSError):
 
 
 def require_same(saved: Meta, name: str, found: str, workdir: str | Path) -> None:
-    """Refuses a checkpoint of `workdir`, whose meta is `saved`, that was trained on another "base"
-    or "data" (`name`), or measured on other rows ("eval"), than those whose fingerprint is `found`.
+    """Raises ConfigError if the checkpoint of `workdir` with meta `saved` has another fingerprint
+    than `found`. name: "base" or "data" of its training, or "eval", the rows of its best loss.
     """
     there = saved[f"{name}_fingerprint"]
     rows = "measured its best checkpoint on other held-out rows"
@@ -54,7 +54,7 @@ def require_same(saved: Meta, name: str, found: str, workdir: str | Path) -> Non
 
 
 class Checkpoints:
-    """The checkpoints of one run; a context manager. A checkpoint is complete or is not seen.
+    """The checkpoints of one run; a context manager. Only complete checkpoints are visible.
 
     `save` copies the state to the host, and one process writes it while training goes on; the next
     save, or leaving the context, waits for that and raises SaveError if it failed. All processes of
@@ -62,9 +62,9 @@ class Checkpoints:
 
     Args:
       workdir: The run's directory or URL; checkpoints are in <workdir>/checkpoints.
-      max_to_keep: How many of the newest checkpoints stay.
+      max_to_keep: Number of newest checkpoints that stay.
       keep_best: Whether the checkpoint with the lowest `loss` stays too.
-      create: Whether to write; False to read only. A writer removes what killed processes left.
+      create: Whether to write; False only reads. A writer removes remains of killed processes.
       before_commit: Called before a checkpoint counts; an exception from it prevents that.
     """
 
@@ -116,7 +116,7 @@ class Checkpoints:
           step: Number of finished steps.
           state: The state to save. Its buffers may be overwritten as soon as this returns.
           meta: JSON values that `restore` returns.
-          loss: Held-out loss of the state, if known; `best` goes by it.
+          loss: Held-out loss of the state, if known; `best` compares it.
 
         Raises:
           SaveError: This write, or the one before it, failed.
@@ -142,7 +142,7 @@ class Checkpoints:
         self._last_saved = step
 
     def restore(self, like: Any, step: int | None = None) -> tuple[TrainState, Meta]:
-        """(state, meta) of a checkpoint, as they were saved.
+        """Returns (state, meta) of a checkpoint, as they were saved.
 
         Args:
           like: A TrainState of arrays or ShapeDtypeStructs. Each leaf is placed by its sharding,
@@ -167,9 +167,9 @@ class Checkpoints:
 
     def _unreadable(self, step: int, steps: list[int], error: Exception) -> str:
         older = [s for s in steps if s != step]
-        remedy = f"remove that folder to go on from step {max(older, default=0)}."
+        remedy = f"remove that folder to resume from step {max(older, default=0)}."
         if not older:
-            remedy = "start the run anew in another --workdir: it is the only one."
+            remedy = "start the run again in another --workdir: there is no other checkpoint."
         return (
             f"checkpoint {self.folder / str(step)} cannot be read"
             f" ({type(error).__name__}: {str(error)[:200]}). If the disk, the store or the network"
@@ -200,7 +200,7 @@ class Checkpoints:
             together(self._orbax.wait_until_finished)
             together(lambda: None if is_main() else files.sync())
             parts = gather_bytes(json.dumps(checksums(files.path / STATE)).encode())
-            # A file that several processes have is that of process 0, which uploads last.
+            # Of a file that several processes have, process 0 uploads the last version.
             found = {name: x for part in parts[::-1] for name, x in json.loads(part).items()}
             on_main(lambda: self._commit(step, {**meta, "files": found}, files))
         finally:
@@ -221,7 +221,7 @@ class Checkpoints:
                 log.warning("the old checkpoint %s could not be removed: %s", folder, error)
 
     def finish(self) -> None:
-        """Waits for the write that goes on."""
+        """Waits for a write in progress."""
         writing, self._writing = self._writing, None
         if writing is not None:
             with self._save_errors():
@@ -236,7 +236,7 @@ class Checkpoints:
                 f"a checkpoint could not be written to {self.folder}"
                 f" ({type(error).__name__}: {str(error)[:300]}). The checkpoints before it are"
                 " whole: free some space or check the object store, then run the same command again"
-                " to go on from the newest."
+                " to resume from the newest."
             ) from error
 
     def _clean_up(self) -> None:
@@ -256,15 +256,15 @@ class Checkpoints:
         except SaveError as error:
             if kind is None:
                 raise
-            log.error("%s", error)  # next to the error that is on its way
+            log.error("%s", error)  # next to the error that is being raised
         finally:
             self._thread.shutdown()
             self._orbax.close()
 
 
 def _checkpointer(workdir: Path) -> Any:
-    """orbax's writer and reader. Processes that share a bucket write to a directory each, and only
-    files that no other process has.
+    """orbax's writer and reader. Processes that share a bucket each write to a directory of their
+    own, and only files that no other process has.
     """
     import orbax.checkpoint as ocp
 
@@ -281,16 +281,16 @@ def _checkpointer(workdir: Path) -> Any:
 
 @contextlib.contextmanager
 def _whole_copy(folder: Path, wanted: Mapping[str, str]) -> Iterator[Path]:
-    """The directory of a state or a bucket's temporary copy, of files `wanted`: name -> SHA-256."""
+    """Yields a state's directory, or a bucket's copy, after checking `wanted`: name -> SHA-256."""
     with local_copy(folder, wanted) as files:
         found = checksums(files, wanted)
         if wrong := [name for name in wanted if found[name] != wanted[name]]:
-            raise ValueError(f"its files are not those that were saved: {', '.join(wrong[:4])}")
+            raise ValueError(f"its files differ from those that were saved: {', '.join(wrong[:4])}")
         yield files
 
 
 def together(action: Callable[[], T]) -> T:
-    """Runs `action` in every process; if it fails in one, all of them raise, and none waits."""
+    """Runs `action` in every process; if it fails in one, all raise, and none waits forever."""
     failed, result = None, None
     try:
         result = action()
@@ -316,8 +316,8 @@ def checksums(folder: Path, names: Iterable[str] | None = None) -> dict[str, str
 
 
 def require_room(folder: Path, state: Any) -> None:
-    """OSError if a local directory has no room for the slices of `state` that this process writes.
-    tensorstore's own failed writes would call back into closed event loops.
+    """Raises OSError if a local directory lacks room for the slices of `state` that this process
+    writes. Failed writes of tensorstore would call back into closed event loops.
     """
     slices = [x for leaf in jax.tree.leaves(state) for x in leaf.addressable_shards]
     size = sum(x.data.nbytes for x in slices if x.replica_id == 0)  # devices may share slices

@@ -1,4 +1,4 @@
-"""The time of a run over all its starts, and what took it beside its steps."""
+"""The time of a run over all its starts, and its uses other than steps."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ class Clock:
 
     started: float  # time.perf_counter() at this start
     before: float = 0.0  # seconds of earlier starts, until the checkpoint that this one continues
-    # Seconds by what took them: "start" (until the first step), "compile", "evaluation",
-    # "checkpoints", and "repeated", the work of killed starts after their last checkpoint.
-    # "data" is the wait for batches, in which a device may still be at the step before.
+    # Seconds by use: "start" (until the first step), "compile", "evaluation", "checkpoints", and
+    # "repeated", the work of killed starts after their last checkpoint. "data" is the wait for
+    # batches, during which a device may still run the step before.
     spent: dict[str, float] = field(default_factory=dict)
     first_step_seconds: float | None = None  # from this start until a step's metrics were there
 
@@ -26,12 +26,12 @@ class Clock:
         return self.before + time.perf_counter() - self.started
 
     def goodput(self) -> float:
-        """The share of steps in the seconds of the run and of those that were "repeated"."""
+        """The share of the run's seconds, "repeated" ones included, that its steps took."""
         total = self.total() + self.spent.get("repeated", 0.0)
         return 1 - (sum(self.spent.values()) - self.spent.get("data", 0.0)) / total
 
     def report(self) -> dict[str, Any]:
-        """All of it, under its names in the report."""
+        """All of these values, under their names in the report."""
         share, total = self.goodput(), self.total()
         found = {"seconds": total, "spent_seconds": dict(self.spent), "goodput": share}
         return found | {"first_step_seconds": self.first_step_seconds}

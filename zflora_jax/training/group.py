@@ -1,5 +1,5 @@
-"""Runs that train together: one program makes the steps of all over one frozen base. Each run has
-its loop, hooks and files in its own thread. One thread works at a time, until it asks for a step.
+"""Runs that train together: one program makes the steps of all over one frozen base. Each run has a
+thread with its loop, hooks and files. One thread works at a time, until it asks for a step.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class _Ask:
 
 
 class Group:
-    """Runs of one program, but for seeds, learning rate and rows. Those that end leave the rest."""
+    """Runs of one program with different seeds, learning rates and rows. A run may end early."""
 
     def __init__(self, size: int):
         self.size = self._left = size  # number of runs, and of those that have not ended
@@ -74,11 +74,11 @@ class Group:
             for thread in threads:
                 thread.join()
         if signals.asked and not any(isinstance(x, Preempted) for x in found):
-            raise Preempted("stopped by a signal; the same command goes on from there.")
+            raise Preempted("stopped by a signal; the same command resumes it.")
         return found
 
     def step_of(self, run: RunConfig, config: LlamaConfig, state_sharding: Any = None) -> StepFn:
-        """As `trainer.step_of`, a step that is made together with those of the other runs."""
+        """The step of `trainer.step_of`, made together with those of the other runs."""
         if self.size == 1:
             return step_of(run, config, state_sharding)
         own = TrainStep.of(run, config)
@@ -96,7 +96,7 @@ class Group:
         return step
 
     def now(self, metrics: Metrics) -> float:
-        """When a run first saw metrics of the same call: others have waited for their turn."""
+        """The time when the first run saw metrics of this call; others wait for their turn."""
         (times := self._seen.pop(id(metrics), [])).append(time.perf_counter())
         return times[0]
 

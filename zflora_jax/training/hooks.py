@@ -34,8 +34,8 @@ log = logging.getLogger(__name__)
 
 
 class RequireFinite(Hook):
-    """NonFiniteError when the loss, the gradient or the adapters are NaN or infinite. Put this hook
-    first, so that nothing of such a step is logged or saved.
+    """Raises NonFiniteError if the loss, the gradient or the adapters are NaN or infinite. Put this
+    hook first, so that nothing of such a step is logged or saved.
     """
 
     def on_metrics(self, step: int, metrics: Mapping[str, float], seconds: float) -> None:
@@ -63,8 +63,8 @@ class LogMetrics(Hook):
     _batches: dict[int, tuple[int, float, float]] = field(default_factory=dict)  # see `on_batch`
 
     def on_batch(self, step: int, batch: Mapping[str, Any]) -> None:
-        # The checksum shows whether two runs have seen the same data. Of several processes, the
-        # rows of this one stand for all in the number of tokens.
+        # The checksum shows whether two runs have seen the same data. With several processes, the
+        # number of tokens is extrapolated from the rows of this one.
         rows = batch["tokens"]
         tokens = np.count_nonzero(batch["segments"]) * self.run.data.batch_size / len(rows)
         self._batches[step] = zlib.crc32(rows.tobytes()), tokens, self.flops(batch)
@@ -93,7 +93,7 @@ class LogMetrics(Hook):
             self.writer.write(step, "train", record | {"batch_crc32": checksum})
 
     def _of_devices(self, tokens: float, flops: float) -> dict[str, float]:
-        """Rates of one device, its share of the published peak (MFU), and its peak memory."""
+        """Rates of one device, as a share of its published peak too (MFU), and its peak memory."""
         device, count = jax.local_devices()[0], self.run.mesh.devices
         found = {"device_tokens_per_s": tokens / count, "device_flops_per_s": flops / count}
         if peak := peak_flops(device.device_kind):
@@ -106,8 +106,8 @@ class LogMetrics(Hook):
 
 @dataclass
 class Profile(Hook):
-    """Writes a trace of the steps that train.profile names, for XProf and Perfetto; parts of the
-    steps around them are in it.
+    """Writes a trace of the steps in train.profile, for XProf and Perfetto. It also has parts of
+    the steps around them.
     """
 
     steps: range
@@ -132,7 +132,7 @@ class Profile(Hook):
             self._stop()
 
     def close(self) -> None:
-        """Ends the trace, if one is running; says so if none of its steps was trained."""
+        """Ends a running trace; warns if none of its steps was trained."""
         self._stop()
         if not self._traced:
             log.warning("train.profile: none of its steps was trained here, so nothing was traced")
@@ -144,7 +144,7 @@ class Profile(Hook):
             log.info("a trace of %d steps is in %s", self._traced, self.folder)
 
     def _try(self, action: Callable[[], None]) -> None:
-        """A full disk must not end the training."""
+        """Logs errors instead of raising them: a full disk must not end the training."""
         try:
             action()
         except Exception as error:
@@ -155,9 +155,9 @@ class Profile(Hook):
 class HeldOutLoss(Hook):
     """Measures and logs the held-out loss every train.eval_every steps, and at the end."""
 
-    # (adapters, advance, which is told the rows of each batch, or None) -> {"loss": ..., ...}
+    # (adapters, advance or None) -> {"loss": ..., ...}; calls advance(rows) for each batch
     evaluate: Callable[[Tree, Callable[[int], None] | None], dict[str, float]]
-    rows: int  # that are evaluated
+    rows: int  # number of rows that are evaluated
     writer: MetricWriter | None  # None in processes that write nothing
     run: RunConfig
     clock: Clock
@@ -175,7 +175,7 @@ class HeldOutLoss(Hook):
         except NonFiniteError as error:
             saved, text = results.get("checkpoint"), f"after step {step} {error}"
             if saved:
-                text += f" The checkpoint of step {step} is saved: remove {saved} to go on earlier."
+                text += f" The checkpoint of step {step} is saved: remove {saved} to go back."
             raise NonFiniteError(text) from error
         results["loss"] = self.last["loss"]
         if self.writer is not None:
@@ -184,15 +184,15 @@ class HeldOutLoss(Hook):
 
 @dataclass
 class SaveCheckpoints(Hook):
-    """Saves the state every train.save_every steps, at the end, and before the run stops early;
-    with its held-out loss, if an earlier hook has measured that.
+    """Saves the state every train.save_every steps, at the end, and before the run stops early. The
+    held-out loss is saved with it if an earlier hook has measured it.
     """
 
     checkpoints: Checkpoints
     run: RunConfig
     meta: Mapping[str, Any]  # saved with each state
     clock: Clock
-    writer: MetricWriter | None = None  # its records must be there before the checkpoint is
+    writer: MetricWriter | None = None  # its records must be written before the checkpoint
 
     def is_due(self, step: int, stopping: bool) -> bool:
         every, last = self.run.train.save_every, self.run.steps

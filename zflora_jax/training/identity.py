@@ -1,5 +1,5 @@
-"""Settings that decide a run's results: the one answer to "is this the same run?", for a run that
-is resumed and for a run that a sweep has a record of.
+"""Settings that decide a run's results: the one answer to "is this the same run?", for resumed runs
+and for records of a sweep.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from zflora_jax.core.trees import flatten
 from zflora_jax.data.mixture import has_own_rows, parse_mixture
 from zflora_jax.parallel.distributed import require_equal
 
-# Settings that change what is logged, kept or evaluated, but nothing of the training itself; of
-# train.epochs, the steps that it comes to are compared.
+# Settings that change logs, kept files or evaluation, but not the training itself. Instead of
+# train.epochs, the resulting steps are compared.
 FREE = (
     *("eval", "mesh", "train/log_every", "train/eval_every", "train/save_every"),
     *("train/max_to_keep", "train/keep_best", "train/report_to", "train/profile", "train/epochs"),
@@ -27,13 +27,13 @@ ROUNDING = ("train/remat", "train/loss_chunk", "train/matmul_precision", "data/g
 
 
 def settings(run: RunConfig) -> dict[str, Any]:
-    """Every setting of `run`, also adapter.init: name ("train/steps") -> value."""
+    """Every setting of `run`, with adapter.init resolved: name ("train/steps") -> value."""
     return flatten(to_dict(replace(run, adapter=run.adapter.explicit())))
 
 
 def require_same_settings(run: RunConfig) -> None:
-    """ConfigError in all processes of a run, unless they have the same settings. Paths may differ:
-    what is read from them is compared.
+    """Raises ConfigError in all processes of a run unless they have the same settings. Paths may
+    differ: the files read from them are compared.
     """
     found = {key.replace("/", "."): value for key, value in settings(run).items()}
     require_equal({key: x for key, x in found.items() if key not in ("model", "data.data_dir")})
@@ -46,10 +46,10 @@ def differences(there: RunConfig, run: RunConfig) -> dict[str, tuple[Any, Any]]:
 
 
 def decides(key: str, there: RunConfig, run: RunConfig) -> bool:
-    """Whether a setting in which two runs differ changes what is trained, but for rounding.
+    """True if a setting in which two runs differ changes the training by more than rounding.
 
-    The place of a known task's files does not. The directory of the user's own rows does, because
-    only it says which rows are read.
+    The place of a known task's files does not. The directory of the user's rows does, because only
+    it says which rows are read.
     """
     if key == "data/data_dir":
         old, new = (
@@ -62,7 +62,7 @@ def decides(key: str, there: RunConfig, run: RunConfig) -> bool:
 
 
 def same_numbers(there: RunConfig, run: RunConfig) -> bool:
-    """Whether two runs have the same results, held-out losses among them, up to the rounding of
+    """True if two runs have the same results, held-out losses included, up to the rounding of
     another mesh or of other settings in `ROUNDING`.
     """
     changed = differences(there, run)
@@ -70,14 +70,14 @@ def same_numbers(there: RunConfig, run: RunConfig) -> bool:
 
 
 def counted_as(there: RunConfig, run: RunConfig) -> RunConfig:
-    """`run` with the steps of `there`, where it leaves them to the same train.epochs."""
+    """`run` with the steps of `there`, if both derive them from the same train.epochs."""
     if run.train.steps is not None or run.train.epochs != there.train.epochs:
         return run
     return replace(run, train=replace(run.train, steps=there.train.steps))
 
 
 def rounded_as(there: RunConfig, run: RunConfig) -> RunConfig:
-    """`run` with the settings in `ROUNDING` taken from `there`, as far as its mesh allows."""
+    """`run` with the settings in `ROUNDING` from `there`, as far as its mesh allows."""
     values = settings(there)
     for key in ROUNDING:
         with contextlib.suppress(ConfigError):  # micro-batches that another mesh does not divide

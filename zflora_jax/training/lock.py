@@ -86,9 +86,9 @@ def _file_locked(folder: Path) -> Iterator[Callable[[], None]]:
 
 @contextmanager
 def _object_locked(workdir: Path) -> Iterator[Callable[[], None]]:
-    """`locked` in a bucket: an object that is created only where there is none, rewritten every
-    BEAT seconds and removed at the end. One that has not changed for STALE seconds is taken over.
-    Of processes that took over from each other, the one whose object is there may write.
+    """`locked` in a bucket: an object that is created only if there is none, rewritten every BEAT
+    seconds and removed at the end. One that has not changed for STALE seconds is taken over. If
+    several processes take over, the one whose object is in the bucket may write.
     """
     place, ended, own = workdir / LOCK, threading.Event(), secrets.token_hex(8)
     since = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())

@@ -31,21 +31,21 @@ class Hook:
         """Sees the `batch` of `step` before it: numpy arrays, the rows of this process."""
 
     def on_metrics(self, step: int, metrics: Mapping[str, float], seconds: float) -> None:
-        """Sees the metrics of `step`, see `trainer.TrainStep`. Called once for every step. seconds:
-        Wall time since the metrics of the step before, without that of `on_state`.
+        """Sees the metrics of `step` (`trainer.TrainStep`). Called once for every step. seconds:
+        Wall time since the metrics of the step before, without the time of `on_state`.
         """
 
     def should_stop(self, step: int) -> bool:
-        """Whether training ends after `step`. Called once for every step."""
+        """Returns whether training ends after `step`. Called once for every step."""
         return False
 
     def is_due(self, step: int, stopping: bool) -> bool:
-        """Whether this hook wants the state after `step`; `stopping`: training ends early there."""
+        """True if this hook wants the state after `step`; `stopping`: training ends early there."""
         return False
 
     def on_state(self, step: int, state: TrainState, results: dict[str, Any]) -> None:
         """Uses the state after `step`. The next step overwrites its buffers: nothing may keep them.
-        results: Findings of the hooks before this one, by name; a hook adds its own.
+        results: Results of the hooks before this one, by name; a hook adds its own.
         """
 
 
@@ -65,14 +65,14 @@ def fit(
     not wait for the host.
 
     Args:
-      step_fn: (params, state, batch) -> (state, metrics), see `trainer.TrainStep.jitted`.
+      step_fn: Function (params, state, batch) -> (state, metrics), see `trainer.TrainStep.jitted`.
       params: The frozen base.
-      state: The first state; its buffers are given away.
+      state: The first state; its buffers are donated.
       batches: The batches of the steps after state.step, on the host.
-      steps: Number of finished steps to reach, those before `state` included.
-      hooks: Called in this order.
-      place: Puts a batch on the devices.
-      now: The time at which metrics were there, called when they are.
+      steps: Number of finished steps to reach, including those before `state`.
+      hooks: Hooks, called in this order.
+      place: Function that puts a batch on the devices.
+      now: Function called when metrics arrive; returns the time of their arrival.
 
     Returns:
       The state after the last step; state.step is below `steps` if a hook stopped.
@@ -103,7 +103,7 @@ def fit(
 
 
 def _report(hooks: Any, now: Any, step: int, arrays: Metrics, clock: float) -> float:
-    """Gives the metrics of `step` to the hooks. Returns when they were there: the next `clock`."""
+    """Gives the metrics of `step` to the hooks. Returns their time of arrival, the next `clock`."""
     metrics = {name: float(value) for name, value in jax.device_get(arrays).items()}
     there = now(arrays)
     for hook in hooks:

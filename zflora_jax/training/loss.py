@@ -25,13 +25,13 @@ def masked_cross_entropy(
     chunk: int,
     groups: int = 1,
 ) -> tuple[Array, Array]:
-    """(Sum of -log p over the chosen tokens in nats, their number), float32 scalars.
+    """Returns (sum of -log p over the chosen tokens in nats, their number), float32 scalars.
 
     Chosen positions are gathered to the front and go through the head, `chunk` at a time; chunks
     without any are skipped. Each chunk's logits are computed once, see `_summed`.
 
     Args:
-      logits_fn: The head, [1, chunk, d] -> [1, chunk, V] float32.
+      logits_fn: Output head, [1, chunk, d] -> [1, chunk, V] float32.
       hidden: Inputs of the head, [B, T, d].
       tokens: Token ids, [B, T] int32.
       loss_mask: [B, T] bool. Position t counts if the token *at t* is to be predicted, from
@@ -42,8 +42,8 @@ def masked_cross_entropy(
     """
     parts = _chunks((hidden[:, :-1], tokens[:, 1:]), loss_mask[:, 1:], chunk, groups)
     shape = 1, parts[0].shape[2], hidden.shape[-1]
-    # The head's weights become an argument, so that they can have a gradient; of one group, so that
-    # each can have its own.
+    # The head's weights become an argument, so that they can have a gradient; the shape is that of
+    # one group, so that each group can have its own.
     convertible, head = jax.closure_convert(logits_fn, jax.ShapeDtypeStruct(shape, hidden.dtype))
     return _summed(convertible, head, *parts), jnp.sum(loss_mask[:, 1:]).astype(jnp.float32)
 
@@ -52,9 +52,9 @@ class PairSums(NamedTuple):
     """Sums over the learned tokens of the chosen and the rejected sequence of each row, [B, 2]."""
 
     log_p: Array  # log-probability, nats
-    reference: Array  # the same by the reference
+    reference: Array  # log-probability under the reference, nats
     kl: Array  # Kullback-Leibler divergence from the reference at each token, nats; no gradient
-    tokens: Array  # how many there are
+    tokens: Array  # their number
 
 
 def pair_sums(
@@ -72,10 +72,10 @@ def pair_sums(
       logits_fn: The head, [g, c, d] -> [g, c, V] float32.
       reference_fn: The head of the reference.
       hidden: Inputs of the head, [B, T, d].
-      reference_hidden: Those of the reference's, [B, T, d].
+      reference_hidden: Inputs of the reference's head, [B, T, d].
       batch: "tokens" [B, T] int32, "loss_mask" [B, T] bool and "segments" [B, T] int32, 1 for the
         tokens of the chosen sequence and 2 for those of the rejected one.
-      chunk, groups: As for `masked_cross_entropy`.
+      chunk, groups: Those of `masked_cross_entropy`.
     """
     rows = len(hidden)
     # The number of each token's sequence in its group.
@@ -99,8 +99,8 @@ def pair_sums(
 
 
 def _chunks(arrays: Sequence[Array], mask: Array, chunk: int, groups: int) -> list[Array]:
-    """`arrays` [B, T, ...] as [n, g, c, ...], the positions of `mask` [B, T] in front, and which of
-    them those are, [n, g, c].
+    """Returns `arrays` [B, T, ...] as [n, g, c, ...] with the positions of `mask` [B, T] in front,
+    then a mask of these positions, [n, g, c].
     """
     mask = mask.reshape(groups, -1)
     positions = mask.shape[1]
@@ -120,7 +120,7 @@ def _chunks(arrays: Sequence[Array], mask: Array, chunk: int, groups: int) -> li
 
 def _pick(values: Array, wanted: Array) -> Array:
     """Values [g, c, V] at the tokens `wanted` [g, c]: a sum over the vocabulary, not a gather, so
-    that each device sums its part where the vocabulary is divided.
+    that each device sums its part if the vocabulary is divided.
     """
     is_wanted = jnp.arange(values.shape[-1])[None, None] == wanted[..., None]
     return jnp.sum(jnp.where(is_wanted, values, 0.0), axis=-1)
@@ -129,7 +129,7 @@ def _pick(values: Array, wanted: Array) -> Array:
 def _chunk_loss(
     logits_fn: Callable[..., Array], head: Sequence[Array], rows: Array, wanted: Array, keep: Array
 ) -> Array:
-    """Loss of a chunk: rows [g, c, d], the tokens to predict [g, c] int32, which count [g, c]."""
+    """Loss of a chunk. rows: [g, c, d]; wanted: Next tokens [g, c] int32; keep: Mask [g, c]."""
     if len(rows) == 1:
         logits = logits_fn(rows, *head)
     else:
@@ -139,8 +139,8 @@ def _chunk_loss(
 
 
 def _over_chunks(compute: Callable[..., Any], *parts: Array) -> tuple[Any, Any]:
-    """(Sum, stack) over the chunks of `compute(*parts)`, zero where no token counts: parts[-1] says
-    which do. A gradient through it computes each chunk again.
+    """(Sum, stack) of `compute(*parts)` over the chunks; zero for chunks without a token in the
+    mask parts[-1]. A gradient through it computes each chunk again.
     """
     shapes = jax.eval_shape(
         compute, *(jax.ShapeDtypeStruct(part.shape[1:], part.dtype) for part in parts)
@@ -163,9 +163,9 @@ def _summed(
 ) -> Array:
     """The loss of all chunks: rows [n, g, c, d], wanted and live [n, g, c].
 
-    Where a gradient is wanted the forward pass computes it chunk by chunk, while the chunk's logits
-    are there (as the fused cross-entropy of Liger Kernel, arXiv 2410.10989, section 3.2): a loss is
-    a scalar, so the backward pass only scales it, and no logits are kept or computed again.
+    If a gradient is wanted, the forward pass computes it chunk by chunk, while the chunk's logits
+    exist (like the fused cross-entropy of Liger Kernel, arXiv 2410.10989, section 3.2). A loss is a
+    scalar, so the backward pass only scales it, and no logits are kept or computed again.
     """
     loss = partial(_chunk_loss, logits_fn, head)
     return _over_chunks(lambda *part: (loss(*part), ()), rows, wanted, live)[0]

@@ -1,4 +1,4 @@
-"""Objectives: how a batch becomes a summed loss, its divisor and further metrics."""
+"""Objectives, which turn a batch into a summed loss, its divisor and further metrics."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ Batch = Mapping[str, Any]  # arrays by name; the first axis of each is the rows 
 
 
 class Sums(NamedTuple):
-    """Sums over the rows of a batch, float32 scalars: the loss, what it is divided by for its mean,
-    and a value for each name in `Objective.metrics`. They add over micro-batches and batches.
+    """Sums over the rows of a batch, float32 scalars: the loss, the divisor for its mean, and a
+    value for each name in `Objective.metrics`. They add over micro-batches and batches.
     """
 
     loss: Array
@@ -35,13 +35,13 @@ class Sums(NamedTuple):
 
 
 class Objective(ABC):
-    """What a run minimises. The train step, the held-out loss and the plan of a run's memory take
-    one. Compiled steps are cached by it: instances are immutable and hashable.
+    """The loss that a run minimises. The train step, the held-out loss and the memory plan use it.
+    Compiled steps are cached by it, so instances are immutable and hashable.
     """
 
     unit: ClassVar[str]  # what the divisor counts, its name among the metrics, e.g. "tokens"
     metrics: ClassVar[tuple[str, ...]] = ()  # further sums, whose means are reported
-    # Whether XLA may keep more precision than a dtype has where it joins operations.
+    # Whether XLA may keep more precision than a dtype has when it fuses operations.
     excess_precision: ClassVar[bool] = True
 
     @abstractmethod
@@ -51,8 +51,8 @@ class Objective(ABC):
         """
 
     def take(self, batch: Batch, packed: bool = False) -> dict[str, Any]:
-        """The arrays of `batch` that `arrays` names. Without segments causal attention is enough,
-        which flash kernels do fastest.
+        """Returns the arrays of `batch` that `arrays` names. Without segments causal attention is
+        enough, which is fastest in flash kernels.
         """
         rows, length = batch["tokens"].shape
         return {name: batch[name] for name in self.arrays(rows, length, packed)}
@@ -66,7 +66,7 @@ class Objective(ABC):
         batch: Batch,
         rngs: dict[str, Array] | None = None,
     ) -> Sums:
-        """Sums over a batch.
+        """Returns the sums over a batch.
 
         Args:
           config: The base's config.
@@ -80,8 +80,8 @@ class Objective(ABC):
 
 @dataclass(frozen=True)
 class CrossEntropy(Objective):
-    """Cross-entropy in nats of the tokens that loss_mask chooses, with the logits of `chunk`
-    positions at one time.
+    """Cross-entropy in nats of the tokens in loss_mask, with the logits of `chunk` positions at one
+    time.
 
     Without segments each row is one sequence, padded on the right, where no real token sees it.
     """
@@ -113,9 +113,9 @@ CROSS_ENTROPY = CrossEntropy()
 
 @dataclass(frozen=True)
 class DirectPreference(Objective):
-    """DPO (Rafailov et al. 2023, arXiv 2305.18290, equation 7): -log sigmoid of the reward margin,
-    `beta` times how much more the adapters favour the chosen sequence of a pair over the rejected
-    one than their base does. The base is the reference, also a quantised one.
+    """DPO (Rafailov et al. 2023, arXiv 2305.18290, equation 7): -log sigmoid of the reward margin.
+    The margin is `beta` times the change that the adapters make to log p(chosen) - log p(rejected)
+    of a pair. The base, also a quantised one, is the reference.
 
     A row holds a pair: segment 1 is the chosen sequence, segment 2 the rejected one. Metrics are
     means over pairs: reward_margin, reward_accuracy (the share of margins above 0) and kl, the
@@ -126,7 +126,7 @@ class DirectPreference(Objective):
     chunk: int = 256
     unit: ClassVar[str] = "pairs"
     metrics: ClassVar[tuple[str, ...]] = ("reward_margin", "reward_accuracy", "kl")
-    # Else XLA rounds the reference's pass otherwise than the one that is differentiated.
+    # Otherwise XLA rounds the reference's pass differently from the differentiated one.
     excess_precision: ClassVar[bool] = False
 
     def arrays(self, rows: int, length: int, packed: bool) -> dict[str, jax.ShapeDtypeStruct]:
@@ -142,9 +142,9 @@ class DirectPreference(Objective):
     ) -> Sums:
         if adapter is None:
             raise ConfigError(
-                "train.loss=dpo compares adapters with their base, and this model has none beside"
-                " it: its loss would be ln 2, whatever it learned. Take the run's held-out loss"
-                " from its report.json, or give the adapters unmerged (`zf.unfuse`)."
+                "train.loss=dpo compares adapters with their base, and this model has no unmerged"
+                " adapters: its loss would be ln 2, whatever it learned. Use the held-out loss in"
+                " the run's report.json, or give the adapters unmerged (`zf.unfuse`)."
             )
         hidden, logits = _hidden_and_head(config, adapter, variables, batch, rngs)
         base = {"params": variables["params"]}
@@ -183,7 +183,7 @@ def _hidden_and_head(
         variables, batch["tokens"], segment_ids=batch.get("segments"), method="hidden", rngs=rngs
     )
     name = "embed/embedding" if config.tie_word_embeddings else "lm_head/kernel"
-    # Gathered once, ahead of the loop over chunks; the lookup has the divided table.
+    # Gathered once, ahead of the loop over chunks; the lookup uses the divided table.
     head = {
         collection: trees.map_with_names(lambda n, x: gather_fsdp(n, x) if n == name else x, tree)
         for collection, tree in variables.items()

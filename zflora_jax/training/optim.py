@@ -1,4 +1,4 @@
-"""Optimizers, a row each: gradients under a global-norm clip, a direction, weight decay, and a
+"""A table of optimizers: gradients clipped by their global norm, a direction, weight decay, and a
 learning rate with warm-up and decay.
 """
 
@@ -15,7 +15,7 @@ from zflora_jax.core.run_config import OptimConfig
 
 OPTIMIZERS: dict[str, Callable[[OptimConfig], optax.GradientTransformation]] = {
     "adamw": lambda optim: optax.scale_by_adam(optim.b1, optim.b2, optim.eps),
-    # Its authors take a learning rate 3 to 10 times lower than AdamW's, and b2 = 0.99.
+    # Its authors use a learning rate 3 to 10 times lower than AdamW's, and b2 = 0.99.
     "lion": lambda optim: optax.scale_by_lion(optim.b1, optim.b2),
     # Steps are not scaled by the size of the parameters: blocks that start at zero would not move.
     "adafactor": lambda optim: optax.chain(
@@ -23,13 +23,13 @@ OPTIMIZERS: dict[str, Callable[[OptimConfig], optax.GradientTransformation]] = {
     ),
     "sgd": lambda optim: optax.trace(optim.b1),
 }
-"""optim.optimizer -> how gradients become a direction; `make_optimizer` adds the rest."""
+"""optim.optimizer -> transform of gradients to a direction; `make_optimizer` adds the rest."""
 
 KEPT = ("/scale", "/bias")  # leaves that do not decay
 
 
 def require_optimizer(name: str) -> None:
-    """Refuses an optimizer without a row in `OPTIMIZERS`."""
+    """Raises ConfigError for an optimizer without a row in `OPTIMIZERS`."""
     require_in(OPTIMIZERS, name, f"optim.optimizer={name!r}")
 
 
@@ -62,7 +62,7 @@ def make_optimizer(optim: OptimConfig, steps: int) -> optax.GradientTransformati
 
     require_optimizer(optim.optimizer)
     decayed = named(lambda name: not name.endswith(KEPT))
-    # A chain of its own, as optax.adamw is: checkpoints have the state in this form.
+    # A nested chain, like optax.adamw: checkpoints have the state in this form.
     parts = [
         optax.chain(
             OPTIMIZERS[optim.optimizer](optim),

@@ -70,13 +70,13 @@ class TrainStep:
     grad_norm (before clipping), learning_rate, and finite (1.0 if all new adapter weights are).
     """
 
-    config: LlamaConfig  # of the base
+    config: LlamaConfig  # the base's
     adapter: AdapterConfig
     optim: OptimConfig
-    steps: int  # of the whole run, which the learning rate follows
+    steps: int  # length of the whole run, for the learning rate
     objective: Objective = CROSS_ENTROPY
-    grad_accum_steps: int = 1  # micro-batches of a batch
-    seed: int = 0  # of dropout, which draws by seed, step and number of the micro-batch only
+    grad_accum_steps: int = 1  # micro-batches per batch
+    seed: int = 0  # dropout's, which draws only by seed, step and number of the micro-batch
 
     @classmethod
     def of(cls, run: RunConfig, config: LlamaConfig) -> TrainStep:
@@ -85,27 +85,27 @@ class TrainStep:
         return cls(config, run.adapter, run.optim, run.steps, *how)
 
     def jitted(self, state_sharding: Any = None) -> StepFn:
-        """The step compiled, once for equal ones; it donates `state`. state_sharding: Where the new
-        state lies (`sharding.state_shardings`); None on one device.
+        """The compiled step, shared by equal steps; it donates `state`. state_sharding: Sharding of
+        the new state (`sharding.state_shardings`); None on one device.
         """
         step = self if self.adapter.dropout else replace(self, seed=0)
         return _jitted(step, *_flat(state_sharding))
 
     def divided(self) -> tuple[TrainStep, Own]:
-        """Returns the step at rate 1 and seed 0, with its own ones. Updates scale with rates."""
+        """Returns the step at rate 1 and seed 0, and its rate and seed. Rates scale updates."""
         own = np.float32(self.optim.learning_rate), np.uint32(self.seed)
         return replace(self, optim=replace(self.optim, learning_rate=1.0), seed=0), own
 
     def __call__(
         self, params: Tree, state: TrainState, batch: Batch, own: Own | None = None
     ) -> tuple[TrainState, Metrics]:
-        """own: For a step that is `divided`."""
+        """Makes the step. own: Rate and seed, for a step that is `divided`."""
         factor, seed = (1.0, self.seed) if own is None else own
         with at_precision(self.config.execution.matmul_precision):
             sums, grads = self._accumulated(params, state, batch, seed)
 
         def mean(x: Array) -> Array:
-            # A maximum for each: XLA divides by a shared one with other rounding.
+            # One maximum per use: XLA rounds differently when it divides by a shared one.
             return x / jnp.maximum(sums.divisor, 1.0)
 
         grads = jax.tree.map(mean, grads)
@@ -131,7 +131,7 @@ class TrainStep:
     def _accumulated(
         self, params: Tree, state: TrainState, batch: Batch, seed: Any
     ) -> tuple[Sums, Tree]:
-        """Sums over the micro-batches: the objective's, and of gradients of the adapters."""
+        """Sums over the micro-batches: the objective's, and the adapters' gradients."""
         count = self.grad_accum_steps
         # Every count-th row, so that each device's rows are spread over the micro-batches evenly.
         micros = {k: x.reshape(-1, count, *x.shape[1:]).swapaxes(0, 1) for k, x in batch.items()}
@@ -160,9 +160,9 @@ def step_of(run: RunConfig, config: LlamaConfig, state_sharding: Any = None) -> 
 def make_steps(
     steps: Sequence[TrainStep], state_sharding: Any, params: Tree, states: Any, batches: Any
 ) -> list[tuple[TrainState, Metrics]]:
-    """A step of each of several runs over one base, in one call: their adapters, optimizer states
-    and rows are stacked, so that a product with a base kernel is one for all. Donates `states`, a
-    list as `batches` is. steps: Alike when `TrainStep.divided`; one is that of a run by itself.
+    """Makes a step of each of several runs over one base in one call. Their adapters, optimizer
+    states and rows are stacked, so all share one product with each base kernel. Donates `states`, a
+    list like `batches`. steps: Equal once `TrainStep.divided`; a single one is made unstacked.
     """
     if len(steps) == 1:
         return [steps[0].jitted(state_sharding)(params, states[0], batches[0])]
@@ -215,5 +215,5 @@ def eval_step(
     batch: Batch,
     objective: Objective = CROSS_ENTROPY,
 ) -> Sums:
-    """`objective` without gradients, compiled; its arguments and result are the same."""
+    """Compiled `objective` without gradients, with the same arguments and result."""
     return objective(config, adapter, variables, batch)

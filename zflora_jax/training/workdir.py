@@ -1,6 +1,6 @@
-"""A run's directory: its settings (config.json), its starts (starts.jsonl), and who may write.
+"""A run's directory: its settings (config.json), its starts (starts.jsonl), and its lock.
 
-config.json is written before the first step, and a run goes on only with settings that agree with
+config.json is written before the first step, and a run resumes only with settings that agree with
 it (`adopt`). The saved states are in checkpoints/, see `checkpoint`.
 """
 
@@ -28,10 +28,10 @@ REPORT_FILE = "report.json"
 CHECKPOINTS = "checkpoints"  # a folder per saved step in it, see `checkpoint`
 META = "meta.json"  # in such a folder; makes it count
 
-Changes = dict[str, tuple[Any, Any]]  # a setting's dotted name -> (what it was, what it is now)
+Changes = dict[str, tuple[Any, Any]]  # a setting's dotted name -> (old value, new value)
 
 
-# --- config.json and what a resumed run may change ------------------------------------------------
+# --- config.json and the settings that a resumed run may change -----------------------------------
 
 
 def read_config(workdir: str | Path) -> RunConfig:
@@ -58,15 +58,15 @@ def read_config(workdir: str | Path) -> RunConfig:
 
 
 def adopt(workdir: str | Path, run: RunConfig) -> tuple[RunConfig, Changes]:
-    """Decides with which settings `run` starts or goes on in `workdir`.
+    """Decides the settings with which `run` starts or resumes in `workdir`.
 
-    A new run takes today's date. One that goes on takes data.date, adapter.init and the steps of
-    train.epochs from the run that is there, where it leaves them open (None). As long as no step is
-    saved, every setting may change. A finished run keeps all settings that its results were
-    computed with, but for micro-batches that another mesh does not divide.
+    A new run gets today's date. A resumed one gets data.date, adapter.init and the steps of
+    train.epochs from the run that is there, if it leaves them open (None). Until a step is saved,
+    every setting may change. A finished run keeps all settings that its results were computed
+    with, except for micro-batches that another mesh does not divide.
 
     Returns:
-      (the settings to use, those that differ from the run that is there).
+      (The settings to use, those that differ from the run that is there.)
 
     Raises:
       ConfigError: `run` changes settings that must stay (the message names all of them).
@@ -99,16 +99,16 @@ def adopt(workdir: str | Path, run: RunConfig) -> tuple[RunConfig, Changes]:
 
 
 def _require_may_change(workdir: Path, there: RunConfig, run: RunConfig, finished: int) -> None:
-    """Refuses changes of settings that must stay once `finished` steps are done."""
+    """Raises ConfigError if settings change that must stay once `finished` steps are done."""
     changed = differences(there, run)
     left, constant = run.steps > finished, run.optim.schedule == "constant"
     refused = {key for key in changed if decides(key, there, run)}
-    # Elsewhere than at a constant rate, a run that ends early has not come down to a low one.
+    # Unless the rate is constant, a run that ends early has not decayed to its low rate.
     if run.steps >= (finished if constant else there.steps):
         refused.discard("train/steps")
     if not left:
         refused.discard("data/grad_accum_steps")
-    elif run.train.keep_best:  # losses of other rows are no measure
+    elif run.train.keep_best:  # losses of other rows are not comparable
         refused |= {"eval/limit", "eval/split"} & changed.keys()
     if refused:
         rows = [
@@ -124,15 +124,15 @@ def _require_may_change(workdir: Path, there: RunConfig, run: RunConfig, finishe
 
 
 def require_no_jump(workdir: str | Path, run: RunConfig) -> None:
-    """Refuses to make a longer run of one in `workdir` whose learning rate came down: its results
-    would not be those of a run of `run`'s length, which a sweep compares it with.
+    """Raises ConfigError if `run` would lengthen a run whose learning rate has decayed. Its results
+    would not be those of a run of that length, which a sweep compares it with.
     """
     if run.optim.schedule == "constant" or not (saved := saved_steps(workdir)):
         return
     there = read_config(workdir)
     steps = counted_as(there, run).train.steps
     require(
-        steps is not None and steps <= there.steps,  # fewer are left to `adopt`
+        steps is not None and steps <= there.steps,  # `adopt` decides about fewer
         f"{workdir} holds a run of {there.steps} steps, of which {saved[-1]} are done, and this"
         f" one has train.steps={steps}, train.epochs={run.train.epochs}: its learning rate would"
         f" jump at step {saved[-1]}. Give the sweep another workdir.",
@@ -150,15 +150,15 @@ def saved_steps(workdir: str | Path) -> list[int]:
 
 @contextlib.contextmanager
 def claimed(workdir: str | Path, run: RunConfig) -> Iterator[Callable[[], None]]:
-    """Locks `workdir` for `run` until the block ends, and writes its config.json there, if no step
-    is saved yet: else `keep_settings` does, once the saved state has been read.
+    """Locks `workdir` for `run` until the block ends. Writes its config.json if no step is saved
+    yet; otherwise `keep_settings` does, once the saved state has been read.
 
     Yields:
       The function of `lock.locked`.
 
     Raises:
       BusyError: Another process is training there.
-      ConfigError: The run there cannot go on with these settings, or `workdir` cannot be written.
+      ConfigError: The run there cannot resume with these settings, or `workdir` cannot be written.
     """
     workdir = as_path(workdir, "workdir")
     with contextlib.ExitStack() as stack:
@@ -177,7 +177,7 @@ def claimed(workdir: str | Path, run: RunConfig) -> Iterator[Callable[[], None]]
 
 
 def keep_settings(workdir: Path, run: RunConfig, held: Callable[[], None] = lambda: None) -> None:
-    """Writes config.json, the settings with which a run goes on. held: as `claimed` yields it."""
+    """Writes config.json, the settings of the resumed run. held: The function `claimed` yields."""
     held()
     write_json(workdir / "config.json", to_dict(run))
 
@@ -186,8 +186,8 @@ def keep_settings(workdir: Path, run: RunConfig, held: Callable[[], None] = lamb
 
 
 def record_start(workdir: str | Path, step: int, env: Mapping[str, Any], **more: Any) -> None:
-    """Appends a line to <workdir>/starts.jsonl: the number of steps that were finished, `env` of
-    `provenance.environment`, and those of `more` that are not empty.
+    """Appends a line to <workdir>/starts.jsonl: the number of finished steps, `env` from
+    `provenance.environment`, and the entries of `more` that are not empty.
     """
     path = as_path(workdir) / STARTS_FILE
     earlier = path.read_bytes() if path.is_file() else b""

@@ -1,4 +1,4 @@
-"""Rows of JSON, JSONL, CSV and Parquet files, each with its place for messages."""
+"""Rows of JSON, JSONL, CSV and Parquet files, each with its position for messages."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ Raw = Mapping[str, Any]
 
 
 def table_rows(path: Path) -> Iterator[tuple[str, Raw]]:
-    """Yields ("FILE, row N", row) of each row of a file, counted from 1 (in JSONL by line), read by
-    its suffix: .csv (empty cells are left out), .parquet, or else a JSON list or JSONL; ConfigError
-    if the file is malformed or has no row.
+    """Yields ("FILE, row N", row) for each row of a file, counted from 1 (in JSONL by line). The
+    suffix chooses the reader: .csv (empty cells are left out), .parquet, or else a JSON list or
+    JSONL. ConfigError if the file is malformed or has no row.
     """
     read = {".csv": _csv_rows, ".parquet": _parquet_rows}.get(path.suffix.lower(), _json_rows)
     where = ""
@@ -80,8 +80,8 @@ def _parquet_rows(path: Path) -> Iterator[tuple[int, Raw]]:
 
 
 def plain(value: Any) -> Any:
-    """Returns a value of a table as JSON has it: str for bytes, lists for arrays, and without the
-    nulls that Arrow fills up absent fields with.
+    """Returns a table's value in JSON's types: str for bytes, lists for arrays, and without the
+    nulls that Arrow puts into absent fields.
     """
     if isinstance(value, bytes):
         return value.decode()

@@ -1,8 +1,8 @@
-"""The user's own rows: instructions, questions, conversations, prompts with completions, texts, or
+"""The user's rows: instructions, questions, conversations, prompts with completions, texts, or
 pairs of answers.
 
-The columns of its first row tell the form of a file, if it is not given (data.row_format). A new
-form is a reader and a line of FORMS.
+The columns of a file's first row decide its form, unless data.row_format gives it. A new form is a
+reader and a line of FORMS.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def read_rows(rows: Iterable[tuple[str, Raw]], format: str = "") -> Iterator[Row
 
     Args:
       rows: The rows of a file or dataset, each with its position for messages.
-      format: A key of FORMATS or, of the user's own rows, of FORMS; "" for the form of the first
+      format: A key of FORMATS or, for the user's rows, of FORMS; "" for the form of the first
         row.
 
     Raises:
@@ -50,15 +50,15 @@ def read_rows(rows: Iterable[tuple[str, Raw]], format: str = "") -> Iterator[Row
 
 def form_of(row: Raw, where: str) -> str:
     """Returns the form of a row: the first in FORMS all of whose columns it has, or else the first
-    that it has in part, whose reader says what is missing; ConfigError if there is none.
+    of which it has some, whose reader reports the missing ones; ConfigError if there is none.
     """
     there = {column for column, value in row.items() if value is not None}
     found = [name for name, form in FORMS.items() if form.columns[0] in there]
     whole = [name for name in found if there.issuperset(FORMS[name].columns)]
     require(
         bool(found),
-        f"{where}: the columns {', '.join(map(repr, row)) or 'of an empty row'} are of no form that"
-        f" is known. Expected one of: {'; '.join(form.fields for form in FORMS.values())}.",
+        f"{where}: the columns {', '.join(map(repr, row)) or 'of an empty row'} fit no known form."
+        f" Expected one of: {'; '.join(form.fields for form in FORMS.values())}.",
     )
     return (whole or found)[0]
 
@@ -81,7 +81,7 @@ def _completion(row: Raw) -> list[Row]:
 
 
 def _preference(row: Raw) -> list[Row]:
-    """Reads a pair of answers, in TRL's forms: the prompt may also be what both begin with."""
+    """Reads a pair of answers in TRL's forms: the prompt may be their common beginning."""
     pair = [_from_json(row[name]) for name in ("chosen", "rejected")]
     require(pair[0] != pair[1], "the chosen and the rejected answer are the same. Remove the row.")
     rows, single = (_pair_of_turns if all(map(_is_turns, pair)) else _pair_of_texts)(row)
@@ -99,12 +99,12 @@ def _pair_of_turns(row: Raw) -> tuple[list[Row], bool]:
         context, pair = pair[0][:shared], [turns[shared:] for turns in pair]
         require(
             prompt == "" or any(turn["content"] == row["prompt"] for turn in context),
-            "'prompt' is another text than the turns before the answers. Make it a list of turns,"
+            "'prompt' differs from the turns before the answers. Make it a list of turns,"
             " or remove it.",
         )
     require(
         bool(context) and all(turns[0]["role"] == "assistant" for turns in pair),
-        "the chosen and the rejected answer have different prompts, or none: both must go on from"
+        "the chosen and the rejected answer have different prompts, or none: both must continue"
         " the same turns with one of the assistant.",
     )
     rows = [_conversation([*context, *turns], row, len(context))[0] for turns in pair]
@@ -112,7 +112,7 @@ def _pair_of_turns(row: Raw) -> tuple[list[Row], bool]:
 
 
 def _pair_of_texts(row: Raw) -> tuple[list[Row], bool]:
-    """As `_pair_of_turns`."""
+    """`_pair_of_turns` for two texts."""
     _require_all_read(row)
     pair = [field(row, "chosen"), field(row, "rejected")]
     prompt = field(row, "prompt") if row.get("prompt") else ""
@@ -125,7 +125,7 @@ def _pair_of_texts(row: Raw) -> tuple[list[Row], bool]:
 
 
 def _shared(a: Sequence[Any], b: Sequence[Any]) -> int:
-    """Returns the length of the common prefix, which leaves something of both."""
+    """Returns the length of the common prefix, less than that of either."""
     return min(common_length(a, b), len(a) - 1, len(b) - 1)
 
 
@@ -195,11 +195,11 @@ def _conversation(turns: list[Turn], row: Raw, context: int = 0) -> list[Row]:
     found = {
         "prompt": asked[-1] if asked else "",
         "target": turns[last]["content"],
-        # A hold-out keeps dialogues that begin alike together.
+        # A hold-out keeps dialogues with the same beginning together.
         "unit": "\n".join(turn["content"] for turn in turns[: [*users, 0][0] + 1]),
         "turns": turns,
         "tools": tools or [],
-        # Tables fill the keys that only other rows have with null.
+        # Tables have null for keys that only other rows have.
         "settings": {name: x for name, x in (settings or {}).items() if x is not None},
         "context": context,
     }
@@ -207,7 +207,7 @@ def _conversation(turns: list[Turn], row: Raw, context: int = 0) -> list[Row]:
 
 
 def _turns(value: Any, column: str) -> list[Turn]:
-    """Returns turns as chat templates read them."""
+    """Returns turns in the form of chat templates."""
     if _is_object(value) and all(isinstance(x, list) for x in value.values()):
         # A table of columns, as TFDS and the hub may have them.
         sizes = {name: len(cells) for name, cells in value.items()}
@@ -240,16 +240,14 @@ def _turn(value: Any, where: str) -> Turn:
     require_in(_ROLES, name, f"{where}: unknown role {name!r}", hint)
     require(
         given.pop("weight", 1) == 1,
-        f"{where} has a weight other than 1: put what is not to be learned into 'prompt', and the"
+        f"{where} has a weight other than 1: put the turns not to learn into 'prompt', and the"
         " rest into 'completion'.",
     )
     role, content = _ROLES[name], given.pop("content", given.pop("value", None))
     if isinstance(content, list):
         parts = [x.get("text") if _is_object(x) and x.get("type") == "text" else x for x in content]
         wrong = next((x for x in parts if not isinstance(x, str)), "")
-        require(
-            wrong == "", f"{where}: {wrong!r:.80} is no text, which the models here read alone."
-        )
+        require(wrong == "", f"{where}: {wrong!r:.80} is no text, and models here read only text.")
         content = "".join(parts)
     calls = role == "assistant" and bool(given.get("tool_calls"))
     content = "" if content is None and calls else content
@@ -279,8 +277,8 @@ _TURNS = 'a list of turns, such as {"role": "user", "content": "Hello"} (in CSV 
 FORMS = {
     "preference": Format(
         _preference,
-        "chosen and rejected: two texts, or two lists of turns, and their prompt, if it is not what"
-        " both begin with",
+        "chosen and rejected: two texts, or two lists of turns, and their prompt, if it is not the"
+        " common beginning",
         ("chosen", "rejected"),
     ),
     "messages": Format(partial(_messages, "messages"), f"messages: {_TURNS}", ("messages",)),

@@ -92,8 +92,8 @@ def prepared(make: Callable[..., Any], url: str = "") -> Any:
     """Prepares a TFDS builder in `cache_dir()`.
 
     Args:
-      make: The function that returns it, called with `data_dir` and `file_format`.
-      url: A URL of its files, where the builder has no list of them.
+      make: Function that returns the builder, called with `data_dir` and `file_format`.
+      url: URL of its files, if the builder has no list of them.
 
     Raises:
       ConfigError: There is no connection to its files, the directory cannot be written, or the

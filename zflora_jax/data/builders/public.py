@@ -1,8 +1,8 @@
 """Public datasets of TFDS and the Hugging Face hub: those of tasks, and any that data.data_dir
 names.
 
-A task's dataset comes from TFDS where its builder runs without TensorFlow, else from the hub. The
-test rows are the published validation rows where the published test rows have no labels, as in
+A task's dataset comes from TFDS if its builder runs without TensorFlow, else from the hub. If the
+published test rows have no labels, the published validation rows are the test rows, as in
 LLM-Adapters' files.
 """
 
@@ -31,8 +31,8 @@ class Tfds:
 
     Attributes:
       name: Its name, with its config if it has several: "glue/cola".
-      module: The module that registers it, where TFDS does so only with TensorFlow.
-      url: A URL of its files, where TFDS has no list of them.
+      module: Module that registers it, if TFDS does so only with TensorFlow.
+      url: URL of its files, if TFDS has no list of them.
     """
 
     name: str
@@ -40,7 +40,7 @@ class Tfds:
     url: str = ""
 
     def splits(self) -> list[str]:
-        """Returns the names of its splits; errors as for `open`."""
+        """Returns the names of its splits; raises the errors of `open`."""
         return list(self._prepared().info.splits)
 
     def open(self, split: str) -> Sequence[Any]:
@@ -79,11 +79,11 @@ class Hub:
     revision: str | None = None
 
     def splits(self) -> list[str]:
-        """Returns the names of its splits; ConfigError where they cannot be read."""
+        """Returns the names of its splits; ConfigError if they cannot be read."""
         return list(self._call("get_dataset_split_names"))
 
     def open(self, split: str) -> Sequence[Any]:
-        """Opens a split; ConfigError where it cannot be read."""
+        """Opens a split; ConfigError if it cannot be read."""
         return self._call("load_dataset", split=split, revision=self.revision)
 
     def _call(self, function: str, **options: Any) -> Any:
@@ -101,14 +101,14 @@ class Hub:
 
 
 class Dataset(NamedTuple):
-    """A dataset whose rows are those of a task."""
+    """A dataset that provides the rows of a task."""
 
     source: Tfds | Hub
-    format: str  # of its rows, see `own.read_rows`
+    format: str  # format of its rows, see `own.read_rows`
     splits: Mapping[str, str]  # the task's splits -> their names there
 
     def open(self, split: str) -> Sequence[Row]:
-        """Opens the rows of a split, a key of `splits`; ConfigError where it cannot be read."""
+        """Opens the rows of a split, a key of `splits`; ConfigError if it cannot be read."""
         name = f"{self.source.name}, {self.splits[split]}"
         raw = self.source.open(self.splits[split])
         require(len(raw) > 0, f"{name}: the split is empty.")
@@ -149,8 +149,8 @@ PUBLIC = {
 
 NAMED = ("hub:", "tfds:")  # the beginnings of a data.data_dir that names a dataset
 HOW = (
-    "hub:OWNER/NAME or tfds:NAME, with :CONFIG where it has several, and after it @ and a pattern"
-    " where its splits have other names than train, validation and test, such as @{}_sft"
+    "hub:OWNER/NAME or tfds:NAME, with :CONFIG if it has several, and after it @ and a pattern"
+    " if its splits have other names than train, validation and test, such as @{}_sft"
 )
 _NAME = re.compile(r"(hub|tfds):([^:@]+)(?::([^@]+))?(?:@(.*\{\}.*))?")
 
@@ -159,11 +159,11 @@ def named_dataset(data_dir: str, format: str = "") -> Dataset:
     """Returns the dataset that a data.data_dir names.
 
     Args:
-      data_dir: The name, as `HOW` says.
-      format: The form of its rows, a key of `own.FORMS`; "" for that of the first row.
+      data_dir: Name in the form of `HOW`.
+      format: Form of its rows, a key of `own.FORMS`; "" for that of the first row.
 
     Raises:
-      ConfigError: It names none, or none with a split of the expected name.
+      ConfigError: It names no dataset, or one without a split of the expected name.
     """
     found = _NAME.fullmatch(data_dir)
     if not found:

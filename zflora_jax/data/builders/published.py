@@ -20,8 +20,8 @@ Row = dict[str, Any]
 
 
 class Format(NamedTuple):
-    """A format of rows: its reader, and the fields that a row has, for messages. `columns` tell a
-    form of the user's own rows, the first of them decisively.
+    """A format of rows: its reader, and the fields of a row, for messages. `columns` identify a
+    form of the user's rows; the first one is decisive.
     """
 
     read: Callable[[Raw], list[Row]]
@@ -121,7 +121,7 @@ def _answers(question: str, texts: list[str], gold: Any) -> list[Row]:
 
 
 def _boolq(row: Raw) -> list[Row]:
-    """BoolQ without the passage, as LLM-Adapters has it."""
+    """Reads BoolQ without the passage, as in LLM-Adapters."""
     prompt = f"Please answer the following question with true or false, question: {row['question']}"
     answer = "true" if row["answer"] else "false"
     return _labelled(f"{prompt}?\n\nAnswer format: true/false", answer)

@@ -28,10 +28,10 @@ KEEP = "keep"  # the quantisation that keeps the base's blocks
 
 
 class Quant(NamedTuple):
-    """The types of a file's matrices, and the dtype whose rounding eps_z may disturb logits by."""
+    """The types of a file's matrices, and the dtype whose rounding bounds the effect of eps_z."""
 
-    matrix: str  # of the layers, a name of `gguf.GGMLQuantizationType`
-    table: str  # of the embedding and the head
+    matrix: str  # type of the layers' matrices, a name of `gguf.GGMLQuantizationType`
+    table: str  # type of the embedding and the head
     dtype: str = "bfloat16"
 
 
@@ -47,7 +47,7 @@ QUANTS = {
 
 @dataclass(frozen=True)
 class Tensor:
-    """A tensor of a file, or one that is to be written."""
+    """A tensor of a file, or one to write."""
 
     name: str  # such as "blk.0.attn_q.weight"
     shape: tuple[int, ...]  # outputs first; the file lists the axes backwards
@@ -70,7 +70,7 @@ class Tensor:
         if isinstance(values, QuantizedArray):
             check_scales(values, self.name, "the model")
             return to_blocks(values)
-        # The scales of blocks are float16; values beyond its range would be near its end if scaled.
+        # The scales of blocks are float16: values beyond its range would need scales near its end.
         range_of = {"F32": "float32", "BF16": "bfloat16"}.get(self.type.name, "float16")
         as_finite(values, np.dtype(range_of), self.name, "the model")
         data = np.ascontiguousarray(quantize(values, self.type))
@@ -78,7 +78,7 @@ class Tensor:
 
 
 def check_scales(w: QuantizedArray, name: str, what: str) -> None:
-    """CheckpointError for a scale or minimum that is not finite in float16."""
+    """Raises CheckpointError for a scale or minimum that is not finite in float16."""
     for part in (w.scales, w.mins):
         if part is not None:
             as_finite(part, np.float16, f"a scale of {name}", what)
@@ -106,7 +106,7 @@ class GGUFFile:
             ) from error
 
     def get(self, key: str, default: Any = None) -> Any:
-        """The number, bool, str or list under a metadata key, such as "llama.block_count";
+        """The number, bool, str or list at a metadata key, such as "llama.block_count";
         CheckpointError for text that is not UTF-8.
         """
         if key not in self._fields:
@@ -198,8 +198,8 @@ def gguf_table(config: LlamaConfig) -> Mapping[str, Place]:
 def paired(
     rows: np.ndarray, config: LlamaConfig, architecture: str, module: str, inverse: bool = False
 ) -> np.ndarray:
-    """Reorders the rows of a module ("q", "k_bias", ...) as a llama.cpp architecture has them: of
-    each rotated head 0, k/2, 1, k/2 + 1, ...; others stay. inverse: From that order.
+    """Reorders the rows of a module ("q", "k_bias", ...) for a llama.cpp architecture: each rotated
+    head becomes 0, k/2, 1, k/2 + 1, ...; other rows stay. inverse: Convert from that order.
     """
     pairs = any(f.gguf_pairs for f in FAMILIES.values() if f.gguf == architecture)
     counts = {"q": config.num_heads, "k": config.num_kv_heads}
@@ -215,8 +215,8 @@ def paired(
 
 
 def from_blocks(data: np.ndarray, kind: str) -> QuantizedArray:
-    """Codes [out, in] and scales [out, in / 32], groups along the last axis, of a tensor's bytes,
-    uint8 [out, bytes per row]. kind: Its type, one of `KEPT`.
+    """Reads codes [out, in] and scales [out, in / 32], in groups along the last axis, from a
+    tensor's bytes, uint8 [out, bytes per row]. kind: Its type, one of `KEPT`.
     """
     mins = KINDS[kind].has_mins
     head = 4 if mins else 2

@@ -1,4 +1,4 @@
-"""Models from GGUF files: the config, and tensors dequantised or as the file's own blocks."""
+"""Models from GGUF files: the config, and tensors dequantised or as the file's blocks."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def load_gguf(
 
 
 def has_blocks(path: Path) -> bool:
-    """Whether a GGUF file has tensors of a type that can be kept; only headers are read."""
+    """True if a GGUF file has tensors of a type that can be kept; only headers are read."""
     return any(tensor.type.name.lower() in KEPT for tensor in GGUFFile(path).tensors.values())
 
 
@@ -89,14 +89,14 @@ class _Tensors:
     def read(self, name: str, place: Place) -> np.ndarray:
         """A dequantised tensor."""
         array = self._native_order(place, self.file.dequantised(self.file.tensors[name]))
-        # The q of wider heads is scaled, which is undone before the one cast.
+        # The scale of wider heads' q is undone before the one cast.
         dtype = np.float32 if self.config.base_head_dim else self.config.execution.dtype
         array = place.to_native(as_finite(array, dtype, name, str(self.file.path)))
         array = self._stock.inverse_heads(module_of(place), array)
         return array.astype(self.config.execution.dtype, copy=False)
 
     def in_file(self, name: str, place: Place) -> tuple[str, str | None]:
-        """The type of a tensor, and why its blocks cannot be kept; see `QuantizedLeaves`."""
+        """The type of a tensor, and the reason not to keep its blocks; see `QuantizedLeaves`."""
         kind = self.file.tensors[name].type.name
         if kind.lower() not in KEPT:
             return kind, ""
@@ -171,15 +171,15 @@ def gguf_config(file: GGUFFile) -> LlamaConfig:
         "eos_token_ids": [token for token in dict.fromkeys(ends) if token is not None],
         "pad_token_id": pad,
         "family": family,
-        # Not in the file: llama.cpp takes every fourth layer to be without RoPE.
+        # Not in the file: llama.cpp assumes no RoPE in every fourth layer.
         "nope_layers": tuple(range(3, layers, 4)) if FAMILIES[family].nope else (),
     }
     return _with_rope(file, from_dict(LlamaConfig, values, str(file.path)))
 
 
 def _family(file: GGUFFile) -> str:
-    """The family of a model. Of several with one name in llama.cpp it is "llama", as a window is
-    not in the file; a llama with biases of q, k and v is a Qwen2.
+    """The family of a model. If several share a name in llama.cpp, it is "llama", because a window
+    is not in the file; a llama with biases of q, k and v is a Qwen2.
     """
     if (parts := file.get("split.count", 1)) > 1:
         raise CheckpointError(
@@ -206,7 +206,7 @@ def _family(file: GGUFFile) -> str:
 
 
 def _refuse_scaling(file: GGUFFile) -> None:
-    """ConfigError for a RoPE scaling by llama.cpp's metadata; Llama-3's is a tensor."""
+    """Raises ConfigError for a RoPE scaling in llama.cpp's metadata; Llama-3's is a tensor."""
     # llama.cpp's rules: a factor without a type means linear scaling, and 0 and 1 mean none.
     factor = file.setting("rope.scaling.factor", file.setting("rope.scale_linear", 1))
     scaling = file.setting("rope.scaling.type", "none" if factor in (0, 1) else "linear")
@@ -218,9 +218,9 @@ def _refuse_scaling(file: GGUFFile) -> None:
 
 
 def _with_rope(file: GGUFFile, config: LlamaConfig) -> LlamaConfig:
-    """`config` with the RoPE settings that the file's divisors stand for: Llama-3's scaling
+    """`config` with the RoPE settings that give the file's divisors: Llama-3's scaling
     (low_freq_factor 1, high_freq_factor 4, as in all published models), and in files of this
-    project heads of which RoPE rotates a part.
+    project partly rotated heads.
     """
     tensor = file.tensors.get(ROPE_DIVISORS)
     divisors = np.ones(1) if tensor is None else file.dequantised(tensor).astype(np.float64)

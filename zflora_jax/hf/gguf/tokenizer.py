@@ -36,7 +36,7 @@ _TEKKEN = (
 
 
 class PreTokenizer(NamedTuple):
-    """What is done to a text before its tokens are merged."""
+    """The steps before a text's tokens are merged."""
 
     cut: str  # regular expression; "" for GPT-2's, "digits" if each digit becomes a piece before it
     keeps_tokens: bool = False  # whether a piece that is a token is left unmerged
@@ -59,8 +59,8 @@ PRE_TOKENIZERS = {
 
 
 def gguf_tokenizer(file: GGUFFile, config: LlamaConfig) -> Any:
-    """Builds the PreTrainedTokenizerFast of a GGUF file for its config; None without a vocabulary,
-    and with a warning where the vocabulary or its pre-tokenizer is unknown.
+    """Builds the PreTrainedTokenizerFast of a GGUF file for its config. Returns None without a
+    vocabulary, or with a warning if the vocabulary or its pre-tokenizer is unknown.
     """
     values = file.below("tokenizer.")
     if values.get(f"{TOKENIZER}tokens") is None:
@@ -91,7 +91,7 @@ def _tokenizer(values: Mapping[str, Any], config: LlamaConfig) -> Any:
         for name, key in _SPECIAL.items()
         if f"{key}_token_id" in given
     }
-    adds = {"bos_token": kind == "llama" or row.adds_bos, "eos_token": False}  # if it is not said
+    adds = {"bos_token": kind == "llama" or row.adds_bos, "eos_token": False}  # defaults
     added = {
         name: (special[name], given[f"{name}_id"])
         for name, silent in adds.items()
@@ -147,8 +147,8 @@ def _backend(given: Mapping[str, Any]) -> Any:
 
 
 def pre_tokenizer(name: str) -> Any:
-    """The pre-tokenizer (of the package tokenizers) that llama.cpp has under a name; ConfigError
-    for one that is not in `PRE_TOKENIZERS`.
+    """The pre-tokenizer (of the package tokenizers) for llama.cpp's name; ConfigError for a name
+    that is not in `PRE_TOKENIZERS`.
     """
     from tokenizers import Regex, pre_tokenizers
 
@@ -166,7 +166,7 @@ def pre_tokenizer(name: str) -> Any:
 
 # --- writing --------------------------------------------------------------------------------------
 
-# Texts that a written tokenizer must read as the model's own does.
+# Texts that a written tokenizer must read like the model's tokenizer.
 _PROBES = (
     "Hello, world! It's 12345.67 o'clock; don't we've I'LL",
     "x = [i**2 for i in range(10)]\n\tif (x != 7):\n\n    return None  # done\r\n",
@@ -180,9 +180,9 @@ _REMEDY = (
 
 
 def tokenizer_metadata(model: Model, source: GGUFFile | None) -> tuple[dict[str, Any], str]:
-    """The tokenizer keys of a model's file, and their origin for the report: those of `source`, the
-    GGUF file that it came from, if it still has that tokenizer, else of a byte-level BPE.
-    ConfigError for a tokenizer that a file cannot express.
+    """The tokenizer keys of a model's file, and their origin for the report. They are copied from
+    `source`, the GGUF file that the model came from, if it still has that tokenizer; else they
+    describe a byte-level BPE. ConfigError for a tokenizer that a file cannot express.
     """
     values, origin = _copied(model, source), "copied from the base's file"
     if values is None:
@@ -212,7 +212,7 @@ def tokenizer_metadata(model: Model, source: GGUFFile | None) -> tuple[dict[str,
 
 
 def _check(values: dict[str, Any], model: Model) -> None:
-    """ConfigError if the metadata give other tokens than the model's tokenizer."""
+    """Raises ConfigError if the metadata give other tokens than the model's tokenizer."""
     found, texts = _tokenizer(values, model.config), list(_PROBES)
     if values[f"{TOKENIZER}model"] != "llama":
         texts += [f"one {token} two" for token in model.tokenizer.all_special_tokens[:4]]
@@ -228,8 +228,8 @@ def _check(values: dict[str, Any], model: Model) -> None:
 
 
 def _copied(model: Model, source: GGUFFile | None) -> dict[str, Any] | None:
-    """The keys of the base's file, with names for new rows; None where there are none, or the model
-    has another tokenizer now.
+    """The keys of the base's file, with names for new rows; None if there are none, or the model
+    now has another tokenizer.
     """
     if source is None or source.get(f"{TOKENIZER}tokens") is None:
         return None

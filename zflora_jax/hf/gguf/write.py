@@ -2,8 +2,8 @@
 
 llama.cpp quantises rows in blocks of 32 weights, so all streams get channels of zeros up to a
 multiple of 32. quant="keep" writes the base's blocks with the same bytes: a fused adapter's inputs
-append blocks to each row, its outputs append rows. eps_z goes into the scales of the state's blocks
-only, and the factor of widened heads' scores is a metadata key of RoPE.
+append blocks to each row, its outputs append rows. Only the scales of the state's blocks contain
+eps_z, and the factor of widened heads' scores is a metadata key of RoPE.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ from zflora_jax.parallel.distributed import from_process_0, on_main
 from zflora_jax.reporting.files import local_path
 
 MARK = "zflora.version"  # a metadata key that only files of this project have
-# Types of the base's file that float matrices get again; others, such as Q6_K, become Q8_0.
+# Types that float matrices keep from the base's file; others, such as Q6_K, become Q8_0.
 _SAME = ("F32", "F16", "BF16", "Q8_0")
 _TABLES = ("token_embd.weight", "output.weight")
 
@@ -71,7 +71,7 @@ class GGUFForm:
 
     model_config: LlamaConfig  # native
     stock: StockForm  # of the model with padded heads and MLP units
-    keep: bool = False  # whether quantised leaves are written as the codes and scales that they are
+    keep: bool = False  # whether quantised leaves are written with their codes and scales
 
     @property
     def config(self) -> LlamaConfig:
@@ -80,8 +80,8 @@ class GGUFForm:
 
     @property
     def architecture(self) -> str:
-        """llama.cpp's architecture. Its qwen2 has no RoPE divisors and wants heads as wide as the
-        residual stream; its llama takes biases and is the same otherwise.
+        """llama.cpp's architecture. Its qwen2 has no RoPE divisors and needs heads as wide as the
+        residual stream; its llama is otherwise the same and reads biases.
         """
         config, wide = self.config, self.config.num_heads * self.config.head_dim
         other = self.rope_divisors or wide != config.hidden_size
@@ -114,8 +114,8 @@ class GGUFForm:
         yield from self.rope_divisors.items()
 
     def _codes(self, leaf: QuantizedArray, stored: Place) -> QuantizedArray:
-        """Codes [out, in] and float32 scales [out, in / 32] of a leaf. A code of zero in the
-        padding of a block need not stand for zero: the channel that it reads is.
+        """Codes [out, in] and float32 scales [out, in / 32] of a leaf. A zero code in the padding
+        of a block need not mean the value zero, because the channel that it reads is zero.
         """
         module, native = module_of(stored), self.stock.native
         reads, writes = KERNELS.get(module, ("", ""))
@@ -180,7 +180,7 @@ def gguf_form(model: Model, dtype: str, eps_z: float | None = None) -> GGUFForm:
     require(
         config.base_head_dim is None or config.traits.gguf_wide_heads,
         f"heads wider than the base's need RoPE divisors, which llama.cpp does not read for family"
-        f" {config.family!r}. Fuse a method that leaves the heads alone (zflora-minimal, lora, ffa,"
+        f" {config.family!r}. Fuse a method that does not widen them (zflora-minimal, lora, ffa,"
         " full), or export a Hugging Face directory (--format hf).",
     )
     takes = [name for name, f in FAMILIES.items() if f.gguf == "llama" or f.gguf_as_llama]
@@ -193,8 +193,8 @@ def gguf_form(model: Model, dtype: str, eps_z: float | None = None) -> GGUFForm:
     known = tuple(range(3, config.num_layers, 4)) if config.traits.nope else ()
     require(
         config.nope_layers == known,
-        f"nope_layers={config.nope_layers}: llama.cpp takes {known} of {config.num_layers} layers"
-        f" to be without RoPE in {config.family}, and a file cannot say otherwise. {advice}",
+        f"nope_layers={config.nope_layers}: llama.cpp assumes {known} of {config.num_layers} layers"
+        f" without RoPE in {config.family}, and a file cannot change that. {advice}",
     )
     native = config.replace(intermediate_size=round_up(config.intermediate_size, SIZE))
     if config.sliding_window is not None:  # llama.cpp applies none here
@@ -212,7 +212,7 @@ def gguf_form(model: Model, dtype: str, eps_z: float | None = None) -> GGUFForm:
 
 def kept_blocks_form(model: Model, eps_z: float | None = None) -> GGUFForm:
     """The form that keeps blocks. eps_z None: chosen for float32's rounding, or the next larger one
-    with the scales of the state's blocks in float16's range.
+    that keeps the scales of the state's blocks in float16's range.
     """
     require_blocks(model)
     form = gguf_form(model, "float32", eps_z)
@@ -228,7 +228,7 @@ def kept_blocks_form(model: Model, eps_z: float | None = None) -> GGUFForm:
 
 
 def require_blocks(model: Model) -> None:
-    """ConfigError for a model without quantised leaves, or with other types than GGUF's."""
+    """Raises ConfigError for a model without quantised leaves, or with other types than GGUF's."""
     leaves = trees.flatten(model.params).items()
     kinds = {leaf.kind: name for name, leaf in leaves if isinstance(leaf, QuantizedArray)}
     foreign = sorted(kinds.keys() - set(KEPT))
@@ -242,8 +242,8 @@ def require_blocks(model: Model) -> None:
 
 
 def _in_range(model: Model, eps_z: float) -> bool:
-    """Whether float16 holds the scales of the state's blocks times or over eps_z: none is off by
-    more than its rounding of the output's largest one, as subnormal ones may be.
+    """True if float16 holds the scales of the state's blocks, times or over eps_z. The error of any
+    scale, e.g. a subnormal one, must not exceed float16's rounding of the output's largest.
     """
     base = model.config.base_width
     for name, leaf in trees.flatten(model.params).items():
@@ -285,16 +285,16 @@ def save_gguf(
       model: A model of a family that llama.cpp has, not packed.
       quant: Type of the matrices: "f32", "f16", "bf16", "q8_0", "q4_0" or "q4_1". "keep": the
         blocks of a model that was loaded with `quantize="keep"` (or quantised as q8_0, q4_0 or
-        q4_1), byte for byte, and a fused adapter's next to them; its float matrices get their type
-        in the file that it came from if that is F32, F16, BF16 or Q8_0, else Q8_0.
-      eps_z: Scale of the stored residual state, as `save_hf` takes it. None: chosen from the
-        weights for the rounding of float32 ("f32", "keep"), float16 ("f16") or bfloat16.
+        q4_1), byte for byte, and a fused adapter's next to them. Its float matrices keep the type
+        of the source file if that is F32, F16, BF16 or Q8_0; others become Q8_0.
+      eps_z: Scale of the stored residual state, see `save_hf`. None: chosen from the weights for
+        the rounding of float32 ("f32", "keep"), float16 ("f16") or bfloat16.
 
     Returns:
       {"path", "quant", "types", "fallback", "widths", "filled with zeros", "tokenizer",
-      "parameters", "bytes"}; "fallback" names the tensors that have another type than `quant` or,
-      with "keep", the base's file has. "eps_z" if there is a state to scale, "context" if a
-      sliding window limits it.
+      "parameters", "bytes"}. "fallback" names the tensors with another type than `quant` or, with
+      "keep", than in the base's file. There is also "eps_z" if there is a state to scale, and
+      "context" if a sliding window limits it.
 
     Raises:
       ConfigError: A setting is wrong, or a GGUF file cannot hold the model or its tokenizer.
@@ -316,7 +316,7 @@ def save_gguf(
         # None in all processes but the one that writes; they help to gather the tensors.
         writer = on_main(lambda: stack.enter_context(_writer(target, form, metadata, tensors)))
         for tensor, (_, values) in zip(tensors, form.tensors(model), strict=True):
-            data = tensor.encode(values)  # in all, so that they stop at what process 0 stops at
+            data = tensor.encode(values)  # in all, so that all raise the errors of process 0
             if writer is not None:
                 writer.write_tensor_data(data)
         on_main(stack.close)  # now it is in its place
@@ -355,9 +355,9 @@ def _source_file(model: Model) -> GGUFFile | None:
 def _plan(
     form: GGUFForm, model: Model, quant: str, before: Mapping[str, str]
 ) -> tuple[list[Tensor], str, dict[str, str]]:
-    """The tensors in the order of the file, F16 where no block divides the rows (as llama-quantize
-    does); the name of the file's `gguf.LlamaFileType`; the types, for the report. before: Types in
-    the file that the model came from, by name.
+    """(The tensors in the order of the file, F16 if no block divides the rows, as llama-quantize
+    does; the name of the file's `gguf.LlamaFileType`; "types" and "fallback" of the report).
+    before: Types in the file that the model came from, by name.
     """
     from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
@@ -368,7 +368,7 @@ def _plan(
         place = table.get(name)
         leaf: Any = None if place is None else flat[places[place.tensor].leaf]
         if len(shape) == 1:
-            wanted = now = "F32"  # norms, biases and RoPE divisors, which llama.cpp takes as floats
+            wanted = now = "F32"  # norms, biases and RoPE divisors, which llama.cpp reads as floats
         elif not form.keep:
             row = QUANTS[quant]
             wanted = now = row.table if name in _TABLES else row.matrix
@@ -441,7 +441,7 @@ def _writer(
 
 
 def _refuse_foreign(target: Path) -> None:
-    """CheckpointError for an existing path that is no file of this project."""
+    """Raises CheckpointError for an existing path that is no file of this project."""
     if not target.exists():
         return
     try:
