@@ -264,10 +264,8 @@ def picture(result: Mapping[str, Any]) -> None:
         [shown[f"{chip}: {kind}"] - shown[f"{chip}: base"] for chip in chips.values()]
         for kind in ("LoRA, unmerged", "zFLoRA, fused")
     )
-    title = (
-        f"Unmerged LoRA adds {lora[0]} or {lora[1]} kernels to every token, fused zFLoRA at most"
-    )
-    title += f" {max(fused)}"
+    title = f"In two layers, unmerged LoRA adds {lora[0]} or {lora[1]} kernels per token,"
+    title += f" fused zFLoRA at most {max(fused)}"
     label = "kernels per token: Llama-3.2-1B cut to 2 layers, batch 1; compiled, not run"
     bars(shown, RESULTS / "kernels", title, label=label)
 

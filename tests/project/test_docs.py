@@ -90,6 +90,8 @@ def place(tmp_path, base_dir, monkeypatch):
             .replace("smollm2-135m", base_dir)
             .replace("lengths=(128,)", "lengths=(448,)")
             .replace("--limit 20", "--limit 4")
+            .replace("steps=40", "steps=11")
+            .replace("limit=64", "limit=2")
             .replace('"adapter.rank": [8, 16]', '"adapter.rank": [16]')
         )
 

@@ -35,7 +35,7 @@ def test_records_are_on_disk_at_once_and_exact(tmp_path, capsys):
         wanted = {"step": 1, "split": "train", "loss": float(np.float32(0.1)), "tokens": 7.0}
         assert read_metrics(tmp_path / "run" / "metrics.jsonl") == [wanted]
         writer.write(1, "eval", {"loss": float("nan")})
-        with pytest.raises(ValueError, match=r"\['step'\] are taken"):
+        with pytest.raises(ValueError, match=r"\['step'\] are reserved"):
             writer.write(1, "train", {"step": 2.0})
     last = {"step": 1, "split": "eval", "loss": None}
     assert read_metrics(tmp_path / "run" / "metrics.jsonl") == [wanted, last]

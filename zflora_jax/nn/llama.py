@@ -174,7 +174,8 @@ def forward(
       tokens: Token ids [B, T] int32.
       adapter: Config of `adapters`.
       adapters: Parameters of an unmerged adapter.
-      padding_mask, segment_ids: Those of `Llama.__call__`.
+      padding_mask: [B, T] bool, True at real tokens.
+      segment_ids: [B, T] int32, see `Llama.__call__`.
 
     Raises:
       ConfigError: tokens have another shape, or ids without a row in the embedding (traced tokens
