@@ -1,4 +1,4 @@
-"""Fused tasks in a running vLLM beside LoRA: tokens, switches, time per token, throughput.
+"""Fused tasks in a running vLLM, and LoRA: tokens, switches, time per token, throughput.
 
 Command: python benchmarks/serving.py --vllm DIR/bin/vllm
 (about 25 minutes on 2 CPU cores; needs the test extra)

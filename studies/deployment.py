@@ -83,7 +83,7 @@ def in_eight_bits(trained: Trained) -> Deployed:
     return Deployed(model, nbytes(trained.base.params) + _size(trained.adapters) * 17 // 16)
 
 
-BESIDE = (unmerged, in_eight_bits)  # their products are kernels of their own in every token
+UNMERGED = (unmerged, in_eight_bits)  # their products are kernels of their own in every token
 
 
 def in_bfloat16(trained: Trained) -> Deployed:

@@ -19,7 +19,7 @@ import pandas as pd
 from scipy.stats import binomtest
 
 import zflora_jax as zf
-from studies.deployment import BESIDE
+from studies.deployment import UNMERGED
 from studies.plots import forest, scores_and_bytes
 from studies.records import RECORDS, read_lines
 from studies.statistics import Difference, seed_difference, verdict
@@ -70,21 +70,22 @@ def joined(blocks: Iterable[str]) -> str:
 
 def study_page(name: str, tables: Sequence[Table]) -> str:
     """The page of one study or of several."""
-    (before, _, after), blocks = note(name).partition("{table}"), list[str]()
+    (before, _, after), top, more = note(name).partition("{table}"), list[str](), list[str]()
     for table in tables:
-        blocks += [f"## {table.study.name}" if len(tables) > 1 else ""]
         if table.study.deployments:
-            blocks += deployment_blocks(table)
+            blocks = deployment_blocks(table)
         else:
             losses = table_of([loss_row(table, label) for label in table.labels])
-            blocks += [*difference_blocks(table), losses, *score_blocks(table)]
-        blocks += [cut_answers(table), setting(table)]
-    margins = {t.study.margin for t in tables if t.study.margin}
+            blocks = [*difference_blocks(table), losses, *score_blocks(table)]
+        first, *rest = filter(None, [*blocks, cut_answers(table), setting(table)])
+        head = [f"{'###' if after else '##'} {table.study.title}"] if len(tables) > 1 else []
+        top += [*head, first, *([] if after else rest)]
+        more += [*head, *rest] if after else []
     if any(table.differences for table in tables):
-        blocks.append(LEGEND.format("".join(f" Margin: {margin:g} points." for margin in margins)))
-    first, *rest = filter(None, blocks)
+        margins = {t.study.margin for t in tables if t.study.margin}
+        more.append(LEGEND.format("".join(f" Margin: {margin:g} points." for margin in margins)))
     middle = [after.strip(), "## Details"] if after else []
-    blocks = [before.strip() or f"# {name}", first, *middle, *rest, places(tables)]
+    blocks = [before.strip() or f"# {name}", *top, *middle, *more, places(tables)]
     return joined([*blocks, "Command: `python -m studies.pages`."])
 
 
@@ -214,8 +215,8 @@ def deployed_points(table: Table) -> dict[str, tuple[float, float, float | None,
     points = {}
     for label in (x for x in (BASE, *table.labels) if not any(part in x for part in NOT_DRAWN)):
         size = table.results(label)["nbytes"].mean() / 1e6
-        beside = label != BASE and table.study.deployments[label][1] in BESIDE
-        points[label] = size, *table.headline(label), beside
+        apart = label != BASE and table.study.deployments[label][1] in UNMERGED
+        points[label] = size, *table.headline(label), apart
     return points
 
 

@@ -22,7 +22,7 @@ def forest(rows: Mapping[str, Sequence[Difference]], out: Path, margins: Sequenc
     blue = zf.colour_of("zflora-minimal")
     with zf.styled():
         figure = Figure(figsize=(8.0, 1.2 + 0.36 * len(rows)), layout="constrained")
-        text = "Scores are not told apart from LoRA's; held-out losses are slightly higher"
+        text = "Scores and LoRA's do not differ clearly; held-out losses are slightly higher"
         figure.suptitle(text, x=0.01, ha="left", fontsize=11)
         scores, losses = figure.subplots(1, 2, sharey=True)
         marks = ((scores, 0.0, blue, ""), (losses, -0.15, blue, "validation"))

@@ -26,7 +26,6 @@ from studies.study import BASE, Run, Study, studies
 from studies.tables import Table
 
 POLL = 5.0  # seconds between looks at runs that other processes make
-# Errors of one run that leave the others alone: settings, a damaged checkpoint, memory.
 FAILURES = (zf.ConfigError, zf.CheckpointError, jax.errors.JaxRuntimeError, MemoryError)
 REPORTED = ("params_trainable", "validation_loss", "steps", "seconds", "first_step_seconds")
 REPORTED += ("data_wait_share", "train_rows", "train_rows_dropped", "train_documents_cut")

@@ -3,9 +3,8 @@
   python -m studies.run accuracy --set data.data_dir=DIR --workdir runs/accuracy
 
 DIR holds llm_adapters/ (the LLM-Adapters repository's dataset/ and ft-training_set/), woz/ and
-dialogsum/; generated problems are kept in it, too. Python 3.12 or newer: jax 0.12 multiplies
-bfloat16 with the processor's own instructions. Questions, measures and margins were fixed before
-the runs: studies/experiments.md.
+dialogsum/. Python 3.12 or newer: jax 0.12 multiplies bfloat16 with the processor's instructions.
+Questions, measures and margins were fixed before the runs: studies/experiments.md.
 """
 
 from dataclasses import replace

@@ -2,13 +2,11 @@
 
   python -m studies.run compressed --workdir runs/compressed --set data.data_dir=DIR
 
-Question, contenders and margin, fixed before the first run. Question: on the 4-bit blocks of a file
-that people download (Q4_1), which way of deploying an adapter keeps what training gained, and for
-how many bytes? Every method trains next to the codes, at LoRA r=16's number of trainable parameters
-(4.88M; scales 3.32M, scales and minima 6.64M, which the file decides), for 80 steps of 512 tokens,
-at the best of three rates by validation loss. A deployment keeps an adapter if the 95% interval of
-its score less unmerged LoRA's lies above -3 points. Reported beside: the loss and the score that
-training had, the divergence from it, the size of the update in steps of the quantiser, and bytes.
+Question, contenders and margin were fixed before the first run: on a file's
+4-bit blocks (Q4_1), which deployment keeps what training gained, and for how many bytes? Methods
+train next to the codes for 80 steps of 512 tokens, at the best of three rates by validation, with
+LoRA r=16's number of parameters; the file decides that of scales and minima. A deployment keeps an
+adapter if the 95% interval of its score minus unmerged LoRA's lies above -3 points.
 """
 
 from dataclasses import replace
@@ -16,7 +14,7 @@ from functools import partial
 
 import zflora_jax as zf
 from studies import quantised_methods
-from studies.configs.accuracy import BASE, GENERATED, LORA, MINIMAL, RATES
+from studies.configs.accuracy import BASE, CHOSEN, CLOZE, GENERATED, LORA, MINIMAL, RATES
 from studies.deployment import by_gptq, in_bfloat16, in_codes, in_eight_bits, rounded, unmerged
 from studies.study import Study
 
@@ -54,18 +52,29 @@ def get_studies() -> list[Study]:
     }
     codes = zf.QuantizeConfig("keep", embedding="keep")
     data = replace(BASE.data, task="arithmetic", bucket_lengths=(128,), batch_size=4)
-    return [
-        Study(
-            "compressed_arithmetic",
-            replace(BASE, data=data, quantize=codes, train=replace(BASE.train, steps=80)),
-            methods=methods,
-            learning_rates=RATES,
-            seeds=(0, 1, 2),
-            tasks=("arithmetic",),
-            scoring=replace(GENERATED, limit=None, max_new_tokens=56),
-            reference="LoRA, unmerged",
-            margin=3.0,
-            deployments=DEPLOYMENTS,
-            page="compressed_bases",
-        )
-    ]
+    arithmetic = Study(
+        "compressed_arithmetic",
+        replace(BASE, data=data, quantize=codes, train=replace(BASE.train, steps=80)),
+        methods=methods,
+        learning_rates=RATES,
+        seeds=(0, 1, 2),
+        tasks=("arithmetic",),
+        scoring=replace(GENERATED, limit=None, max_new_tokens=56),
+        reference="LoRA, unmerged",
+        margin=3.0,
+        deployments=DEPLOYMENTS,
+        page="compressed_bases",
+    )
+    rows = replace(data, task="+".join(CLOZE), bucket_lengths=(256,), batch_size=2)
+    few = ("LoRA, unmerged", "LoRA, merged, rounded", "LoRA, merged, GPTQ", "QA-LoRA")
+    cloze = replace(
+        arithmetic,
+        name="compressed_cloze",
+        base=replace(arithmetic.base, data=rows),
+        methods={name: methods[name] for name in ("lora", "zflora-minimal", "qa-lora")},
+        tasks=CLOZE,
+        scoring=CHOSEN,
+        measure="likelihood_norm",
+        deployments={name: DEPLOYMENTS[name] for name in (*few, "zflora-minimal")},
+    )
+    return [arithmetic, cloze]

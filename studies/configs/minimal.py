@@ -1,4 +1,4 @@
-"""Can zflora-minimal gain? Its parts and changes of it beside LoRA, judged by held-out losses.
+"""Can zflora-minimal gain? Its parts, changes of it and LoRA, judged by held-out losses.
 
   python -m studies.run minimal --set data.data_dir=DIR --workdir runs/minimal
 

@@ -7,15 +7,12 @@ one budget of trainable parameters for all methods.
 studies/README.md lists the tables, their meshes, memory and time. DATA holds llm_adapters/ (the
 LLM-Adapters repository's dataset/ and ft-training_set/) and gsm8k/.
 
-The paper (arXiv 2510.25784) could not be read beyond its abstract, so its settings are unknown.
-Those of commonsense and math are LLM-Adapters' (math_running_commands and finetune.py of its
-repository, at 8166572): LoRA of rank 32 and alpha 64 on q, k, v, up and down, dropout 0.05, batches
-of 16, 3 epochs, AdamW with 100 steps of warm-up and a linear decay, 256 tokens at most, loss on
-prompt and answer. Longer rows are left out here and cut there. Answers are greedy here, while
-LLM-Adapters searches with 4 beams; transformers does that on an export. This project chose the
-rest: the other methods get LoRA's number of parameters, every method its learning rate out of three
-around LoRA's 3e-4, by validation loss; and all of summary-dialogue, for which LLM-Adapters has
-nothing: 3000 steps of 16 rows, a quarter from each set.
+Only the abstract of the paper (arXiv 2510.25784) could be read. Settings of commonsense and math
+are LLM-Adapters' (math_running_commands, finetune.py at 8166572): LoRA of rank 32 and alpha 64 on
+q, k, v, up and down, dropout 0.05, batches of 16, 3 epochs, AdamW with 100 steps of warm-up and a
+linear decay, 256 tokens at most, loss on prompt and answer. It cuts longer rows and searches with 4
+beams; here they are left out, and answers are greedy. This project chose the rest: the others get
+LoRA's number of parameters and the best of three rates; summaries train 3000 steps of 16 rows.
 """
 
 from dataclasses import replace
