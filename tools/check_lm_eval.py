@@ -110,7 +110,7 @@ def page(result: dict[str, Any]) -> str:
     from zflora_jax.reporting.tables import markdown_table
 
     rows = result["rows"]
-    return f"""# Likelihoods beside lm-evaluation-harness {result["lm_eval"]}
+    return f"""# Likelihoods compared with lm-evaluation-harness {result["lm_eval"]}
 
 SmolLM2-135M in float32: the sum of log p of every option after its prompt, computed by this project
 and by the harness from the exported model, on the first rows of each test set. "prompt": whether

@@ -87,6 +87,7 @@ def place(tmp_path, base_dir, monkeypatch):
             text.replace("configs/quickstart.py", "tiny.py")
             .replace("configs/chat.py", "chat.py")
             .replace("model=MODEL", f"model={base_dir}")
+            .replace("int4", "int8")  # the tiny heads are smaller than a group
             .replace("smollm2-135m", base_dir)
             .replace("lengths=(128,)", "lengths=(448,)")
             .replace("--limit 20", "--limit 4")

@@ -240,7 +240,7 @@ def swap(fused: Model, adapters: Tree) -> Model:
       adapters: Adapters of the same AdapterConfig, float32.
 
     Raises:
-      ValueError: as in `fuse`, or the method merges by addition; `fused` is unchanged.
+      ValueError: An error of `fuse`, or the method merges by addition; `fused` is unchanged.
     """
     adapter = _require_widened(fused, "swap")
     plain = fused.config.replace(packed=False, fill_residual=0, fill_mlp=0)
