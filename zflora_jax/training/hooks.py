@@ -124,7 +124,9 @@ class Profile(Hook):
     def on_batch(self, step: int, batch: Mapping[str, Any]) -> None:
         if step in self.steps and not self._running:
             self._running = True
-            self._try(lambda: jax.profiler.start_trace(str(self.folder)))
+            options = jax.profiler.ProfileOptions()
+            options.python_tracer_level = 0  # Python's calls would fill a file's million events
+            self._try(lambda: jax.profiler.start_trace(str(self.folder), profiler_options=options))
 
     def on_metrics(self, step: int, metrics: Mapping[str, float], seconds: float) -> None:
         self._traced += step in self.steps
