@@ -38,13 +38,13 @@ ROWS = {
     "paired_intervals": ("seeds", "seed", "row", "answer", "rows", "width", "holds 0")
     + ("as good by 3 points", "°", "holds 0, of °"),
 }
-LEGEND = """Differences: over the same rows and seeds, with 95% intervals over rows and seeds, of a
-single seed over rows (`studies/statistics.py`). base: the untrained model. °: these seeds vary no
-more than single answers do, so the interval counts test rows only and may be too narrow. As good:
-the whole interval lies above a loss of the margin, fixed before the runs. Inferior: it lies below.
-Worse: it lies below 0 and reaches across the margin. Undecided: it reaches across both. Test loss:
-nats per target token on held-out rows of the training task; its differences have the interval of
-Student's t over seeds. No p and no interval is corrected for their number.{}"""
+LEGEND = """Differences use the same rows and seeds. Their 95% intervals vary both, with a single
+seed only rows (`studies/statistics.py`). base: the untrained model. °: these seeds vary no more
+than single answers do, so the interval counts test rows only and may be too narrow. Verdicts, by a
+margin fixed before the runs. As good: the whole interval lies above minus the margin. Inferior: it
+lies below. Worse: it contains minus the margin and ends below 0. Undecided: it contains both. Test
+loss: nats per target token on held-out rows of the training task; its differences have the
+interval of Student's t over seeds. No p and no interval is corrected for their number.{}"""
 
 
 def table_of(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -193,7 +193,8 @@ def deployment_blocks(table: Table) -> list[str]:
         row[study.measure] = f"{mean:.1f}{deviation(std)}"
         row[f"minus {study.reference}"] = str(headline(gap)) if gap else None
         row["verdict"] = (said(table, label, headline(gap)) if gap else "") or None
-        row |= {f"loss {at}": value(found[f"{at}_loss"], ".4f") for at in ("trained", "test")}
+        for at, of in (("before", "trained"), ("after", "test")):
+            row[f"loss {at}"] = value(found[f"{of}_loss"], ".4f")
         kept = 100 * (before - found["test_loss"]) / (before - found["trained_loss"])
         row |= {"gain kept, %": value(kept, ".1f"), "KL": value(found["kl"], ".2g")}
         rows.append(row | {"update, steps": value(found["update_in_steps"], ".2g")})

@@ -25,7 +25,6 @@ from studies.records import RECORDS, new_record, serves, write_lines
 from studies.study import BASE, Run, Study, studies
 from studies.tables import Table
 
-POLL = 5.0  # seconds between looks at runs that other processes make
 FAILURES = (zf.ConfigError, zf.CheckpointError, jax.errors.JaxRuntimeError, MemoryError)
 REPORTED = ("params_trainable", "validation_loss", "steps", "seconds", "first_step_seconds")
 REPORTED += ("data_wait_share", "train_rows", "train_rows_dropped", "train_documents_cut")
@@ -67,7 +66,7 @@ def run_study(study: Study, workdir: Path, records: Path = RECORDS, console: boo
             print(f"{study.name}: {run.name} {failed.get(run.name, 'is done')}", flush=True)
             break  # a chosen rate opens further runs
         else:
-            time.sleep(POLL)
+            time.sleep(5.0)  # other processes make the rest
     for label, tried in table.tried.items():
         if len(tried) == len(study.learning_rates) and label not in table.choices:
             failed[label] = "diverged at every learning rate; give lower ones"
