@@ -12,11 +12,11 @@ from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from zflora_jax.ops.copies import write_divided
 from zflora_jax.ops.linear import column_norms, project, tile
 from zflora_jax.ops.quantized import Write, cut, write_part
-from zflora_jax.ops.remat import save_for_backward
 
 Array = jax.Array
 Blocks = Mapping[str, Array]
@@ -142,7 +142,7 @@ class LowRank(KernelAdapter):
 
     def added(self, blocks: Blocks, x: Array) -> Array:
         """s (x A) B of x [B, T, in], in x's dtype."""
-        low = save_for_backward(project(x, blocks["lora_a"]), "low rank")
+        low = checkpoint_name(project(x, blocks["lora_a"]), "low rank")
         return self.scale * project(low, blocks["lora_b"])
 
     def __call__(

@@ -55,9 +55,7 @@ def step_flops(
 
 
 def _passes(run: RunConfig, recomputed: bool) -> int:
-    """Number of passes: forward, backward over activations, the reference's forward (DPO), and with
-    train.remat=block, if `recomputed`, the forward again.
-    """
+    """Number of passes: forward, backward, the reference's (DPO), and `recomputed` ones."""
     return 2 + (recomputed and run.train.remat == "block") + run.train.pairs
 
 

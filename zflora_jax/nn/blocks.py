@@ -14,6 +14,7 @@ import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from zflora_jax.adapters.methods import resolve_adapter
 from zflora_jax.core.adapter_config import AdapterConfig
@@ -25,9 +26,9 @@ from zflora_jax.nn.layers import Channels, Dense, RMSNorm, swiglu
 from zflora_jax.ops.attention import attention
 from zflora_jax.ops.attention_mask import AttentionMask
 from zflora_jax.ops.linear import Array, adapter_input
-from zflora_jax.ops.remat import save_for_backward
 from zflora_jax.ops.rope import apply_rope
 from zflora_jax.parallel.mesh import has_values_here
+from zflora_jax.parallel.sharding import gather_fsdp
 
 
 class Attention(nn.Module):
@@ -111,8 +112,16 @@ class Block(nn.Module):
     def __call__(
         self, carry: Channels, cache: LayerCache | None, use_rope: Array | None, context: Context
     ) -> tuple[Channels, LayerCache | None]:
+        layer = Block._layer
+        if context.gather and not self.is_initializing():
+            layer = nn.map_variables(layer, ("params", "adapters"), gather_fsdp)
+        return layer(self, carry, cache, use_rope, context)
+
+    def _layer(
+        self, carry: Channels, cache: LayerCache | None, use_rope: Array | None, context: Context
+    ) -> tuple[Channels, LayerCache | None]:
         update, cache = self.attn(self.attn_norm(*carry), context, cache, use_rope)
-        carry = jax.tree.map(lambda x: save_for_backward(x, "residual"), add(carry, update))
+        carry = jax.tree.map(lambda x: checkpoint_name(x, "residual"), add(carry, update))
         return add(carry, self.mlp(self.mlp_norm(*carry))), cache
 
 
@@ -165,12 +174,14 @@ class Context:
       sin: Its sines, in the same shape.
       mask: Slots that each token attends to.
       index: int32, the cache slot of the first token; None without a cache.
+      gather: Whether layers gather their parameters along fsdp.
     """
 
     cos: Array
     sin: Array
     mask: AttentionMask
     index: Array | None
+    gather: bool = flax.struct.field(pytree_node=False)
 
 
 def positions_and_mask(

@@ -16,13 +16,13 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from zflora_jax.adapters.kernel_adapter import Base, KernelAdapter
 from zflora_jax.core.model_config import LlamaConfig
 from zflora_jax.ops.kernels import kernel_product, output_logits, table_rows
 from zflora_jax.ops.linear import Array, project
 from zflora_jax.ops.quantized import QuantizedArray
-from zflora_jax.ops.remat import save_for_backward
 
 Channels = tuple[Array, Array | None]  # (x, z) of a stream
 
@@ -144,7 +144,7 @@ class RMSNorm(AdaptedModule):
 
 def swiglu(gate: Array, up: Array) -> Array:
     """silu(gate) * up."""
-    return nn.silu(save_for_backward(gate, "mlp")) * save_for_backward(up, "mlp")
+    return nn.silu(checkpoint_name(gate, "mlp")) * checkpoint_name(up, "mlp")
 
 
 class Embed(AdaptedModule):

@@ -29,7 +29,7 @@ from zflora_jax.ops.linear import Array
 from zflora_jax.ops.remat import POLICIES
 from zflora_jax.ops.rope import rope_tables
 from zflora_jax.parallel.mesh import has_values_here, mesh_in_use, place_like
-from zflora_jax.parallel.sharding import divide_embeddings
+from zflora_jax.parallel.sharding import batch_shards, divide_embeddings
 
 
 class Llama(nn.Module):
@@ -113,10 +113,12 @@ class Llama(nn.Module):
         positions, mask, slots = positions_and_mask(tokens.shape, padding_mask, segment_ids, cache)
         mask = mask.within(self.config.sliding_window, slots.shape[1])
         cos, sin = rope_tables(self.config, positions, slots.shape[1])
-        context = Context(cos, sin, mask, None if cache is None else cache.index)
-
         # Outside a scan, XLA would gather all kernels of a fused model ahead of the first layer.
         rows = cache is None and (self.config.execution.scan_layers or self.adapter is not None)
+        rows = rows and len(tokens) % batch_shards() == 0
+        # XLA sums gradients of whole kernels where they are stored.
+        gather = rows and not (self.adapter and METHODS[self.adapter.method].in_place == "full")
+        context = Context(cos, sin, mask, None if cache is None else cache.index, gather)
         x = divide_embeddings(self.embed(tokens), rows=rows)
         width = resolve_adapter(self.config, self.adapter).residual
         carry: Channels = (x, jnp.zeros((*x.shape[:2], width), x.dtype) if width else None)

@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
 from zflora_jax.ops.attention_flash import (
@@ -24,7 +25,6 @@ from zflora_jax.ops.attention_flash import (
 )
 from zflora_jax.ops.attention_mask import AttentionMask
 from zflora_jax.ops.linear import Array
-from zflora_jax.ops.remat import save_for_backward
 from zflora_jax.parallel.devices import device_in_use
 from zflora_jax.parallel.mesh import batch_axes, several_devices
 
@@ -35,7 +35,7 @@ def attention(q: Array, k: Array, v: Array, mask: AttentionMask, scale: float) -
     """`plain_attention` of q [B, T, H, k], k [B, K, k, S] and v [B, K, S, k] -> [B, T, H, k], with
     its softmax in float32. Values at padding are finite but arbitrary.
     """
-    q, k, v = (save_for_backward(x, "heads") for x in (q, k, v))
+    q, k, v = (checkpoint_name(x, "heads") for x in (q, k, v))
     kernel, _ = attention_choice(q.shape, k.shape[1], q.dtype, mask)
     if kernel == "blocks":
         return block_attention(q, k, v, mask, scale)
@@ -198,7 +198,7 @@ def _attend(q: Array, k: Array, v: Array, mask: AttentionMask, scale: float) -> 
 def _attention_forward(
     q: Array, k: Array, v: Array, mask: AttentionMask, scale: float
 ) -> tuple[Array, tuple[Any, ...]]:
-    out = save_for_backward(_attention(q, k, v, mask, scale), "heads")
+    out = checkpoint_name(_attention(q, k, v, mask, scale), "heads")
     return out, (q, k, v, mask, out)
 
 

@@ -5,27 +5,18 @@ from __future__ import annotations
 from typing import Any
 
 import jax
-from jax.ad_checkpoint import checkpoint_name
 
-from zflora_jax.ops.linear import Array
-
-# The streams whose values are kept; norms, gates and softmax are computed again. A LoRA step of
-# SmolLM2-135M then takes two thirds of the memory.
+# The streams (`checkpoint_name`) that are kept; norms, gates and softmax are computed again. A LoRA
+# step of SmolLM2-135M then takes two thirds of the memory.
 SAVED_NAMES = ("residual", "heads", "mlp", "low rank")
-
-
 _named = jax.checkpoint_policies.save_only_these_names(*SAVED_NAMES)
 # By the name in the settings; None keeps only the input of a block.
 POLICIES: dict[str, Any] = {
-    "none": jax.checkpoint_policies.everything_saveable,
+    # All but gathered kernels.
+    "none": lambda primitive, *_, **__: primitive.name != "sharding_constraint",
     "dots": jax.checkpoint_policies.save_from_both_policies(
         _named,  # and the results of cuDNN's attention, which have no name
         lambda primitive, *_, **__: primitive.name.startswith("dot_product_attention_fwd"),
     ),
     "block": None,
 }
-
-
-def save_for_backward(x: Array, name: str) -> Array:
-    """Returns `x`, kept for the backward pass. name: One of SAVED_NAMES."""
-    return checkpoint_name(x, name)

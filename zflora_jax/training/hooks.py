@@ -106,9 +106,7 @@ class LogMetrics(Hook):
 
 @dataclass
 class Profile(Hook):
-    """Writes a trace of the steps in train.profile, for XProf and Perfetto. It also has parts of
-    the steps around them.
-    """
+    """Writes a trace of the steps in train.profile, for XProf and Perfetto."""
 
     steps: range
     folder: Path
