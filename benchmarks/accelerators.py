@@ -79,8 +79,8 @@ def train_run(model: str, method: str, remat: Any, where: Target) -> RunConfig:
 
 def train_rows(args: argparse.Namespace) -> Iterator[Row]:
     """Yields for each target and model the compiled train steps of two remat policies with
-    zflora-minimal, and of LoRA: see `experiments.plan.compile_step`; "kernels" of a step;
-    "collectives", type -> bytes that a device sends; "roofline".
+    zflora-minimal, and of LoRA: see `experiments.plan.compile_step`; "kernels" and "cycles" of a
+    step; "collectives", type -> bytes that a device sends; "roofline".
     """
     from program_text import BETWEEN_SLICES, Program, kernels
 
@@ -90,21 +90,18 @@ def train_rows(args: argparse.Namespace) -> Iterator[Row]:
     for where in map(target, args.targets or SLICES):
         for model in args.models:
             for method, remat in STEPS:
-                run = train_run(model, method, remat, where)
-                config = preset(model)
+                run, config = train_run(model, method, remat, where), preset(model)
                 found, step = compile_step(run, config, where)
-                row = {"model": model, "method": method, "remat": remat} | found
+                row = {"model": model, "method": method, "remat": remat, **found}
                 if step is None:
                     row["needs"] = needed(row.pop("refused"))
                 else:
-                    program = Program(step.as_text())
-                    sent = program.collectives()
+                    sent = (program := Program(step.as_text())).collectives()
                     link = sum(sent.values()) - sent.get(BETWEEN_SLICES, 0)
                     row["kernels"] = sum(n for op, n in program.runs() if kernels([op]))
-                    row |= {
-                        "collectives": sent,
-                        "roofline": roofline(run, config, where.chip, link),
-                    }
+                    row["cycles"] = sum(op.cycles * n for op, n in program.runs())
+                    row["collectives"] = sent
+                    row["roofline"] = roofline(run, config, where.chip, link)
                 yield row
 
 
@@ -191,6 +188,7 @@ def _train_line(row: Row) -> Row:
         "temporaries, GiB": f"{sizes['temporaries'] / GIB:.2f}",
         "total, GiB": f"{sizes['total'] / GIB:.2f}",
         "kernels": row["kernels"],
+        "cycles, millions": f"{row['cycles'] / 1e6:.0f}" if row.get("cycles") else "-",
         "attention": row["attention"]["kernel"],
         "sent, GB": f"{sum(row['collectives'].values()) / 1e9:.2f}",
         "at least, ms": f"{1e3 * estimate['step_s']:.0f}",
@@ -232,6 +230,7 @@ One row of {LENGTH} tokens per device, rank {RANK}, bfloat16, the base divided o
 fsdp.
 
 - arguments, temporaries, total: bytes per device, as the compiler plans them.
+- cycles: the TPU compiler's estimate, without its flash attention and without waiting for links.
 - sent: bytes that a device sends per step, from the collectives of the compiled program.
 - at least: a roofline from published rates, and what bounds it.
 
@@ -292,7 +291,8 @@ def main() -> None:
             print(row, flush=True)
             rows.append(row)
         result = write_part(args.out, part, rows, page)
-    picture(result)
+    if "decode" in result:
+        picture(result)
 
 
 if __name__ == "__main__":

@@ -155,7 +155,8 @@ def test_no_program_holds_a_whole_kernel():
         }
     for name, program in programs.items():
         text = compiled(program).as_text()
-        assert "all-gather" not in text or name == "unfuse", name  # which gathers blocks
+        # unfuse gathers blocks, decode the likeliest token of each part of the vocabulary.
+        assert "all-gather" not in text or name in ("unfuse", "decode"), name
         assert_no_whole_kernel(text, fused.config)
 
 

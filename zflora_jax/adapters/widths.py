@@ -14,7 +14,7 @@ from zflora_jax.core.model_config import LlamaConfig
 
 # Type of device -> multiples that the widths of the residual and the MLP stream should be of. cpu:
 # the float32 of a 256-bit vector. gpu: for other widths XLA copies kernels in every token and adds
-# two kernels a layer. tpu: tiles have 128 columns, filled or not (benchmarks/accelerators.py).
+# two kernels a layer. tpu: tiles have 128 columns, filled or not.
 MULTIPLES = {"cpu": (8, 8), "gpu": (32, 128), "tpu": (128, 128)}
 
 

@@ -156,9 +156,8 @@ class TrainConfig:
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Data type of the base's weights and of activations."""
     remat: Remat = "dots"
-    """Gradient checkpointing: the values of a layer kept for the backward pass. none recomputes
-    nothing, dots keeps the products and recomputes cheap operations, block keeps only the layer's
-    input and computes the layer twice. none needs most memory, block least."""
+    """Gradient checkpointing: the values of a layer kept for the backward pass. none keeps all,
+    dots products, block the layer's input; block computes layers twice and needs least memory."""
     loss: Literal["cross_entropy", "dpo"] = "cross_entropy"
     """The loss to minimise: cross_entropy of the next token, or dpo, direct preference optimization
     (arXiv 2305.18290), on pairs of a chosen and a rejected answer, with the base as reference."""

@@ -1,4 +1,4 @@
-"""The least time of a train step from published rates of a target; nothing is measured."""
+"""The least time of a train step, from published rates of a target."""
 
 from __future__ import annotations
 
@@ -74,8 +74,7 @@ def roofline(
 ) -> dict[str, Any]:
     """Estimates the least time of a train step at the longest of data.bucket_lengths.
 
-    It counts the operations of `step_flops`, including a recomputed forward pass. HBM traffic:
-    kernels once per pass; adapters, gradients and moments read and written.
+    Recomputed passes count. HBM: kernels once per pass; adapters, gradients and moments both ways.
 
     Args:
       run: The run's settings.

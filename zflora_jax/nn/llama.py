@@ -116,10 +116,7 @@ class Llama(nn.Module):
         # Outside a scan, XLA would gather all kernels of a fused model ahead of the first layer.
         rows = cache is None and (self.config.execution.scan_layers or self.adapter is not None)
         rows = rows and len(tokens) % batch_shards() == 0
-        # XLA sums gradients of whole kernels where they are stored. Packed kernels are in no mesh.
-        whole = self.adapter and METHODS[self.adapter.method].in_place == "full"
-        gather = rows and not whole and not self.config.execution.packed
-        context = Context(cos, sin, mask, None if cache is None else cache.index, gather)
+        context = Context(cos, sin, mask, None if cache is None else cache.index, rows)
         x = divide_embeddings(self.embed(tokens), rows=rows)
         width = resolve_adapter(self.config, self.adapter).residual
         carry: Channels = (x, jnp.zeros((*x.shape[:2], width), x.dtype) if width else None)

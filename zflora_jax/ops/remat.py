@@ -10,10 +10,11 @@ import jax
 # step of SmolLM2-135M then takes two thirds of the memory.
 SAVED_NAMES = ("residual", "heads", "mlp", "low rank")
 _named = jax.checkpoint_policies.save_only_these_names(*SAVED_NAMES)
+# Of gathered kernels: kept for all layers, these would be a copy of the model.
+_COPIES = "custom_vjp_call", "sharding_constraint", "reshape", "convert_element_type", "transpose"
 # By the name in the settings; None keeps only the input of a block.
 POLICIES: dict[str, Any] = {
-    # All but gathered kernels.
-    "none": lambda primitive, *_, **__: primitive.name != "sharding_constraint",
+    "none": lambda primitive, *_, **__: primitive.name not in _COPIES,
     "dots": jax.checkpoint_policies.save_from_both_policies(
         _named,  # and the results of cuDNN's attention, which have no name
         lambda primitive, *_, **__: primitive.name.startswith("dot_product_attention_fwd"),

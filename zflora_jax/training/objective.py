@@ -179,7 +179,7 @@ def _hidden_and_head(
     """The inputs of a model's head for a batch, and the head."""
     llama = Llama(config, adapter)
     name = "embed" if config.tie_word_embeddings else "lm_head"
-    # Gathered once, ahead of the chunks; the lookup uses the divided table.
+    # Gathered once for all chunks; the lookup uses the divided table.
     head = gather_fsdp({key: {name: x[name]} for key, x in variables.items() if name in x})
     hidden, _ = llama.apply(  # type: ignore[misc]
         variables, batch["tokens"], segment_ids=batch.get("segments"), method="hidden", rngs=rngs
