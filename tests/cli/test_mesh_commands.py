@@ -88,9 +88,7 @@ def test_a_command_uses_the_mesh_of_the_run_or_the_one_given(trained, capsys, mo
 
 
 def test_an_export_does_not_gather_the_model(trained, tmp_path):
-    """One tensor of one layer is on the host at a time: no array of the model keeps a copy
-    there.
-    """
+    """One tensor of one layer is on the host at a time: no array keeps a copy there."""
     model, _ = load_fused(trained)
     save_hf(tmp_path / "out", model)
     assert all(leaf._npy_value is None for leaf in jax.tree.leaves(model.params))

@@ -117,9 +117,7 @@ def test_a_mesh_of_other_axes_changes_nothing():
 
 
 def test_adapters_that_lie_on_one_device_go_with_a_model_on_a_mesh():
-    """As those of a run that was trained on one device do, with a base that was loaded on
-    a mesh.
-    """
+    """Those of a run on one device, with a base that was loaded on a mesh."""
     adapter, (model, adapters), (divided, _) = both("zflora-minimal", num_layers=1)
     here = jax.device_put(adapters, jax.devices()[0])
     fused = fuse(divided, adapter, here)

@@ -125,9 +125,7 @@ def test_the_tiling_of_ffa(rank: int) -> None:
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
 def test_copies(dtype: Any) -> None:
-    """Bit for bit: rows taken, a slice at a number and at a traced one, pieces, a part of a divided
-    kernel.
-    """
+    """Bit for bit: rows, slices at a number and a traced one, pieces, parts of divided kernels."""
     x, update, rows = *draw((6, 5, 8), (6, 2, 8), dtype=dtype), jnp.asarray([4, 0, 4])
     pieces, starts = [x[:2, :1, :3], x[:1, :2, :8]], [(1, 2, 4), (4, 3, 0)]
     pairs = [

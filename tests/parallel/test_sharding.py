@@ -69,24 +69,35 @@ def program(model, adapter, config):
         return compiled(step.lower(*arguments)).as_text(), arguments
 
 
-@pytest.mark.parametrize("scan_layers", [True, False])
+def test_layers_ask_for_whole_kernels():
+    """Else XLA's TPU compiler makes a loop of each product of a large kernel."""
+    mesh, step, arguments = sharded_step(sharded_model(), rank_6("lora"), MeshConfig(fsdp=4))
+    with jax.set_mesh(mesh):
+        text = step.lower(*arguments).as_text()
+    assert text.count("sdy.sharding_constraint") > 20
+
+
+@pytest.mark.parametrize(
+    ("adapter", "changes"),
+    [
+        (rank_6("zflora-minimal"), {}),
+        (rank_6("zflora-minimal"), {"scan_layers": False}),
+        (dataclasses.replace(DORA, dropout=0.1), {"remat": "none"}),  # reshapes kernels
+    ],
+)
 @pytest.mark.soak  # of time; numbers are above
-def test_fsdp_gathers_one_layer_at_a_time(scan_layers):
-    """No collective moves a stack of layers, and no pass keeps one: every kernel is gathered on its
-    own, in each pass anew.
-    """
-    model = sharded_model(scan_layers=scan_layers, num_layers=3)
-    text, _ = program(model, rank_6("zflora-minimal"), MeshConfig(fsdp=4))
+def test_fsdp_gathers_one_layer_at_a_time(adapter, changes):
+    """No collective moves a stack of layers, and no pass keeps one."""
+    model = sharded_model(num_layers=3, **changes)
+    text, _ = program(model, adapter, MeshConfig(fsdp=4))
     gathered = shapes_in(r"= f32\[([\d,]+)\]\S* all-gather", text)
-    assert gathered
-    shapes = {
-        shape[1:] if name.startswith("layers/") else shape
-        for name, shape in param_shapes(model.config).items()
-    }
+    every = param_shapes(model.config).items()
+    shapes = {shape[name.startswith("layers/") :] for name, shape in every}
     sizes = {int(np.prod(shape)) for shape in shapes}
-    assert max(int(np.prod(dims)) for dims in gathered) <= max(sizes)
+    assert gathered and max(int(np.prod(dims)) for dims in gathered) <= max(sizes)
     kernels = {shape for shape in shapes if len(shape) > 1 and 264 not in shape}
     assert {int(np.prod(shape)) for shape in kernels} <= {int(np.prod(dims)) for dims in gathered}
+    kernels |= {(shape[0], int(np.prod(shape[1:]))) for shape in kernels}
     assert not shapes_in(r"f32\[([\d,]+)\]", text) & {(3, *shape) for shape in kernels}
 
 

@@ -15,9 +15,7 @@ from zflora_jax.ops.attention_mask import AttentionMask
 
 
 def perturb(tree: trees.Tree, seed: int = 1, std: float = 0.1) -> trees.Tree:
-    """`tree` plus noise at every leaf: without it, zero blocks would hide a wrong sign, scale or
-    place.
-    """
+    """`tree` plus noise at every leaf: zero blocks would hide a wrong sign, scale or place."""
     rng = np.random.default_rng(seed)
 
     def noisy(_: str, x: jax.Array) -> jax.Array:

@@ -33,9 +33,7 @@ DROPPED = LORA.replace(dropout=0.3)
 
 
 def test_dropout_keeps_a_share_of_the_inputs_and_divides_by_it():
-    """Through factors that are the identity the output is what A sees; its gradient is that of what
-    A saw.
-    """
+    """Through factors that are the identity, output and gradient show what A sees."""
     n = 64
     dense = Dense((n,), (n,), LowRank((n,), (n,), 1.0, n, dropout=0.3))
     x = jnp.asarray(np.random.default_rng(0).uniform(1, 2, (4, 32, n)), jnp.float32)
