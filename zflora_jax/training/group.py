@@ -52,7 +52,7 @@ class Group:
         self._turn = threading.Condition()  # held by the thread that works
 
     def each(self, runs: Sequence[Callable[[], T]]) -> list[T | BaseException]:
-        """Calls `size` functions, which train with this group; returns their results or errors."""
+        """Calls the runs, which train with this group; returns their results or errors."""
         found: list[Any] = [None] * self.size
 
         def call(number: int) -> None:
@@ -72,7 +72,8 @@ class Group:
             for thread in threads:
                 thread.start()
             for thread in threads:
-                thread.join()
+                while thread.is_alive():
+                    thread.join(0.2)  # signals to other threads do not wake it
         if signals.asked and not any(isinstance(x, Preempted) for x in found):
             raise Preempted("stopped by a signal; the same command resumes it.")
         return found
@@ -101,7 +102,7 @@ class Group:
         return times[0]
 
     def _make(self) -> None:
-        """Makes the steps that all wait for."""
+        """Makes the steps waited for."""
         asks, self._asks, times = self._asks, [], list[float]()
         try:
             same: dict[Any, list[_Ask]] = {}

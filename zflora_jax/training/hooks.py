@@ -63,8 +63,8 @@ class LogMetrics(Hook):
     _batches: dict[int, tuple[int, float, float]] = field(default_factory=dict)  # see `on_batch`
 
     def on_batch(self, step: int, batch: Mapping[str, Any]) -> None:
-        # The checksum shows whether two runs have seen the same data. With several processes, the
-        # number of tokens is extrapolated from the rows of this one.
+        # The checksum shows whether runs saw the same data. Tokens of other processes are
+        # extrapolated from the rows of this one.
         rows = batch["tokens"]
         tokens = np.count_nonzero(batch["segments"]) * self.run.data.batch_size / len(rows)
         self._batches[step] = zlib.crc32(rows.tobytes()), tokens, self.flops(batch)
@@ -132,7 +132,7 @@ class Profile(Hook):
             self._stop()
 
     def close(self) -> None:
-        """Ends a running trace; warns if none of its steps was trained."""
+        """Ends a trace; warns if none of its steps was trained."""
         self._stop()
         if not self._traced:
             log.warning("train.profile: none of its steps was trained here, so nothing was traced")
@@ -144,7 +144,7 @@ class Profile(Hook):
             log.info("a trace of %d steps is in %s", self._traced, self.folder)
 
     def _try(self, action: Callable[[], None]) -> None:
-        """Logs errors instead of raising them: a full disk must not end the training."""
+        """Logs errors: a full disk must not end the training."""
         try:
             action()
         except Exception as error:
@@ -192,7 +192,7 @@ class SaveCheckpoints(Hook):
     run: RunConfig
     meta: Mapping[str, Any]  # saved with each state
     clock: Clock
-    writer: MetricWriter | None = None  # its records must be written before the checkpoint
+    writer: MetricWriter | None = None  # its records are written before the state
 
     def is_due(self, step: int, stopping: bool) -> bool:
         every, last = self.run.train.save_every, self.run.steps
@@ -210,7 +210,7 @@ class SaveCheckpoints(Hook):
 
 @dataclass
 class StopOnSignal(Hook):
-    """Ends the run after the step during which a process of the run received SIGTERM or SIGINT."""
+    """Ends the run after the step in which one of its processes received SIGTERM or SIGINT."""
 
     signals: StopSignals
 
