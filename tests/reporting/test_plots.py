@@ -24,7 +24,7 @@ def test_loss_curves_draw_each_step_once_after_a_resume(tmp_path):
     train, held_out, base = (line.get_xydata().tolist() for line in axes.lines)
     assert train == [[1, 9.0], [2, 9.0], *([s, 1 / s] for s in range(3, 7))]
     assert held_out == [[1, 4.0], [6, 0.25]] and {y for _, y in base} == {5.0}
-    assert [text.get_text() for text in axes.texts] == ["held-out 0.25 ", "untrained 5"]
+    assert [text.get_text() for text in axes.texts] == ["   held-out 0.25", "untrained 5"]
     assert axes.get_yscale() == "log" and axes.get_title("left") == "a run"
     _write(tmp_path / "metrics.jsonl", [{"step": 1, "split": "train", "accuracy": 1.0}])
     with pytest.raises(ConfigError, match="no losses to draw"):

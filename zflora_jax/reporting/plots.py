@@ -72,8 +72,8 @@ def loss_curves(
             axes.plot([*train], [*train.values()], color=colour, linewidth=1.4, label=label)
             axes.plot([*held_out], [*held_out.values()], "o", color=colour, markersize=6)
             for step in () if several else [*held_out][-1:]:
-                text = f"held-out {held_out[step]:.3g} "
-                axes.annotate(text, (step, held_out[step]), ha="right", va="bottom")
+                text = f"   held-out {held_out[step]:.3g}"
+                axes.annotate(text, (step, held_out[step]), va="center")
         if untrained is not None:
             axes.axhline(untrained, color=COLOURS["base"], linestyle="--")
             axes.annotate(f"untrained {untrained:.3g}", (1, untrained), va="bottom")
