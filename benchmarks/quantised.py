@@ -66,6 +66,7 @@ def compiled() -> Iterable[Row]:
     config = preset("llama-3.2-1b").replace(num_layers=2)
     methods = {
         "base": None,
+        "lora unmerged": zf.AdapterConfig("lora", rank=32),
         "zflora-minimal": zf.AdapterConfig("zflora-minimal", rank=32),
         "zflora-uniform": zf.AdapterConfig("zflora-uniform", rank=32),
     }

@@ -1,9 +1,9 @@
 """The quickstart: zflora-minimal on SmolLM2-135M-Instruct, generated arithmetic word problems with
 worked answers.
 
-Command: make quickstart (or: zflora quickstart --workdir runs/quickstart). Rank 16 on a 576-wide,
-1536-unit model: 592 and 1552 are multiples of 16 (the export pads 592 to 594, a multiple of the 9
-heads, as transformers 5 demands).
+Command: make quickstart (or: zflora quickstart --workdir runs/quickstart). Rank 16 widens the 576
+channels to 592, a multiple of 16 (the export pads them to 594, a multiple of the 9 heads, as
+transformers 5 demands).
 """
 
 from zflora_jax.config import (

@@ -15,7 +15,7 @@ from studies.study import Study
 # At LoRA r=16's 4,884,480 parameters: all within 3.1% of it except ffa, whose rank would have to
 # exceed that of the heads.
 LORA = zf.AdapterConfig("lora", rank=16)
-MINIMAL = zf.AdapterConfig("zflora-minimal", rank=21)
+MINIMAL = zf.AdapterConfig("zflora-minimal", rank=21, extra_mlp_units=21)
 PAIR = {"lora": LORA, "zflora-minimal": MINIMAL}
 ALL = PAIR | {
     "dora": replace(LORA, rank=15, use_dora=True),
@@ -25,7 +25,7 @@ ALL = PAIR | {
     "zflora-uniform": zf.AdapterConfig("zflora-uniform", rank=14, extra_head_dim=4),
     "ffba": zf.AdapterConfig("ffba", rank=62, extra_head_dim=4),
     "ffa": zf.AdapterConfig("ffa", rank=16),
-    "zflora-minimal-attention": replace(MINIMAL, rank=110, targets="attention"),
+    "zflora-minimal-attention": zf.AdapterConfig("zflora-minimal", rank=110, targets="attention"),
     "lora-attention": replace(LORA, rank=42, targets="attention"),
     "state-alone": replace(MINIMAL, rank=27, extra_mlp_units=0),
     "units-alone": zf.AdapterConfig("ffba", rank=94, extra_head_dim=0),
@@ -77,7 +77,8 @@ def table(name: str, task: str, longest: int = 512, **given: object) -> Study:
 
 def at_rank(rank: int, minimal: int, rates: tuple[float, ...]) -> Study:
     """The pair at the budget of another rank of LoRA."""
-    pair = {"lora": replace(LORA, rank=rank), "zflora-minimal": replace(MINIMAL, rank=minimal)}
+    wide = replace(MINIMAL, rank=minimal, extra_mlp_units=minimal)
+    pair = {"lora": replace(LORA, rank=rank), "zflora-minimal": wide}
     given = {"methods": pair, "learning_rates": rates, "page": "accuracy_arithmetic"}
     return table(f"rank{rank}", "arithmetic_steps", 256, **given)
 

@@ -51,16 +51,13 @@ def get_studies() -> list[Study]:
     }
     more = {
         "louder-units": replace(MINIMAL, method="louder-units"),
-        "without-qk": replace(MINIMAL, rank=23, targets=f"v|{READ_BY_MLP}"),
-        "down-writes": replace(MINIMAL, method="down-writes", rank=23),
+        "without-qk": replace(MINIMAL, rank=23, extra_mlp_units=23, targets=f"v|{READ_BY_MLP}"),
+        "down-writes": replace(MINIMAL, method="down-writes", rank=23, extra_mlp_units=23),
     }
     train = replace(BASE.train, steps=80, dtype="float32")
     base = replace(BASE, train=train, eval=replace(BASE.eval, limit=400))
     data = replace(BASE.data, bucket_lengths=(64, 256), batch_size=2)
-    tables = (
-        ("cloze", "+".join(CLOZE), methods | more),
-        ("arithmetic", "arithmetic_steps", methods),
-    )
+    tables = ("cloze", "+".join(CLOZE), methods | more), ("arithmetic", "arithmetic_steps", methods)
     return [
         Study(
             f"minimal_{name}",

@@ -50,9 +50,9 @@ def test_initial_values(method):
         assert abs(value.mean()) < 5 * std / math.sqrt(n), name
         assert abs(value.std() / std - 1) < 5 / math.sqrt(2 * n), name
         assert len(np.unique(value)) > 0.99 * n, name  # layers do not share their values
-    # Two kernels write each stream with random blocks: o and down, k and v (q's is zero), gate and
-    # up.
-    assert drawn == {"lora": 7, "ffa": 0}.get(method, 2 * (row.residual + row.heads + row.mlp))
+    # Two kernels write each stream with random blocks: o and down; k and v, but not q; gate and up.
+    mlp = row.mlp and row.units
+    assert drawn == {"lora": 7, "ffa": 0}.get(method, 2 * (row.residual + row.heads + mlp))
     if row.widens:  # the start may be chosen
         starts = {
             init: trees.flatten(init_adapters(jax.random.key(5), model, adapter.replace(init=init)))
@@ -133,17 +133,16 @@ def test_head_sizes_that_servers_lack_are_allowed_with_a_warning():
 
 
 def test_counts_by_hand():
-    """Llama-3.2-1B, d 2048, 32 and 8 heads of 64, f 8192, 16 layers, r = m = 32: 2.0% of what is
-    stored is dead.
-    """
+    """Llama-3.2-1B, d 2048, 32 and 8 heads of 64, f 8192, 16 layers, r = 32, m = 32 or 0."""
     config, r = preset("llama-3.2-1b"), 32
     adapter = AdapterConfig("zflora-minimal", rank=r)
     read, written = r * (2048 + 512 + 512), 2048 * r
     mlp = 2 * (2048 * r + r * 8192 + r * r) + (8192 * r + r * 2048 + r * r)
     stored, dead = 16 * (read + written + mlp), read + 8192 * r + r * r
-    shapes = adapter_shapes(config, adapter).values()
-    assert stored == sum(math.prod(shape) for shape in shapes) == 18_399_232
-    assert count_params(config, adapter) == stored - dead == 18_037_760
+    units = adapter.replace(extra_mlp_units=r)
+    assert stored == sum(map(math.prod, adapter_shapes(config, units).values())) == 18_399_232
+    assert count_params(config, units) == stored - dead == 18_037_760
+    assert count_params(config, adapter) == 15 * (read + 8192 * r) + 16 * (written + 2 * 8192 * r)
     only = adapter.replace(targets="attention")  # the last layer's o is dead then
     assert count_params(config, only) == 15 * (read + written)
     # With one layer, what o writes reaches gate and up only.

@@ -210,7 +210,7 @@ def test_the_command_compiles_for_a_target(
         ]
     )
     shown = " ".join(capsys.readouterr().out.split())
-    assert "tpu:v5e:2x2, not run" in shown and "on a gpu" not in shown
+    assert "tpu:v5e:2x2, not run" in shown and "decode on a" in shown and "on a gpu" not in shown
     plan = json.loads((tmp_path / "plan.json").read_text())
     assert plan["fits"] and plan["memory_bytes"] == 15.75 * GIB
     assert plan["compiled"]["attention"] == {"kernel": "splash", "reason": ""}

@@ -28,7 +28,7 @@ from zflora_jax.inference.program import DecodeProgram
 @pytest.mark.parametrize("kind", always(["cpu", "gpu", "tpu"], "tpu".__eq__))
 def test_packed_kernels_are_filled_up_with_zeros(kind: str) -> None:
     """To the multiples of a type of device; they compute what the fused model computes."""
-    model, adapter = untied(), AdapterConfig("zflora-minimal", rank=5)
+    model, adapter = untied(), AdapterConfig("zflora-minimal", rank=5, extra_mlp_units=5)
     fused = fuse(model, adapter, perturb(init_adapters(jax.random.key(1), model, adapter)))
     ready = pack_for_decode(fused, kind)
     d, f = fused.config.hidden_size, fused.config.intermediate_size

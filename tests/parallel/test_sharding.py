@@ -48,7 +48,7 @@ def test_a_mesh_of_every_axis_gives_the_numbers_of_one_device(adapter):
 
 
 def test_pairs_on_a_mesh_give_the_numbers_of_one_device():
-    objective, adapter = DirectPreference(beta=1.0, chunk=10), rank_6("zflora-minimal")
+    objective, adapter = DirectPreference(beta=0.2, chunk=10), rank_6("zflora-minimal")
     settings = {"rows": pairs(), "objective": objective}
     wanted, _ = three_steps(sharded_model(), adapter, MeshConfig(), **settings)
     assert wanted[2, 0] < wanted[0, 0] and wanted[0, 2] == 8

@@ -166,14 +166,14 @@ def test_a_study_scores_deployments_of_each_seed(two_steps, tmp_path):
 @pytest.mark.parametrize("method", ["louder-units", "down-writes"])
 def test_a_change_of_zflora_minimal_is_fused_as_it_was_trained(method):
     studies("minimal")  # adds both
-    model, adapter = tiny_model(), zf.AdapterConfig(method, rank=4)
+    model, adapter = tiny_model(), zf.AdapterConfig(method, rank=4, extra_mlp_units=4)
     adapters = moved(model, adapter)
     wanted, fused = logits(model, adapter, adapters), zf.fuse(model, adapter, adapters)
     np.testing.assert_allclose(logits(fused), wanted, atol=2e-5)
     base, back = zf.unfuse(fused)
     np.testing.assert_array_equal(logits(base), logits(model))
     np.testing.assert_allclose(logits(model, adapter, back), wanted, atol=2e-5)
-    minimal = zf.AdapterConfig("zflora-minimal", rank=4)
+    minimal = adapter.replace(method="zflora-minimal")
     whole = moved(model, minimal)
     assert np.abs(logits(model, minimal, whole) - wanted).max() > 1e-3
     assert ("o" in adapters["layers"]["attn"]) == (method == "louder-units")

@@ -208,7 +208,7 @@ def add_method(name: str, kernel: type[LowRank] | type[Widening]) -> None:
         f" {extends[0].__name__}'s. Define both.",
     )
     METHODS[name] = (
-        Method(residual=True, mlp=True, kernel=kernel)
+        Method(residual=True, mlp=True, units=False, kernel=kernel)
         if extends == [Widening]
         else Method(in_place="own", start="kaiming_uniform", kernel=kernel)
     )
@@ -241,7 +241,7 @@ def _extra_widths(
         widths["heads"] = default_extra_head_dim(config.base_head_width) if given is None else given
     if row.mlp and {"gate", "up", "down"} <= chosen:
         units = adapter.extra_mlp_units
-        widths["mlp"] = adapter.rank if units is None else units
+        widths["mlp"] = row.units * adapter.rank if units is None else units
     for name, stream in (("extra_head_dim", "heads"), ("extra_mlp_units", "mlp")):
         width = getattr(adapter, name)
         require(

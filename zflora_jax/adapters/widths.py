@@ -12,14 +12,13 @@ from zflora_jax.core.architecture import count_base
 from zflora_jax.core.fields import require_in
 from zflora_jax.core.model_config import LlamaConfig
 
-# Type of device -> multiples that the widths of the residual and the MLP stream should be of. cpu:
-# the float32 of a 256-bit vector. gpu: for other widths XLA copies kernels in every token and adds
-# two kernels a layer. tpu: tiles have 128 columns, filled or not.
+# Type of device -> what the widths of the residual and the MLP stream should be multiples of. cpu:
+# 256-bit vectors. gpu: XLA copies kernels of other widths in every token. tpu: tiles.
 MULTIPLES = {"cpu": (8, 8), "gpu": (32, 128), "tpu": (128, 128)}
 
 
 def multiples(kind: str) -> tuple[int, int]:
-    """The row of `MULTIPLES` for a type of device; ConfigError for an unknown one."""
+    """The multiples of a type of device; ConfigError for an unknown one."""
     require_in(MULTIPLES, kind, f"device type {kind!r}")
     return MULTIPLES[kind]
 
@@ -38,10 +37,10 @@ def round_widths(config: LlamaConfig, adapter: AdapterConfig, kind: str) -> Adap
     Args:
       config: Config of the base.
       adapter: Adapter of any method; one that does not widen is returned as it is.
-      kind: Type of device, "cpu", "gpu" or "tpu".
+      kind: "cpu", "gpu" or "tpu".
 
     Returns:
-      The adapter with another rank and extra_mlp_units.
+      The adapter with other widths.
 
     Raises:
       ConfigError: unknown type of device.
@@ -52,7 +51,7 @@ def round_widths(config: LlamaConfig, adapter: AdapterConfig, kind: str) -> Adap
     widths, wide = resolve_adapter(config, adapter), fused_config(config, adapter)
     residual = -wide.hidden_size % of_residual if widths.residual else 0
     mlp = -wide.intermediate_size % of_mlp if widths.mlp else 0
-    if widths.mlp and (residual or mlp):  # explicit: unset, it would follow the rank
+    if widths.mlp and (residual or mlp):  # unset, it may follow the rank
         adapter = adapter.replace(extra_mlp_units=widths.mlp + mlp)
     if not residual:
         return adapter
@@ -61,22 +60,19 @@ def round_widths(config: LlamaConfig, adapter: AdapterConfig, kind: str) -> Adap
 
 
 def width_advice(config: LlamaConfig, adapter: AdapterConfig) -> dict[str, str]:
-    """Type of device -> a sentence with better widths for it, where padding could be trained."""
-    found, wide = {}, fused_config(config, adapter)
-    for kind in MULTIPLES:
+    """Type of device -> what a fused token reads, and widths that train the padding."""
+    found = dict[str, str]()
+    embedding = 0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size
+    for kind in MULTIPLES if METHODS[adapter.method].widens else ():
         better = round_widths(config, adapter, kind)
-        changes = [
+        read, base = (count_base(c) - embedding for c in (fused_config(config, better), config))
+        changes = " ".join(
             f"adapter.{name}={getattr(better, name):g}"
             for name in ("rank", "alpha", "extra_mlp_units")
             if getattr(better, name) != getattr(adapter, name)
-        ]
-        if changes:
-            filled = fused_config(config, better)
-            found[kind] = (
-                f"decode reads hidden {wide.hidden_size} as {filled.hidden_size} and MLP"
-                f" {wide.intermediate_size} as {filled.intermediate_size}, filled up with zeros;"
-                f" {' '.join(changes)} trains those channels at the same speed"
-            )
+        )
+        found[kind] = f"a fused token reads {read / base:.3f} times a float base's weights"
+        found[kind] += f"; {changes} trains its padding" * bool(changes)
     return found
 
 

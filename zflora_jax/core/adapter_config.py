@@ -22,7 +22,7 @@ from zflora_jax.core.fields import (
     require_in,
 )
 
-# The distribution of an adapter's random blocks, or the part of the base that LoRA starts as.
+# How random blocks are drawn, or the part of the base that LoRA starts as.
 Start = Literal["kaiming_uniform", "normal", "pissa", "olora"]
 OF_BASE = ("pissa", "olora")
 _EACH_ONCE = Bounds(
@@ -36,16 +36,18 @@ class Method:
     """One row of the table in docs/method.md.
 
     Attributes:
-      residual, heads, mlp: Whether the stream is widened.
+      residual, heads, mlp: Whether the stream can be widened.
+      units: Whether the MLP is by default.
       in_place: The change made to kernels instead; "own": `kernel` makes it.
-      start: Distribution of the random blocks; None if nothing is random.
-      source: Publication that a widening method reconstructs; exports name it.
-      kernel: Class that adapts a kernel, given to `methods.add_method`.
+      start: Distribution of the random blocks; None: nothing is random.
+      source: Publication that it reconstructs; exports name it.
+      kernel: Class that adapts a kernel (`add_method`).
     """
 
     residual: bool = False
     heads: bool = False
     mlp: bool = False
+    units: bool = True
     in_place: Literal["none", "lora", "ffa", "full", "own"] = "none"
     start: Start | None = "normal"
     source: str = ""
@@ -68,7 +70,7 @@ METHODS: dict[str, Method] = {
     "lora": Method(in_place="lora", start="kaiming_uniform"),
     "ffa": Method(in_place="ffa", start=None),
     "ffba": Method(heads=True, mlp=True, source=_FLORA),
-    "zflora-minimal": Method(residual=True, mlp=True, source=_ZFLORA),
+    "zflora-minimal": Method(residual=True, mlp=True, units=False, source=_ZFLORA),
     "zflora-uniform": Method(residual=True, heads=True, mlp=True, source=_ZFLORA),
     "full": Method(in_place="full", start=None),
 }
@@ -81,7 +83,7 @@ _OF_METHODS: dict[str, Callable[[Method], bool]] = {
     "init": lambda row: row.start is not None,
     **dict.fromkeys(_LORA, lambda row: row.in_place == "lora"),
 }
-"""Setting that only some methods have -> predicate of the methods that have it."""
+"""Setting of some methods -> whether a method has it."""
 
 
 @checked_names
@@ -100,7 +102,8 @@ class AdapterConfig:
     """Kernels that may change (PEFT's target_modules): all, attention, mlp, or a regex that matches
     whole kernel names (q, k, v, o, gate, up, down)."""
     extra_mlp_units: Natural | None = None
-    """m: MLP units that are added; None means rank. Only for methods that widen the MLP."""
+    """m: MLP units that are added; None means rank, for zflora-minimal 0. Only for methods that can
+    widen the MLP."""
     extra_head_dim: Natural | None = None
     """e: even number of dims that are added to each head; None means up to the next head size that
     attention kernels of servers know. Only for methods that widen the heads."""
@@ -109,9 +112,9 @@ class AdapterConfig:
     methods that widen heads."""
     init: Start | None = None
     """Distribution of the random blocks: kaiming_uniform, within +-1/sqrt(inputs), as PEFT starts
-    LoRA, or normal, N(0, 1/inputs). None means kaiming_uniform for lora and normal for the others;
-    ffa and full draw nothing. lora may also start as a part that is removed from the base: pissa
-    (arXiv 2404.02948), by singular values, or olora (2406.01775), by QR."""
+    LoRA, or normal, N(0, 1/inputs). None means kaiming_uniform for lora and normal for the others.
+    lora may also start as a part that is removed from the base: pissa (arXiv 2404.02948), by
+    singular values, or olora (2406.01775), by QR."""
     dropout: Share = 0.0
     """Share of the inputs of LoRA's A that a training step drops (PEFT's lora_dropout); the others
     are divided by 1 - dropout. Only for lora."""

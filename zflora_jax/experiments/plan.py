@@ -85,8 +85,7 @@ def memory_plan(
     }
     kind = {"cuda": "gpu", "tpu": "tpu"}[where.platform] if where else None
     every = width_advice(config, run.adapter).items()
-    if advice := {name: text for name, text in every if kind in (None, name)}:
-        result["widths"] = advice
+    result["widths"] = {name: text for name, text in every if kind in (None, name)}
     if where:
         result["roofline"] = roofline(run, config, where.chip)
     if limit is not None:
@@ -216,7 +215,7 @@ def plan_table(plan: Mapping[str, Any]) -> dict[str, Any]:
             + " (without links between devices)"
             * (plan["devices"] > 1)
         )
-    return table | {f"on a {kind}": text for kind, text in plan.get("widths", {}).items()}
+    return table | {f"decode on a {kind}": text for kind, text in plan["widths"].items()}
 
 
 def _in_words(size: int) -> str:
