@@ -1,8 +1,8 @@
 """Decode latency of the base, unmerged LoRA and fused models by rank, batch and prompt length, with
 the time to read the weights; next to transformers and PEFT with --baselines (extra: test).
 
-Command: python benchmarks/latency.py --real --baselines --ranks 16 8 64 --batches 1 8
-(about 25 minutes on 2 CPU cores)
+Command: python benchmarks/latency.py --real --baselines --ranks 16 64 --batches 1 8
+(about 20 minutes on 2 CPU cores)
 Writes results/latency.json, .md and -ratio.png. Every rank is measured at the first batch and
 prompt length, every batch and prompt length at the first rank.
 """
