@@ -25,8 +25,8 @@ from zflora_jax.core.model import Model
 from zflora_jax.evaluation.export_gap import export_gap
 from zflora_jax.hf.restore import load_stock
 
-NARROW, WIDE = AdapterConfig("zflora-minimal", rank=6), AdapterConfig("ffba", rank=4)
-LORA = AdapterConfig("lora", rank=4)
+NARROW = AdapterConfig("zflora-minimal", rank=6, extra_mlp_units=6)
+WIDE, LORA = AdapterConfig("ffba", rank=4), AdapterConfig("lora", rank=4)
 # Settings that a GGUF file can express: no window, every fourth layer without RoPE
 GGUF: dict[Any, dict[str, Any]] = {
     "gguf": {"sliding_window": None},

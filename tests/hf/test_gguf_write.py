@@ -34,7 +34,7 @@ def fused_by(method: str, rank: int = 5, **changes: Any) -> Model:
     base = tiny_model(**changes)
     if method == "base":
         return base
-    adapter = AdapterConfig(method, rank=rank)
+    adapter = AdapterConfig(method, rank=rank, extra_mlp_units=rank if "zf" in method else None)
     return fuse(base, adapter, perturb(init_adapters(jax.random.key(0), base, adapter)))
 
 

@@ -20,7 +20,7 @@ from zflora_jax.adapters.packing import pack_for_decode
 from zflora_jax.core import trees
 from zflora_jax.core.model import Model, fingerprint
 
-MINIMAL = AdapterConfig("zflora-minimal", rank=6, alpha=9.0)
+MINIMAL = AdapterConfig("zflora-minimal", rank=6, alpha=9.0, extra_mlp_units=6)
 PROMPTS = [[1, 2, 3], [9, 8, 7, 6, 5, 4], [100], [4, 4, 8, 1]]
 
 

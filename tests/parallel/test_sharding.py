@@ -32,7 +32,7 @@ from zflora_jax.training.objective import DirectPreference
 
 
 def rank_6(method):
-    return AdapterConfig(method, rank=6, alpha=9.0)
+    return AdapterConfig(method, rank=6, alpha=9.0, extra_mlp_units=6 if "zf" in method else None)
 
 
 # UNIFORM has every kind of block that widens.

@@ -34,7 +34,7 @@ def model_for_meshes(**changes):
 
 def adapter_of(method):
     """Widths that 2 and 4 divide beside the base's."""
-    return AdapterConfig(method, rank=8, alpha=12.0)
+    return AdapterConfig(method, rank=8, alpha=12.0, extra_mlp_units=8 if "zf" in method else None)
 
 
 def both(method, mesh_config=MESH, **changes):

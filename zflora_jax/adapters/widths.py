@@ -13,7 +13,7 @@ from zflora_jax.core.fields import require_in
 from zflora_jax.core.model_config import LlamaConfig
 
 # Type of device -> what the widths of the residual and the MLP stream should be multiples of. cpu:
-# 256-bit vectors. gpu: XLA copies kernels of other widths in every token. tpu: tiles.
+# 256-bit vectors. gpu: XLA copies others in every token. tpu: tiles of 128 columns.
 MULTIPLES = {"cpu": (8, 8), "gpu": (32, 128), "tpu": (128, 128)}
 
 

@@ -37,7 +37,7 @@ class Method:
 
     Attributes:
       residual, heads, mlp: Whether the stream can be widened.
-      units: Whether the MLP is by default.
+      units: Whether the MLP is widened by default.
       in_place: The change made to kernels instead; "own": `kernel` makes it.
       start: Distribution of the random blocks; None: nothing is random.
       source: Publication that it reconstructs; exports name it.
@@ -112,9 +112,9 @@ class AdapterConfig:
     methods that widen heads."""
     init: Start | None = None
     """Distribution of the random blocks: kaiming_uniform, within +-1/sqrt(inputs), as PEFT starts
-    LoRA, or normal, N(0, 1/inputs). None means kaiming_uniform for lora and normal for the others.
-    lora may also start as a part that is removed from the base: pissa (arXiv 2404.02948), by
-    singular values, or olora (2406.01775), by QR."""
+    LoRA, or normal, N(0, 1/inputs). None means kaiming_uniform for lora and normal for others
+    that draw. lora may also start as a part that is removed from the base: pissa (arXiv
+    2404.02948), by singular values, or olora (2406.01775), by QR."""
     dropout: Share = 0.0
     """Share of the inputs of LoRA's A that a training step drops (PEFT's lora_dropout); the others
     are divided by 1 - dropout. Only for lora."""
