@@ -173,10 +173,10 @@ def test_a_change_of_zflora_minimal_is_fused_as_it_was_trained(method):
     base, back = zf.unfuse(fused)
     np.testing.assert_array_equal(logits(base), logits(model))
     np.testing.assert_allclose(logits(model, adapter, back), wanted, atol=2e-5)
-    minimal = adapter.replace(method="zflora-minimal")
-    whole = moved(model, minimal)
+    whole = moved(model, minimal := adapter.replace(method="zflora-minimal"))
     assert np.abs(logits(model, minimal, whole) - wanted).max() > 1e-3
     assert ("o" in adapters["layers"]["attn"]) == (method == "louder-units")
+    assert "cross" not in moved(model, zf.AdapterConfig(method))["layers"]["mlp"]["gate"]
 
 
 def test_wrong_methods_of_ones_own_are_refused(tmp_path):

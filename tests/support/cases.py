@@ -43,6 +43,7 @@ def adapter_cases() -> list[AdapterConfig]:
     ]
     cases += [
         AdapterConfig("zflora-minimal", rank=6, alpha=9.0, targets="q|v|o|down"),
+        AdapterConfig("zflora-minimal", rank=6, alpha=9.0, extra_mlp_units=7),
         AdapterConfig("ffba", rank=6, alpha=9.0, targets="q|k"),
         DORA,
         LAYERS,
@@ -70,7 +71,7 @@ def case_id(adapter: AdapterConfig) -> str:
         adapter.method,
         adapter.targets.replace("|", ""),
         "" if adapter.head_scores else "values",
-        str(adapter.extra_head_dim or ""),
+        str(adapter.extra_head_dim or adapter.extra_mlp_units or ""),
         "dora" if adapter.use_dora else "",
         "layers" if adapter.layers_to_transform else "",
     ]
