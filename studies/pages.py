@@ -24,13 +24,14 @@ from studies.plots import forest, scores_and_bytes
 from studies.records import RECORDS, read_lines
 from studies.statistics import Difference, seed_difference, verdict
 from studies.study import BASE, Study, studies
-from studies.tables import ENDS, MEAN, Table, headline, informative
+from studies.tables import ENDS, MEAN, Choice, Table, headline, informative
 
 RESULTS = Path(__file__).parent.parent / "results"
 NOTES = Path(__file__).parent / "notes"
 OVERVIEW = "accuracy"  # the page over all studies whose names begin so
 COMPARED = "zflora-minimal"  # its method
 SPLITS = ("validation", "test")
+VALIDATION = "validation loss (learning rate)"
 # Deployments that are no row of the picture
 NOT_DRAWN = ("base's scales", "and minima", "8-bit", "minimal, unmerged", "through", "ffba")
 # Pages of plain rows, without a study: page -> its columns.
@@ -93,8 +94,7 @@ def loss_row(table: Table, label: str) -> dict[str, Any]:
     """A method's parameters, rate, validation and test losses, seconds."""
     choice, found = table.choices[label], table.results(label)
     losses = found["test_loss"]
-    row = {"method": label, "trainable": trainable(table, label), "learning rate": choice.rate}
-    row |= {f"validation, lr {rate:g}": value(loss, ".4f") for rate, loss in choice.losses.items()}
+    row = {"method": label, "trainable": trainable(table, label), VALIDATION: by_rate(choice)}
     if table.study.tasks:
         row |= {f"test, seed {seed}": value(loss, ".4f") for seed, loss in losses.items()}
     elif table.study.reference:
@@ -103,6 +103,14 @@ def loss_row(table: Table, label: str) -> dict[str, Any]:
     if losses.count() > 1:
         row |= {"test mean": value(losses.mean(), ".4f"), "test std": value(losses.std(), ".4f")}
     return row | {"seconds, fastest run": value(found["seconds"].min())}
+
+
+def by_rate(choice: Choice) -> str:
+    """The validation loss at each learning rate, the chosen one's in bold."""
+    texts = {
+        rate: f"{value(loss, '.4f') or '-'} ({rate:g})" for rate, loss in choice.losses.items()
+    }
+    return ", ".join(f"**{t}**" if rate == choice.rate else t for rate, t in texts.items())
 
 
 def trainable(table: Table, label: str) -> int:
@@ -142,14 +150,13 @@ def said(table: Table, label: str, gap: Difference) -> str:
 
 def score_blocks(table: Table) -> list[str]:
     """A table per score, chance, and the answers that were cut."""
-    frame, study, blocks, shown = table.scores, table.study, list[str](), dict[str, Any]()
+    frame, study, blocks, shown = table.scores, table.study, list[str](), list[Any]()
     for score in sorted(frame["score"].unique(), key=lambda score: score != study.measure):
         ours = frame[frame["score"] == score]
         means = ours.groupby(["method", "task"], sort=False)[[*ENDS, "rows"]].mean()
-        if same := [name for name, earlier in shown.items() if earlier.equals(means)]:
-            blocks.append(f"{score}: the same figures as {same[0]}.")
-            continue
-        shown[score], rows = means, []
+        if any(means.equals(earlier) for earlier in shown):
+            continue  # accuracy_legacy, where it is accuracy
+        shown, rows = [*shown, means], []
         for label in ours["method"].unique():
             tasks = means.loc[label]
             cells = {
@@ -160,11 +167,7 @@ def score_blocks(table: Table) -> list[str]:
             std = table.headline(label)[1] if score == study.measure else None
             cells[MEAN] = f"{tasks['mean'][counted].mean():.1f}{deviation(std)}"
             names = {task: f"{task} ({tasks['rows'][task]:.0f})" for task in tasks.index}
-            order = [
-                *counted,
-                *([MEAN] if counted else []),
-                *(t for t in names if t not in counted),
-            ]
+            order = [*counted, *[MEAN] * bool(counted), *(t for t in names if t not in counted)]
             row = {"method": label, "trainable": trainable(table, label)}
             rows.append(row | {names.get(key, key): cells[key] for key in order})
         blocks += [f"{score}, percent:", table_of(rows)]
@@ -199,10 +202,9 @@ def deployment_blocks(table: Table) -> list[str]:
         row |= {"gain kept, %": value(kept, ".1f"), "KL": value(found["kl"], ".2g")}
         rows.append(row | {"update, steps": value(found["update_in_steps"], ".2g")})
         if label != BASE:
-            choice, name = table.choices[label], study.deployments[label][0]
-            rates = {f"validation, lr {r:g}": value(x, ".4f") for r, x in choice.losses.items()}
+            name, losses = study.deployments[label][0], by_rate(table.choices[label])
             trained[name] = {"adapter": name, "trainable": trainable(table, label)}
-            trained[name] |= {"learning rate": choice.rate} | rates
+            trained[name][VALIDATION] = losses
     return [table_of(rows), table_of(list(trained.values()))]
 
 

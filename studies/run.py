@@ -68,7 +68,7 @@ def run_study(study: Study, workdir: Path, records: Path = RECORDS, console: boo
         else:
             time.sleep(5.0)  # other processes make the rest
     for label, tried in table.tried.items():
-        if len(tried) == len(study.learning_rates) and label not in table.choices:
+        if len(tried) == len(study.rates_of(label)) and label not in table.choices:
             failed[label] = "diverged at every learning rate; give lower ones"
     if failed:
         text = "\n".join(f"{study.name}: {name}: {why}" for name, why in failed.items())
@@ -82,7 +82,7 @@ def wanted(table: Table) -> Iterator[Run]:
     runs = [Run(BASE, BASE, study.base, bool(study.tasks))]
     for label in study.methods:
         runs += study.rate_runs(label).values()
-        if label in table.choices and len(table.tried[label]) == len(study.learning_rates):
+        if label in table.choices and len(table.tried[label]) == len(study.rates_of(label)):
             runs += study.seed_runs(label, table.choices[label].rate).values()
         for name, deployed in table.deployed.items():
             runs += deployed.values() if study.deployments[name][0] == label else ()

@@ -44,6 +44,7 @@ class Study:
       reference: Label that differences, of losses where there are no tasks, are taken to; "": none.
       margin: Largest loss of a method that is "as good", in points of 100.
       settings: Label -> dotted optimizer settings of that method.
+      rates: Label -> the rates tried with that method in place of `learning_rates`.
       more_seeds: Label -> further seeds of that method.
       contrasts: Pairs of labels that are compared with each other.
       deployments: Label -> (a method's label, how its trained adapters are deployed). Where there
@@ -66,6 +67,7 @@ class Study:
     reference: str = ""
     margin: float | None = None
     settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    rates: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
     more_seeds: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     contrasts: tuple[tuple[str, str], ...] = ()
     deployments: Mapping[str, tuple[str, Deployment]] = field(default_factory=dict)
@@ -77,7 +79,8 @@ class Study:
         labels += [self.reference] if self.reference else []
         known = self.deployments or self.methods
         unknown = [label for label in labels if label not in known]
-        unknown += [of for of, _ in self.deployments.values() if of not in self.methods]
+        of = [*self.rates, *(of for of, _ in self.deployments.values())]
+        unknown += [label for label in of if label not in self.methods]
         seeds = [self.seeds_of(label) for label in self.methods]
         changed = {key for of in self.settings.values() for key in of}
         wrong = {
@@ -108,10 +111,14 @@ class Study:
         """The seeds of a method's runs at its chosen rate."""
         return (*self.seeds, *self.more_seeds.get(label, ()))
 
+    def rates_of(self, label: str) -> tuple[float, ...]:
+        """The learning rates that are tried with a method."""
+        return self.rates.get(label, self.learning_rates)
+
     def rate_runs(self, label: str) -> dict[float, Run]:
         """Rate -> the run that tells its validation loss."""
         steps = self.pick_steps or self.base.train.steps
-        return {r: self._run(label, r, self.seeds[0], steps, False) for r in self.learning_rates}
+        return {r: self._run(label, r, self.seeds[0], steps, False) for r in self.rates_of(label)}
 
     def seed_runs(self, label: str, rate: float) -> dict[int, Run]:
         """Seed -> the whole run at the chosen rate, whose model is scored."""

@@ -12,8 +12,8 @@ from dataclasses import replace
 import zflora_jax as zf
 from studies.study import Study
 
-# At LoRA r=16's 4,884,480 parameters: all within 3.1% of it except ffa, whose rank would have to
-# exceed that of the heads.
+# At LoRA r=16's 4,884,480 parameters: all within 3.1% of it except full fine-tuning and ffa, whose
+# rank would have to exceed that of the heads.
 LORA = zf.AdapterConfig("lora", rank=16)
 MINIMAL = zf.AdapterConfig("zflora-minimal", rank=21, extra_mlp_units=21)
 PAIR = {"lora": LORA, "zflora-minimal": MINIMAL}
@@ -30,17 +30,16 @@ ALL = PAIR | {
     "state-alone": replace(MINIMAL, rank=27, extra_mlp_units=0),
     "units-alone": zf.AdapterConfig("ffba", rank=94, extra_head_dim=0),
     "zflora-minimal-plus": MINIMAL,
+    "full": zf.AdapterConfig("full"),
 }
 # LoRA+, with the ratio that its authors recommend.
 SETTINGS = {name: {"optim.loraplus_ratio": 16.0} for name in ("loraplus", "zflora-minimal-plus")}
+# The pair and full fine-tuning, at a tenth of the adapters' rates.
+WITH_FULL = {"methods": PAIR | {"full": ALL["full"]}, "rates": {"full": (5e-5, 1.5e-4, 4.5e-4)}}
+VARIANTS = ("zflora-uniform", "ffba", "ffa", "zflora-minimal-attention", "state-alone")
+VARIANTS += ("units-alone", "zflora-minimal-plus")
 CONTRASTS = (
-    ("zflora-uniform", "zflora-minimal"),
-    ("ffba", "zflora-minimal"),
-    ("ffa", "zflora-minimal"),
-    ("zflora-minimal-attention", "zflora-minimal"),
-    ("state-alone", "zflora-minimal"),
-    ("units-alone", "zflora-minimal"),
-    ("zflora-minimal-plus", "zflora-minimal"),
+    *((label, "zflora-minimal") for label in VARIANTS),
     ("state-alone", "units-alone"),
     ("zflora-minimal-plus", "loraplus"),
     ("zflora-minimal-attention", "lora-attention"),
@@ -83,30 +82,17 @@ def at_rank(rank: int, minimal: int, rates: tuple[float, ...]) -> Study:
     return table(f"rank{rank}", "arithmetic_steps", 256, **given)
 
 
-def get_cloze() -> Study:
-    """Commonsense questions in cloze form."""
-    return table(
-        "cloze",
-        "+".join(CLOZE),
-        256,
-        tasks=CLOZE,
-        scoring=CHOSEN,
-        measure="likelihood_norm",
-        transfer=UNSEEN,
-        more_seeds=MORE_SEEDS,
-        category="commonsense",
-    )
-
-
 def get_studies() -> list[Study]:
     """The tables of results/accuracy.md."""
-    arithmetic = {"methods": ALL, "settings": SETTINGS, "contrasts": CONTRASTS}
+    arithmetic = WITH_FULL | {"methods": ALL, "settings": SETTINGS, "contrasts": CONTRASTS}
+    cloze = WITH_FULL | {"tasks": CLOZE, "transfer": UNSEEN, "scoring": CHOSEN}
+    cloze |= {"measure": "likelihood_norm", "more_seeds": MORE_SEEDS, "category": "commonsense"}
     tests = ("addsub", "singleeq", "multiarith", "svamp")
     return [
-        get_cloze(),
+        table("cloze", "+".join(CLOZE), 256, **cloze),
         table("arithmetic", "arithmetic_steps", 256, more_seeds=MORE_SEEDS, **arithmetic),
         table("math_data", "math_data", tasks=tests, category="word problems"),
-        table("woz", "woz", more_seeds=MORE_SEEDS, category="dialogue"),
+        table("woz", "woz", more_seeds=MORE_SEEDS, category="dialogue", **WITH_FULL),
         table("dialogsum", "dialogsum_dev", measure="rougeL", margin=1.5, category="summaries"),
         # The best rate at rank 16 is the middle one: that, and the one on the side where the best
         # rate of fewer or more parameters would lie.

@@ -34,7 +34,7 @@ def test_studies_use_public_names_alone():
 
 
 def test_methods_have_the_same_number_of_parameters(known):
-    """Within 3.3% of LoRA's, 5% at rank 4; SmolLM2's ffa has half."""
+    """Within 3.3% of LoRA's, 5% at rank 4; SmolLM2's ffa has half, and full has them all."""
     budgets = {"accuracy_rank4": 1_221_120, "accuracy_rank64": 19_537_920}
     for name, study in known.items():
         if name == "compressed_arithmetic":
@@ -44,13 +44,14 @@ def test_methods_have_the_same_number_of_parameters(known):
         within = 0.05 if name == "accuracy_rank4" else 0.033
         for label, adapter in study.methods.items():
             share = zf.count_params(config, adapter) / budgets.get(name, own)
-            assert (small and label == "ffa") or abs(share - 1) < within, (name, label)
+            assert (small and label in ("ffa", "full")) or abs(share - 1) < within, (name, label)
 
 
 def test_runs_differ_by_method_rate_seed_and_length():
     methods = LORA | {"plus": zf.AdapterConfig("lora")}
-    optim = {"plus": {"optim.loraplus_ratio": 4.0}}
-    study = Study("s", BASE, methods, (1e-3,), (0,), 20, settings=optim, more_seeds={"plus": (2,)})
+    fields = {"settings": {"plus": {"optim.loraplus_ratio": 4.0}}, "more_seeds": {"plus": (2,)}}
+    study = Study("s", BASE, methods, (1e-3,), (0,), 20, rates={"plus": (1e-4, 1e-3)}, **fields)
+    assert list(study.rate_runs("plus")) == [1e-4, 1e-3]
     [short] = study.rate_runs("lora").values()
     assert (short.name, short.settings.train.steps) == ("lora-lr0.001-steps20-seed0", 20)
     runs = study.seed_runs("plus", 1e-3)
@@ -66,6 +67,7 @@ def test_runs_differ_by_method_rate_seed_and_length():
         ({"methods": {"base": LORA["lora"]}}, "'base' is the untrained model's label"),
         ({"tasks": ("boolq",)}, "tasks and scoring go together"),
         ({"more_seeds": {"dora": (1,)}}, r"\['dora'\] are no labels of its methods \['lora'\]"),
+        ({"rates": {"dora": (1.0,)}}, r"\['dora'\] are no labels of its methods"),
         ({"more_seeds": {"lora": (0,)}}, "give each seed once"),
         ({"seeds": ()}, "give each seed once, and at least one"),
         ({"settings": {"lora": {"train.steps": 3}}}, "may change optim"),

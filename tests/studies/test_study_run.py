@@ -90,16 +90,14 @@ def test_rates_come_first_then_seeds_method_by_method(two_steps, tmp_path, fake)
     base = zf.override(two_steps, {"train.steps": 4})
     methods = LORA | {"ffa": zf.AdapterConfig("ffa", rank=2)}
     fake.loss = lambda run: run.optim.learning_rate  # the lower rate is better
-    study = Study("order", base, methods, (1e-2, 1e-3), (0, 1), pick_steps=2)
+    own = {"ffa": (1e-3,)}
+    study = Study("order", base, methods, (1e-2, 1e-3), (0, 1), pick_steps=2, rates=own)
     run_study(study, tmp_path / "w", tmp_path / "r", console=False)
-    assert names(fake) == [
-        (method, rate, steps, seed)
-        for method in methods
-        for rate, steps, seed in ((1e-2, 2, 0), (1e-3, 2, 0), (1e-3, 4, 0), (1e-3, 4, 1))
-    ]
+    runs = [(1e-2, 2, 0), (1e-3, 2, 0), (1e-3, 4, 0), (1e-3, 4, 1)]
+    assert names(fake) == [("lora", *run) for run in runs] + [("ffa", *run) for run in runs[1:]]
     # A whole run that chose the rate is one of the chosen ones.
     fake.runs.clear()
-    whole = dataclasses.replace(study, name="whole", methods=LORA, pick_steps=None)
+    whole = dataclasses.replace(study, name="whole", methods=LORA, pick_steps=None, rates={})
     run_study(whole, tmp_path / "v", tmp_path / "r", console=False)
     assert names(fake) == [("lora", 1e-2, 4, 0), ("lora", 1e-3, 4, 0), ("lora", 1e-3, 4, 1)]
 
