@@ -39,13 +39,14 @@ ROWS = {
     "paired_intervals": ("seeds", "seed", "row", "answer", "rows", "width", "holds 0")
     + ("as good by 3 points", "°", "holds 0, of °"),
 }
-LEGEND = """Differences use the same rows and seeds. Their 95% intervals vary both, with a single
-seed only rows (`studies/statistics.py`). base: the untrained model. °: these seeds vary no more
-than single answers do, so the interval counts test rows only and may be too narrow. Verdicts, by a
-margin fixed before the runs. As good: the whole interval lies above minus the margin. Inferior: it
-lies below. Worse: it contains minus the margin and ends below 0. Undecided: it contains both. Test
-loss: nats per target token on held-out rows of the training task; its differences have the
-interval of Student's t over seeds. No p and no interval is corrected for their number.{}"""
+LEGEND = """Differences use the same rows and seeds. Their 95% intervals resample both, those of a
+single seed only rows (`studies/statistics.py`). base: the untrained model. °: the seeds differ no
+more than single answers do, so the interval resamples test rows only and may be too narrow.
+Verdicts, by a margin fixed before the runs. As good: the whole interval lies above minus the
+margin. Inferior: it lies below. Worse: it contains minus the margin and ends below 0. Undecided: it
+contains both. Test loss: nats per target token on held-out rows of the training task; its
+differences have the interval of Student's t over seeds. No figure is corrected for multiple
+comparisons.{}"""
 
 
 def table_of(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -242,9 +243,10 @@ def setting(table: Table) -> str:
         )
     if scoring:
         limit = f"the first {scoring.limit}" if scoring.limit else "all"
+        number = "" if study.deployments else " (number in brackets)"
         tokens = f", at most {scoring.max_new_tokens} new tokens" if scoring.generate else ""
         lines.append(
-            f"Scores: means over seeds on {limit} clean rows of each test set (number in brackets),"
+            f"Scores: means over seeds on {limit} clean rows of each test set{number},"
             f" 95% intervals over rows, ± the standard deviation of seeds{tokens}."
         )
     length = f"runs of {study.pick_steps} steps" if study.pick_steps else "whole runs"
