@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -95,10 +96,8 @@ def in_a_process(case: Case, label: str, directory: str) -> tuple[float, float]:
     """Runs `train_in_this_process` in a process that does nothing else."""
     job = {"case": dataclasses.asdict(case), "label": label, "directory": directory}
     command = [sys.executable, str(Path(__file__).resolve()), "--job", json.dumps(job)]
-    env = os.environ | {
-        "PYTHONPATH": os.pathsep.join(sys.path),
-        "JAX_ENABLE_COMPILATION_CACHE": "false",
-    }
+    env = os.environ | {"JAX_ENABLE_COMPILATION_CACHE": "false"}
+    env["PYTHONPATH"] = os.pathsep.join(sys.path)
     done = subprocess.run(command, capture_output=True, text=True, env=env)
     if done.returncode:
         raise RuntimeError(f"{label}, {case}: ended with {done.returncode}: {done.stderr[-2000:]}")
@@ -150,20 +149,18 @@ def measure(case: Case, labels: list[str], repeats: int) -> list[Row]:
         row = {"case": dataclasses.asdict(case), "label": label}
         row |= summary(times[label], "step_ms")
         adapter = AdapterConfig("lora" if label == PEFT else label, rank=case.rank)
-        rows.append(
-            row
-            | {
-                "step_ratio": ratio(times[label], times[PEFT]),
-                "memory_ratio": peak / separate[PEFT][0],
-                "tokens_per_s": 1e3 * case.batch * case.length / row["step_ms"],
-                "compile_s": first[label][0] - row["step_ms"] / 1e3,
-                "loss": first[label][1],
-                "peak_bytes": peak,
-                "first_step_s": first_step,
-                "trainable": count_params(model.config, adapter),
-            }
-        )
-        print(rows[-1], flush=True)
+        row |= {
+            "step_ratio": ratio(times[label], times[PEFT]),
+            "memory_ratio": peak / separate[PEFT][0],
+            "tokens_per_s": 1e3 * case.batch * case.length / row["step_ms"],
+            "compile_s": first[label][0] - row["step_ms"] / 1e3,
+            "loss": first[label][1],
+            "peak_bytes": peak,
+            "first_step_s": first_step,
+            "trainable": count_params(model.config, adapter),
+        }
+        rows.append(row)
+        print(row, flush=True)
     return rows
 
 
@@ -219,15 +216,13 @@ def main() -> None:
     parser.add_argument("--table", default="float32", metavar="NAME", help="the table to write")
     parser.add_argument("--model", default="smollm2-135m", help="a preset, or a model directory")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
-    parser.add_argument(
-        "--methods", nargs="+", default=["lora", "zflora-minimal"], choices=list(METHODS)
-    )
+    methods = {"default": ["lora", "zflora-minimal"], "choices": list(METHODS)}
+    parser.add_argument("--methods", nargs="+", **methods)
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--batch", type=int, default=8, help="sequences per step")
     parser.add_argument("--length", type=int, default=128, help="tokens per sequence")
-    parser.add_argument(
-        "--masked", nargs="+", type=float, default=[0.0, 0.5, 0.8], help="shares without loss"
-    )
+    shares = {"nargs": "+", "type": float, "default": [0.0, 0.5, 0.8]}
+    parser.add_argument("--masked", **shares, help="shares of positions without loss")
     parser.add_argument("--quantize", nargs="+", default=["none"], help="none, int8, nf4")
     parser.add_argument("--repeats", type=int, default=7, help="turns")
     args = parser.parse_args()
@@ -238,16 +233,9 @@ def main() -> None:
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # torch uses the same GPU
     os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
     labels = [*args.methods, PEFT]
-    rows = [
-        row
-        for masked in args.masked
-        for quantize in args.quantize
-        for row in measure(
-            Case(args.model, args.dtype, args.rank, args.batch, args.length, masked, quantize),
-            labels,
-            args.repeats,
-        )
-    ]
+    same = args.model, args.dtype, args.rank, args.batch, args.length
+    cases = [Case(*same, *own) for own in product(args.masked, args.quantize)]
+    rows = [row for case in cases for row in measure(case, labels, args.repeats)]
     write_part(args.out, args.table, {"repeats": args.repeats, "rows": rows}, page)
 
 

@@ -49,7 +49,7 @@ def exact(trained: Trained) -> zf.Model:
         return _fused(floats(trained.base), trained)
 
     def wide(part: Array) -> Array:
-        return part.astype(jnp.float32) if part.dtype == jnp.float16 else part
+        return part.astype(jnp.float32) if part.dtype in (jnp.float16, jnp.bfloat16) else part
 
     params = jax.tree.map(wide, trained.base.params)
     return floats(_fused(dataclasses.replace(trained.base, params=params), trained))
@@ -154,7 +154,7 @@ def gptq(
     hessian += damping * np.diag(hessian).mean() * np.eye(len(hessian))
     inverse = np.linalg.cholesky(np.linalg.inv(hessian)).T.astype(np.float32)  # upper
     left, found = weights.copy(), np.empty_like(weights)
-    low, high = (-7, 7) if kind == "int4" else (0, 15)
+    low, high = (-8, 7) if kind == "int4" else (0, 15)
     for start in range(0, len(left), group):
         span, errors = slice(start, start + group), np.empty((group, left.shape[1]), np.float32)
         scale, offset = _grid(left[span], kind) if grid is None else (x[start] for x in grid)
@@ -268,11 +268,11 @@ def divergence(one: zf.Model, other: zf.Model, run: zf.RunConfig, rows: int = 10
 
 def update_in_steps(base: zf.Model, merged: zf.Model) -> float | None:
     """The root mean square of the kernels' updates over that of the quantiser's steps; None where
-    the merged model has other widths. base: stored as codes.
+    the merged model has other widths, and of nf4, whose steps differ. base: stored as codes.
     """
     new, moved, squares = dict(_leaves(merged.params)), 0.0, 0.0
     for name, kernel in _codes(base).items():
-        if new[name].shape != kernel.shape:
+        if new[name].shape != kernel.shape or kernel.kind == "nf4":
             return None
         step = dataclasses.replace(kernel, codes=jnp.ones(kernel.codes.shape), mins=None)
         moved += float(jnp.sum(jnp.square(new[name] - kernel.astype(jnp.float32))))

@@ -126,8 +126,8 @@ def requantised(weights: Array, like: Any) -> Any:
         mins, groups = least, groups - jnp.expand_dims(least, axis + 1)
     step = jnp.expand_dims(jnp.where(scales == 0, 1, scales), axis + 1)
     codes = jnp.clip(jnp.floor(groups / step + 0.5), low, high).reshape(weights.shape)
-    if mins is not None:
-        scales, mins = (x.astype(jnp.float16).astype(jnp.float32) for x in (scales, mins))
+    half = jnp.bfloat16 if mins is None else jnp.float16
+    scales, mins = (x if x is None else x.astype(half).astype(jnp.float32) for x in (scales, mins))
     return dataclasses.replace(like, codes=codes, scales=scales, mins=mins)
 
 

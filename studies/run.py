@@ -200,10 +200,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = argument_parser().parse_args(argv)
     try:
         changes = dict(text.split("=", 1) for text in args.set)
-        every = [
-            dataclasses.replace(study, base=zf.override(study.base, changes))
-            for study in studies(args.name)
-        ]
+        named = studies(args.name)
+        every = [dataclasses.replace(s, base=zf.override(s.base, changes)) for s in named]
         names = [study.name for study in every]
         if args.only not in (None, *names):
             raise zf.ConfigError(f"--only {args.only}: choose one of {', '.join(names)}.")

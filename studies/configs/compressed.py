@@ -6,7 +6,8 @@ Question, contenders and margin were fixed before the first run: on a file's
 4-bit blocks (Q4_1), which deployment keeps what training gained, and for how many bytes? Methods
 train next to the codes for 80 steps of 512 tokens, at the best of three rates by validation, with
 LoRA r=16's number of parameters; the file decides that of scales and minima. A deployment keeps an
-adapter if the 95% interval of its score minus unmerged LoRA's lies above -3 points.
+adapter if the 95% interval of its score minus unmerged LoRA's lies above -3 points. The same on
+int4 and nf4 codes, which have scales for groups of 32 inputs and no minima, for fewer contenders.
 """
 
 from dataclasses import replace
@@ -77,4 +78,20 @@ def get_studies() -> list[Study]:
         measure="likelihood_norm",
         deployments={name: DEPLOYMENTS[name] for name in (*few, "zflora-minimal")},
     )
-    return [arithmetic, cloze]
+    scaled = ("LoRA, unmerged", "LoRA, merged, rounded", "scales", "zflora-minimal")
+    more = ("LoRA, merged, GPTQ", "LoRA, merged, GPTQ on the base's scales")
+    more += ("LoRA through the rounding",)  # there are none for nf4
+    now = methods | {"zflora-minimal": zf.AdapterConfig("zflora-minimal", rank=27)}
+
+    def without_minima(kind: str, names: tuple[str, ...]) -> Study:
+        codes = zf.QuantizeConfig(kind, group=32, embedding="keep")
+        kept = {name: DEPLOYMENTS[name] for name in names}
+        return replace(
+            arithmetic,
+            name=f"compressed_{kind}",
+            base=replace(arithmetic.base, quantize=codes),
+            methods={of: now[of] for of, _ in kept.values()},
+            deployments=kept,
+        )
+
+    return [arithmetic, cloze, without_minima("int4", scaled + more), without_minima("nf4", scaled)]
