@@ -258,7 +258,7 @@ def setting(table: Table) -> str:
     told = informative(study.tasks, table.differences.get(BASE))
     if weak := ", ".join(task for task in study.tasks if task not in told):
         beaten = f"{study.reference} does not clearly beat the untrained model on {weak}"
-        lines.append(f"{beaten}: they say nothing about methods and are compared by none.")
+        lines.append(f"{beaten}: left out of the differences.")
     missing = "; ".join(m for m in known if m not in table.labels)
     lines += [f"Not all runs are there: {missing}."] if missing else []
     failed = {n: why for n, r in table.runs.items() if (why := r["result"].get("failed"))}
