@@ -103,7 +103,7 @@ def loss_row(table: Table, label: str) -> dict[str, Any]:
         row |= {f"minus {table.study.reference}": gap.losses() if gap else None}
     if losses.count() > 1:
         row |= {"test mean": value(losses.mean(), ".4f"), "test std": value(losses.std(), ".4f")}
-    return row | {"seconds, fastest run": value(found["seconds"].min())}
+    return row | {"seconds, fastest at that rate": value(found["seconds"].min())}
 
 
 def by_rate(choice: Choice) -> str:

@@ -135,17 +135,18 @@ class Table:
     @functools.cached_property
     def differences(self) -> dict[str, Gaps]:
         """Label of a method, or `BASE` -> its differences to the reference in points of 100, on the
-        informative tasks (the untrained model's on all).
+        informative tasks (the untrained model's on all, but for their mean).
         """
         study, found = self.study, dict[str, Gaps]()
         if study.reference not in self.labels:
             return {}
         reference = self.chosen[study.reference]
-        if BASE in self.runs:
-            found[BASE] = self._gaps(
-                dict.fromkeys(reference, self.runs[BASE]), reference, study.tasks
-            )
+        bases = dict.fromkeys(reference, self.runs[BASE]) if BASE in self.runs else {}
+        if base := self._gaps(bases, reference, study.tasks):
+            found[BASE] = base
         tasks = informative(study.tasks, found.get(BASE))
+        if MEAN in base and tasks:
+            base[MEAN] = headline(self._gaps(bases, reference, tasks))
         for label in self.labels:
             if label != study.reference:
                 found[label] = self._gaps(self.chosen[label], reference, tasks)
