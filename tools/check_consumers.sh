@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Opens exports of three bases and of all six methods in vLLM, transformers, lm-evaluation-harness and llama.cpp, and compares their greedy tokens
+# Opens exports of three bases and of all six methods in vLLM, transformers and llama.cpp, and compares their greedy tokens
 # and likelihoods with this project's, in float32 and bfloat16. Writes results/consumers.json and .md.
 #
 #   tools/check_consumers.sh [DIR [OPTIONS]]   DIR (default build/consumers) gets the environments and exports: 20 GB, 1 hour on 2 cores
@@ -30,11 +30,11 @@ PY
   touch "$dir/vllm/.done"
 fi
 
-# lm-evaluation-harness, and llama.cpp as xllamacpp's wheel has it.
+# transformers, and llama.cpp as xllamacpp's wheel has it.
 if [ ! -e "$dir/others/.done" ]; then
   "$python" -m venv "$dir/others"
   "$dir/others/bin/pip" install -q torch==2.13.0 torchvision==0.28.0
-  "$dir/others/bin/pip" install -q lm-eval==0.4.13 transformers==5.24.0 accelerate sentencepiece xllamacpp==2026.10.11549
+  "$dir/others/bin/pip" install -q transformers==5.24.0 accelerate sentencepiece xllamacpp==2026.10.11549
   touch "$dir/others/.done"
 fi
 

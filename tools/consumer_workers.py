@@ -1,6 +1,6 @@
 """Asks one consumer of exports in its own environment: a job (JSON) in, one line of JSON out.
 
-Command: PYTHON tools/consumer_workers.py {vllm,transformers,llama.cpp,lm_eval} JOB, as
+Command: PYTHON tools/consumer_workers.py {vllm,transformers,llama.cpp} JOB, as
 tools/check_consumers.py and tools/check_compressed.py run it. Needs nothing of this project.
 """
 
@@ -73,36 +73,10 @@ def in_llama_cpp(job: dict[str, Any]) -> dict[str, Any]:
     return out | {"nll": score(job["gguf"], job["chunks"])} if "chunks" in job else out
 
 
-def in_lm_eval(job: dict[str, Any]) -> dict[str, Any]:
-    """{"texts", "likelihoods", "accuracy"} of the local tasks in job["tasks"]."""
-    import lm_eval
-    from lm_eval.tasks import TaskManager
-
-    out = lm_eval.simple_evaluate(
-        model="hf",
-        model_args={"pretrained": job["export"], "dtype": "float32", "device": "cpu"},
-        tasks=["zflora_choice", "zflora_text"],
-        task_manager=TaskManager(include_path=job["tasks"], include_defaults=False),
-        log_samples=True,
-        bootstrap_iters=0,
-    )
-    samples = {
-        task: sorted(rows, key=lambda row: row["doc_id"]) for task, rows in out["samples"].items()
-    }
-    return {
-        "texts": [row["resps"][0][0] for row in samples["zflora_text"]],
-        "likelihoods": [
-            [float(option[0][0]) for option in row["resps"]] for row in samples["zflora_choice"]
-        ],
-        "accuracy": out["results"]["zflora_choice"]["acc,none"],
-    }
-
-
 WORKERS = {
     "vllm": in_vllm,
     "transformers": in_transformers,
     "llama.cpp": in_llama_cpp,
-    "lm_eval": in_lm_eval,
 }
 
 
