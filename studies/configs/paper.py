@@ -4,15 +4,7 @@ one budget of trainable parameters for all methods.
   python -m studies.run paper --only paper_math_1b --workdir runs/paper \
       --set model=DIR_OF_LLAMA_3.2_1B data.data_dir=DATA
 
-studies/README.md lists the tables, their meshes, memory and time. DATA holds llm_adapters/ (the
-LLM-Adapters repository's dataset/ and ft-training_set/) and gsm8k/.
-
-Only the abstract of the paper (arXiv 2510.25784) could be read. Settings of commonsense and math
-are LLM-Adapters' (math_running_commands, finetune.py at 8166572): LoRA of rank 32 and alpha 64 on
-q, k, v, up and down, dropout 0.05, batches of 16, 3 epochs, AdamW with 100 steps of warm-up and a
-linear decay, 256 tokens at most, loss on prompt and answer. It cuts longer rows and searches with 4
-beams; here they are left out, and answers are greedy. This project chose the rest: the others get
-LoRA's number of parameters and the best of three rates; summaries train 3000 steps of 16 rows.
+studies/README.md says whose the settings are, and lists meshes, memory and time.
 """
 
 from dataclasses import replace
