@@ -35,12 +35,6 @@ def at_least(parser: argparse.ArgumentParser, args: argparse.Namespace, **least:
             parser.error(f"--{name.replace('_', '-')} {value}: give at least {limit}")
 
 
-def read_result(out: Path) -> dict[str, Any]:
-    """Returns the content of <out>.json, empty if there is none."""
-    file = Path(f"{out}.json")
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-
-
 def write_part(
     out: Path, part: str, found: Any, page: Callable[[Mapping[str, Any]], str]
 ) -> dict[str, Any]:
@@ -51,7 +45,9 @@ def write_part(
     from zflora_jax.reporting.files import write_result
     from zflora_jax.reporting.provenance import environment
 
-    result = {"environments": {}} | read_result(out) | {part: found}
+    file = Path(f"{out}.json")
+    old = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    result = {"environments": {}} | old | {part: found}
     result["environments"][part] = environment()
     write_result(out, result, page(result))
     return result

@@ -13,20 +13,18 @@ Writes results/compressed.json and .md. A row reports an export that a consumer 
 from __future__ import annotations
 
 import argparse
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 from check_consumers import PROMPTS, ask, fused, same, small_model, version
 from consumer_workers import NEW_TOKENS
 
+STORED = ("int8", "w8a8", "int4")
 CASES = [
-    *(("smollm2-135m", "base", quant) for quant in ("int8", "w8a8")),
-    *(("smollm2-135m", "zflora-minimal", quant) for quant in ("int8", "w8a8", "int4")),
-    *(
-        ("tiny", method, quant)
-        for method in ("ffba", "zflora-minimal", "zflora-uniform")
-        for quant in ("int8", "w8a8", "int4")
-    ),
+    *product(["smollm2-135m"], ["base"], STORED[:2]),
+    *product(["smollm2-135m"], ["zflora-minimal"], STORED),
+    *product(["tiny"], ["ffba", "zflora-minimal", "zflora-uniform"], STORED),
 ]
 
 
