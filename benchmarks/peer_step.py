@@ -101,8 +101,9 @@ def page(result: Mapping[str, Any]) -> str:
     out = [f"{step[OUTSIDE]:.0f}" for step in (tunix, lora, minimal)]
     return f"""# A train step beside a peer's
 
-**Without remat, a LoRA step takes {of[0]} of the cycles of tunix's, and zflora-minimal's {of[1]}.**
-Outside attention tunix is ahead there, with {out[0]} million cycles against {out[1]} and {out[2]}.
+**Without remat, a LoRA step takes {of[0]} of the cycles of tunix's, and zflora-minimal's {of[1]},
+plus 0.04 or more for flash attention.** Outside attention tunix is ahead there, with {out[0]} million
+cycles against {out[1]} and {out[2]}.
 
 {markdown_table(result["steps"], list(tunix))}
 
