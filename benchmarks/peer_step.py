@@ -102,8 +102,8 @@ def page(result: Mapping[str, Any]) -> str:
     return f"""# A train step beside a peer's
 
 **Without remat, a LoRA step takes {of[0]} of the cycles of tunix's, and zflora-minimal's {of[1]},
-plus 0.04 or more for flash attention.** Outside attention tunix is ahead there, with {out[0]} million
-cycles against {out[1]} and {out[2]}.
+plus 0.04 or more for flash attention.** Outside attention tunix is ahead there, with {out[0]}
+million cycles against {out[1]} and {out[2]}.
 
 {markdown_table(result["steps"], list(tunix))}
 
