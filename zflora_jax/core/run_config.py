@@ -163,8 +163,8 @@ class TrainConfig:
     (arXiv 2305.18290), on pairs of a chosen and a rejected answer, with the base as reference."""
     dpo_beta: Positive = 0.1
     """DPO's beta: a larger one keeps the answers closer to the base's."""
-    loss_chunk: Count = 256
-    """Positions whose logits exist at one time."""
+    loss_chunk: Count = 512
+    """Positions of a device whose logits exist at one time; above 256 at most a quarter of them."""
     log_every: Count = 10
     """Steps between two records of the metrics."""
     eval_every: Count | None = None

@@ -79,13 +79,12 @@ class Objective(ABC):
 
 @dataclass(frozen=True)
 class CrossEntropy(Objective):
-    """Cross-entropy in nats of the tokens in loss_mask, with the logits of `chunk` positions at one
-    time.
+    """Cross-entropy in nats of the tokens in loss_mask, `chunk` positions at one time.
 
     Without segments each row is one sequence, padded on the right, where no real token sees it.
     """
 
-    chunk: int = 256
+    chunk: int = 512
     unit: ClassVar[str] = "tokens"
 
     def arrays(self, rows: int, length: int, packed: bool) -> dict[str, jax.ShapeDtypeStruct]:
@@ -122,7 +121,7 @@ class DirectPreference(Objective):
     """
 
     beta: float = 0.1
-    chunk: int = 256
+    chunk: int = 512
     unit: ClassVar[str] = "pairs"
     metrics: ClassVar[tuple[str, ...]] = ("reward_margin", "reward_accuracy", "kl")
     # Otherwise XLA rounds the reference's pass differently from the differentiated one.
