@@ -36,7 +36,7 @@ def masked_cross_entropy(
       tokens: Token ids, [B, T] int32.
       loss_mask: [B, T] bool. Position t counts if the token *at t* is to be predicted, from
         hidden[:, t - 1].
-      chunk: Positions of a group whose logits exist at one time, see `TrainConfig.loss_chunk`.
+      chunk: Positions of a group with logits at one time (`TrainConfig.loss_chunk`).
       groups: Equal parts of the rows, one for each device that holds rows, so that no device needs
         the rows of another.
     """
@@ -105,7 +105,7 @@ def _chunks(arrays: Sequence[Array], mask: Array, chunk: int, groups: int) -> li
     mask = mask.reshape(groups, -1)
     positions = mask.shape[1]
     # A chunk with one chosen position costs as much as a full one.
-    chunk = max(1, min(chunk, positions, max(256, positions // 4)))
+    chunk = max(1, min(chunk, positions, max(256, -(-positions // 4))))
     chunks = -(-positions // chunk)
     order = jnp.pad(
         jnp.argsort(~mask, axis=1, stable=True), ((0, 0), (0, chunks * chunk - positions))
