@@ -39,9 +39,9 @@ ROWS = {
     "paired_intervals": ("seeds", "seed", "row", "answer", "rows", "width", "holds 0")
     + ("as good by 3 points", "°", "holds 0, of °"),
 }
-LEGEND = """Differences use the same rows and seeds. Their 95% intervals resample both, those of a
-single seed only rows (`studies/statistics.py`). base: the untrained model. °: the seeds differ no
-more than single answers do, so the interval resamples test rows only and may be too narrow.
+LEGEND = """Differences use the same rows and seeds. Their 95% intervals resample both, or with one
+seed rows only (`studies/statistics.py`). base: the untrained model. °: the seeds differ no more than
+chance in the test rows explains, so the interval resamples rows only and may be too narrow.
 Verdicts, by a margin fixed before the runs. As good: the whole interval lies above minus the
 margin. Inferior: it lies below. Worse: it contains minus the margin and ends below 0. Undecided: it
 contains both. Test loss: nats per target token on held-out rows of the training task; its
