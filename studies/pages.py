@@ -40,7 +40,7 @@ ROWS = {
     + ("as good by 3 points", "°", "holds 0, of °"),
 }
 LEGEND = """Differences use the same rows and seeds. Their 95% intervals resample both, or with one
-seed rows only (`studies/statistics.py`). base: the untrained model. °: the seeds differ no more than
+seed rows only (`studies/statistics.py`). base: the untrained model. °: seeds differ no more than
 chance in the test rows explains, so the interval resamples rows only and may be too narrow.
 Verdicts, by a margin fixed before the runs. As good: the whole interval lies above minus the
 margin. Inferior: it lies below. Worse: it contains minus the margin and ends below 0. Undecided: it
