@@ -101,16 +101,16 @@ def page(result: Mapping[str, Any]) -> str:
     out = [f"{step[OUTSIDE]:.0f}" for step in (tunix, lora, minimal)]
     return f"""# A train step beside a peer's
 
-**Without remat, a LoRA step takes {of[0]} of the cycles of tunix's, and zflora-minimal's {of[1]},
-plus 0.04 or more for flash attention.** Outside attention tunix is ahead there, with {out[0]}
-million cycles against {out[1]} and {out[2]}.
+**Without remat, our LoRA step takes {of[0]} of the cycles of google-tunix's, and zflora-minimal's
+{of[1]}; flash attention, which the estimate leaves out, adds 0.04 or more to both.** Outside
+attention tunix is faster without remat: {out[0]} million cycles against {out[1]} and {out[2]}.
 
 {markdown_table(result["steps"], list(tunix))}
 
-Per device; compiled, not run. cycles: the TPU compiler's estimate, in millions. It leaves out our
-flash attention (splash: at least 12 million, by its products) and the waiting for links. tunix has
-no flash attention. It keeps logits, their softmax, LoRA and Adam's moments in bfloat16; here they
-are in float32. dots and block (remat): settings of this project; decoder: the whole layer.
+Llama-3.2-1B on a v5e-8, rank {RANK}, fsdp = 8, {LENGTH} tokens per device. Compiled, not run;
+cycles: the TPU compiler's estimate for a device, without waiting for links. Our flash attention
+needs 12 million or more for its products alone. tunix has none; its logits, softmax, LoRA and
+Adam's moments are bfloat16, ours float32. remat: dots and block here, decoder (a layer) there.
 
 {origins(result, "steps")}
 """
