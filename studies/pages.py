@@ -155,7 +155,7 @@ def score_blocks(table: Table) -> list[str]:
     for score in sorted(frame["score"].unique(), key=lambda score: score != study.measure):
         ours = frame[frame["score"] == score]
         means = ours.groupby(["method", "task"], sort=False)[[*ENDS, "rows"]].mean()
-        if any(means.equals(earlier) for earlier in shown):
+        if any(means.equals(earlier.reindex(means.index)) for earlier in shown):
             continue  # accuracy_legacy, where it is accuracy
         shown, rows = [*shown, means], []
         for label in ours["method"].unique():
