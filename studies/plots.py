@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import io
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from matplotlib.figure import Figure
 
 import zflora_jax as zf
 from studies.statistics import Difference
+
+
+@contextmanager
+def drawn(out: Path, title: str, rows: int) -> Iterator[Figure]:
+    """A figure with a title and a number of rows, which is written to a PNG file at the end."""
+    with zf.styled():
+        figure = Figure(figsize=(8.0, 1.2 + 0.36 * rows), layout="constrained")
+        figure.suptitle(title, x=0.01, ha="left", fontsize=11)
+        yield figure
+        figure.savefig(png := io.BytesIO(), dpi=150)
+    zf.atomic_write(out, png.getvalue())
 
 
 def forest(rows: Mapping[str, Sequence[Difference]], out: Path, margins: Sequence[float]) -> None:
@@ -20,10 +33,8 @@ def forest(rows: Mapping[str, Sequence[Difference]], out: Path, margins: Sequenc
       margins: How far below zero each table's score may lie.
     """
     blue = zf.colour_of("zflora-minimal")
-    with zf.styled():
-        figure = Figure(figsize=(8.0, 1.2 + 0.36 * len(rows)), layout="constrained")
-        text = "Scores and LoRA's do not differ clearly; held-out losses are slightly higher"
-        figure.suptitle(text, x=0.01, ha="left", fontsize=11)
+    text = "Scores and LoRA's do not differ clearly; held-out losses are slightly higher"
+    with drawn(out, text, len(rows)) as figure:
         scores, losses = figure.subplots(1, 2, sharey=True)
         marks = ((scores, 0.0, blue, ""), (losses, -0.15, blue, "validation"))
         for i, (axes, shift, face, label) in enumerate((*marks, (losses, 0.15, "white", "test"))):
@@ -41,7 +52,6 @@ def forest(rows: Mapping[str, Sequence[Difference]], out: Path, margins: Sequenc
         losses.set_xlabel("held-out loss minus LoRA's, %\n(right: worse)")
         losses.set_xlim(-15, 15)
         losses.legend(loc="upper right")
-        figure.savefig(out, dpi=150)
 
 
 def scores_and_bytes(
@@ -55,10 +65,8 @@ def scores_and_bytes(
       out: The PNG file.
       measure: Name of the score.
     """
-    with zf.styled():
-        figure = Figure(figsize=(8.0, 1.2 + 0.36 * len(points)), layout="constrained")
-        text = "On 4-bit blocks a merged and rounded LoRA loses what it learned; zFLoRA keeps it"
-        figure.suptitle(text, x=0.01, ha="left", fontsize=11)
+    text = "On 4-bit blocks a merged and rounded LoRA loses what it learned; zFLoRA keeps it"
+    with drawn(out, text, len(points)) as figure:
         axes = figure.subplots()
         for place, (label, (size, score, deviation, more)) in enumerate(points.items()):
             colour = zf.colour_of(label)
@@ -71,4 +79,3 @@ def scores_and_bytes(
         axes.set(xlim=(0, None), xlabel=f"{measure}, %; whiskers: standard deviation of seeds")
         axes.grid(visible=False, axis="y")
         figure.supxlabel("hollow: more kernels per token than the base", fontsize=9)
-        figure.savefig(out, dpi=150)

@@ -60,12 +60,9 @@ def check(name: str, method: str, quant: str, args: argparse.Namespace) -> dict[
     row |= {"widths": report["widths"], "eps_z": report.get("eps_z", "-")}
     row["max, mean dlogit"] = f"{gap['max_abs_dlogit']:.2g}, {gap['mean_abs_dlogit']:.2g}"
     row["top-1"] = f"{100 * gap['top1_agreement']:.1f}%"
-    job = {"export": str(export), "ids": ids}
     dtype = "bfloat16" if QUANTS[quant].kind == "int4" else "float32"
-    answers = {
-        consumer: ask(args.vllm_python, consumer, job | {"dtype": dtype})
-        for consumer in ("transformers", "vllm")
-    }
+    job = {"export": str(export), "ids": ids, "dtype": dtype}
+    answers = {c: ask(args.vllm_python, c, job) for c in ("transformers", "vllm")}
     for consumer, found in answers.items():
         row[f"{consumer}: same tokens"] = found.get("error") or same(ours, found["tokens"])
     both = [found["tokens"] for found in answers.values() if "tokens" in found]

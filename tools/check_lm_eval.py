@@ -90,15 +90,12 @@ def harness_scores(
 
 
 def compare(ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> dict[str, Any]:
-    gaps = [
-        float(np.abs(np.subtract(a["log_likelihoods"], b["lls"])).max())
-        for a, b in zip(ours, theirs, strict=True)
-    ]
     pairs = list(zip(ours, theirs, strict=True))
+    gaps = [np.abs(np.subtract(a["log_likelihoods"], b["lls"])).max() for a, b in pairs]
     return {
         "rows": len(ours),
         "options": sum(len(a["log_likelihoods"]) for a in ours),
-        "largest difference, nats": max(gaps),
+        "largest difference, nats": float(max(gaps)),
         "same acc": sum(a["correct_sum"] == bool(b["acc"]) for a, b in pairs),
         "same acc_norm": sum(a["correct_norm"] == bool(b["norm"]) for a, b in pairs),
     }
