@@ -212,13 +212,13 @@ libtpu and XLA's CUDA plugin compile programs for absent devices. Nothing on thi
 ## Decoding one token
 
 Prompts of 128 tokens, bfloat16. Fused models are ffba, zflora-minimal and zflora-uniform at each
-rank; a column shows the highest value of any of them.
+rank; a column shows the range of all of them, or their highest value.
 
 - kernels: operations of the token loop that run a kernel.
-- copies: kernels, tables or caches that decoding a fused token copies.
+- copies: weights, embeddings or caches that decode copies for every token, when fused.
 - arguments, temporaries: bytes of the whole program, as the compiler plans them.
-- of floor: the TPU compiler's cycles plus the copies that it starts ahead, over the time to read
-  weights and cache. For prefill, over the time to read or multiply the layers and to read the head.
+- of floor: estimated time (the TPU compiler's cycles and its copies started ahead) / least time (to
+  read weights and cache; in prefill, to read or multiply the layers and to read the head).
 
 {markdown_table(decode, list(decode[0])) if decode else "Not compiled."}
 
@@ -241,8 +241,8 @@ fsdp.
 ## Runs that train together
 
 One step of several runs over one base (zflora-minimal, rank {RANK}, bfloat16, remat block, one row
-each): `zf.sweep(..., together=N)`. cycles: the TPU compiler's estimate per run; gain: that of a
-single run over it. arguments, temporaries: of all runs.
+each): `zf.sweep(..., together=N)`. cycles: the TPU compiler's estimate per run; gain: cycles
+of a single run / these cycles. arguments, temporaries: of all runs.
 
 {markdown_table(together, list(together[0])) if together else "Not compiled."}
 
