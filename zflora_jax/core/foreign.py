@@ -31,7 +31,7 @@ load_best_model_at_end: `train.keep_best` | output_dir: `--workdir`
 resume_from_checkpoint: the same command again, or `--resume`
 get_peft_model: `zf.init_adapters` | SFTTrainer: `zf.train`
 DPOTrainer: `train.loss=dpo`, its beta `train.dpo_beta`
-merge_and_unload: `zf.fuse`, which `zf.unfuse` undoes | PeftModel.from_pretrained: `zf.load_peft`
+merge_and_unload: `zf.fuse` | PeftModel.from_pretrained: `zf.load_peft`
 save_pretrained: `zf.save_peft`, `zf.save_hf`, `zf.export_run`
 v5e-4, v5litepod-4: `tpu:v5e:2x2` | v5e-8, v5litepod-8: `tpu:v5e:2x4`
 v5e-16, v5litepod-16: `tpu:v5e:4x4` | v6e-8: `tpu:v6e:2x4`

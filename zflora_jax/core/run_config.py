@@ -164,7 +164,7 @@ class TrainConfig:
     dpo_beta: Positive = 0.1
     """DPO's beta: a larger one keeps the answers closer to the base's."""
     loss_chunk: Count = 512
-    """Positions of a device whose logits exist at one time; above 256 at most a quarter of them."""
+    """Positions of a device with logits at one time: at most a quarter of them, or 256 if more."""
     log_every: Count = 10
     """Steps between two records of the metrics."""
     eval_every: Count | None = None
