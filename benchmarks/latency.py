@@ -95,8 +95,8 @@ def page(result: Mapping[str, Any]) -> str:
 - x base: median over turns of the ratio within a turn. bytes: weights and half-filled cache that a
   token reads. of floor: time to read them over TPOT (at {min(rates):.1f} to {max(rates):.1f} GB/s,
   measured in the same turns).
-- lora unmerged: LoRA's products next to packed base kernels. lora merged has the base's shapes, so
-  its difference from the base is noise.
+- lora unmerged: LoRA's products next to packed base weights. lora merged has the base's shapes, so
+  its difference from the base is noise. idle: the adapter is disabled.
 
 {origin_line(result["environment"])}
 """
