@@ -34,11 +34,7 @@ SPLITS = ("validation", "test")
 VALIDATION = "validation loss (learning rate)"
 # Deployments that are no row of the picture
 NOT_DRAWN = ("base's scales", "and minima", "8-bit", "minimal, unmerged", "through", "ffba")
-# Pages of plain rows, without a study: page -> its columns.
-ROWS = {
-    "paired_intervals": ("seeds", "seed", "row", "answer", "rows", "width", "holds 0")
-    + ("as good by 3 points", "°", "holds 0, of °"),
-}
+SIMULATED = "paired_intervals"  # a page of plain rows, without a study
 LEGEND = """Differences use the same rows and seeds. Their 95% intervals resample both, or with one
 seed rows only (`studies/statistics.py`). base: the untrained model. °: seeds differ no more than
 chance in the test rows explains, so the interval resamples rows only and may be too narrow.
@@ -382,9 +378,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the pages")
     args = parser.parse_args(argv)
     found = pages(studies(), args.records, None if args.check else args.out)
-    for name, columns in ROWS.items():
-        rows = read_lines(args.records / f"{name}.jsonl.gz")
-        found[name] = joined([note(name), zf.markdown_table(rows, columns)])
+    rows = read_lines(args.records / f"{SIMULATED}.jsonl.gz")
+    found[SIMULATED] = joined([note(SIMULATED), table_of(rows)])
     if not args.check:
         write(found, args.out)
         return 0

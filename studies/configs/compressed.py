@@ -94,4 +94,14 @@ def get_studies() -> list[Study]:
             deployments=kept,
         )
 
-    return [arithmetic, cloze, without_minima("int4", scaled + more), without_minima("nf4", scaled)]
+    woz = replace(
+        cloze,
+        name="compressed_woz",
+        base=replace(cloze.base, data=replace(rows, task="woz")),
+        methods={name: now[name] for name in cloze.methods},
+        tasks=("woz",),
+        scoring=replace(GENERATED, limit=400, max_new_tokens=40),
+        measure="accuracy",
+    )
+    int4, nf4 = without_minima("int4", scaled + more), without_minima("nf4", scaled)
+    return [arithmetic, cloze, woz, int4, nf4]
