@@ -12,6 +12,7 @@ int4 and nf4 codes, which have scales for groups of 32 inputs and no minima, for
 
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import zflora_jax as zf
 from studies import quantised_methods
@@ -19,6 +20,7 @@ from studies.configs.accuracy import BASE, CHOSEN, CLOZE, GENERATED, LORA, MINIM
 from studies.deployment import by_gptq, in_bfloat16, in_codes, in_eight_bits, rounded, unmerged
 from studies.study import Study
 
+WITHOUT_UNITS = "zflora-minimal, no MLP units"  # its default today
 DEPLOYMENTS = {
     "LoRA, unmerged": ("lora", unmerged),
     "LoRA, merged, bfloat16": ("lora", in_bfloat16),
@@ -30,6 +32,7 @@ DEPLOYMENTS = {
     "scales": ("scales", in_codes),
     "scales and minima": ("scales-minima", in_codes),
     "zflora-minimal": ("zflora-minimal", in_codes),
+    WITHOUT_UNITS: ("without-units", in_codes),
     "zflora-minimal, unmerged": ("zflora-minimal", unmerged),
     "zflora-minimal, 8-bit blocks": ("zflora-minimal", in_eight_bits),
     "zflora-uniform": ("zflora-uniform", in_codes),
@@ -50,6 +53,7 @@ def get_studies() -> list[Study]:
         "lora-through-rounding": replace(LORA, method="lora-through-rounding"),
         "zflora-uniform": zf.AdapterConfig("zflora-uniform", rank=14, extra_head_dim=4),
         "ffba": zf.AdapterConfig("ffba", rank=62, extra_head_dim=4),
+        "without-units": zf.AdapterConfig("zflora-minimal", rank=27),
     }
     codes = zf.QuantizeConfig("keep", embedding="keep")
     data = replace(BASE.data, task="arithmetic", bucket_lengths=(128,), batch_size=4)
@@ -68,40 +72,38 @@ def get_studies() -> list[Study]:
     )
     rows = replace(data, task="+".join(CLOZE), bucket_lengths=(256,), batch_size=2)
     few = ("LoRA, unmerged", "LoRA, merged, rounded", "LoRA, merged, GPTQ", "QA-LoRA")
+    few += ("zflora-minimal",)
+    now = methods | {"zflora-minimal": methods["without-units"]}
+
+    def keeping(names: tuple[str, ...], methods: dict[str, zf.AdapterConfig]) -> dict[str, Any]:
+        kept = {name: DEPLOYMENTS[name] for name in names}
+        return {"deployments": kept, "methods": {of: methods[of] for of, _ in kept.values()}}
+
     cloze = replace(
         arithmetic,
         name="compressed_cloze",
         base=replace(arithmetic.base, data=rows),
-        methods={name: methods[name] for name in ("lora", "zflora-minimal", "qa-lora")},
         tasks=CLOZE,
         scoring=CHOSEN,
         measure="likelihood_norm",
-        deployments={name: DEPLOYMENTS[name] for name in (*few, "zflora-minimal")},
+        **keeping((*few, WITHOUT_UNITS), methods),
     )
-    scaled = ("LoRA, unmerged", "LoRA, merged, rounded", "scales", "zflora-minimal")
-    more = ("LoRA, merged, GPTQ", "LoRA, merged, GPTQ on the base's scales")
-    more += ("LoRA through the rounding",)  # there are none for nf4
-    now = methods | {"zflora-minimal": zf.AdapterConfig("zflora-minimal", rank=27)}
-
-    def without_minima(kind: str, names: tuple[str, ...]) -> Study:
-        codes = zf.QuantizeConfig(kind, group=32, embedding="keep")
-        kept = {name: DEPLOYMENTS[name] for name in names}
-        return replace(
-            arithmetic,
-            name=f"compressed_{kind}",
-            base=replace(arithmetic.base, quantize=codes),
-            methods={of: now[of] for of, _ in kept.values()},
-            deployments=kept,
-        )
-
     woz = replace(
         cloze,
         name="compressed_woz",
         base=replace(cloze.base, data=replace(rows, task="woz")),
-        methods={name: now[name] for name in cloze.methods},
         tasks=("woz",),
         scoring=replace(GENERATED, limit=400, max_new_tokens=40),
         measure="accuracy",
+        **keeping(few, now),
     )
-    int4, nf4 = without_minima("int4", scaled + more), without_minima("nf4", scaled)
-    return [arithmetic, cloze, woz, int4, nf4]
+
+    def without_minima(kind: str, *more: str) -> Study:
+        names = (*few[:2], "scales", "zflora-minimal", *more)
+        codes = zf.QuantizeConfig(kind, group=32, embedding="keep")
+        base = replace(arithmetic.base, quantize=codes)
+        return replace(arithmetic, name=f"compressed_{kind}", base=base, **keeping(names, now))
+
+    gptq = ("LoRA, merged, GPTQ", "LoRA, merged, GPTQ on the base's scales")
+    int4 = without_minima("int4", *gptq, "LoRA through the rounding")
+    return [arithmetic, cloze, woz, int4, without_minima("nf4")]
