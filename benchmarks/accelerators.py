@@ -157,24 +157,32 @@ def _decode_line(case: tuple[Any, ...], rows: list[Row]) -> Row:
     """One row of the page: the base, LoRA, and the worst of the fused models."""
     (base,), (lora,) = ([r for r in rows if r["label"] == name] for name in (BASE, UNMERGED))
     fused = [row for row in rows if row["label"] not in (BASE, UNMERGED)]
-    least, most = (f(row["kernels"] for row in fused) for f in (min, max))
     more = max(row["temporaries"] for row in fused) - base["temporaries"]
 
     def share(key: str, some: list[Row]) -> str:
         return f"{max(row[key] for row in some):.2f}" if key in base else "-"
 
+    def between(values: list[Any], form: str = "") -> str:
+        return " to ".join(dict.fromkeys(f"{f(values):{form}}" for f in (min, max)))
+
+    def time(some: list[Row]) -> str:
+        times = [x["floor_share"] * x["read_bytes"] for x in [base, *some] if "floor_share" in x]
+        return between([x / times[0] for x in times[1:]], ".2f") if times else "-"
+
     return dict(zip(("target", "model", "layers", "batch"), case, strict=True)) | {
         "kernels: base": base["kernels"],
-        "fused": f"{least} to {most}" if least < most else str(most),
+        "fused": between([row["kernels"] for row in fused]),
         "LoRA unmerged": lora["kernels"],
         "copies, fused": sum(row["copies"] for row in fused),
         "arguments, fused / base": f"{max(r['arguments'] for r in fused) / base['arguments']:.3f}",
         "temporaries, base, MiB": f"{base['temporaries'] / 2**20:.1f}",
         "fused more, MiB": f"{more / 2**20:.1f}",
-        "of floor: base": share("floor_share", [base]),
-        "of floor: fused": share("floor_share", fused),
-        "prefill of floor: base": share("prefill_share", [base]),
-        "prefill of floor: fused": share("prefill_share", fused),
+        "time: base / floor": share("floor_share", [base]),
+        "zflora-minimal / base": time([row for row in fused if row["label"] == "zflora-minimal"]),
+        "all fused / base": time(fused),
+        "LoRA unmerged / base": time([lora]),
+        "prefill: base / floor": share("prefill_share", [base]),
+        "fused / floor": share("prefill_share", fused),
     }
 
 
@@ -217,8 +225,9 @@ rank; a column shows the range of all of them, or their highest value.
 - kernels: operations of the token loop that run a kernel.
 - copies: weights, embeddings or caches that decode copies for every token, when fused.
 - arguments, temporaries: bytes of the whole program, as the compiler plans them.
-- of floor: estimated time (the TPU compiler's cycles and its copies started ahead) / least time (to
-  read weights and cache; in prefill, to read or multiply the layers and to read the head).
+- time: the sum of the TPU compiler's estimates for the operations, and its copies started ahead;
+  nothing between operations. floor: the least time, to read weights and cache (in prefill, to
+  read or multiply the layers and to read the head).
 
 {markdown_table(decode, list(decode[0])) if decode else "Not compiled."}
 
@@ -255,7 +264,7 @@ def picture(result: Mapping[str, Any]) -> None:
     chips, shown = {"cuda:h100:1": "H100", "tpu:v5e:1x1": "TPU v5e"}, dict[str, float]()
     names = {"base": "base", "zflora-minimal": "zFLoRA, fused", "lora unmerged": "LoRA, unmerged"}
     for row in result.get("decode", []):
-        first = row["rank"] in (None, 8) and row["batch"] == 1 and row["model"] == "llama-3.2-1b"
+        first = row["rank"] in (None, 16) and row["batch"] == 1 and row["model"] == "llama-3.2-1b"
         if first and row["target"] in chips and row["label"] in names:
             shown[f"{chips[row['target']]}: {names[row['label']]}"] = row["kernels"]
     shown = dict(sorted(shown.items(), key=lambda item: (item[0].split(":")[0], item[1])))
@@ -277,7 +286,7 @@ def main() -> None:
         "--targets", nargs="+", help=f"(default: {' '.join(CHIPS)}; train: {' '.join(SLICES)})"
     )
     parser.add_argument("--models", nargs="+", default=list(MODELS), help="presets")
-    parser.add_argument("--ranks", nargs="+", type=int, default=[8, 16, 32, 64, 128])
+    parser.add_argument("--ranks", nargs="+", type=int, default=[16, 32, 64, 128])
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8])
     parser.add_argument("--layers", type=int, default=2, help="of decode; 0 compiles all")
     args = parser.parse_args()
