@@ -16,7 +16,10 @@ DROPS = {"adapter.dropout": 0.1}
     [
         *(({}, f"train.{name}", 3, True) for name in ("log_every", "max_to_keep", "eval_every")),
         *(({}, key, 2, True) for key in ("mesh.data", "data.grad_accum_steps")),
-        ({}, "train.remat", "block", True),
+        *(
+            ({}, f"train.{name}", x, True)
+            for name, x in (("remat", "block"), ("scan_layers", False))
+        ),
         *(({}, key, 101, False) for key in ("train.steps", "train.seed", "data.seed")),
         ({}, "eval.limit", 7, False),
         ({}, "adapter.rank", 8, False),
@@ -27,6 +30,7 @@ DROPS = {"adapter.dropout": 0.1}
         (OWN, "data.data_dir", "here/b", False),
         (DROPS, "train.loss_chunk", 64, True),
         (DROPS, "data.grad_accum_steps", 2, False),  # inputs drop out for each micro-batch
+        (DROPS, "train.scan_layers", False, False),
     ],
 )
 def test_the_settings_that_decide_the_numbers(there, key, value, same):

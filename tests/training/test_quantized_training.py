@@ -40,10 +40,11 @@ def test_steps_are_those_on_the_numbers_on_any_mesh(kind):
     assert wanted[2, 0] < wanted[0, 0]
     numbers, _ = three_steps(dequantize_model(model), ADAPTER, MeshConfig(), std=0.0)
     np.testing.assert_allclose(wanted, numbers, rtol=2e-5)
-    metrics, found = three_steps(model, ADAPTER, MeshConfig(2, 2, 2), std=0.0)
-    np.testing.assert_allclose(metrics, wanted, rtol=2e-5)
-    for name, leaf in trees.flatten(found).items():
-        np.testing.assert_allclose(leaf, trees.flatten(adapters)[name], atol=2e-5, err_msg=name)
+    for changes in {}, {"scan_layers": False, "grad_accum_steps": 2}:
+        metrics, found = three_steps(model, ADAPTER, MeshConfig(2, 2, 2), std=0.0, **changes)
+        np.testing.assert_allclose(metrics, wanted, rtol=2e-5)
+        for name, leaf in trees.flatten(found).items():
+            np.testing.assert_allclose(leaf, trees.flatten(adapters)[name], atol=2e-5, err_msg=name)
 
 
 def test_fuse_and_decode_on_a_mesh_are_those_of_one_device():

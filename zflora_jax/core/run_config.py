@@ -158,6 +158,9 @@ class TrainConfig:
     remat: Remat = "dots"
     """Gradient checkpointing: the values of a layer kept for the backward pass. none keeps all,
     dots products, block the layer's input; block computes layers twice and needs least memory."""
+    scan_layers: bool = True
+    """One compiled layer, in a loop. False compiles each layer for itself: faster steps on TPUs by
+    the compiler's estimate, for more memory and some minutes of compiling."""
     loss: Literal["cross_entropy", "dpo"] = "cross_entropy"
     """The loss to minimise: cross_entropy of the next token, or dpo, direct preference optimization
     (arXiv 2305.18290), on pairs of a chosen and a rejected answer, with the base as reference."""

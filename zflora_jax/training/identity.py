@@ -23,7 +23,8 @@ FREE = (
 )
 
 # Settings that change only rounding, memory or speed. A finished run counts with any of them.
-ROUNDING = ("train/remat", "train/loss_chunk", "train/matmul_precision", "data/grad_accum_steps")
+ROUNDING = ("train/remat", "train/loss_chunk", "train/matmul_precision")
+ROUNDING += ("train/scan_layers", "data/grad_accum_steps")
 
 
 def settings(run: RunConfig) -> dict[str, Any]:
@@ -56,8 +57,8 @@ def decides(key: str, there: RunConfig, run: RunConfig) -> bool:
             x and Path(x).expanduser().resolve() for x in (there.data.data_dir, run.data.data_dir)
         )
         return has_own_rows(parse_mixture(run.data.task)[0]) and old != new
-    if key == "data/grad_accum_steps":
-        return run.adapter.dropout > 0  # drawn for each micro-batch
+    if key in ("data/grad_accum_steps", "train/scan_layers"):
+        return run.adapter.dropout > 0  # drawn for each micro-batch and layer
     return not key.startswith((*FREE, *ROUNDING))
 
 

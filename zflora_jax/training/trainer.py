@@ -23,7 +23,7 @@ from zflora_jax.core.adapter_config import AdapterConfig
 from zflora_jax.core.model import Model
 from zflora_jax.core.model_config import LlamaConfig
 from zflora_jax.core.run_config import OptimConfig, RunConfig
-from zflora_jax.core.trees import Tree
+from zflora_jax.core.trees import Tree, stack_layers, unstack_layers
 from zflora_jax.ops.precision import at_config_precision, at_precision
 from zflora_jax.training.objective import CROSS_ENTROPY, Batch, Objective, Sums, objective_of
 from zflora_jax.training.optim import learning_rate_schedule, make_optimizer
@@ -77,11 +77,12 @@ class TrainStep:
     objective: Objective = CROSS_ENTROPY
     grad_accum_steps: int = 1  # micro-batches per batch
     seed: int = 0  # dropout's, which draws only by seed, step and number of the micro-batch
+    scan_layers: bool = True  # else each layer is compiled for itself
 
     @classmethod
     def of(cls, run: RunConfig, config: LlamaConfig) -> TrainStep:
         """The step that the settings of `run` choose, on a base of `config`."""
-        how = objective_of(run), run.data.grad_accum_steps, run.train.seed
+        how = objective_of(run), run.data.grad_accum_steps, run.train.seed, run.train.scan_layers
         return cls(config, run.adapter, run.optim, run.steps, *how)
 
     def jitted(self, state_sharding: Any = None) -> StepFn:
@@ -132,24 +133,28 @@ class TrainStep:
         self, params: Tree, state: TrainState, batch: Batch, seed: Any
     ) -> tuple[Sums, Tree]:
         """Sums over the micro-batches: the objective's, and the adapters' gradients."""
-        count = self.grad_accum_steps
+        count, config, adapters = self.grad_accum_steps, self.config, state.adapters
+        if not self.scan_layers:  # arguments and results stay stacked
+            config = config.replace(scan_layers=False)
+            params, adapters = (unstack_layers(x, config.num_layers) for x in (params, adapters))
         # Every count-th row, so that each device's rows are spread over the micro-batches evenly.
         micros = {k: x.reshape(-1, count, *x.shape[1:]).swapaxes(0, 1) for k, x in batch.items()}
         rngs = _dropout_keys(seed, state.step, count) if self.adapter.dropout else None
 
         def sums_of(adapters: Tree, micro: Batch, rngs: Any) -> tuple[Array, Sums]:
             variables = {"params": params, "adapters": adapters}
-            sums = self.objective(self.config, self.adapter, variables, micro, rngs)
+            sums = self.objective(config, self.adapter, variables, micro, rngs)
             return sums.loss, sums
 
         def add(total: tuple[Sums, Tree], part: tuple[Batch, Any]) -> Any:
-            (_, sums), grads = jax.value_and_grad(sums_of, has_aux=True)(state.adapters, *part)
+            (_, sums), grads = jax.value_and_grad(sums_of, has_aux=True)(adapters, *part)
             return jax.tree.map(jnp.add, total, (sums, grads)), None
 
         zero = jnp.zeros(())
         sums = Sums(zero, zero, dict.fromkeys(self.objective.metrics, zero))
-        start = sums, jax.tree.map(jnp.zeros_like, state.adapters)
-        return jax.lax.scan(add, start, (micros, rngs))[0]
+        start = sums, jax.tree.map(jnp.zeros_like, adapters)
+        sums, grads = jax.lax.scan(add, start, (micros, rngs))[0]
+        return sums, grads if self.scan_layers else stack_layers(grads, config.num_layers)
 
 
 def step_of(run: RunConfig, config: LlamaConfig, state_sharding: Any = None) -> StepFn:
