@@ -1,7 +1,6 @@
 """Decode and training compiled for absent TPUs and GPUs: kernels, bytes, temporaries, a roofline.
 
-Command: python benchmarks/accelerators.py [--parts decode train together] [--targets T ...]
-    [--models M ...]
+Command: python benchmarks/accelerators.py [--parts decode train together] [--models M ...]
 (seconds for a token loop, one to two minutes for a train step on 2 CPU cores; no weights, nothing
 runs; extras target-tpu and target-cuda)
 Writes results/accelerators.json and .md. A part that is not named keeps its rows.
@@ -17,7 +16,7 @@ from functools import partial
 from itertools import product
 from typing import Any
 
-from harness import RESULTS, arguments, at_least, origins, write_part
+from harness import RESULTS, arguments, origins, write_part
 from plots import bars
 
 from zflora_jax.core.adapter_config import METHODS, AdapterConfig
@@ -30,6 +29,7 @@ BASE, UNMERGED = "base", "lora unmerged"
 CHIPS = ("tpu:v5e:1x1", "tpu:v6e:1x1", "cuda:h100:1")
 SLICES = ("tpu:v5e:2x4", "cuda:h100:8")
 MODELS = ("llama-3.2-1b", "llama-3.2-3b", "llama-2-7b")
+LAYERS, BATCHES, RANKS = 2, (1, 8), (16, 32, 64, 128)  # of decode
 LENGTH, RANK = 2048, 32  # of train steps
 STEPS = (("zflora-minimal", "dots"), ("zflora-minimal", "block"), ("lora", "dots"))
 TOGETHER = ("smollm2-135m", "llama-3.2-1b"), (128, 512), (1, 4, 16)  # models, tokens, runs
@@ -39,21 +39,18 @@ Row = dict[str, Any]
 def decode_rows(args: argparse.Namespace) -> Iterator[Row]:
     """Yields for each target, model and batch the base, unmerged LoRA at the first rank, and each
     method that widens, fused, at every rank: see `decode_programs.loop_row`.
-
-    A merge by addition has the base's program and no row.
     """
     from decode_programs import DecodeCase, loop_row
 
     wide = [name for name, method in METHODS.items() if method.widens]
     adapters: list[tuple[str, AdapterConfig | None]] = [(BASE, None)]
-    adapters += [(UNMERGED, AdapterConfig("lora", rank=args.ranks[0]))]
-    adapters += [(name, AdapterConfig(name, rank=rank)) for name in wide for rank in args.ranks]
+    adapters += [(UNMERGED, AdapterConfig("lora", rank=RANKS[0]))]
+    adapters += [(name, AdapterConfig(name, rank=rank)) for name in wide for rank in RANKS]
     found = dict[Any, Row]()
-    for where in map(target, args.targets or CHIPS):
+    for where in map(target, CHIPS):
         for model in args.models:
-            config = preset(model)
-            config = config.replace(num_layers=args.layers or config.num_layers)
-            for batch in args.batches:
+            config = preset(model).replace(num_layers=LAYERS)
+            for batch in BATCHES:
                 for label, adapter in adapters:
                     case = DecodeCase(config, adapter, batch)
                     # Ranks that are padded to the same widths have the same program.
@@ -87,7 +84,7 @@ def train_rows(args: argparse.Namespace) -> Iterator[Row]:
     from zflora_jax.experiments.plan import compile_step
     from zflora_jax.experiments.roofline import roofline
 
-    for where in map(target, args.targets or SLICES):
+    for where in map(target, SLICES):
         for model in args.models:
             for method, remat in STEPS:
                 run, config = train_run(model, method, remat, where), preset(model)
@@ -118,7 +115,7 @@ def together_rows(args: argparse.Namespace) -> Iterator[Row]:
     from zflora_jax.parallel.sharding import make_mesh
     from zflora_jax.training.trainer import TrainStep, make_steps
 
-    for where, model, tokens in product(map(target, args.targets or CHIPS[::2]), *TOGETHER[:2]):
+    for where, model, tokens in product(map(target, CHIPS[::2]), *TOGETHER[:2]):
         run = train_run(model, "zflora-minimal", "block", where)
         run = replace(run, data=replace(run.data, bucket_lengths=(tokens,)))
         mesh, step = make_mesh(run.mesh, where.devices()), TrainStep.of(run, preset(model))
@@ -159,9 +156,6 @@ def _decode_line(case: tuple[Any, ...], rows: list[Row]) -> Row:
     fused = [row for row in rows if row["label"] not in (BASE, UNMERGED)]
     more = max(row["temporaries"] for row in fused) - base["temporaries"]
 
-    def share(key: str, some: list[Row]) -> str:
-        return f"{max(row[key] for row in some):.2f}" if key in base else "-"
-
     def between(values: list[Any], form: str = "") -> str:
         return " to ".join(dict.fromkeys(f"{f(values):{form}}" for f in (min, max)))
 
@@ -177,12 +171,10 @@ def _decode_line(case: tuple[Any, ...], rows: list[Row]) -> Row:
         "arguments, fused / base": f"{max(r['arguments'] for r in fused) / base['arguments']:.3f}",
         "temporaries, base, MiB": f"{base['temporaries'] / 2**20:.1f}",
         "fused more, MiB": f"{more / 2**20:.1f}",
-        "time: base / floor": share("floor_share", [base]),
+        "time: base / floor": f"{base['floor_share']:.2f}" if "floor_share" in base else "-",
         "zflora-minimal / base": time([row for row in fused if row["label"] == "zflora-minimal"]),
         "all fused / base": time(fused),
         "LoRA unmerged / base": time([lora]),
-        "prefill: base / floor": share("prefill_share", [base]),
-        "fused / floor": share("prefill_share", fused),
     }
 
 
@@ -226,8 +218,7 @@ rank; a column shows the range of all of them, or their highest value.
 - copies: weights, embeddings or caches that decode copies for every token, when fused.
 - arguments, temporaries: bytes of the whole program, as the compiler plans them.
 - time: the sum of the TPU compiler's estimates for the operations, and its copies started ahead;
-  nothing between operations. floor: the least time, to read weights and cache (in prefill, to
-  read or multiply the layers and to read the head).
+  nothing between operations. floor: the least time, to read weights and cache.
 
 {markdown_table(decode, list(decode[0])) if decode else "Not compiled."}
 
@@ -282,15 +273,8 @@ def main() -> None:
     parser = arguments(__doc__, "accelerators")
     made = {"decode": decode_rows, "train": train_rows, "together": together_rows}
     parser.add_argument("--parts", nargs="+", choices=list(made), default=list(made))
-    parser.add_argument(
-        "--targets", nargs="+", help=f"(default: {' '.join(CHIPS)}; train: {' '.join(SLICES)})"
-    )
     parser.add_argument("--models", nargs="+", default=list(MODELS), help="presets")
-    parser.add_argument("--ranks", nargs="+", type=int, default=[16, 32, 64, 128])
-    parser.add_argument("--batches", nargs="+", type=int, default=[1, 8])
-    parser.add_argument("--layers", type=int, default=2, help="of decode; 0 compiles all")
     args = parser.parse_args()
-    at_least(parser, args, ranks=1, batches=1, layers=0)
     import jax
 
     jax.config.update("jax_platforms", "cpu")  # leaves the devices of this machine alone

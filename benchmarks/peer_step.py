@@ -76,8 +76,8 @@ def peer_step(remat: str) -> Any:
 def rows() -> Iterator[dict[str, Any]]:
     """A row per step: bytes, the TPU compiler's cycles, collectives and bytes sent of a device."""
     cases = [("tunix, LoRA", remat, PEER, False) for remat in ("NONE", "DECODER")]
-    ways = [(x, scan) for scan in (True, False) for x in ("none", "dots", "block")[: 2 + scan]]
-    cases += [(m, x, OURS, scan) for m in ("lora", "zflora-minimal") for x, scan in ways]
+    ways = [(x, OURS, y) for y in (True, False) for x in ("none", "dots", "block")[: 2 + y]]
+    cases += [(method, *way) for method in ("lora", "zflora-minimal") for way in ways]
     for name, remat, attention, scan in cases:
         run = None if attention == PEER else train_run("llama-3.2-1b", name, remat, WHERE)
         run = run and override(run, {"train.scan_layers": scan})

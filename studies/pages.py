@@ -357,8 +357,7 @@ def pages(chosen: Iterable[Study], records: Path, picture: Path | None) -> dict[
     found = {name: study_page(name, of) for name, of in by_page.items()}
     for name, of in by_page.items():
         if picture and (on := [t for t in of if t.study.deployments]):
-            what = f"{on[0].study.name.split('_', 1)[-1]}: {on[0].study.measure}"
-            scores_and_bytes(deployed_points(on[0]), picture / f"{name}.png", what)
+            scores_and_bytes(deployed_points(on[0]), picture / f"{name}.png", on[0].study.measure)
     over = [table for table in tables if table.study.name.startswith(f"{OVERVIEW}_")]
     if text := overview(over, picture and picture / f"{OVERVIEW}.png"):
         found[OVERVIEW] = text

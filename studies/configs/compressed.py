@@ -20,7 +20,6 @@ from studies.configs.accuracy import BASE, CHOSEN, CLOZE, GENERATED, LORA, MINIM
 from studies.deployment import by_gptq, in_bfloat16, in_codes, in_eight_bits, rounded, unmerged
 from studies.study import Study
 
-WITHOUT_UNITS = "zflora-minimal, no MLP units"  # its default today
 DEPLOYMENTS = {
     "LoRA, unmerged": ("lora", unmerged),
     "LoRA, merged, bfloat16": ("lora", in_bfloat16),
@@ -32,7 +31,7 @@ DEPLOYMENTS = {
     "scales": ("scales", in_codes),
     "scales and minima": ("scales-minima", in_codes),
     "zflora-minimal": ("zflora-minimal", in_codes),
-    WITHOUT_UNITS: ("without-units", in_codes),
+    "zflora-minimal, no MLP units": ("without-units", in_codes),
     "zflora-minimal, unmerged": ("zflora-minimal", unmerged),
     "zflora-minimal, 8-bit blocks": ("zflora-minimal", in_eight_bits),
     "zflora-uniform": ("zflora-uniform", in_codes),
@@ -86,7 +85,7 @@ def get_studies() -> list[Study]:
         tasks=CLOZE,
         scoring=CHOSEN,
         measure="likelihood_norm",
-        **keeping((*few, WITHOUT_UNITS), methods),
+        **keeping(few, methods),
     )
     woz = replace(
         cloze,

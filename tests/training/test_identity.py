@@ -16,18 +16,14 @@ DROPS = {"adapter.dropout": 0.1}
     [
         *(({}, f"train.{name}", 3, True) for name in ("log_every", "max_to_keep", "eval_every")),
         *(({}, key, 2, True) for key in ("mesh.data", "data.grad_accum_steps")),
-        *(
-            ({}, f"train.{name}", x, True)
-            for name, x in (("remat", "block"), ("scan_layers", False))
-        ),
-        *(({}, key, 101, False) for key in ("train.steps", "train.seed", "data.seed")),
-        ({}, "eval.limit", 7, False),
+        ({}, "train.remat", "block", True),
+        ({}, "train.scan_layers", False, True),
+        *(({}, x, 101, False) for x in ("train.steps", "train.seed", "data.seed", "eval.limit")),
         ({}, "adapter.rank", 8, False),
         ({}, "adapter.init", "normal", False),
         ({}, "adapter.init", "kaiming_uniform", True),  # what None means
         ({}, "data.data_dir", "elsewhere", True),
-        (OWN, "data.data_dir", "here/./a", True),
-        (OWN, "data.data_dir", "here/b", False),
+        *((OWN, "data.data_dir", f"here/{x}", x != "b") for x in ("./a", "b")),
         (DROPS, "train.loss_chunk", 64, True),
         (DROPS, "data.grad_accum_steps", 2, False),  # inputs drop out for each micro-batch
         (DROPS, "train.scan_layers", False, False),

@@ -63,14 +63,13 @@ def test_memory_settings_may_change_and_the_data_stays(run, tmp_path, monkeypatc
     monkeypatch.setattr(StopSignals, "requested", lambda self, step: False)
     caplog.set_level("INFO", logger="zflora_jax")
     changes = {"train.remat": "block", "train.loss_chunk": 64, "data.grad_accum_steps": 4}
-    changes["train.scan_layers"] = False
     report = quiet_train(override(run, changes), tmp_path / "run").report
     assert report["resumed_from"] == 3
     assert report["test_loss"] == pytest.approx(whole.report["test_loss"], rel=2e-5)
     found, wanted = (tmp_path / name for name in ("run", "whole"))
     assert records(found, "batch_crc32") == records(wanted, "batch_crc32")
     assert records(found, "loss") == pytest.approx(records(wanted, "loss"), rel=2e-5)
-    for key, old in zip(changes, ("dots", 128, 2, True), strict=True):
+    for key, old in zip(changes, ("dots", 128, 2), strict=True):
         assert f"{key}: {old!r} before, {changes[key]!r} from here on" in caplog.text
         assert read_starts(tmp_path / "run")[-1]["changed"][key] == [old, changes[key]]
     assert "changed" not in read_starts(tmp_path / "run")[0]

@@ -2,7 +2,7 @@
 
 A fused kernel is [[W, forward], [s backward, cross]]: its rows are the base and then the adapter
 channels of the input stream, its columns those of the output stream (docs/method.md; this
-project's reconstruction of zFLoRA). It is an ordinary kernel of a Llama with wider streams.
+project's reconstruction of zFLoRA).
 """
 
 from __future__ import annotations

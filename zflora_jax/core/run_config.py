@@ -158,9 +158,6 @@ class TrainConfig:
     remat: Remat = "dots"
     """Gradient checkpointing: the values of a layer kept for the backward pass. none keeps all,
     dots products, block the layer's input; block computes layers twice and needs least memory."""
-    scan_layers: bool = True
-    """One compiled layer, in a loop. False compiles each layer for itself: faster steps on TPUs by
-    the compiler's estimate, for more memory and some minutes of compiling."""
     loss: Literal["cross_entropy", "dpo"] = "cross_entropy"
     """The loss to minimise: cross_entropy of the next token, or dpo, direct preference optimization
     (arXiv 2305.18290), on pairs of a chosen and a rejected answer, with the base as reference."""
@@ -188,6 +185,9 @@ class TrainConfig:
     matmul_precision: Precision = "default"
     """Precision of float32 products in training, evaluation and decode. At default, TPUs and GPUs
     with TF32 round the operands; highest is float32 throughout."""
+    scan_layers: bool = True
+    """One compiled layer, in a loop. False compiles each layer: on TPUs faster by the compiler's
+    estimate, for more memory and minutes of compiling."""
     _either = ("steps", "epochs")  # `override` sets one in place of the other
 
     def __post_init__(self) -> None:

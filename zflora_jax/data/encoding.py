@@ -1,8 +1,7 @@
 """Examples to token ids: sequences to learn, prompts to answer, cuts to fit.
 
 The tokenizer's chat template writes a conversation whole, with loss on the assistant's turns. The
-template marks their tokens ({% generation %}); without marks they are the tokens that each answer
-adds to the conversation before it. The tokens before an answer are compared with generation's.
+template marks their tokens ({% generation %}); without marks they are those that each answer adds.
 """
 
 from __future__ import annotations

@@ -1,9 +1,7 @@
 """The tasks, and the examples of their splits. A new task is one more row of `TASKS`.
 
-`GROUPS` are the tasks of the paper. Its abstract counts 18 in three categories: the 8 commonsense
-and 6 math tasks are LLM-Adapters'. It does not name the four of "summary-dialogue"; this project
-chose news (CNN/DailyMail, XSum) and dialogue (DailyDialog and MultiWOZ, where the answer is the
-next reply).
+`GROUPS` are the tasks of the paper, whose abstract counts 18: 8 commonsense and 6 math tasks of
+LLM-Adapters, and four of "summary-dialogue", which it does not name and this project chose.
 """
 
 from __future__ import annotations

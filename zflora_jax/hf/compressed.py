@@ -2,10 +2,9 @@
 
 The model's codes are copied; floats are quantised here, the base's inputs separately from an
 adapter's. int4 has groups of inputs, so an adapter's rows get separate groups. int8 has one scale
-per output channel, which an adapter's rows share with the base's codes. An adapter's channel is
-therefore stored times a power of two, and the rows that read it are divided by that power, which
-is chosen for the smallest error. The residual state has one power, eps_z; each adapter unit of the
-MLP and each adapter dim of the values has a separate one.
+per output channel, shared with the base. An adapter's channel is therefore stored times a power of
+two, and the rows that read it are divided by that power: eps_z for the residual state, a separate
+one for each adapter unit of the MLP and adapter dim of the values.
 """
 
 from __future__ import annotations
@@ -223,9 +222,8 @@ def _shared_scales(form: CompressedForm, model: Model, eps_z: float | None) -> C
     """The form with the powers of units and, unless the user gave it, eps_z.
 
     A power is judged by the whole error of its rows, because clipping a few rows costs less than
-    rounding all others more coarsely. eps_z minimises the relative error of a layer's products: the
-    error of the rows as codes, plus the error that the norms of the residual stream and of heads
-    make by summing over the state and the adapter dims.
+    rounding all others more coarsely. eps_z minimises
+    that error plus the one that norms make by summing over the state and the adapter dims.
     """
 
     def error_of(rows: np.ndarray, scales: np.ndarray) -> np.ndarray:

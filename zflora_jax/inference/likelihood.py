@@ -5,9 +5,8 @@ All options of a question share the computation of its prompt, in two phases:
 1. A prompt, with the tokens that all its options begin with, is run once.
 2. The rest of each option, if that is more than one token, continues its cache.
 
-Compiling a program of all layers often takes longer than running it, so its shapes are few: short
-rows have a power of two of tokens. The head is a separate program, over the positions that predict
-a token of an option.
+Compiling often takes longer than running, so the shapes are few: short rows have a power of two of
+tokens. The head is a separate program, over the positions that predict a token of an option.
 
 Letters: N rows of a call, T tokens per row, P positions of the head, d residual width.
 """

@@ -2,8 +2,8 @@
 
 data: copies of the model, each with its rows of the batch. fsdp: rows too, and the weights are
 stored in parts, which layers gather in training. tensor: heads, MLP units and the vocabulary
-are divided, as in Megatron-LM (arXiv 1909.08053). A slice is a group of devices with fast links (a
-TPU slice and its ICI); slices follow each other along data.
+are divided, as in Megatron-LM (arXiv 1909.08053). A slice is a group of devices with fast links;
+slices follow each other along data.
 
 Shapes: B rows of a batch, T tokens, d residual width.
 """

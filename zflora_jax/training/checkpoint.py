@@ -3,7 +3,7 @@
 Layout, on disk and in a bucket: checkpoints/<step>/state/ is written by orbax, each slice of the
 state by one of the processes that hold it. checkpoints/<step>/meta.json has the checksums of those
 files and is written last: a step without it does not count. The frozen base is not saved; its
-fingerprint is in meta.json. `workdir` decides which settings may resume from a checkpoint.
+fingerprint is in meta.json.
 """
 
 from __future__ import annotations

@@ -23,8 +23,10 @@ FREE = (
 )
 
 # Settings that change only rounding, memory or speed. A finished run counts with any of them.
-ROUNDING = ("train/remat", "train/loss_chunk", "train/matmul_precision")
-ROUNDING += ("train/scan_layers", "data/grad_accum_steps")
+ROUNDING = (
+    *("train/remat", "train/scan_layers", "train/loss_chunk", "train/matmul_precision"),
+    "data/grad_accum_steps",
+)
 
 
 def settings(run: RunConfig) -> dict[str, Any]:

@@ -2,8 +2,7 @@
 
 llama.cpp quantises rows in blocks of 32 weights, so all streams get channels of zeros up to a
 multiple of 32. quant="keep" writes the base's blocks with the same bytes: a fused adapter's inputs
-append blocks to each row, its outputs append rows. Only the scales of the state's blocks contain
-eps_z, and the factor of widened heads' scores is a metadata key of RoPE.
+append blocks to each row, its outputs append rows.
 """
 
 from __future__ import annotations
