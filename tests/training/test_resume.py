@@ -1,6 +1,4 @@
-"""What a resumed run may change and what it keeps: rounding, length and files; the report of a
-finished run.
-"""
+"""What a resumed run may change and keeps: rounding, length, files; a finished run's report."""
 
 import json
 import shutil
@@ -228,6 +226,8 @@ def test_files_without_a_config_are_refused_and_a_lock_alone_is_not(run, tmp_pat
         (tmp_path / name).touch()
         with pytest.raises(ConfigError, match=f"has .*{name} but no config.json"):
             adopt(tmp_path, run)
+    with pytest.raises(ConfigError, match=r"workdir .*starts.jsonl is no directory that you may"):
+        adopt(tmp_path / name, run)
 
 
 def test_a_workdir_that_is_taken_meanwhile_is_refused(run, tmp_path, monkeypatch):

@@ -1,7 +1,7 @@
-"""A run's directory: its settings (config.json), its starts (starts.jsonl), and its lock.
+"""A run's directory: its settings (config.json), its starts (starts.jsonl), its lock.
 
 config.json is written before the first step, and a run resumes only with settings that agree with
-it (`adopt`). The saved states are in checkpoints/, see `checkpoint`.
+it (`adopt`). Saved states: checkpoints/, see `checkpoint`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 
 from zflora_jax.core.fields import ConfigError, from_dict, require, to_dict
 from zflora_jax.core.run_config import RunConfig
-from zflora_jax.core.storage import as_path
+from zflora_jax.core.storage import as_path, output_path
 from zflora_jax.core.textfile import lines_of
 from zflora_jax.data.dates import dated
 from zflora_jax.reporting.files import atomic_write, plain, write_json
@@ -69,15 +69,15 @@ def adopt(workdir: str | Path, run: RunConfig) -> tuple[RunConfig, Changes]:
       (The settings to use, those that differ from the run that is there.)
 
     Raises:
-      ConfigError: `run` changes settings that must stay (the message names all of them).
+      ConfigError: `run` changes settings that must stay, or `workdir` cannot be written.
     """
-    workdir = as_path(workdir, "workdir")
+    workdir = output_path(workdir, "workdir", folder=True)
     if not (workdir / "config.json").is_file():
         made = (CHECKPOINTS, METRICS_FILE, REPORT_FILE, STARTS_FILE)  # after config.json
         kept = ", ".join(name for name in made if (workdir / name).exists())
         require(
             not kept,
-            f"{workdir} has {kept} but no config.json, so it is unclear what they belong to."
+            f"{workdir} has {kept} but no config.json, so their run is unknown."
             " Use another --workdir.",
         )
         return dated(run), {}
