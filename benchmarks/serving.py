@@ -124,7 +124,7 @@ def exports(folder: Path, dtype: str) -> None:
 
     model = zf.load_model("smollm2-135m", dtype)
     zf.save_hf(folder / "base", model)
-    fused = zf.AdapterConfig("zflora-minimal", rank=16)
+    fused = zf.AdapterConfig("zflora-minimal", rank=18, extra_mlp_units=24)
     (folder / "tasks").mkdir()
     for i in range(TASKS):
         found = zf.fuse(model, fused, perturbed(model, fused, seed=i))
@@ -321,7 +321,7 @@ SINGLE = """SmolLM2-135M in vLLM 0.32's CPU build, float32, eager, no prefix cac
 server; all servers run and take turns. Prompts of 64 tokens, 32 new ones, streamed over HTTP.
 Medians of rounds; ratios within a round. packed: a stock server of one fused export; vLLM packs its
 kernels for the CPU. gate: the server that switches tasks; its kernels are not packed
-(`--quantization zflora`), as on GPUs. zflora-minimal: r=16."""
+(`--quantization zflora`), as on GPUs. zflora-minimal: r=18, m=24."""
 FINDING = """**Switching the task takes {:.0f} ms over HTTP. Fused tasks serve {:.1f} times LoRA's
 tokens per second for one task, {:.1f} times for bursts, {:.1f} times for a random mix.**"""
 PATTERN = """Six requests of each client, one after the other, of three tasks. bursts: every client
